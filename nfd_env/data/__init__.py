@@ -1,0 +1,1 @@
+"""Recordings: episodes, the shard format on disk, and the collector."""

@@ -1,0 +1,146 @@
+"""The real game as a Gymnasium env with exactly a world's observations, actions and frame rate."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class SourceError(RuntimeError):
+    """The real environment of a world cannot be made here."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which real environment to record, and how its frames become observations.
+
+    Attributes:
+        env_id: Gymnasium id of the real environment.
+        imports: modules to import first, so that the id is registered.
+        kwargs: passed to ``gymnasium.make``.
+        frames: "observation" or "render": where the RGB frames come from.
+        key: entry of a Dict observation that holds the frame; "" for a plain Box observation.
+        crop: [top, bottom, left, right] in pixels; empty for the whole frame.
+        size: [height, width] after an area-averaging resize; empty for no resize.
+        terminal_frame: False when the environment shows no frame at the terminal step (ViZDoom
+            hands out zeros there): the last frame is then shown again.
+        display_aspect: width / height at which a person should see a frame; 0 for square pixels.
+        action_names: one name per Discrete action, e.g. ["noop", "right", "left"].
+        keys: action name -> key names that a person holds for it.
+    """
+
+    env_id: str
+    imports: list[str] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    frames: str = "observation"
+    key: str = ""
+    crop: list[int] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    terminal_frame: bool = True
+    display_aspect: float = 0.0
+    action_names: list[str] = field(default_factory=list)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+
+def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
+    """Make the real environment that ``source`` describes, observing uint8 RGB (H, W, 3) frames.
+
+    Args:
+        source: what to make.
+        kwargs: further arguments of ``gymnasium.make``, over those in ``source.kwargs``.
+
+    Raises:
+        SourceError: when a needed package is not installed or the environment has no RGB frames.
+    """
+    for module in source.imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            package = module.split(".")[0]
+            raise SourceError(
+                f"the real game {source.env_id} needs the package {package!r}: "
+                f"pip install {package} ({error})"
+            ) from None
+    arguments = {**source.kwargs, **kwargs}
+    if source.frames == "render":
+        arguments.setdefault("render_mode", "rgb_array")
+    elif source.frames != "observation":
+        raise SourceError(f"source.frames must be observation or render, got {source.frames!r}")
+    env = gymnasium.make(source.env_id, **arguments)
+    return FrameObservation(env, source)
+
+
+class FrameObservation(gymnasium.Wrapper):
+    """Observes the cropped and resized RGB frame of any environment that shows one.
+
+    Action space, rewards and ends are the wrapped environment's own.
+    """
+
+    def __init__(self, env: gymnasium.Env, source: SourceConfig) -> None:
+        """Wrap ``env``; see ``SourceConfig``."""
+        super().__init__(env)
+        self.source = source
+        self._last: np.ndarray | None = None
+        if source.frames == "observation":
+            space = env.observation_space
+            if source.key:
+                if not isinstance(space, spaces.Dict) or source.key not in space.spaces:
+                    raise SourceError(f"{source.env_id} has no observation entry {source.key!r}")
+                space = space[source.key]
+            shape = space.shape
+            if space.dtype != np.uint8 or shape is None or len(shape) != 3 or shape[2] != 3:
+                raise SourceError(
+                    f"{source.env_id} must observe uint8 RGB (H, W, 3) frames, got {space}; "
+                    "set frames: render to record its picture instead"
+                )
+        else:
+            env.reset(seed=0)
+            shape = self._raw(None).shape
+        top, bottom, left, right = source.crop or (0, shape[0], 0, shape[1])
+        if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
+            raise SourceError(f"crop {source.crop} does not lie inside a {shape[:2]} frame")
+        self._crop = (slice(top, bottom), slice(left, right))
+        height, width = source.size or (bottom - top, right - left)
+        self._size = (int(width), int(height))
+        self.observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
+
+    def _raw(self, observation: Any) -> np.ndarray:
+        if self.source.frames == "render":
+            frame = self.env.render()
+            if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+                raise SourceError(f"{self.source.env_id} does not render RGB arrays")
+            return frame
+        return observation[self.source.key] if self.source.key else observation
+
+    def _observe(self, observation: Any) -> np.ndarray:
+        frame = self._raw(observation)[self._crop]
+        if (frame.shape[1], frame.shape[0]) != self._size:
+            frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
+        return np.ascontiguousarray(frame)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode; returns the first frame."""
+        observation, info = self.env.reset(**kwargs)
+        self._last = self._observe(observation)
+        return self._last.copy(), info
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One transition of the real game."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        ended = bool(terminated or truncated)
+        if not (ended and not self.source.terminal_frame):
+            self._last = self._observe(observation)
+        assert self._last is not None
+        return self._last.copy(), float(reward), bool(terminated), bool(truncated), info
+
+    def render(self) -> Any:
+        """The frame that is observed, when the render mode is "rgb_array"."""
+        if self.render_mode == "rgb_array" and self._last is not None:
+            return self._last.copy()
+        return self.env.render()

@@ -1,0 +1,1 @@
+"""The networks: one ``nn.Module`` a file, its config right above it."""

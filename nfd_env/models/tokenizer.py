@@ -1,0 +1,128 @@
+"""Convolutional image tokenizer: one frame <-> a small grid of continuous latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of the tokenizer.
+
+    Attributes:
+        encoder_channels: width at each resolution, finest (half the frame's) first; n entries
+            downsample by 2^n.
+        decoder_channels: likewise, finest first.
+        latent_channels: channels of the latent grid.
+        encoder_blocks: residual blocks at each resolution of the encoder.
+        decoder_blocks: residual blocks at each resolution of the decoder.
+        latent_noise: largest standard deviation of the noise put on (unit-variance) latents in
+            training; it makes the decoder forgive small errors of generated latents.
+    """
+
+    encoder_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
+    decoder_channels: list[int] = field(default_factory=lambda: [48, 96, 160, 256])
+    latent_channels: int = 16
+    encoder_blocks: int = 1
+    decoder_blocks: int = 1
+    latent_noise: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check that encoder and decoder meet at the same resolution."""
+        if len(self.encoder_channels) != len(self.decoder_channels) or not self.encoder_channels:
+            raise ValueError("encoder_channels and decoder_channels need the same number of levels")
+
+    @property
+    def downsampling(self) -> int:
+        """Frame pixels per latent, along each side."""
+        return 2 ** len(self.encoder_channels)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))); starts as the identity, so it needs no normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        """Build for ``channels``."""
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same shape."""
+        return x + self.second(functional.silu(self.first(functional.silu(x))))
+
+
+class Tokenizer(nn.Module):
+    """Encodes frames to latents of zero mean and unit variance per channel, and decodes them."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        """Build from ``config``."""
+        super().__init__()
+        self.config = config
+        encoder: list[nn.Module] = []
+        before = 3
+        for level, channels in enumerate(config.encoder_channels):
+            kernel = 3 if level == 0 else 1
+            encoder += [
+                nn.PixelUnshuffle(2),
+                nn.Conv2d(4 * before, channels, kernel, padding=kernel // 2),
+                *(ResidualBlock(channels) for _ in range(config.encoder_blocks)),
+            ]
+            before = channels
+        encoder.append(nn.Conv2d(before, config.latent_channels, 1))
+        self.encoder = nn.Sequential(*encoder)
+        # Running statistics of the data, the "stored per-channel statistics" of the latents.
+        self.normalise = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.01)
+        levels = config.decoder_channels[::-1]
+        decoder: list[nn.Module] = [nn.Conv2d(config.latent_channels, levels[0], 3, padding=1)]
+        for channels, after in zip(levels, [*levels[1:], 0], strict=True):
+            decoder += [ResidualBlock(channels) for _ in range(config.decoder_blocks)]
+            last = after == 0
+            kernel = 3 if last else 1
+            decoder += [
+                nn.Conv2d(channels, 4 * (3 if last else after), kernel, padding=kernel // 2),
+                nn.PixelShuffle(2),
+            ]
+        self.decoder = nn.Sequential(*decoder)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
+        return self.normalise(self.encoder(frames))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> frames (B, 3, h*f, w*f), about [-1, 1] but not clipped."""
+        return self.decoder(latents.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Reconstruct float frames (B, 3, H, W); in training through noisy latents."""
+        latents = self.encode(frames)
+        if self.training and self.config.latent_noise > 0:
+            strength = torch.rand(len(latents), 1, 1, 1) * self.config.latent_noise
+            latents = latents + strength.to(latents) * torch.randn_like(latents)
+        return self.decode(latents)
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float32 latents (B, C, h, w)."""
+        return self.encode(frames_to_float(frames)).float()
+
+    def decode_frames(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> uint8 (B, H, W, 3)."""
+        return float_to_frames(self.decode(latents))
+
+
+def frames_to_float(frames: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], in channels-last memory."""
+    return frames.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def float_to_frames(images: Tensor) -> Tensor:
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded and clipped."""
+    scaled = images.float().add(1).mul_(127.5).round_().clamp_(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
