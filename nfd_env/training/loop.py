@@ -6,7 +6,6 @@ on (seed, step), so a run that is killed and started again computes what it woul
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
+
+from nfd_env.precision import autocast, fastest_precision
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
         averaged.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
         step, elapsed, metrics = state["step"], state["elapsed"], state["metrics"]
-    if settings.compile:
-        network.compile(dynamic=False)
+    loss_of = torch.compile(stage.loss, dynamic=False) if settings.compile else stage.loss
     precision = fastest_precision(device) if settings.precision == "auto" else settings.precision
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
     bar = tqdm(
@@ -174,7 +174,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
             batch = stage.batch(np.random.default_rng(seed), settings.batch_size)
             network.train()
             with autocast(device, precision):
-                loss, logs = stage.loss(network, batch)
+                loss, logs = loss_of(network, batch)
             value = loss.item()
             if not math.isfinite(value):
                 raise TrainingDiverged(
@@ -231,28 +231,6 @@ def schedule(step: int, settings: TrainConfig) -> float:
     warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     left = (settings.steps - step) / max(1.0, settings.decay_fraction * settings.steps)
     return min(warm, left, 1.0)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of ``precision`` ("fp32" or "bf16")."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def fastest_precision(device: torch.device) -> str:
-    """Whether this machine multiplies bf16 or fp32 matrices faster, measured."""
-    rates = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(1024, 512, device=device, dtype=dtype)
-        b = torch.randn(512, 1024, device=device, dtype=dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            (a @ b).sum().item()
-            times.append(time.perf_counter() - begin)
-        rates[name] = 1 / min(times)
-    return "bf16" if rates["bf16"] > 1.2 * rates["fp32"] else "fp32"
 
 
 def _ema(decay: float) -> Any:

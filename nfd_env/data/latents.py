@@ -1,0 +1,149 @@
+"""Recordings as latents: encoded once, kept on disk, trained on from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import load_weights
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.precision import autocast, fastest_precision
+
+
+@dataclass(frozen=True)
+class LatentEpisode:
+    """An episode as the dynamics and the heads see it; T transitions, T+1 latents.
+
+    Attributes:
+        latents: float16 (T+1, C, h, w).
+        actions: float32 (T, action_width), encoded; ``actions[t]`` leads into ``latents[t + 1]``.
+        rewards: float32 (T,).
+        terminated: bool (T,).
+    """
+
+    latents: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+
+
+def encode_recordings(
+    recordings: RecordedDataset, tokenizer: str | Path, folder: str | Path, device: str = "cpu"
+) -> None:
+    """Write one ``<shard>.npy`` of float16 latents (frames, C, h, w) a shard into ``folder``.
+
+    Shards that are there already, of the same tokenizer, are kept: run again to go on.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    stamp = folder / "tokenizer.sha256"
+    if not stamp.exists() or stamp.read_text() != digest:
+        for old in folder.glob("*.npy"):
+            old.unlink()
+        stamp.write_text(digest)
+    network = load_weights(tokenizer, Tokenizer, TokenizerConfig).to(device)
+    precision = fastest_precision(torch.device(device))
+    frames_of: dict[Path, int] = {}
+    for episode in recordings:
+        frames_of[episode.shard] = episode.frame_offset + len(episode) + 1
+    with tqdm(total=sum(frames_of.values()), unit="frame", desc="encoding") as bar:
+        for shard, count in frames_of.items():
+            path = folder / f"{shard.name}.npy"
+            if not path.exists() or len(np.load(path, mmap_mode="r")) != count:
+                frames = np.memmap(
+                    shard / "frames.bin",
+                    dtype=np.uint8,
+                    mode="r",
+                    shape=(count, *recordings.spec.frame_shape),
+                )
+                parts = []
+                for start in range(0, count, 64):
+                    chunk = torch.from_numpy(np.array(frames[start : start + 64])).to(device)
+                    with torch.inference_mode(), autocast(torch.device(device), precision):
+                        latents = network.encode_frames(chunk)
+                    parts.append(latents.half().cpu().numpy())
+                    bar.update(len(chunk))
+                temporary = path.with_suffix(".tmp.npy")
+                np.save(temporary, np.concatenate(parts))
+                os.replace(temporary, path)
+            else:
+                bar.update(count)
+
+
+class LatentDataset:
+    """The episodes of one split as latents, in memory."""
+
+    def __init__(self, recordings: RecordedDataset, folder: str | Path, split: str) -> None:
+        """Load what ``encode_recordings`` wrote.
+
+        Where the recorded environment shows no terminal frame, the last transition is left out and
+        the one before it counts as the end: a copied frame would give the end away.
+        """
+        codec = ActionCodec(space_from_dict(recordings.spec.action_space))
+        hidden_end = not recordings.spec.source.get("terminal_frame", True)
+        arrays: dict[Path, np.ndarray] = {}
+        self.episodes: list[LatentEpisode] = []
+        for reference in recordings.split(split):
+            if reference.shard not in arrays:
+                arrays[reference.shard] = np.load(Path(folder) / f"{reference.shard.name}.npy")
+            start, count = reference.frame_offset, len(reference)
+            terminated = reference.terminated.copy()
+            if hidden_end and terminated[-1]:
+                count -= 1
+                terminated[count - 1 :] = True
+            if count < 2:
+                continue
+            self.episodes.append(
+                LatentEpisode(
+                    arrays[reference.shard][start : start + count + 1],
+                    codec.encode(torch.from_numpy(reference.actions[:count])).numpy(),
+                    reference.rewards[:count],
+                    terminated[:count],
+                )
+            )
+        if not self.episodes:
+            raise ValueError(f"{recordings.folder} has no {split} episodes")
+        self._lengths = np.array([len(e.actions) for e in self.episodes])
+
+    @property
+    def transitions(self) -> int:
+        """Transitions in all episodes."""
+        return int(self._lengths.sum())
+
+    def windows(
+        self, rng: np.random.Generator, count: int, frames: int
+    ) -> tuple[Tensor, Tensor]:
+        """Random windows of ``frames`` frames within episodes.
+
+        Returns:
+            float32 latents (count, frames, C, h, w), and encoded actions
+            (count, frames, action_width) leading *into* each frame; zeros into an episode's first.
+        """
+        room = np.maximum(self._lengths + 2 - frames, 0)
+        if not room.any():
+            raise ValueError(f"no episode has {frames} frames")
+        ends = np.cumsum(room)
+        latents, actions = [], []
+        for index in rng.integers(0, ends[-1], count):
+            number = int(np.searchsorted(ends, index, side="right"))
+            start = int(index - (ends[number] - room[number]))
+            episode = self.episodes[number]
+            latents.append(episode.latents[start : start + frames])
+            into = episode.actions[max(0, start - 1) : start + frames - 1]
+            if start == 0:
+                into = np.concatenate((np.zeros_like(into[:1]), into))
+            actions.append(into)
+        return (
+            torch.from_numpy(np.stack(latents)).float(),
+            torch.from_numpy(np.stack(actions)),
+        )

@@ -1,0 +1,1 @@
+"""The mathematics of the generative model: pure functions, torch only."""

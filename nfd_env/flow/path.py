@@ -1,0 +1,52 @@
+"""The straight path between data and noise, and its TrigFlow reparametrisation.
+
+Throughout, the *level* s in [0, 1] says how noisy a frame is: x_s = (1 - s) x0 + s eps, so 0 is data
+and 1 is noise. Levels have the shape of the leading dimensions (batch, frames) of what they scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """A point on the path and the velocity there, both shaped like the data."""
+
+    x: Tensor
+    velocity: Tensor
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """Append singleton dimensions to ``values`` until it broadcasts over ``like``."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def interpolate(data: Tensor, noise: Tensor, level: Tensor) -> PathSample:
+    """x_s = (1 - s) x0 + s eps, and its velocity eps - x0 (flow matching, arXiv 2210.02747)."""
+    s = expand(level, data)
+    return PathSample(torch.lerp(data, noise, s), noise - data)
+
+
+def data_from_velocity(x: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
+    """The data estimate x0 = x_s - s v."""
+    return x - expand(level, x) * velocity
+
+
+def noise_from_velocity(x: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
+    """The noise estimate eps = x_s + (1 - s) v."""
+    return x + (1 - expand(level, x)) * velocity
+
+
+def sample_levels(
+    shape: tuple[int, ...], shift: float = 3.0, device: torch.device | None = None
+) -> Tensor:
+    """Independent training levels: u = sigmoid(N(0, 1)), s = shift u / (1 + (shift - 1) u).
+
+    ``shift`` 3 is the setting of arXiv 2506.01380; 1 leaves the logit-normal of arXiv 2403.03206.
+    """
+    u = torch.sigmoid(torch.randn(shape, device=device))
+    return shift * u / (1 + (shift - 1) * u)

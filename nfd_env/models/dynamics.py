@@ -1,0 +1,213 @@
+"""The block-causal diffusion transformer that predicts the next frame's velocity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nfd_env.models.cache import FrameCache, sees
+from nfd_env.models.layers import Attend, Block, FrameRotation, sinusoid
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Sizes of the dynamics transformer.
+
+    Attributes:
+        latent_channels: channels of the tokenizer's latents.
+        latent_height: rows of the latent grid.
+        latent_width: columns of the latent grid.
+        patch: latents per token along each side.
+        action_width: length of an encoded action, see ``nfd_env.spaces.ActionCodec``.
+        width: token width d.
+        layers: transformer blocks.
+        heads: attention heads.
+        window: a frame attends to itself and to at most ``window`` - 1 frames before it.
+        qk_norm: normalise queries and keys.
+    """
+
+    latent_channels: int = 16
+    latent_height: int = 6
+    latent_width: int = 8
+    patch: int = 2
+    action_width: int = 3
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    window: int = 16
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the sizes divide."""
+        if self.latent_height % self.patch or self.latent_width % self.patch:
+            raise ValueError("patch must divide latent_height and latent_width")
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError("width / heads must be a multiple of 4")
+        if self.window < 2:
+            raise ValueError("window must be at least 2 frames")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a frame."""
+        return (self.latent_height // self.patch) * (self.latent_width // self.patch)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one frame's latents."""
+        return self.latent_channels, self.latent_height, self.latent_width
+
+
+class Dynamics(nn.Module):
+    """Velocity of noisy latent frames, given earlier frames and the action into each frame.
+
+    adaLN is computed once per frame, for all blocks in one matrix product, and broadcast over the
+    frame's tokens.
+    """
+
+    def __init__(self, config: DynamicsConfig) -> None:
+        """Build from ``config``; the output starts at zero (adaLN-zero)."""
+        super().__init__()
+        self.config = config
+        d, inputs = config.width, config.latent_channels * config.patch**2
+        self.embed = nn.Linear(inputs, d)
+        self.embed_level = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.embed_action = nn.Sequential(
+            nn.Linear(config.action_width, d), nn.SiLU(), nn.Linear(d, d)
+        )
+        self.modulation = nn.Linear(d, (6 * config.layers + 2) * d)
+        self.blocks = nn.ModuleList(
+            Block(d, config.heads, config.qk_norm) for _ in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(d, eps=1e-6, elementwise_affine=False)
+        self.output = nn.Linear(d, inputs)
+        rows, columns = config.latent_height // config.patch, config.latent_width // config.patch
+        self.rotation = FrameRotation(d // config.heads, rows, columns)
+        for linear in (self.modulation, self.output):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
+        """Velocities of whole sequences, each frame seeing itself and the frames before it.
+
+        Args:
+            latents: (B, T, C, h, w), frame t at noise level ``levels[:, t]``.
+            levels: (B, T) in [0, 1].
+            actions: (B, T, action_width); ``actions[:, t]`` is the action leading into frame t.
+
+        Returns:
+            (B, T, C, h, w).
+        """
+        frames = torch.arange(latents.shape[1], device=latents.device)
+        mask = sees(frames[:, None], frames[None, :], self.config.window)
+        return self._run(latents, levels, actions, frames[None], self._masked(mask))
+
+    def forward_two_copies(
+        self,
+        history: Tensor,
+        history_levels: Tensor,
+        latents: Tensor,
+        levels: Tensor,
+        actions: Tensor,
+    ) -> Tensor:
+        """Velocities of noisy frames that see *another*, almost clean copy of earlier frames.
+
+        This is what happens when playing: frame t is denoised given finished frames. Noisy frame t
+        attends to itself and to history frames before t; history frames attend to history only.
+
+        Args:
+            history: (B, T, C, h, w), the frames at ``history_levels``.
+            history_levels: (B, T).
+            latents: (B, T, C, h, w), the same frames at ``levels``.
+            levels: (B, T).
+            actions: (B, T, action_width), for both copies.
+
+        Returns:
+            (B, T, C, h, w), the velocities of the noisy copy.
+        """
+        count = latents.shape[1]
+        frames = torch.arange(count, device=latents.device)
+        query, key = frames[:, None], frames[None, :]
+        seen = sees(query, key, self.config.window)
+        itself = query == key
+        mask = torch.cat(
+            (torch.cat((seen, torch.zeros_like(seen)), 1), torch.cat((seen & ~itself, itself), 1))
+        )
+        velocity = self._run(
+            torch.cat((history, latents), 1),
+            torch.cat((history_levels, levels), 1),
+            torch.cat((actions, actions), 1),
+            torch.cat((frames, frames))[None],
+            self._masked(mask),
+        )
+        return velocity[:, count:]
+
+    def stream(
+        self,
+        cache: FrameCache,
+        latents: Tensor,
+        levels: Tensor,
+        actions: Tensor,
+        commit: int,
+    ) -> Tensor:
+        """One pass over a few frames that follow the cached ones.
+
+        Args:
+            cache: keys and values of earlier frames.
+            latents: (B, F, C, h, w).
+            levels: (B, F).
+            actions: (B, F, action_width), the actions leading into each frame.
+            commit: the first ``commit`` frames are finished: their keys and values go into the
+                ring. The others see them and one another block-causally, and leave no trace.
+
+        Returns:
+            Velocities (B, F, C, h, w).
+        """
+        view = cache.begin(latents.shape[1], commit)
+        return self._run(latents, levels, actions, view.frames, view.attend)
+
+    def _masked(self, mask: Tensor) -> Attend:
+        tokens = self.config.tokens
+        full = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            shape = q.shape
+            q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=full)
+            return out.transpose(1, 2).reshape(shape)
+
+        return attend
+
+    def _run(
+        self, latents: Tensor, levels: Tensor, actions: Tensor, frames: Tensor, attend: Attend
+    ) -> Tensor:
+        x = self.embed(self._patchify(latents))
+        condition = self.embed_level(sinusoid(levels)) + self.embed_action(actions)
+        modulation = self.modulation(functional.silu(condition))
+        modulation = modulation.unflatten(-1, (-1, self.config.width)).unsqueeze(2)
+        # Scales are stored as deviations from one.
+        per_block = modulation[..., :-2, :].unflatten(-2, (self.config.layers, 6))
+        one = torch.zeros(6, 1, device=x.device)
+        one[[1, 4]] = 1.0
+        per_block = (per_block + one).unbind(-3)
+        rotation = self.rotation(frames)
+        for layer, block in enumerate(self.blocks):
+            x = block(layer, x, per_block[layer], rotation, attend)
+        shift, scale = modulation[..., -2, :], modulation[..., -1, :]
+        return self._unpatchify(self.output(torch.addcmul(shift, self.norm(x), 1 + scale)))
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """(B, F, C, h, w) -> (B, F, P, C * patch^2)."""
+        p = self.config.patch
+        x = latents.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # B F C h/p p w/p p
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, F, P, C * patch^2) -> (B, F, C, h, w)."""
+        c, p = self.config, self.config.patch
+        x = tokens.unflatten(-1, (c.latent_channels, p, p))
+        x = x.unflatten(2, (c.latent_height // p, c.latent_width // p))  # B F h w C p p
+        return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+

@@ -1,0 +1,148 @@
+"""Stage 2: the dynamics transformer learns the velocity of the next frame (flow matching)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nfd_env.data.latents import LatentDataset, encode_recordings
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.flow.path import interpolate, sample_levels
+from nfd_env.flow.solvers import level_grid, sample_euler
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.rollout import rollout_latents
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import load_weights, save_weights
+from nfd_env.training.loop import TrainConfig
+
+
+@dataclass(frozen=True)
+class FlowTrainingConfig:
+    """The config file of ``nfd train flow``.
+
+    Attributes:
+        recordings: the data-set folder.
+        tokenizer: the finished tokenizer's weights.
+        latents: folder of the latent cache, written on first use.
+        train: the loop's settings.
+        model: the transformer's sizes; the latents' shape and the action width are filled in.
+        frames: frames a training window.
+        history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
+            as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
+        history_max_level: in two-copy training the history's levels are uniform up to this.
+        history_level: the history's level when playing, stored with the weights.
+        level_shift: see ``nfd_env.flow.path.sample_levels``.
+    """
+
+    recordings: str
+    tokenizer: str
+    latents: str
+    train: TrainConfig
+    model: DynamicsConfig = field(default_factory=DynamicsConfig)
+    frames: int = 16
+    history: str = "two_copies"
+    history_max_level: float = 0.4
+    history_level: float = 0.15
+    level_shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.history not in ("two_copies", "shared"):
+            raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
+
+
+class FlowStage:
+    """See ``nfd_env.training.loop.Stage``."""
+
+    def __init__(self, settings: FlowTrainingConfig) -> None:
+        """Encode the recordings where that has not been done, and build the network."""
+        self.settings = settings
+        self._device = torch.device(settings.train.device)
+        recordings = RecordedDataset(settings.recordings)
+        encode_recordings(
+            recordings, settings.tokenizer, settings.latents, settings.train.device
+        )
+        self._train = LatentDataset(recordings, settings.latents, "train")
+        self._validation = LatentDataset(recordings, settings.latents, "validation")
+        self._tokenizer = load_weights(settings.tokenizer, Tokenizer, TokenizerConfig)
+        torch.manual_seed(settings.train.seed)
+        self.network = Dynamics(settings.model)
+        rng = np.random.default_rng(0)
+        self._held_out = self._validation.windows(rng, 64, settings.frames)
+        self._rollout = self._validation.windows(rng, 8, 4 + 32)
+
+    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """Latents (size, frames, C, h, w) and the actions leading into them."""
+        return self._train.windows(rng, size, self.settings.frames)
+
+    def loss(
+        self, network: nn.Module, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Mean squared error of the velocity."""
+        assert isinstance(network, Dynamics)
+        latents, actions = (x.to(self._device) for x in batch)
+        levels = sample_levels(latents.shape[:2], self.settings.level_shift, self._device)
+        sample = interpolate(latents, torch.randn_like(latents), levels)
+        if self.settings.history == "shared":
+            velocity = network(sample.x, levels, actions)
+            error = (velocity.float() - sample.velocity).square().mean((2, 3, 4))
+        else:
+            history_levels = torch.rand_like(levels) * self.settings.history_max_level
+            history = interpolate(latents, torch.randn_like(latents), history_levels).x
+            velocity = network.forward_two_copies(
+                history, history_levels, sample.x, levels, actions
+            )
+            # The first frame of a window has no history to follow from.
+            error = (velocity.float() - sample.velocity).square().mean((2, 3, 4))[:, 1:]
+        return error.mean(), {"last_frame": error[:, -1].mean().detach()}
+
+    def validate(self, network: nn.Module) -> Mapping[str, float]:
+        """Flow loss on held-out windows, and the latents' error of a 32-frame rollout."""
+        losses = [
+            float(self.loss(network, (x, a))[0])
+            for x, a in zip(*(t.split(16) for t in self._held_out), strict=True)
+        ]
+        made, real = self._generate(network)
+        frozen = real[:, 3:4].expand_as(made)
+        metrics = {"flow": float(np.mean(losses))}
+        for horizon in (1, 8, 32):
+            error = functional.mse_loss(made[:, horizon - 1], real[:, 3 + horizon])
+            still = functional.mse_loss(frozen[:, horizon - 1], real[:, 3 + horizon])
+            metrics[f"error_{horizon}"] = float(error)
+            metrics[f"error_over_frozen_{horizon}"] = float(error / still)
+        metrics["spread"] = float(made.std() / real.std())
+        return metrics
+
+    def _generate(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        assert isinstance(network, Dynamics)
+        latents, actions = (x.to(self._device) for x in self._rollout)
+        made = rollout_latents(
+            network,
+            latents[:, :4],
+            actions,
+            lambda velocity, noise: sample_euler(velocity, noise, level_grid(4)),
+            self.settings.history_level,
+            torch.Generator(self._device).manual_seed(0),
+        )
+        return made, latents
+
+    def strip(self, network: nn.Module) -> np.ndarray:
+        """Two held-out episodes, real above generated, at 1, 4, 8, 16, 24 and 32 frames."""
+        made, real = self._generate(network)
+        horizons = torch.tensor([1, 4, 8, 16, 24, 32])
+        rows = []
+        for episode in (0, 1, 2):
+            for latents, offset in ((real, 3), (made, -1)):
+                frames = self._tokenizer.decode_frames(latents[episode, horizons + offset].cpu())
+                rows.append(torch.cat(list(frames), 1))
+        return torch.cat(rows, 0).numpy()
+
+    def save(self, network: nn.Module, path: Path) -> None:
+        """Write the weights with their config."""
+        save_weights(path, network, self.settings.model)
