@@ -99,9 +99,11 @@ class FrameCache:
         Raises:
             ValueError: when the pass has more finished or unfinished frames than there is room for.
         """
-        if not 0 <= commit <= min(count, self.commits) or count - commit > self.drafts:
+        # Nothing is pushed out of an empty ring, so it takes a whole context at once.
+        most = self.commits if commit <= self.commits or self.length.any() else self.ring
+        if not 0 <= commit <= min(count, most) or count - commit > self.drafts:
             raise ValueError(
-                f"a pass may finish at most {self.commits} frames and draft {self.drafts}, "
+                f"a pass may finish at most {most} frames and draft {self.drafts}, "
                 f"got {commit} and {count - commit}"
             )
         device = self.length.device

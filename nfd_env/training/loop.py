@@ -45,6 +45,8 @@ class TrainConfig:
         checkpoint_seconds: time between checkpoints.
         threads: CPU threads; 0 leaves torch's default.
         device: "cpu" or "cuda".
+        keep_best: save the weights of the validation where this metric was lowest; "" saves the
+            last ones.
     """
 
     folder: str
@@ -63,6 +65,7 @@ class TrainConfig:
     checkpoint_seconds: float = 120.0
     threads: int = 0
     device: str = "cpu"
+    keep_best: str = ""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -128,7 +131,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
     )
     state_path = folder / "state.pt"
     step = 0
-    elapsed = 0.0
+    elapsed, best = 0.0, math.inf
     metrics: dict[str, float] = {}
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
@@ -136,6 +139,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
         averaged.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
         step, elapsed, metrics = state["step"], state["elapsed"], state["metrics"]
+        best = state["best"]
     loss_of = torch.compile(stage.loss, dynamic=False) if settings.compile else stage.loss
     precision = fastest_precision(device) if settings.precision == "auto" else settings.precision
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -157,6 +161,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
                 "step": step,
                 "elapsed": elapsed,
                 "metrics": metrics,
+                "best": best,
             },
             temporary,
         )
@@ -197,6 +202,9 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
             bar.update(1)
             if step % settings.validate_every == 0 or step == settings.steps:
                 metrics = evaluate(stage, averaged.module, writer, step, folder)
+                if settings.keep_best and metrics[settings.keep_best] < best:
+                    best = metrics[settings.keep_best]
+                    stage.save(averaged.module, folder / "model.safetensors")
                 bar.write(f"step {step}: {_short(metrics)}")
                 checkpoint()
             elif time.monotonic() - saved > settings.checkpoint_seconds:
@@ -204,7 +212,8 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
     finally:
         bar.close()
         writer.close()
-    stage.save(averaged.module, folder / "model.safetensors")
+    if not settings.keep_best:
+        stage.save(averaged.module, folder / "model.safetensors")
     return metrics
 
 

@@ -1,0 +1,261 @@
+"""A world on disk, and how it is found and loaded.
+
+A world is a folder::
+
+    world.yaml               what it is: spaces, frame rate, source, sampling
+    tokenizer.safetensors    the networks, each with its config in the header
+    dynamics.safetensors
+    heads.safetensors
+    starts.safetensors       latents and actions of recorded moments that episodes start from
+    provenance.yaml          data, commands, seeds, wall time and metrics behind the weights
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from gymnasium import spaces
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nfd_env import config
+from nfd_env.envs.real import SourceConfig
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.world_model import Context, SamplingConfig, WorldModel
+
+SHIPPED = Path(__file__).parent / "worlds"
+FORMAT = 1
+
+
+class UnknownWorldError(CheckpointError):
+    """There is no such world."""
+
+
+class DeviceError(RuntimeError):
+    """The device that was asked for is not there."""
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """What ``world.yaml`` says.
+
+    Attributes:
+        name: the world's name.
+        frame_size: [H, W] of a frame in pixels.
+        fps: native frames a second.
+        action_space: see ``nfd_env.spaces.space_to_dict``.
+        source: the real environment that was recorded.
+        sampling: the default sampling.
+        max_episode_steps: episodes are truncated there; 0 for never.
+        format: version of the folder's layout.
+    """
+
+    name: str
+    frame_size: list[int]
+    fps: float
+    action_space: dict[str, Any]
+    source: SourceConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_episode_steps: int = 0
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class World:
+    """A loaded world.
+
+    Attributes:
+        folder: where it was loaded from.
+        spec: what it is.
+        model: its networks.
+        action_space: of one environment.
+        codec: checks and encodes actions.
+        starts: the recorded moments that episodes start from.
+    """
+
+    folder: Path
+    spec: WorldSpec
+    model: WorldModel
+    action_space: spaces.Space
+    codec: ActionCodec
+    starts: list[Context]
+
+
+def shipped_worlds() -> list[str]:
+    """Names of the worlds that come with the package."""
+    return sorted(p.parent.name for p in SHIPPED.glob("*/world.yaml"))
+
+
+def find_world(world: str | os.PathLike[str]) -> Path:
+    """The folder of a world given by path or by shipped name.
+
+    Raises:
+        UnknownWorldError: naming the shipped worlds.
+    """
+    path = Path(world)
+    if (path / "world.yaml").is_file():
+        return path
+    shipped = SHIPPED / _folder_name(str(world))
+    if (shipped / "world.yaml").is_file():
+        return shipped
+    if path.is_dir():
+        raise UnknownWorldError(f"{path} is no world folder: it has no world.yaml")
+    raise UnknownWorldError(
+        f"unknown world {str(world)!r}: neither a folder nor a shipped world "
+        f"({', '.join(shipped_worlds()) or 'none are shipped'})"
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        DeviceError: when it is not there; there is no silent fallback.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "device='cuda' was asked for, but torch sees no CUDA GPU here; "
+            "use device='cpu' or device='auto'"
+        )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{resolved} was asked for, there are {torch.cuda.device_count()} GPUs")
+    return resolved
+
+
+def load_world(world: str | os.PathLike[str], device: str | torch.device = "auto") -> World:
+    """Load a world; loading the same one again in a process returns the same weights.
+
+    Args:
+        world: a world folder, or the name of a shipped world.
+        device: see ``resolve_device``.
+
+    Raises:
+        UnknownWorldError: when there is no such world.
+        CheckpointError: when a file is missing, damaged or does not belong to the others.
+        DeviceError: when the device is not there.
+    """
+    folder = find_world(world).resolve()
+    changed = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()))
+    return _load(folder, changed, resolve_device(device))
+
+
+@functools.lru_cache(maxsize=8)
+def _load(folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device) -> World:
+    spec = read_spec(folder)
+    tokenizer = load_weights(folder / "tokenizer.safetensors", Tokenizer, TokenizerConfig)
+    dynamics = load_weights(folder / "dynamics.safetensors", Dynamics, DynamicsConfig)
+    heads = load_weights(folder / "heads.safetensors", Heads, HeadsConfig)
+    space = space_from_dict(spec.action_space)
+    codec = ActionCodec(space)
+    shape = dynamics.config.latent_shape
+    factor = tokenizer.config.downsampling
+    expected = (
+        tokenizer.config.latent_channels,
+        spec.frame_size[0] // factor,
+        spec.frame_size[1] // factor,
+    )
+    latent_size = shape[0] * shape[1] * shape[2]
+    if shape != expected or heads.config.latent_size != latent_size:
+        raise CheckpointError(f"{folder}: tokenizer, dynamics and heads do not fit together")
+    if dynamics.config.action_width != codec.width or heads.config.action_width != codec.width:
+        raise CheckpointError(f"{folder}: the networks were trained for another action space")
+    for network in (tokenizer, dynamics, heads):
+        network.to(device).requires_grad_(False)
+    model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
+    return World(folder, spec, model, space, codec, _load_starts(folder, shape))
+
+
+def read_spec(folder: Path) -> WorldSpec:
+    """``world.yaml`` of a world folder.
+
+    Raises:
+        CheckpointError: when it is damaged or of a newer format.
+    """
+    try:
+        spec = config.load(WorldSpec, folder / "world.yaml")
+    except config.ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if spec.format != FORMAT:
+        raise CheckpointError(
+            f"{folder}: world format {spec.format}, this nfd_env reads format {FORMAT}"
+        )
+    return spec
+
+
+def _load_starts(folder: Path, shape: tuple[int, int, int]) -> list[Context]:
+    path = folder / "starts.safetensors"
+    try:
+        tensors = load_file(path)
+        latents, actions = tensors["latents"].float(), tensors["actions"].float()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path}: missing or damaged ({error})") from None
+    if tuple(latents.shape[2:]) != shape or len(latents) != len(actions):
+        raise CheckpointError(f"{path}: holds start frames of another world")
+    return [Context(x, a) for x, a in zip(latents, actions, strict=True)]
+
+
+def save_world(
+    folder: str | Path,
+    spec: WorldSpec,
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    heads: Heads,
+    starts: list[Context],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a world folder, all or nothing, with fp16 weights.
+
+    Args:
+        folder: replaced when it already holds a world.
+        spec: what it is.
+        tokenizer: encodes and decodes frames.
+        dynamics: draws frames.
+        heads: reward and termination.
+        starts: contexts of equal length.
+        provenance: plain values: data, commands, seeds, wall times, metrics.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    half = torch.float16
+    save_weights(temporary / "tokenizer.safetensors", tokenizer, tokenizer.config, half)
+    save_weights(temporary / "dynamics.safetensors", dynamics, dynamics.config, half)
+    save_weights(temporary / "heads.safetensors", heads, heads.config, half)
+    save_file(
+        {
+            "latents": torch.stack([s.latents for s in starts]).half().contiguous(),
+            "actions": torch.stack([s.actions for s in starts]).half().contiguous(),
+        },
+        temporary / "starts.safetensors",
+    )
+    for name, values in (("world", config.to_dict(spec)), ("provenance", dict(provenance))):
+        (temporary / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    if folder.exists():
+        if not (folder / "world.yaml").exists() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is in the way: it is not empty and holds no world")
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def _folder_name(name: str) -> str:
+    """"DoomTakeCover" -> "doom_take_cover"; folder names stay as they are."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -1,0 +1,268 @@
+"""A world that steps: tokenizer, dynamics and heads behind ``start`` and ``step``.
+
+One step is: draw the new frame's noise, denoise it in a pass that also commits the frame before it
+to the key/value ring, then read reward and end off the drawn frame.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nfd_env.flow.solvers import level_grid, sample_dpm_solver_pp, sample_euler
+from nfd_env.models.cache import FrameCache
+from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.heads import Heads
+from nfd_env.models.rollout import Sampler, denoise, new_cache
+from nfd_env.models.tokenizer import Tokenizer
+
+SAMPLERS = {"euler": sample_euler, "dpm_solver_pp": sample_dpm_solver_pp}
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a world's frames are drawn.
+
+    Attributes:
+        steps: denoising steps a frame, each one transformer pass.
+        sampler: "euler" or "dpm_solver_pp".
+        shift: > 1 spends more of the steps near the noise, see ``level_grid``.
+        history_level: noise level at which finished frames are remembered.
+    """
+
+    steps: int = 4
+    sampler: str = "dpm_solver_pp"
+    shift: float = 1.0
+    history_level: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.steps < 1:
+            raise ValueError(f"sampling_steps must be at least 1, got {self.steps}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+
+    def make(self) -> Sampler:
+        """The sampler as a function of (velocity, noise)."""
+        levels, function = level_grid(self.steps, self.shift), SAMPLERS[self.sampler]
+        return lambda velocity, noise: function(velocity, noise, levels)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Real frames that a world starts from.
+
+    Attributes:
+        latents: (K, C, h, w), K >= 1.
+        actions: encoded, (K, action_width), the action leading into each frame; the first may be
+            zeros.
+    """
+
+    latents: Tensor
+    actions: Tensor
+
+
+@dataclass
+class WorldState:
+    """Everything that the future of each row depends on.
+
+    Attributes:
+        cache: keys and values of the frames before the last one.
+        remembered: (B, 1, C, h, w), the last frame at the history level, not yet committed.
+        action: (B, 1, action_width), the action that led into it.
+        memory: (B, width), the heads' recurrent state after it.
+        seeds: one (seed, episode) pair a row; with the frame number the key of all its noise.
+        frame: number of the last frame of each row, counted from the context's first.
+    """
+
+    cache: FrameCache
+    remembered: Tensor
+    action: Tensor
+    memory: Tensor
+    seeds: list[tuple[int, int]]
+    frame: list[int]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.seeds)
+
+    def take(self, rows: Sequence[int]) -> WorldState:
+        """An independent copy of some rows, in the given order; a row may be taken repeatedly."""
+        index = torch.as_tensor(list(rows), device=self.remembered.device)
+        return WorldState(
+            self.cache.take(index),
+            self.remembered[index],
+            self.action[index],
+            self.memory[index],
+            [self.seeds[r] for r in rows],
+            [self.frame[r] for r in rows],
+        )
+
+    def fork(self) -> WorldState:
+        """An independent copy; stepping one leaves the other alone."""
+        return self.take(range(self.batch))
+
+    def put(self, rows: Sequence[int], other: WorldState) -> None:
+        """Replace some rows by the rows of ``other``."""
+        index = torch.as_tensor(list(rows), device=self.remembered.device)
+        self.cache.put(index, other.cache)
+        # Out of place, so that tensors handed out earlier keep their values.
+        self.remembered = self.remembered.index_copy(0, index, other.remembered)
+        self.action = self.action.index_copy(0, index, other.action)
+        self.memory = self.memory.index_copy(0, index, other.memory)
+        for i, row in enumerate(rows):
+            self.seeds[row], self.frame[row] = other.seeds[i], other.frame[i]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one action brought about in each row.
+
+    Attributes:
+        latents: (B, C, h, w), the new frames.
+        reward: float32 (B,).
+        terminated: bool (B,), drawn with probability ``hazard``.
+        hazard: float32 (B,).
+    """
+
+    latents: Tensor
+    reward: Tensor
+    terminated: Tensor
+    hazard: Tensor
+
+
+class WorldModel:
+    """Steps batches of worlds; holds no state of any of them."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, dynamics: Dynamics, heads: Heads, sampling: SamplingConfig
+    ) -> None:
+        """Put the networks together; they must be on one device and in eval mode."""
+        self.tokenizer, self.dynamics, self.heads = tokenizer, dynamics, heads
+        self.sampling = sampling
+        self._sampler = sampling.make()
+        self._generator = torch.Generator()
+
+    def with_sampling(self, sampling: SamplingConfig) -> WorldModel:
+        """The same networks under another sampling configuration."""
+        model = copy.copy(self)
+        model.sampling, model._sampler = sampling, sampling.make()
+        model._generator = torch.Generator()
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.dynamics.embed.weight.device
+
+    @torch.inference_mode()
+    def start(self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]]) -> WorldState:
+        """States whose last frame is each context's last frame.
+
+        Args:
+            contexts: one a row; rows may have different numbers of frames.
+            seeds: one (environment seed, episode number) a row, both >= 0.
+        """
+        rows = [self._start_one(c, s) for c, s in zip(contexts, seeds, strict=True)]
+        state = WorldState(
+            new_cache(self.dynamics, len(rows)),
+            torch.cat([r.remembered for r in rows]),
+            torch.cat([r.action for r in rows]),
+            torch.cat([r.memory for r in rows]),
+            [r.seeds[0] for r in rows],
+            [r.frame[0] for r in rows],
+        )
+        for index, row in enumerate(rows):
+            state.cache.put(torch.tensor([index], device=self.device), row.cache)
+        return state
+
+    def _start_one(self, context: Context, seed: tuple[int, int]) -> WorldState:
+        keep = self.dynamics.config.window
+        latents = context.latents[None, -keep:].to(self.device, torch.float32)
+        actions = context.actions[None, -keep:].to(self.device, torch.float32)
+        count = latents.shape[1]
+        level = self.sampling.history_level
+        noise = torch.stack([self._draw(seed, k)[1] for k in range(count)])[None]
+        remembered = torch.lerp(latents, noise.to(self.device), level)
+        cache = new_cache(self.dynamics, 1)
+        if count > 1:
+            levels = latents.new_full((1, count - 1), level)
+            self.dynamics.stream(
+                cache, remembered[:, :-1], levels, actions[:, :-1], commit=count - 1
+            )
+        memory = self.heads.initial_state(1)
+        if count > 1:
+            _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
+        return WorldState(
+            cache, remembered[:, -1:], actions[:, -1:], memory, [seed], [count - 1]
+        )
+
+    @torch.inference_mode()
+    def step(self, state: WorldState, actions: Tensor) -> Transition:
+        """Advance every row of ``state`` (in place) by one frame.
+
+        Args:
+            state: as ``start`` made it.
+            actions: encoded, (B, action_width).
+        """
+        draws = [
+            self._draw(seed, frame + 1)
+            for seed, frame in zip(state.seeds, state.frame, strict=True)
+        ]
+        noise, history, uniform = (
+            torch.stack(part).to(self.device) for part in zip(*draws, strict=True)
+        )
+        action = actions[:, None].to(self.device, torch.float32)
+        level = self.sampling.history_level
+        made = denoise(
+            self.dynamics,
+            state.cache,
+            state.remembered,
+            state.action,
+            action,
+            noise[:, None],
+            self._sampler,
+            level,
+        )
+        state.remembered = torch.lerp(made, history[:, None], level)
+        state.action = action
+        state.frame = [frame + 1 for frame in state.frame]
+        seen = self.heads.step(made[:, 0], action[:, 0], state.memory)
+        state.memory = seen.state
+        return Transition(made[:, 0], seen.reward, uniform < seen.hazard, seen.hazard)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> uint8 frames (B, H, W, 3)."""
+        return self.tokenizer.decode_frames(latents)
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 frames (B, H, W, 3) -> latents (B, C, h, w)."""
+        return self.tokenizer.encode_frames(frames.to(self.device))
+
+    def _draw(self, seed: tuple[int, int], frame: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The new frame's noise, its history noise, and a uniform number for its end.
+
+        All are a function of (environment seed, episode, frame number) alone, never of the row or
+        of how many rows there are, and are drawn on the CPU on every device.
+        """
+        self._generator.manual_seed(mix(*seed, frame))
+        shape = self.dynamics.config.latent_shape
+        both = torch.randn((2, *shape), generator=self._generator)
+        return both[0], both[1], torch.rand((), generator=self._generator)
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit hash of non-negative integers (rounds of SplitMix64)."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ number) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
