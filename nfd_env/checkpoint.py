@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import torch
 import yaml
 from gymnasium import spaces
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nfd_env import config
-from nfd_env.envs.real import SourceConfig
+from nfd_env.envs.real import SourceConfig, make_source
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
@@ -119,7 +120,7 @@ def find_world(world: str | os.PathLike[str]) -> Path:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+    """ "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
         DeviceError: when it is not there; there is no silent fallback.
@@ -200,6 +201,20 @@ def read_spec(folder: Path) -> WorldSpec:
     return spec
 
 
+def make_real(world: str | os.PathLike[str], **kwargs: Any) -> gymnasium.Env:
+    """The real game behind a world, with the world's observations, actions and frame rate.
+
+    Args:
+        world: a world folder, or the name of a shipped world.
+        kwargs: further arguments of the real environment.
+
+    Raises:
+        UnknownWorldError: when there is no such world.
+        SourceError: when the real game is not installed; says what to install.
+    """
+    return make_source(read_spec(find_world(world)).source, **kwargs)
+
+
 def _load_starts(folder: Path, shape: tuple[int, int, int]) -> list[Context]:
     path = folder / "starts.safetensors"
     try:
@@ -257,5 +272,5 @@ def save_world(
 
 
 def _folder_name(name: str) -> str:
-    """"DoomTakeCover" -> "doom_take_cover"; folder names stay as they are."""
+    """ "DoomTakeCover" -> "doom_take_cover"; folder names stay as they are."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -67,4 +67,3 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a config dataclass, as ``from_mapping`` reads them back."""
     return dataclasses.asdict(config)
-

@@ -48,9 +48,7 @@ def space_from_dict(values: dict[str, Any]) -> spaces.Space:
     if kind == "MultiBinary":
         return spaces.MultiBinary(values["n"])
     if kind == "Box":
-        return spaces.Box(
-            np.array(values["low"], np.float32), np.array(values["high"], np.float32)
-        )
+        return spaces.Box(np.array(values["low"], np.float32), np.array(values["high"], np.float32))
     raise ValueError(f"unknown action space type {kind!r}")
 
 

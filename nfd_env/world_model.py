@@ -91,6 +91,7 @@ class WorldState:
         """Number of rows."""
         return len(self.seeds)
 
+    @torch.inference_mode()
     def take(self, rows: Sequence[int]) -> WorldState:
         """An independent copy of some rows, in the given order; a row may be taken repeatedly."""
         index = torch.as_tensor(list(rows), device=self.remembered.device)
@@ -107,6 +108,7 @@ class WorldState:
         """An independent copy; stepping one leaves the other alone."""
         return self.take(range(self.batch))
 
+    @torch.inference_mode()
     def put(self, rows: Sequence[int], other: WorldState) -> None:
         """Replace some rows by the rows of ``other``."""
         index = torch.as_tensor(list(rows), device=self.remembered.device)
@@ -198,9 +200,7 @@ class WorldModel:
         memory = self.heads.initial_state(1)
         if count > 1:
             _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
-        return WorldState(
-            cache, remembered[:, -1:], actions[:, -1:], memory, [seed], [count - 1]
-        )
+        return WorldState(cache, remembered[:, -1:], actions[:, -1:], memory, [seed], [count - 1])
 
     @torch.inference_mode()
     def step(self, state: WorldState, actions: Tensor) -> Transition:

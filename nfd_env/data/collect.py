@@ -133,7 +133,10 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
         for w in range(settings.workers)
     ]
     bar = tqdm(
-        total=settings.frames, initial=counter.value, unit="frame", disable=not progress,
+        total=settings.frames,
+        initial=counter.value,
+        unit="frame",
+        disable=not progress,
         desc="recording",
     )
     try:
@@ -197,7 +200,8 @@ def _worker(
     try:
         writer = ShardWriter(settings.folder, spec, _writer(worker))
         mine = [
-            e for e in RecordedDataset(settings.folder)
+            e
+            for e in RecordedDataset(settings.folder)
             if e.shard.name.split("-")[1] == _writer(worker)
         ]
         played = {label: 0 for label in _labels(settings)}
@@ -216,7 +220,10 @@ def _worker(
                 np.random.SeedSequence([settings.seed, worker, number]).generate_state(1)[0] >> 1
             )
             episode = record_episode(
-                env, policies[choice], seed, settings.max_episode_steps,
+                env,
+                policies[choice],
+                seed,
+                settings.max_episode_steps,
                 policy=labels[choice],
                 split="validation" if number % settings.validation_every == 0 else "train",
             )

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights
-from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.precision import autocast, fastest_precision
+from nfd_env.spaces import ActionCodec, space_from_dict
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,7 @@ class LatentDataset:
         """Transitions in all episodes."""
         return int(self._lengths.sum())
 
-    def windows(
-        self, rng: np.random.Generator, count: int, frames: int
-    ) -> tuple[Tensor, Tensor]:
+    def windows(self, rng: np.random.Generator, count: int, frames: int) -> tuple[Tensor, Tensor]:
         """Random windows of ``frames`` frames within episodes.
 
         Returns:

@@ -209,7 +209,9 @@ class EpisodeReference:
         """Name of the episode, unique in its data set."""
         return f"{self.shard.name}/{self.transition_offset}"
 
-    def _map(self, name: str, dtype: str, shape: tuple[int, ...], offset: int, n: int) -> np.ndarray:
+    def _map(
+        self, name: str, dtype: str, shape: tuple[int, ...], offset: int, n: int
+    ) -> np.ndarray:
         size = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
         path = self.shard / name
         if path.stat().st_size < (offset + n) * size:
@@ -239,7 +241,9 @@ class EpisodeReference:
     @cached_property
     def rewards(self) -> np.ndarray:
         """float32 (T,)."""
-        return np.array(self._map("rewards.bin", "float32", (), self.transition_offset, self.length))
+        return np.array(
+            self._map("rewards.bin", "float32", (), self.transition_offset, self.length)
+        )
 
     @cached_property
     def _ends(self) -> np.ndarray:

@@ -129,18 +129,12 @@ class Dynamics(nn.Module):
         """
         count = latents.shape[1]
         frames = torch.arange(count, device=latents.device)
-        query, key = frames[:, None], frames[None, :]
-        seen = sees(query, key, self.config.window)
-        itself = query == key
-        mask = torch.cat(
-            (torch.cat((seen, torch.zeros_like(seen)), 1), torch.cat((seen & ~itself, itself), 1))
-        )
         velocity = self._run(
             torch.cat((history, latents), 1),
             torch.cat((history_levels, levels), 1),
             torch.cat((actions, actions), 1),
             torch.cat((frames, frames))[None],
-            self._masked(mask),
+            self._two_copies(frames),
         )
         return velocity[:, count:]
 
@@ -180,6 +174,39 @@ class Dynamics(nn.Module):
 
         return attend
 
+    def _two_copies(self, frames: Tensor) -> Attend:
+        """Attention of [history | noisy] frames without the half of the mask that is empty.
+
+        Written with plain softmax: forward-mode differentiation has no rule for fused kernels.
+        """
+        count, tokens = len(frames), self.config.tokens
+        seen = sees(frames[:, None], frames[None, :], self.config.window)
+        before = seen & (frames[:, None] != frames[None, :])
+        seen, before = (
+            m.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for m in (seen, before)
+        )
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = q * q.shape[-1] ** -0.5
+            old, new = (
+                [x[:, part].flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
+                for part in (slice(count), slice(count, None))
+            )
+            history = _softmax(old[0] @ old[1].mT, seen) @ old[2]
+            # Each noisy frame's own tokens: (B, T, heads, P, P) scores.
+            frame_q, frame_k, frame_v = (x[:, count:].transpose(2, 3) for x in (q, k, v))
+            own = (frame_q @ frame_k.mT).transpose(1, 2).flatten(2, 3)
+            scores = torch.cat((new[0] @ old[1].mT, own), -1)
+            mask = torch.cat((before, before.new_ones(len(before), tokens)), -1)
+            weights = _softmax(scores, mask)
+            noisy = weights[..., :-tokens] @ old[2]
+            own_weights = weights[..., -tokens:].unflatten(2, (count, tokens)).transpose(1, 2)
+            noisy = noisy + (own_weights @ frame_v).transpose(1, 2).flatten(2, 3)
+            out = torch.cat((history, noisy), 2).transpose(1, 2)
+            return out.unflatten(1, (2 * count, tokens))
+
+        return attend
+
     def _run(
         self, latents: Tensor, levels: Tensor, actions: Tensor, frames: Tensor, attend: Attend
     ) -> Tensor:
@@ -211,3 +238,6 @@ class Dynamics(nn.Module):
         x = x.unflatten(2, (c.latent_height // p, c.latent_width // p))  # B F h w C p p
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
+
+def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(scores.dtype)

@@ -65,9 +65,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         (first, second), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1)
     else:
-        turned = torch.view_as_real(
-            torch.view_as_complex(pairs) * torch.view_as_complex(rotation)
-        )
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
     return turned.flatten(-2).to(x.dtype)
 
 

@@ -65,9 +65,7 @@ class FlowStage:
         self.settings = settings
         self._device = torch.device(settings.train.device)
         recordings = RecordedDataset(settings.recordings)
-        encode_recordings(
-            recordings, settings.tokenizer, settings.latents, settings.train.device
-        )
+        encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
         self._train = LatentDataset(recordings, settings.latents, "train")
         self._validation = LatentDataset(recordings, settings.latents, "validation")
         self._tokenizer = load_weights(settings.tokenizer, Tokenizer, TokenizerConfig)

@@ -87,9 +87,9 @@ class HeadsStage:
             else:
                 index = int(rng.integers(total))
                 number = int(np.searchsorted(self._cumulative, index, side="right"))
-                start = index - int(self._cumulative[number] - len(
-                    self._train.episodes[number].actions
-                ))
+                start = index - int(
+                    self._cumulative[number] - len(self._train.episodes[number].actions)
+                )
             rows.append(self._sequence(self._train.episodes[number], start))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 

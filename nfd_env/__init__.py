@@ -1,0 +1,47 @@
+"""Learned game worlds as batched Gymnasium environments.
+
+Importing this package only registers environment ids; torch is imported when an env is made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.envs.registration import register
+
+if TYPE_CHECKING:
+    from nfd_env.checkpoint import World, load_world, make_real
+    from nfd_env.envs.single_env import NFDEnv
+    from nfd_env.envs.vector_env import NFDVectorEnv
+
+__version__ = "0.1.0"
+__all__ = ["NFDEnv", "NFDVectorEnv", "World", "load_world", "make_real"]
+
+_WHERE = {
+    "NFDEnv": "nfd_env.envs.single_env",
+    "NFDVectorEnv": "nfd_env.envs.vector_env",
+    "World": "nfd_env.checkpoint",
+    "load_world": "nfd_env.checkpoint",
+    "make_real": "nfd_env.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used."""
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'nfd_env' has no attribute {name!r}")
+
+
+for _id, _kwargs in (
+    ("NFD/World-v0", {}),
+    ("NFD/DoomTakeCover-v0", {"world": "DoomTakeCover"}),
+):
+    register(
+        id=_id,
+        entry_point="nfd_env.envs.single_env:NFDEnv",
+        vector_entry_point="nfd_env.envs.vector_env:NFDVectorEnv",
+        kwargs=_kwargs,
+    )

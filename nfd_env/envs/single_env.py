@@ -1,0 +1,103 @@
+"""The learned world as a plain Gymnasium environment: a vector env of one."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
+
+
+class NFDEnv(gymnasium.Env):
+    """One copy of a learned world.
+
+    Spaces, rewards, ends, reset options and arguments are those of ``NFDVectorEnv`` without the
+    batch dimension; ``info`` holds ``hazard``, the probability with which the step could have
+    ended the episode.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(
+        self,
+        world: str | PathLike[str],
+        device: str | torch.device = "auto",
+        sampling_steps: int | None = None,
+        frame_skip: int = 1,
+        obs_type: str = "rgb",
+        output: str = "numpy",
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        """See ``NFDVectorEnv``."""
+        self.vector = NFDVectorEnv(
+            world,
+            num_envs=1,
+            device=device,
+            sampling_steps=sampling_steps,
+            frame_skip=frame_skip,
+            obs_type=obs_type,
+            output=output,
+            autoreset_mode=AutoresetMode.DISABLED,
+            max_episode_steps=max_episode_steps,
+            render_mode=render_mode,
+        )
+        self.world = self.vector.world
+        self.render_mode = render_mode
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+        self.metadata = {k: v for k, v in self.vector.metadata.items() if k != "autoreset_mode"}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start a new episode; see ``NFDVectorEnv`` for ``options``."""
+        super().reset(seed=seed)
+        observation, _ = self.vector.reset(seed=seed, options=options)
+        return observation[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Advance by one action; raises ValueError when it does not lie in the action space."""
+        if isinstance(action, torch.Tensor):
+            batch: Any = action[None]
+        else:
+            try:
+                batch = np.asarray(action)[None]
+            except ValueError:
+                raise ValueError(f"actions of {self.action_space} cannot be {action!r}") from None
+        observation, reward, terminated, truncated, info = self.vector.step(batch)
+        return (
+            observation[0],
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            {"hazard": float(info["hazard"][0])},
+        )
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        """The current frame, uint8 (H, W, 3), with ``render_mode="rgb_array"``."""
+        frames = self.vector.render()
+        return None if frames is None else frames[0]
+
+    def get_keys_to_action(self) -> dict[tuple[str, ...], int]:
+        """The world's keymap for ``gymnasium.utils.play``: single-letter keys to actions."""
+        source = self.world.spec.source
+        mapping: dict[tuple[str, ...], int] = {}
+        for name, keys in source.keys.items():
+            for key in keys:
+                if len(key) == 1 and name in source.action_names:
+                    mapping[(key,)] = source.action_names.index(name)
+        return mapping
+
+    def save_state(self) -> EnvState:
+        """See ``NFDVectorEnv.save_state``."""
+        return self.vector.save_state()
+
+    def restore_state(self, state: EnvState) -> Any:
+        """See ``NFDVectorEnv.restore_state``."""
+        return self.vector.restore_state(state)[0]

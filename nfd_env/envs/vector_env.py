@@ -1,0 +1,456 @@
+"""The learned world as a batched Gymnasium environment: all the env logic there is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from nfd_env.checkpoint import World, load_world
+from nfd_env.world_model import Context, WorldState, mix
+
+_START = 0x5354  # separates the choice of a start from the noise that follows it
+
+
+@dataclass
+class EnvState:
+    """A saved moment of a vector env, see ``NFDVectorEnv.save_state``."""
+
+    world: WorldState
+    shown: Tensor
+    steps: np.ndarray
+    ended: np.ndarray
+    seeds: list[int]
+    episodes: list[int]
+
+
+class NFDVectorEnv(VectorEnv):
+    """A batch of copies of a learned world, stepped together by one model.
+
+    ## Description
+    A Next-Frame Diffusion model (arXiv 2506.01380), trained on recorded play, draws the frame that
+    follows from the frames so far and the action. Each copy has its own history, seed and episode.
+
+    ## Action Space
+    ``num_envs`` times the action space of the recorded environment.
+
+    ## Observation Space
+    With ``obs_type="rgb"`` uint8 frames (num_envs, H, W, 3); with ``obs_type="latent"`` the
+    tokenizer's float32 latents (num_envs, C, h, w), which saves decoding.
+
+    ## Rewards
+    Predicted from the generated frames; the sum over the frames of a step. float64 (num_envs,), or
+    float32 with ``output="torch"``.
+
+    ## Starting State
+    Recorded moments that come with the world, chosen by seed and episode; or, per reset, frames of
+    the caller's own through ``options``.
+
+    ## Episode End
+    Termination: the model predicts each frame's probability of ending the episode, and it is drawn.
+    Truncation: after ``max_episode_steps`` steps.
+
+    ## Information
+    ``hazard``: the probability with which the step could have terminated, float (num_envs,).
+    With ``AutoresetMode.SAME_STEP`` also ``final_obs`` and ``final_info``.
+
+    ## Arguments
+    world: a world folder or the name of a shipped world.
+    num_envs: copies of the world.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    sampling_steps: denoising steps a frame; None for the world's default.
+    frame_skip: frames an action is repeated for.
+    obs_type: "rgb" or "latent".
+    output: "numpy", or "torch" for tensors on the model's device.
+    autoreset_mode: one of Gymnasium's three.
+    max_episode_steps: steps after which an episode is truncated; None for the world's default.
+    render_mode: None or "rgb_array".
+
+    ## Reset options
+    ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
+    ``num_envs`` such entries (None: a recorded start): continue from these frames.
+    ``start``: number of the recorded start to use, for every environment.
+    ``reset_mask``: bool (num_envs,), which environments to reset.
+
+    ## Reproducibility
+    All noise is a function of (seed, episode, frame number): the same seed gives the same rollout
+    bit for bit on one device, and slot i of a batch equals the single env with that slot's seed up
+    to floating-point tolerance. An int seed s gives slot i the seed s + i.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(
+        self,
+        world: str | PathLike[str],
+        num_envs: int = 1,
+        device: str | torch.device = "auto",
+        sampling_steps: int | None = None,
+        frame_skip: int = 1,
+        obs_type: str = "rgb",
+        output: str = "numpy",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: on an argument out of range.
+            CheckpointError: when the world cannot be loaded.
+            DeviceError: when the device is not there.
+        """
+        super().__init__()
+        _check_choice("obs_type", obs_type, ("rgb", "latent"))
+        _check_choice("output", output, ("numpy", "torch"))
+        _check_choice("render_mode", render_mode, (None, "rgb_array"))
+        for name, value in (("num_envs", num_envs), ("frame_skip", frame_skip)):
+            _check_at_least_one(name, value)
+        if max_episode_steps is not None:
+            _check_at_least_one("max_episode_steps", max_episode_steps)
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            raise ValueError(
+                f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, "
+                f"got {autoreset_mode!r}"
+            ) from None
+        self.world: World = load_world(world, device)
+        self.model = self.world.model
+        if sampling_steps is not None:
+            _check_at_least_one("sampling_steps", sampling_steps)
+            self.model = self.model.with_sampling(
+                replace(self.model.sampling, steps=sampling_steps)
+            )
+        self.num_envs, self.frame_skip = num_envs, frame_skip
+        self.obs_type, self.output, self.render_mode = obs_type, output, render_mode
+        self.max_episode_steps = max_episode_steps or self.world.spec.max_episode_steps or None
+        self.metadata = {
+            **self.metadata,
+            "render_fps": self.world.spec.fps / frame_skip,
+            "autoreset_mode": self.autoreset_mode,
+        }
+        if obs_type == "rgb":
+            height, width = self.world.spec.frame_size
+            self.single_observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
+        else:
+            shape = self.model.dynamics.config.latent_shape
+            self.single_observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.single_action_space = copy.deepcopy(self.world.action_space)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._state: WorldState | None = None
+        self._shown: Tensor | None = None
+        self._decoded: Tensor | None = None
+        self._steps = np.zeros(num_envs, np.int64)
+        self._ended = np.zeros(num_envs, bool)
+        self._seeds = [-1] * num_envs
+        self._episodes = [0] * num_envs
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each environment, -1 before the first reset."""
+        return tuple(self._seeds)
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | np.ndarray | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start new episodes; see the class for ``options``.
+
+        Args:
+            seed: an int (slot i gets ``seed`` + i), or one a slot; a slot without one goes on to
+                the next episode of the seed it has.
+            options: see the class.
+
+        Raises:
+            ValueError: on a seed, mask or context that cannot be used.
+        """
+        seeds = self._check_seeds(seed)
+        options = options or {}
+        unknown = set(options) - {"context", "start", "reset_mask"}
+        if unknown:
+            raise ValueError(
+                f"unknown reset option {sorted(unknown)[0]!r}; known: context, start, reset_mask"
+            )
+        mask = self._check_mask(options.get("reset_mask"))
+        rows = [int(r) for r in np.flatnonzero(mask)]
+        contexts = self._contexts(options, rows)
+        for row in rows:
+            given = seeds[row]
+            if given is not None:
+                self._seeds[row], self._episodes[row] = given, 0
+            elif self._seeds[row] < 0:
+                self._seeds[row] = int(np.random.SeedSequence().generate_state(1)[0])
+            else:
+                self._episodes[row] += 1
+        self._restart(rows, contexts)
+        return self._observe(), {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Advance every environment by one action (``frame_skip`` frames).
+
+        Args:
+            actions: (num_envs, ...), integers for discrete spaces; array, list or tensor.
+
+        Raises:
+            ValueError: when the actions do not lie in the action space.
+            gymnasium.error.ResetNeeded: before the first reset, and, with autoreset disabled, when
+                an environment has ended and was not reset.
+        """
+        if self._state is None:
+            raise gymnasium.error.ResetNeeded("call reset() before step()")
+        checked = self.world.codec.check(actions, self.num_envs)
+        waiting = self._ended
+        if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
+            raise gymnasium.error.ResetNeeded(
+                f"environment {int(np.flatnonzero(waiting)[0])} has ended; reset it, for example "
+                'with reset(options={"reset_mask": ended})'
+            )
+        reset_now = (
+            waiting if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros_like(waiting)
+        )
+        rewards, terminated, hazard = self._advance(checked, reset_now)
+        self._steps += 1
+        truncated = np.zeros_like(terminated)
+        if self.max_episode_steps is not None:
+            truncated = self._steps >= self.max_episode_steps
+        if reset_now.any():
+            rewards = rewards.masked_fill(self._tensor(reset_now), 0.0)
+            terminated, truncated = terminated & ~reset_now, truncated & ~reset_now
+            self._next_episodes(np.flatnonzero(reset_now))
+        self._ended = terminated | truncated
+        infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(~reset_now)}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
+            infos = self._finish(infos)
+            self._next_episodes(np.flatnonzero(self._ended))
+            self._ended = np.zeros_like(self._ended)
+            ended_now = (terminated, truncated)
+        else:
+            ended_now = (terminated, truncated)
+        if self.output == "torch":
+            ends = tuple(self._tensor(e) for e in ended_now)
+            return self._observe(), rewards, *ends, infos
+        infos = {k: _to_numpy(v) for k, v in infos.items()}
+        return self._observe(), rewards.double().cpu().numpy(), *ended_now, infos
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
+        if self.render_mode is None:
+            gymnasium.logger.warn('render() does nothing without render_mode="rgb_array"')
+            return None
+        return tuple(self.frames().cpu().numpy())
+
+    def frames(self) -> Tensor:
+        """The current frames, uint8 (num_envs, H, W, 3), whatever ``obs_type`` is."""
+        if self._shown is None:
+            raise gymnasium.error.ResetNeeded("call reset() before render()")
+        if self._decoded is None:
+            self._decoded = self.model.decode(self._shown)
+        return self._decoded.clone()
+
+    def save_state(self) -> EnvState:
+        """An independent copy of everything that the future depends on."""
+        if self._state is None or self._shown is None:
+            raise gymnasium.error.ResetNeeded("call reset() before save_state()")
+        return EnvState(
+            self._state.fork(),
+            self._shown.clone(),
+            self._steps.copy(),
+            self._ended.copy(),
+            list(self._seeds),
+            list(self._episodes),
+        )
+
+    def restore_state(self, state: EnvState) -> Any:
+        """Go back to a saved state, which may be restored again; returns its observation."""
+        if state.world.batch != self.num_envs:
+            raise ValueError(
+                f"the state has {state.world.batch} environments, this env has {self.num_envs}"
+            )
+        self._state, self._shown, self._decoded = state.world.fork(), state.shown.clone(), None
+        self._steps, self._ended = state.steps.copy(), state.ended.copy()
+        self._seeds, self._episodes = list(state.seeds), list(state.episodes)
+        return self._observe()
+
+    def _advance(self, actions: Tensor, skip: np.ndarray) -> tuple[Tensor, np.ndarray, Tensor]:
+        """Step the model ``frame_skip`` frames; rows in ``skip`` do not count."""
+        assert self._state is not None and self._shown is not None
+        encoded = self.world.codec.encode(actions)
+        running = torch.from_numpy(~skip).to(self.model.device)
+        rewards = torch.zeros(self.num_envs, device=self.model.device)
+        hazard = torch.zeros_like(rewards)
+        terminated = torch.zeros_like(running)
+        shown = self._shown
+        for _ in range(self.frame_skip):
+            if not bool(running.any()):
+                break
+            transition = self.model.step(self._state, encoded)
+            rewards = rewards + transition.reward * running
+            # The probability that the step ends the episode at one of its frames.
+            hazard = torch.where(running, 1 - (1 - hazard) * (1 - transition.hazard), hazard)
+            shown = torch.where(running[:, None, None, None], transition.latents, shown)
+            terminated = terminated | (running & transition.terminated)
+            running = running & ~transition.terminated
+        self._shown, self._decoded = shown, None
+        return rewards, terminated.cpu().numpy(), hazard
+
+    def _finish(self, infos: dict[str, Any]) -> dict[str, Any]:
+        """Add ``final_obs`` and ``final_info`` of the environments that have just ended."""
+        mask = self._tensor(self._ended)
+        final = self._observe()
+        if self.output == "torch":
+            infos = {**infos, "final_obs": final}
+        else:
+            rows = np.full(self.num_envs, None, dtype=object)
+            for row in np.flatnonzero(self._ended):
+                rows[row] = final[row]
+            infos = {**infos, "final_obs": rows}
+        infos["_final_obs"] = mask
+        infos["final_info"] = {"hazard": infos["hazard"], "_hazard": mask}
+        infos["_final_info"] = mask
+        return infos
+
+    def _next_episodes(self, rows: np.ndarray) -> None:
+        listed = [int(r) for r in rows]
+        for row in listed:
+            self._episodes[row] += 1
+        self._restart(listed, [None] * len(listed))
+
+    def _restart(self, rows: list[int], contexts: list[Context | None]) -> None:
+        keys = [(self._seeds[row], self._episodes[row]) for row in rows]
+        starts = self.world.starts
+        chosen = [
+            context or starts[mix(*key, _START) % len(starts)]
+            for context, key in zip(contexts, keys, strict=True)
+        ]
+        state = self.model.start(chosen, keys)
+        shown = torch.stack([c.latents[-1] for c in chosen]).to(self.model.device, torch.float32)
+        if self._state is None:
+            self._state, self._shown = state, shown
+        else:
+            assert self._shown is not None
+            self._state.put(rows, state)
+            index = torch.tensor(rows, device=self.model.device)
+            self._shown = self._shown.index_copy(0, index, shown)
+        self._decoded = None
+        self._steps[rows], self._ended[rows] = 0, False
+
+    def _observe(self) -> Any:
+        assert self._shown is not None
+        observation = self.frames() if self.obs_type == "rgb" else self._shown.clone()
+        return observation if self.output == "torch" else observation.cpu().numpy()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy()).to(self.model.device)
+
+    def _check_seeds(self, seed: Any) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            seeds: list[int | None] = [int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = [None if s is None else int(s) for s in seed]
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
+        if any(s is not None and s < 0 for s in seeds):
+            raise ValueError(f"seeds must not be negative, got {seed}")
+        return seeds
+
+    def _check_mask(self, mask: Any) -> np.ndarray:
+        if mask is None or (self._state is None and np.all(mask)):
+            return np.ones(self.num_envs, bool)
+        mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(
+                f"reset_mask must be a bool array of shape ({self.num_envs},), "
+                f"got {mask.dtype} {mask.shape}"
+            )
+        if not mask.any():
+            raise ValueError("reset_mask selects no environment")
+        if self._state is None:
+            raise gymnasium.error.ResetNeeded("the first reset() must reset every environment")
+        return mask
+
+    def _contexts(self, options: Mapping[str, Any], rows: list[int]) -> list[Context | None]:
+        given = options.get("context")
+        start = options.get("start")
+        if given is not None and start is not None:
+            raise ValueError("give either the reset option context or start, not both")
+        if start is not None:
+            if not 0 <= start < len(self.world.starts):
+                raise ValueError(
+                    f"start must be from 0 to {len(self.world.starts) - 1}, got {start}"
+                )
+            return [self.world.starts[start]] * len(rows)
+        if given is None:
+            return [None] * len(rows)
+        entries = [given] * self.num_envs if isinstance(given, Mapping) else list(given)
+        if len(entries) != self.num_envs:
+            raise ValueError(
+                f"context needs one entry per environment, got {len(entries)} for {self.num_envs}"
+            )
+        return [None if entries[r] is None else self._encode_context(entries[r]) for r in rows]
+
+    def _encode_context(self, entry: Mapping[str, Any]) -> Context:
+        """Latents and encoded actions of recorded frames.
+
+        Raises:
+            ValueError: on frames or actions of the wrong shape, type or number.
+        """
+        if not isinstance(entry, Mapping) or "frames" not in entry:
+            raise ValueError('a context is {"frames": (T, H, W, 3), "actions": (T-1, ...)}')
+        frames = np.asarray(entry["frames"])
+        height, width = self.world.spec.frame_size
+        if frames.ndim != 4 or frames.shape[1:] != (height, width, 3) or not len(frames):
+            raise ValueError(
+                f"context frames must have shape (T, {height}, {width}, 3) with T >= 1, "
+                f"got {frames.shape}"
+            )
+        if frames.dtype != np.uint8:
+            raise ValueError(f"context frames must be uint8, got {frames.dtype}")
+        actions = np.asarray(entry.get("actions", ()))
+        codec = self.world.codec
+        if len(actions) != len(frames) - 1:
+            raise ValueError(
+                f"{len(frames)} context frames need {len(frames) - 1} actions, one between each "
+                f"two, got {len(actions)}"
+            )
+        # Only what the model can still see, to encode no more than needed.
+        keep = self.model.dynamics.config.window
+        frames, actions = frames[-keep:], actions[-keep:] if len(frames) > keep else actions
+        into = torch.zeros(len(frames), codec.width)
+        if len(actions):
+            encoded = codec.encode(codec.check(actions, len(actions)))
+            into[-len(encoded) :] = encoded
+        return Context(self.model.encode(torch.from_numpy(frames.copy())), into)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _check_at_least_one(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _to_numpy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu().numpy().copy()
+    if isinstance(value, dict):
+        return {k: _to_numpy(v) for k, v in value.items()}
+    return value

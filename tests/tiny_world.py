@@ -1,0 +1,74 @@
+"""A world of tiny, randomly initialised networks: everything works, nothing looks like a game."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nfd_env.checkpoint import WorldSpec, save_world
+from nfd_env.envs.real import SourceConfig
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.world_model import Context, SamplingConfig
+
+DISCRETE = {"type": "Discrete", "n": 3, "start": 0}
+
+
+def make_tiny_world(
+    folder: Path,
+    action_space: dict[str, Any] | None = None,
+    hazard_bias: float = -3.0,
+    window: int = 5,
+    starts: int = 6,
+    seed: int = 0,
+) -> Path:
+    """Write a world of 32 x 48 frames; about one step in 20 ends an episode by default."""
+    torch.manual_seed(seed)
+    action_space = action_space or DISCRETE
+    width = ActionCodec(space_from_dict(action_space)).width
+    tokenizer = Tokenizer(
+        TokenizerConfig(encoder_channels=[8, 8, 8], decoder_channels=[8, 8, 8], latent_channels=4)
+    ).eval()
+    dynamics = Dynamics(
+        DynamicsConfig(
+            latent_channels=4,
+            latent_height=4,
+            latent_width=6,
+            patch=2,
+            action_width=width,
+            width=32,
+            layers=2,
+            heads=2,
+            window=window,
+        )
+    ).eval()
+    heads = Heads(
+        HeadsConfig(latent_size=96, action_width=width, width=16, reward_values=[-1.0, 0.0, 1.0])
+    ).eval()
+    with torch.no_grad():
+        for module in (dynamics.modulation, dynamics.output):  # these start at zero
+            module.weight.normal_(std=0.1)
+            module.bias.normal_(std=0.1)
+        heads.output.weight.mul_(3)
+        heads.output.bias[0] = hazard_bias
+    contexts = [Context(torch.randn(3, 4, 4, 6), torch.zeros(3, width)) for _ in range(starts)]
+    spec = WorldSpec(
+        name="Tiny",
+        frame_size=[32, 48],
+        fps=35.0,
+        action_space=action_space,
+        source=SourceConfig(
+            env_id="CartPole-v1",
+            frames="render",
+            size=[32, 48],
+            action_names=["noop", "right", "left"],
+            keys={"right": ["right", "d"], "left": ["left", "a"]},
+        ),
+        sampling=SamplingConfig(steps=2),
+    )
+    save_world(folder, spec, tokenizer, dynamics, heads, contexts, {"made_by": "tests"})
+    return folder
