@@ -1,0 +1,1 @@
+"""Agents that record, learn in and play the worlds; ``nfd_env`` never imports them."""

@@ -31,8 +31,10 @@ from nfd_env import config
 from nfd_env.envs.real import SourceConfig, make_source
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.packing import pack_linears
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.precision import fastest_precision
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.world_model import Context, SamplingConfig, WorldModel
 
@@ -120,7 +122,7 @@ def find_world(world: str | os.PathLike[str]) -> Path:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+    """Resolve "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
         DeviceError: when it is not there; there is no silent fallback.
@@ -141,25 +143,41 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def load_world(world: str | os.PathLike[str], device: str | torch.device = "auto") -> World:
+def load_world(
+    world: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+) -> World:
     """Load a world; loading the same one again in a process returns the same weights.
 
     Args:
         world: a world folder, or the name of a shipped world.
         device: see ``resolve_device``.
+        precision: "fp32", "bf16", or "auto": bf16 where this machine multiplies bf16 matrices at
+            least twice as fast. Weights, activations and the cache are kept in it; latents and the
+            heads stay fp32.
 
     Raises:
         UnknownWorldError: when there is no such world.
+        ValueError: on an unknown precision.
         CheckpointError: when a file is missing, damaged or does not belong to the others.
         DeviceError: when the device is not there.
     """
     folder = find_world(world).resolve()
     changed = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()))
-    return _load(folder, changed, resolve_device(device))
+    resolved = resolve_device(device)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        if precision == "auto":
+            precision = fastest_precision(resolved, advantage=2.0)
+        return _load(folder, changed, resolved, precision)
 
 
 @functools.lru_cache(maxsize=8)
-def _load(folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device) -> World:
+def _load(
+    folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device, precision: str
+) -> World:
     spec = read_spec(folder)
     tokenizer = load_weights(folder / "tokenizer.safetensors", Tokenizer, TokenizerConfig)
     dynamics = load_weights(folder / "dynamics.safetensors", Dynamics, DynamicsConfig)
@@ -180,6 +198,11 @@ def _load(folder: Path, changed: tuple[tuple[str, int], ...], device: torch.devi
         raise CheckpointError(f"{folder}: the networks were trained for another action space")
     for network in (tokenizer, dynamics, heads):
         network.to(device).requires_grad_(False)
+    if precision == "bf16":
+        tokenizer.to(torch.bfloat16)
+        dynamics.to(torch.bfloat16)
+    pack_linears(dynamics.blocks, rows=2 * dynamics.config.tokens)
+    pack_linears(dynamics.modulation, rows=2)
     model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
     return World(folder, spec, model, space, codec, _load_starts(folder, shape))
 
@@ -248,8 +271,12 @@ def save_world(
         provenance: plain values: data, commands, seeds, wall times, metrics.
     """
     folder = Path(folder)
+    if folder.is_dir() and not (folder / "world.yaml").exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is in the way: it is not empty and holds no world")
     temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     half = torch.float16
     save_weights(temporary / "tokenizer.safetensors", tokenizer, tokenizer.config, half)
@@ -265,12 +292,11 @@ def save_world(
     for name, values in (("world", config.to_dict(spec)), ("provenance", dict(provenance))):
         (temporary / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     if folder.exists():
-        if not (folder / "world.yaml").exists() and any(folder.iterdir()):
-            raise CheckpointError(f"{folder} is in the way: it is not empty and holds no world")
-        shutil.rmtree(folder)
+        os.replace(folder, replaced)
     os.replace(temporary, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _folder_name(name: str) -> str:
-    """ "DoomTakeCover" -> "doom_take_cover"; folder names stay as they are."""
+    """Turn "DoomTakeCover" into "doom_take_cover"; folder names stay as they are."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

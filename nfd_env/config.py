@@ -31,14 +31,16 @@ def from_mapping(schema: type[T], values: Mapping[str, Any], where: str = "confi
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
         missing = OmegaConf.missing_keys(merged)
-        if missing:
-            raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
-        result = OmegaConf.to_object(merged)
+        result = None if missing else OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         at = f"{where}: {key}: " if key else f"{where}: "
         raise ConfigError(f"{at}{reason}") from None
+    except ValueError as error:  # the dataclass's own check of its values
+        raise ConfigError(f"{where}: {error}") from None
+    if missing:
+        raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
     assert isinstance(result, schema)
     return result
 

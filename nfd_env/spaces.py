@@ -73,7 +73,7 @@ class ActionCodec:
         self.dtype = torch.float32 if isinstance(space, spaces.Box) else torch.int64
 
     def check(self, actions: Any, batch: int) -> Tensor:
-        """A batch of actions as a tensor of shape (batch, \\*shape).
+        """A batch of actions as a tensor of shape (batch, *shape).
 
         Raises:
             ValueError: on a wrong shape, type or value; the message says which.
@@ -124,7 +124,7 @@ class ActionCodec:
             )
 
     def encode(self, actions: Tensor) -> Tensor:
-        """(..., \\*shape) actions -> float32 (..., width)."""
+        """(..., *shape) actions -> float32 (..., width)."""
         space = self.space
         if isinstance(space, spaces.Discrete):
             index = actions.long() - int(space.start)

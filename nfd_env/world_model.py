@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nfd_env.flow.solvers import level_grid, sample_dpm_solver_pp, sample_euler
+from nfd_env.flow.solvers import (
+    level_grid,
+    sample_consistency,
+    sample_dpm_solver_pp,
+    sample_euler,
+)
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
@@ -21,6 +26,7 @@ from nfd_env.models.rollout import Sampler, denoise, new_cache
 from nfd_env.models.tokenizer import Tokenizer
 
 SAMPLERS = {"euler": sample_euler, "dpm_solver_pp": sample_dpm_solver_pp}
+CONSISTENCY = "consistency"
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class SamplingConfig:
 
     Attributes:
         steps: denoising steps a frame, each one transformer pass.
-        sampler: "euler" or "dpm_solver_pp".
+        sampler: "euler" or "dpm_solver_pp"; "consistency" for distilled dynamics, whose frames hold
+            from 1 step on.
         shift: > 1 spends more of the steps near the noise, see ``level_grid``.
         history_level: noise level at which finished frames are remembered.
     """
@@ -43,12 +50,25 @@ class SamplingConfig:
         """Check the ranges."""
         if self.steps < 1:
             raise ValueError(f"sampling_steps must be at least 1, got {self.steps}")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        known = (*SAMPLERS, CONSISTENCY)
+        if self.sampler not in known:
+            raise ValueError(f"sampler must be one of {', '.join(known)}, got {self.sampler!r}")
 
-    def make(self) -> Sampler:
-        """The sampler as a function of (velocity, noise)."""
-        levels, function = level_grid(self.steps, self.shift), SAMPLERS[self.sampler]
+    @property
+    def renoisings(self) -> int:
+        """Noises that a frame needs beyond its first."""
+        return self.steps - 1 if self.sampler == CONSISTENCY else 0
+
+    def make(self, renoise: Sequence[Tensor] = ()) -> Sampler:
+        """The sampler as a function of (velocity, noise).
+
+        Args:
+            renoise: ``renoisings`` further noises, each shaped like the first.
+        """
+        levels = level_grid(self.steps, self.shift)
+        if self.sampler == CONSISTENCY:
+            return lambda velocity, noise: sample_consistency(velocity, noise, levels, renoise)
+        function = SAMPLERS[self.sampler]
         return lambda velocity, noise: function(velocity, noise, levels)
 
 
@@ -147,13 +167,12 @@ class WorldModel:
         """Put the networks together; they must be on one device and in eval mode."""
         self.tokenizer, self.dynamics, self.heads = tokenizer, dynamics, heads
         self.sampling = sampling
-        self._sampler = sampling.make()
         self._generator = torch.Generator()
 
     def with_sampling(self, sampling: SamplingConfig) -> WorldModel:
         """The same networks under another sampling configuration."""
         model = copy.copy(self)
-        model.sampling, model._sampler = sampling, sampling.make()
+        model.sampling = sampling
         model._generator = torch.Generator()
         return model
 
@@ -161,6 +180,11 @@ class WorldModel:
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.dynamics.embed.weight.device
+
+    @property
+    def precision(self) -> str:
+        """The number format of tokenizer and dynamics, "fp32" or "bf16"."""
+        return "bf16" if self.dynamics.embed.weight.dtype == torch.bfloat16 else "fp32"
 
     @torch.inference_mode()
     def start(self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]]) -> WorldState:
@@ -214,7 +238,7 @@ class WorldModel:
             self._draw(seed, frame + 1)
             for seed, frame in zip(state.seeds, state.frame, strict=True)
         ]
-        noise, history, uniform = (
+        noise, history, uniform, renoise = (
             torch.stack(part).to(self.device) for part in zip(*draws, strict=True)
         )
         action = actions[:, None].to(self.device, torch.float32)
@@ -226,7 +250,7 @@ class WorldModel:
             state.action,
             action,
             noise[:, None],
-            self._sampler,
+            self.sampling.make(renoise[:, :, None].unbind(1)),
             level,
         )
         state.remembered = torch.lerp(made, history[:, None], level)
@@ -246,16 +270,20 @@ class WorldModel:
         """uint8 frames (B, H, W, 3) -> latents (B, C, h, w)."""
         return self.tokenizer.encode_frames(frames.to(self.device))
 
-    def _draw(self, seed: tuple[int, int], frame: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The new frame's noise, its history noise, and a uniform number for its end.
+    def _draw(self, seed: tuple[int, int], frame: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The new frame's noise, its history noise, a uniform number for its end, and renoisings.
 
-        All are a function of (environment seed, episode, frame number) alone, never of the row or
-        of how many rows there are, and are drawn on the CPU on every device.
+        The last are stacked, (``renoisings``, C, h, w). All are a function of (environment seed,
+        episode, frame number) alone, never of the row or of how many rows there are, and are drawn
+        on the CPU on every device.
         """
         self._generator.manual_seed(mix(*seed, frame))
         shape = self.dynamics.config.latent_shape
         both = torch.randn((2, *shape), generator=self._generator)
-        return both[0], both[1], torch.rand((), generator=self._generator)
+        uniform = torch.rand((), generator=self._generator)
+        # Drawn last, so that the sampler's choice leaves the other draws as they are.
+        more = torch.randn((self.sampling.renoisings, *shape), generator=self._generator)
+        return both[0], both[1], uniform, more
 
 
 def mix(*numbers: int) -> int:

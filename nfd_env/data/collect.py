@@ -119,10 +119,12 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
     spec.save(folder)
     there = {p.name.split("-")[1] for p in folder.glob("shard-*")}
     wanted = {_writer(w) for w in range(settings.workers)}
-    if there - wanted:
+    if there and there != wanted:
         raise RecordingError(
             f"{folder} was recorded with {len(there)} workers; go on with workers={len(there)}"
         )
+    for name in wanted:  # at once, so that they tell the number of workers from here on
+        (folder / f"shard-{name}-00000").mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", RecordedDataset(folder).frame_count)
     failures = context.SimpleQueue()
@@ -205,13 +207,16 @@ def _worker(
             if e.shard.name.split("-")[1] == _writer(worker)
         ]
         played = {label: 0 for label in _labels(settings)}
-        for episode in mine:
-            played[episode.policy] += episode.length + 1
+        total = 0
+        for episode in mine:  # perhaps by policies that are no longer in the mixture
+            total += episode.length + 1
+            if episode.policy in played:
+                played[episode.policy] += episode.length + 1
         goal = settings.frames // settings.workers + (worker < settings.frames % settings.workers)
         env = make_source(settings.source, **settings.recording_kwargs)
         policies = [make_policy(p.policy, dict(p.kwargs), p.mistakes) for p in settings.policies]
         number = len(mine)
-        while sum(played.values()) < goal:
+        while total < goal:
             # The policy that lags most behind its share plays next: resuming needs no more state.
             labels = list(played)
             shares = [p.share for p in settings.policies]
@@ -229,6 +234,7 @@ def _worker(
             )
             writer.add(episode)
             played[labels[choice]] += len(episode) + 1
+            total += len(episode) + 1
             number += 1
             with counter.get_lock():
                 counter.value += len(episode) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,7 +33,6 @@ class Episode:
     seed: int = 0
     policy: str = "unknown"
     split: str = "train"
-    extra: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check lengths and types.

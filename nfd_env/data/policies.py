@@ -69,7 +69,7 @@ class SB3Agent:
 
 
 class Mistaken:
-    """Another policy, replaced now and then by held random actions, so that it gets off its path."""
+    """Another policy, now and then replaced by held random actions, to get off its path."""
 
     def __init__(self, policy: BehaviourPolicy, rate: float, low: int = 4, high: int = 20) -> None:
         """Begin a random stretch of ``low`` to ``high`` steps with probability ``rate`` a step."""

@@ -176,7 +176,6 @@ class ShardWriter:
             "seed": episode.seed,
             "policy": episode.policy,
             "split": episode.split,
-            **episode.extra,
         }
         with open(self.shard / "episodes.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")

@@ -72,7 +72,10 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
         arguments.setdefault("render_mode", "rgb_array")
     elif source.frames != "observation":
         raise SourceError(f"source.frames must be observation or render, got {source.frames!r}")
-    env = gymnasium.make(source.env_id, **arguments)
+    try:
+        env = gymnasium.make(source.env_id, **arguments)
+    except gymnasium.error.Error as error:  # not registered, or a package of its own is missing
+        raise SourceError(f"the real game {source.env_id} cannot be made: {error}") from None
     return FrameObservation(env, source)
 
 
@@ -122,7 +125,7 @@ class FrameObservation(gymnasium.Wrapper):
         frame = self._raw(observation)[self._crop]
         if (frame.shape[1], frame.shape[0]) != self._size:
             frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
-        return np.ascontiguousarray(frame)
+        return np.array(frame, order="C")  # a copy: the environment may draw over its own
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; returns the first frame."""

@@ -33,6 +33,7 @@ class NFDEnv(gymnasium.Env):
         output: str = "numpy",
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
+        precision: str = "auto",
     ) -> None:
         """See ``NFDVectorEnv``."""
         self.vector = NFDVectorEnv(
@@ -46,6 +47,7 @@ class NFDEnv(gymnasium.Env):
             autoreset_mode=AutoresetMode.DISABLED,
             max_episode_steps=max_episode_steps,
             render_mode=render_mode,
+            precision=precision,
         )
         self.world = self.vector.world
         self.render_mode = render_mode

@@ -33,6 +33,18 @@ class EnvState:
     seeds: list[int]
     episodes: list[int]
 
+    def take(self, rows: Sequence[int]) -> EnvState:
+        """An independent copy of some environments, in this order, repeated where repeated."""
+        listed = [int(r) for r in rows]
+        return EnvState(
+            self.world.take(listed),
+            self.shown[torch.as_tensor(listed, device=self.shown.device)],
+            self.steps[listed],
+            self.ended[listed],
+            [self.seeds[r] for r in listed],
+            [self.episodes[r] for r in listed],
+        )
+
 
 class NFDVectorEnv(VectorEnv):
     """A batch of copies of a learned world, stepped together by one model.
@@ -75,6 +87,7 @@ class NFDVectorEnv(VectorEnv):
     autoreset_mode: one of Gymnasium's three.
     max_episode_steps: steps after which an episode is truncated; None for the world's default.
     render_mode: None or "rgb_array".
+    precision: "fp32", "bf16", or "auto" for bf16 where the machine is much faster in it.
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
@@ -102,6 +115,7 @@ class NFDVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
+        precision: str = "auto",
     ) -> None:
         """See the class.
 
@@ -125,7 +139,7 @@ class NFDVectorEnv(VectorEnv):
                 f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, "
                 f"got {autoreset_mode!r}"
             ) from None
-        self.world: World = load_world(world, device)
+        self.world: World = load_world(world, device, precision)
         self.model = self.world.model
         if sampling_steps is not None:
             _check_at_least_one("sampling_steps", sampling_steps)
@@ -213,7 +227,7 @@ class NFDVectorEnv(VectorEnv):
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         checked = self.world.codec.check(actions, self.num_envs)
-        waiting = self._ended
+        waiting = self._ended.copy()
         if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
             raise gymnasium.error.ResetNeeded(
                 f"environment {int(np.flatnonzero(waiting)[0])} has ended; reset it, for example "
@@ -237,14 +251,11 @@ class NFDVectorEnv(VectorEnv):
             infos = self._finish(infos)
             self._next_episodes(np.flatnonzero(self._ended))
             self._ended = np.zeros_like(self._ended)
-            ended_now = (terminated, truncated)
-        else:
-            ended_now = (terminated, truncated)
+        observation = self._observe()
         if self.output == "torch":
-            ends = tuple(self._tensor(e) for e in ended_now)
-            return self._observe(), rewards, *ends, infos
+            return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
         infos = {k: _to_numpy(v) for k, v in infos.items()}
-        return self._observe(), rewards.double().cpu().numpy(), *ended_now, infos
+        return observation, rewards.double().cpu().numpy(), terminated, truncated, infos
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
@@ -261,21 +272,34 @@ class NFDVectorEnv(VectorEnv):
             self._decoded = self.model.decode(self._shown)
         return self._decoded.clone()
 
-    def save_state(self) -> EnvState:
-        """An independent copy of everything that the future depends on."""
+    def save_state(self, rows: Sequence[int] | None = None) -> EnvState:
+        """An independent copy of everything that the future depends on.
+
+        Args:
+            rows: of these environments only, in this order; one may be named repeatedly.
+        """
         if self._state is None or self._shown is None:
             raise gymnasium.error.ResetNeeded("call reset() before save_state()")
-        return EnvState(
-            self._state.fork(),
-            self._shown.clone(),
-            self._steps.copy(),
-            self._ended.copy(),
-            list(self._seeds),
-            list(self._episodes),
+        here = EnvState(
+            self._state, self._shown, self._steps, self._ended, self._seeds, self._episodes
         )
+        return here.take(range(self.num_envs) if rows is None else rows)
 
-    def restore_state(self, state: EnvState) -> Any:
-        """Go back to a saved state, which may be restored again; returns its observation."""
+    def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
+        """Go back to a saved state, which may be restored again; returns its observation.
+
+        Args:
+            state: as ``save_state`` made it, possibly in another env of the same world.
+            rows: the environments to put it into, one for each in ``state``; the others stay as
+                they are. All of them by default.
+
+        Raises:
+            ValueError: when the state has another number of environments.
+            gymnasium.error.ResetNeeded: with ``rows``, before the first reset.
+        """
+        if rows is not None:
+            self._put_rows([int(r) for r in rows], state)
+            return self._observe()
         if state.world.batch != self.num_envs:
             raise ValueError(
                 f"the state has {state.world.batch} environments, this env has {self.num_envs}"
@@ -284,6 +308,18 @@ class NFDVectorEnv(VectorEnv):
         self._steps, self._ended = state.steps.copy(), state.ended.copy()
         self._seeds, self._episodes = list(state.seeds), list(state.episodes)
         return self._observe()
+
+    def _put_rows(self, rows: list[int], state: EnvState) -> None:
+        if self._state is None or self._shown is None:
+            raise gymnasium.error.ResetNeeded("call reset() before restore_state() of some rows")
+        if len(rows) != state.world.batch or len(set(rows)) != len(rows):
+            raise ValueError(f"a state of {state.world.batch} environments cannot go into {rows}")
+        self._state.put(rows, state.world)
+        index = torch.tensor(rows, device=self._shown.device)
+        self._shown, self._decoded = self._shown.index_copy(0, index, state.shown), None
+        self._steps[rows], self._ended[rows] = state.steps, state.ended
+        for row, seed, episode in zip(rows, state.seeds, state.episodes, strict=True):
+            self._seeds[row], self._episodes[row] = seed, episode
 
     def _advance(self, actions: Tensor, skip: np.ndarray) -> tuple[Tensor, np.ndarray, Tensor]:
         """Step the model ``frame_skip`` frames; rows in ``skip`` do not count."""
@@ -361,8 +397,12 @@ class NFDVectorEnv(VectorEnv):
             return [None] * self.num_envs
         if isinstance(seed, int | np.integer):
             seeds: list[int | None] = [int(seed) + i for i in range(self.num_envs)]
-        else:
+        elif isinstance(seed, Sequence | np.ndarray) and all(
+            s is None or isinstance(s, int | np.integer) for s in seed
+        ):
             seeds = [None if s is None else int(s) for s in seed]
+        else:
+            raise ValueError(f"a seed must be a whole number or one for each slot, got {seed!r}")
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
         if any(s is not None and s < 0 for s in seeds):
@@ -370,7 +410,7 @@ class NFDVectorEnv(VectorEnv):
         return seeds
 
     def _check_mask(self, mask: Any) -> np.ndarray:
-        if mask is None or (self._state is None and np.all(mask)):
+        if mask is None:
             return np.ones(self.num_envs, bool)
         mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
         if mask.shape != (self.num_envs,) or mask.dtype != bool:
@@ -380,7 +420,7 @@ class NFDVectorEnv(VectorEnv):
             )
         if not mask.any():
             raise ValueError("reset_mask selects no environment")
-        if self._state is None:
+        if self._state is None and not mask.all():
             raise gymnasium.error.ResetNeeded("the first reset() must reset every environment")
         return mask
 
@@ -390,13 +430,16 @@ class NFDVectorEnv(VectorEnv):
         if given is not None and start is not None:
             raise ValueError("give either the reset option context or start, not both")
         if start is not None:
-            if not 0 <= start < len(self.world.starts):
+            known = isinstance(start, int | np.integer) and 0 <= start < len(self.world.starts)
+            if not known:
                 raise ValueError(
-                    f"start must be from 0 to {len(self.world.starts) - 1}, got {start}"
+                    f"start must be from 0 to {len(self.world.starts) - 1}, got {start!r}"
                 )
             return [self.world.starts[start]] * len(rows)
         if given is None:
             return [None] * len(rows)
+        if not isinstance(given, Mapping | Sequence):
+            raise ValueError(f"context must be a mapping or a list of them, got {given!r}")
         entries = [given] * self.num_envs if isinstance(given, Mapping) else list(given)
         if len(entries) != self.num_envs:
             raise ValueError(
@@ -421,7 +464,8 @@ class NFDVectorEnv(VectorEnv):
             )
         if frames.dtype != np.uint8:
             raise ValueError(f"context frames must be uint8, got {frames.dtype}")
-        actions = np.asarray(entry.get("actions", ()))
+        given = entry.get("actions")
+        actions = np.atleast_1d(() if given is None else given)
         codec = self.world.codec
         if len(actions) != len(frames) - 1:
             raise ValueError(

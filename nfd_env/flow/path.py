@@ -1,7 +1,8 @@
-"""The straight path between data and noise, and its TrigFlow reparametrisation.
+"""The straight path between data and noise; ``nfd_env.flow.trigflow`` bends it to a circle.
 
-Throughout, the *level* s in [0, 1] says how noisy a frame is: x_s = (1 - s) x0 + s eps, so 0 is data
-and 1 is noise. Levels have the shape of the leading dimensions (batch, frames) of what they scale.
+Throughout, the *level* s in [0, 1] says how noisy a frame is: x_s = (1 - s) x0 + s eps, so 0 is
+data and 1 is noise. Levels have the shape of the leading dimensions (batch,
+frames) of what they scale.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,36 @@ def sample_dpm_solver_pp(velocity: Velocity, noise: Tensor, levels: list[float])
         weight = (1 - after) - after / now * (1 - now)
         x = after / now * x + weight * extrapolated
         previous, previous_lambda = estimate, now_lambda
+    return x
+
+
+def sample_consistency(
+    velocity: Velocity, noise: Tensor, levels: list[float], renoise: Sequence[Tensor]
+) -> Tensor:
+    """Multistep consistency sampling, arXiv 2303.01469 algorithm 1, of a distilled network.
+
+    At each level the data estimate x0 = x_s - s v is where the flow would end; between the levels
+    it is noised again with fresh noise. One step is ``noise`` - v(``noise``, 1).
+
+    Args:
+        velocity: of the distilled network.
+        noise: x at ``levels[0]`` = 1.
+        levels: from 1 to 0, see ``level_grid``.
+        renoise: one tensor shaped like ``noise`` for each step after the first; more are ignored.
+
+    Raises:
+        ValueError: when ``renoise`` is too short.
+    """
+    if len(renoise) < len(levels) - 2:
+        raise ValueError(
+            f"{len(levels) - 1} consistency steps need {len(levels) - 2} further noises, "
+            f"got {len(renoise)}"
+        )
+    x = noise
+    for step, (now, after) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        x = x - now * velocity(x, now)
+        if step < len(levels) - 2:
+            x = torch.lerp(x, renoise[step], after)
     return x
 
 

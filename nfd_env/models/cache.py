@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from nfd_env.models.layers import Attend
+from nfd_env.models.layers import Attend, attend_packed
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class FrameCache:
         """
         self.window, self.ring = window, window - 1 + commits
         self.drafts, self.commits, self.tokens = drafts, commits, tokens
-        shape = (layers, batch, self.ring + drafts, tokens, heads, head_width)
+        shape = (layers, batch, heads, self.ring + drafts, tokens, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -115,7 +114,9 @@ class FrameCache:
         key_frames = torch.cat((held, frames[:, commit:]), 1)
         mask = sees(frames[:, :, None], key_frames[:, None, :], self.window)
         mask = (mask & (key_frames >= 0)[:, None]).repeat_interleave(self.tokens, 1)
-        mask = mask.repeat_interleave(self.tokens, 2)[:, None]
+        hidden = ~mask.repeat_interleave(self.tokens, 2)[:, None]
+        additive = torch.zeros(hidden.shape, device=device, dtype=self.keys.dtype)
+        additive = additive.masked_fill(hidden, -torch.inf)
         rows = torch.arange(self.batch, device=device)[:, None]
         slots = frames[:, :commit] % self.ring
         last = self.ring + count - commit
@@ -123,14 +124,15 @@ class FrameCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             for buffer, new in ((keys, k), (values, v)):
+                new = new.transpose(2, 3)  # B F heads P c
                 if commit:
-                    buffer[rows, slots] = new[:, :commit].to(buffer.dtype)
-                buffer[:, self.ring : last] = new[:, commit:]
-            out = functional.scaled_dot_product_attention(
+                    buffer[rows, :, slots] = new[:, :commit]
+                buffer[:, :, self.ring : last] = new[:, commit:].transpose(1, 2)
+            out = attend_packed(
                 q.flatten(1, 2).transpose(1, 2),
-                keys[:, :last].flatten(1, 2).transpose(1, 2).to(q.dtype),
-                values[:, :last].flatten(1, 2).transpose(1, 2).to(q.dtype),
-                attn_mask=mask,
+                keys[:, :, :last].flatten(2, 3),
+                values[:, :, :last].flatten(2, 3),
+                additive,
             )
             return out.transpose(1, 2).reshape(q.shape)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.models.cache import FrameCache, sees
-from nfd_env.models.layers import Attend, Block, FrameRotation, sinusoid
+from nfd_env.models.layers import Attend, Block, FrameRotation, RMSNorm, sinusoid
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class DynamicsConfig:
         heads: attention heads.
         window: a frame attends to itself and to at most ``window`` - 1 frames before it.
         qk_norm: normalise queries and keys.
+        modulation_rank: rank of the adaLN projection; 0 for a full matrix. See ``with_low_rank``.
     """
 
     latent_channels: int = 16
@@ -39,6 +40,7 @@ class DynamicsConfig:
     heads: int = 4
     window: int = 16
     qk_norm: bool = False
+    modulation_rank: int = 0
 
     def __post_init__(self) -> None:
         """Check that the sizes divide."""
@@ -77,15 +79,20 @@ class Dynamics(nn.Module):
         self.embed_action = nn.Sequential(
             nn.Linear(config.action_width, d), nn.SiLU(), nn.Linear(d, d)
         )
-        self.modulation = nn.Linear(d, (6 * config.layers + 2) * d)
+        self.modulation = _modulation(d, (6 * config.layers + 2) * d, config.modulation_rank)
         self.blocks = nn.ModuleList(
             Block(d, config.heads, config.qk_norm) for _ in range(config.layers)
         )
-        self.norm = nn.RMSNorm(d, eps=1e-6, elementwise_affine=False)
+        self.norm = RMSNorm(d, eps=1e-6, elementwise_affine=False)
         self.output = nn.Linear(d, inputs)
         rows, columns = config.latent_height // config.patch, config.latent_width // config.patch
         self.rotation = FrameRotation(d // config.heads, rows, columns)
-        for linear in (self.modulation, self.output):
+        # The modulation gives scales as deviations from one.
+        unit_scales = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
+        self.register_buffer("unit_scales", unit_scales, persistent=False)
+        last = self.modulation[-1] if config.modulation_rank else self.modulation
+        for linear in (last, self.output):
+            assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -210,20 +217,20 @@ class Dynamics(nn.Module):
     def _run(
         self, latents: Tensor, levels: Tensor, actions: Tensor, frames: Tensor, attend: Attend
     ) -> Tensor:
-        x = self.embed(self._patchify(latents))
-        condition = self.embed_level(sinusoid(levels)) + self.embed_action(actions)
+        dtype = self.embed.weight.dtype
+        x = self.embed(self._patchify(latents.to(dtype)))
+        condition = self.embed_level(sinusoid(levels).to(dtype))
+        condition = condition + self.embed_action(actions.to(dtype))
         modulation = self.modulation(functional.silu(condition))
         modulation = modulation.unflatten(-1, (-1, self.config.width)).unsqueeze(2)
-        # Scales are stored as deviations from one.
         per_block = modulation[..., :-2, :].unflatten(-2, (self.config.layers, 6))
-        one = torch.zeros(6, 1, device=x.device)
-        one[[1, 4]] = 1.0
-        per_block = (per_block + one).unbind(-3)
+        per_block = (per_block + self.unit_scales).unbind(-3)
         rotation = self.rotation(frames)
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, per_block[layer], rotation, attend)
         shift, scale = modulation[..., -2, :], modulation[..., -1, :]
-        return self._unpatchify(self.output(torch.addcmul(shift, self.norm(x), 1 + scale)))
+        velocity = self.output(torch.addcmul(shift, self.norm(x), 1 + scale))
+        return self._unpatchify(velocity).to(latents.dtype)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """(B, F, C, h, w) -> (B, F, P, C * patch^2)."""
@@ -237,6 +244,51 @@ class Dynamics(nn.Module):
         x = tokens.unflatten(-1, (c.latent_channels, p, p))
         x = x.unflatten(2, (c.latent_height // p, c.latent_width // p))  # B F h w C p p
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+
+def _modulation(width: int, outputs: int, rank: int) -> nn.Module:
+    if not rank:
+        return nn.Linear(width, outputs)
+    return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, outputs))
+
+
+@torch.no_grad()
+def with_low_rank(network: Dynamics, actions: Tensor, rank: int) -> tuple[Dynamics, float]:
+    """A copy of ``network`` whose adaLN projection has the given rank.
+
+    The projection only ever sees conditions made of one noise level and one action, which span few
+    dimensions, so most of its parameters (a third of a small model's) do nothing.
+
+    Args:
+        network: with a full projection.
+        actions: (n, action_width), encoded actions that the world can meet.
+        rank: of the new projection.
+
+    Returns:
+        The copy, and the relative error (root mean square) of the modulation it gives.
+    """
+    full = network.modulation
+    assert isinstance(full, nn.Linear) and full.bias is not None
+    levels = torch.linspace(0, 1, 129)
+    condition = network.embed_level(sinusoid(levels))[:, None] + network.embed_action(actions)
+    inputs = functional.silu(condition).flatten(0, 1)
+    outputs = (inputs @ full.weight.T).double()
+    # Leading left singular vectors of weight @ inputs^T, through the small Gram matrix.
+    basis = torch.linalg.svd(full.weight.double() @ _root(inputs), full_matrices=False).U[:, :rank]
+    copy = Dynamics(replace(network.config, modulation_rank=rank))
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("modulation.")}
+    state["modulation.0.weight"] = (basis.T @ full.weight.double()).float()
+    state["modulation.1.weight"] = basis.float()
+    state["modulation.1.bias"] = full.bias
+    copy.load_state_dict(state)
+    error = (outputs @ basis @ basis.T - outputs).norm() / outputs.norm()
+    return copy.eval(), float(error)
+
+
+def _root(inputs: Tensor) -> Tensor:
+    """(X^T X)^(1/2), in float64."""
+    values, vectors = torch.linalg.eigh((inputs.T @ inputs).double())
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class ResidualBlock(nn.Module):
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
+        assert self.second.bias is not None
         nn.init.zeros_(self.second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,10 +95,11 @@ class Tokenizer(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Float (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
-        return self.normalise(self.encoder(frames))
+        return self.normalise(self.encoder(frames.to(self.encoder[1].weight.dtype)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> frames (B, 3, h*f, w*f), about [-1, 1] but not clipped."""
+        latents = latents.to(self.decoder[0].weight.dtype)
         return self.decoder(latents.contiguous(memory_format=torch.channels_last))
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
             f"{path}: holds a {header.get('class', 'foreign checkpoint')}, "
             f"not a {network_type.__name__}"
         )
-    settings = config.from_mapping(config_type, json.loads(header["config"]), str(path))
+    try:
+        settings = config.from_mapping(config_type, json.loads(header["config"]), "its config")
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: holds no usable config: {error}") from None
     network = network_type(settings)
     try:
         network.load_state_dict(

@@ -198,7 +198,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
                 writer.add_scalar("train/learning_rate", rate, step)
                 for name, tensor in logs.items():
                     writer.add_scalar(f"train/{name}", float(tensor), step)
-                bar.set_postfix(loss=f"{value:.4f}", **_short(metrics), refresh=False)
+                bar.set_postfix({"loss": f"{value:.4f}", **_short(metrics)}, refresh=False)
             bar.update(1)
             if step % settings.validate_every == 0 or step == settings.steps:
                 metrics = evaluate(stage, averaged.module, writer, step, folder)
@@ -224,7 +224,7 @@ def evaluate(
     network.eval()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        metrics = dict(stage.validate(network))
+        metrics = {name: float(value) for name, value in stage.validate(network).items()}
         picture = stage.strip(network)
     for name, value in metrics.items():
         writer.add_scalar(f"validation/{name}", value, step)

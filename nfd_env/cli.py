@@ -1,0 +1,250 @@
+"""The ``nfd`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Errors that a user can mend are one line on stderr and status 1.
+    """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"nfd: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nfd", description="Game recordings -> a learned world that steps as a Gymnasium env."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("worlds", _worlds, "list the shipped worlds")
+
+    sub = command("demo", _demo, "play a world with a scripted player; write a video and a strip")
+    _world(sub)
+    _sampling(sub)
+    sub.add_argument("--seconds", type=float, default=20.0, help="playing time (default 20)")
+    sub.add_argument("--out", default="outputs/demo", help="folder to write to")
+    sub.add_argument("--seed", type=int, default=0)
+    _json(sub)
+
+    sub = command("bench", _bench, "measure how fast a world steps")
+    _world(sub)
+    _sampling(sub)
+    sub.add_argument("--seconds", type=float, default=5.0, help="time spent on each figure")
+    sub.add_argument(
+        "--long-frames",
+        type=int,
+        default=10_000,
+        help="frame number whose cost is compared with frame 10; 0 skips it (default 10000)",
+    )
+    _json(sub)
+
+    sub = command("eval", _eval, "measure how good a world is on held-out recordings")
+    _world(sub)
+    _sampling(sub)
+    sub.add_argument(
+        "--recordings",
+        default="runs/doom_take_cover/recordings",
+        help="data set with a validation split, as nfd collect writes it",
+    )
+    sub.add_argument("--windows", type=int, default=64, help="rollouts of 128 frames")
+    sub.add_argument("--long-rollouts", type=int, default=16, help="rollouts of 2000 frames")
+    sub.add_argument("--seed", type=int, default=0)
+    _json(sub)
+
+    sub = command("collect", _collect, "record a Gymnasium environment")
+    _config(sub)
+
+    sub = command("train", _train, "train a stage; run it again to go on after a stop")
+    sub.add_argument("stage", choices=("tokenizer", "flow", "heads", "distill"))
+    _config(sub)
+
+    sub = command("export", _export, "put trained stages together as a world folder")
+    _config(sub)
+
+    for name, text in () and (
+        ("play", "play a world in a window with the keyboard"),
+        ("serve", "play a world in a browser"),
+    ):
+        sub = command(name, _play_or_serve(name), text)
+        _player_arguments(name, sub)
+    return parser
+
+
+def _world(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "world",
+        nargs="?",
+        default="DoomTakeCover",
+        help="world folder or shipped world (default DoomTakeCover)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sampling-steps", type=int, help="default: the world's own")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the file")
+
+
+def _show(args: argparse.Namespace, report: dict[str, Any], text: str) -> int:
+    print(json.dumps(report, indent=2) if args.json else text)
+    return 0
+
+
+def _worlds(args: argparse.Namespace) -> int:
+    from nfd_env.checkpoint import find_world, read_spec, shipped_worlds
+
+    for name in shipped_worlds():
+        spec = read_spec(find_world(name))
+        height, width = spec.frame_size
+        print(
+            f"{spec.name:20} {height}x{width} at {spec.fps:g} frames/s, "
+            f"{spec.action_space['type']} actions, from {spec.source.env_id}"
+        )
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from nfd_env.evaluation.demo import demo, format_report
+
+    report = demo(
+        args.world,
+        args.out,
+        args.seconds,
+        args.device,
+        args.seed,
+        args.sampling_steps,
+        args.precision,
+    )
+    return _show(args, report, format_report(report))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from nfd_env.checkpoint import load_world
+    from nfd_env.evaluation.benchmark import benchmark, format_report
+
+    report = benchmark(
+        load_world(args.world, args.device, args.precision),
+        args.sampling_steps,
+        seconds=args.seconds,
+        long_frames=args.long_frames,
+    )
+    return _show(args, report, format_report(report))
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from nfd_env.checkpoint import load_world
+    from nfd_env.data.shards import RecordedDataset
+    from nfd_env.evaluation.evaluate import evaluate, format_report
+
+    report = evaluate(
+        load_world(args.world, args.device, args.precision),
+        RecordedDataset(args.recordings),
+        args.sampling_steps,
+        args.windows,
+        args.long_rollouts,
+        args.seed,
+    )
+    return _show(args, report, format_report(report))
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from nfd_env import config
+    from nfd_env.data.collect import CollectConfig, collect
+
+    dataset = collect(config.load(CollectConfig, args.config, args.overrides))
+    print(f"{dataset.folder}: {len(dataset)} episodes, {dataset.frame_count:,} frames")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nfd_env import config
+    from nfd_env.training.loop import Stage, train
+
+    stage: Stage
+    if args.stage == "tokenizer":
+        from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
+
+        settings = config.load(TokenizerTrainingConfig, args.config, args.overrides)
+        stage = TokenizerStage(settings)
+    elif args.stage == "flow":
+        from nfd_env.training.flow import FlowStage, FlowTrainingConfig
+
+        settings = config.load(FlowTrainingConfig, args.config, args.overrides)
+        stage = FlowStage(settings)
+    elif args.stage == "heads":
+        from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig
+
+        settings = config.load(HeadsTrainingConfig, args.config, args.overrides)
+        stage = HeadsStage(settings)
+    else:
+        from nfd_env.training.distill import DistillStage, DistillTrainingConfig
+
+        settings = config.load(DistillTrainingConfig, args.config, args.overrides)
+        stage = DistillStage(settings)
+    metrics = train(stage, settings.train)
+    print(json.dumps(metrics))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nfd_env import config
+    from nfd_env.training.export import ExportConfig, export
+
+    print(export(config.load(ExportConfig, args.config, args.overrides)))
+    return 0
+
+
+def _play_or_serve(name: str) -> Any:
+    def run(args: argparse.Namespace) -> int:
+        return int(_player(name).run(args) or 0)
+
+    return run
+
+
+def _player_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    _player(name).add_arguments(parser)
+
+
+def _player(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(f"nfd_env.play.{'window' if name == 'play' else 'server'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""``nfd bench``: how fast a world steps, next to what the machine could do."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from nfd_env.checkpoint import World
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.world_model import WorldModel
+
+
+def benchmark(
+    world: World,
+    sampling_steps: int | None = None,
+    batches: tuple[int, ...] = (1, 8, 32),
+    seconds: float = 5.0,
+    long_frames: int = 10_000,
+) -> dict[str, Any]:
+    """Time a world's env; every figure of one report comes from one run.
+
+    Args:
+        world: a loaded world; the env is made on its device.
+        sampling_steps: None for the world's default.
+        batches: numbers of environments.
+        seconds: time spent on each figure.
+        long_frames: the frame number at which the cost of a frame is compared with frame 10; 0
+            leaves the comparison out.
+
+    Returns:
+        Nested plain values, see ``format_report``.
+    """
+    device = world.model.device
+    model = world.model
+    if sampling_steps is not None:
+        model = model.with_sampling(replace(model.sampling, steps=sampling_steps))
+    report: dict[str, Any] = {
+        "world": world.spec.name,
+        "device": describe_device(device),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "sampling_steps": model.sampling.steps,
+        "precision": model.precision,
+        "matmul_gflops": matmul_rate(device, model.precision),
+        "envs": {},
+    }
+    for count in batches:
+        row: dict[str, Any] = {}
+        for obs_type in ("rgb", "latent"):
+            times = _step_times(world, count, obs_type, sampling_steps, seconds)
+            row[obs_type] = {
+                "env_steps_per_second": count * len(times) / times.sum(),
+                **{f"p{p}_ms": float(np.percentile(times, p) * 1e3) for p in (50, 95, 99)},
+            }
+        transformer = _transformer_seconds(world, model, count, seconds / 2)
+        gflop = step_gflop(model) * count
+        row["transformer_gflop"] = gflop
+        row["transformer_gflops"] = gflop / transformer
+        row["matmul_share"] = row["transformer_gflops"] / report["matmul_gflops"]
+        report["envs"][str(count)] = row
+    if long_frames:
+        report["late_frame"] = _late_frame(world, sampling_steps, long_frames)
+    return report
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def matmul_rate(
+    device: torch.device, precision: str, size: int = 1024, seconds: float = 1.0
+) -> float:
+    """This machine's matrix product rate in GFLOP/s: the best of many size^3 products."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e9
+
+
+def step_gflop(model: WorldModel) -> float:
+    """Arithmetic of one env step in the transformer, in GFLOP, with a full window."""
+    c = model.dynamics.config
+    hidden = -(-(8 * c.width) // (3 * 256)) * 256
+    inputs = c.latent_channels * c.patch**2
+    per_token = c.layers * (4 * c.width**2 + 3 * c.width * hidden) + 2 * inputs * c.width
+    frames = 1 + model.sampling.steps
+    modulated, rank = (6 * c.layers + 2) * c.width, c.modulation_rank
+    per_frame = rank * (c.width + modulated) if rank else c.width * modulated
+    per_frame += 2 * c.width**2 + (256 + c.action_width) * c.width
+    attention = 2 * 2 * c.tokens * c.tokens * c.window * c.width * c.layers
+    return frames * (2 * c.tokens * per_token + 2 * per_frame + attention) / 1e9
+
+
+def _env(world: World, count: int, obs_type: str, sampling_steps: int | None) -> NFDVectorEnv:
+    env = NFDVectorEnv(
+        world.folder,
+        num_envs=count,
+        device=world.model.device,
+        precision=world.model.precision,
+        obs_type=obs_type,
+        sampling_steps=sampling_steps,
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+    )
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    return env
+
+
+def _step_times(
+    world: World, count: int, obs_type: str, sampling_steps: int | None, seconds: float
+) -> np.ndarray:
+    env = _env(world, count, obs_type, sampling_steps)
+    actions = [env.action_space.sample() for _ in range(64)]
+    for i in range(world.model.dynamics.config.window + 2):
+        env.step(actions[i % 64])
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 20:
+        begin = time.perf_counter()
+        env.step(actions[len(times) % 64])
+        times.append(time.perf_counter() - begin)
+    return np.array(times)
+
+
+def _transformer_seconds(world: World, model: WorldModel, count: int, seconds: float) -> float:
+    """Median time of one env step's transformer passes alone, in seconds."""
+    dynamics = model.dynamics
+    state = model.start([world.starts[0]] * count, [(0, i) for i in range(count)])
+    spent: list[float] = []
+    stream = dynamics.stream
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        out = stream(*args, **kwargs)
+        _synchronise(model.device)
+        spent[-1] += time.perf_counter() - begin
+        return out
+
+    action = torch.zeros(count, world.codec.width, device=model.device)
+    dynamics.stream = timed  # type: ignore[method-assign]
+    try:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(spent) < 2 * dynamics.config.window:
+            spent.append(0.0)
+            model.step(state, action)
+    finally:
+        del dynamics.stream
+    return float(np.median(spent[dynamics.config.window :]))
+
+
+def _late_frame(world: World, sampling_steps: int | None, frames: int) -> dict[str, float]:
+    """Cost of a frame near number ``frames`` over that near number 10, timed in turn."""
+    young, old = (_env(world, 1, "rgb", sampling_steps) for _ in range(2))
+    fresh = young.save_state()
+    memory = 0
+    for i in range(frames):
+        old.step([old.single_action_space.sample()])
+        if i == frames // 10:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    times: dict[str, list[float]] = {"young": [], "old": []}
+    for i in range(400):
+        if i % 20 == 0:
+            young.restore_state(fresh)
+            for _ in range(10):
+                young.step([young.single_action_space.sample()])
+        for name, env in (("young", young), ("old", old)):
+            action = [env.single_action_space.sample()]
+            begin = time.perf_counter()
+            env.step(action)
+            times[name].append(time.perf_counter() - begin)
+    return {
+        "frame": frames,
+        "ratio": float(np.median(times["old"]) / np.median(times["young"])),
+        "memory_growth_mb": grown / 1024,
+    }
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"{report['world']} on {report['device']}: {report['sampling_steps']} sampling steps, "
+        f"torch {report['torch']}, {report['threads']} threads, {report['precision']} matrix "
+        f"products at {report['matmul_gflops']:.0f} GFLOP/s",
+        "",
+        "| envs | env steps/s | p50 / p95 / p99 ms | without decoding | transformer GFLOP/s "
+        "| share of the matmul rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count, row in report["envs"].items():
+        rgb, latent = row["rgb"], row["latent"]
+        lines.append(
+            f"| {count} | {rgb['env_steps_per_second']:.0f} | "
+            f"{rgb['p50_ms']:.1f} / {rgb['p95_ms']:.1f} / {rgb['p99_ms']:.1f} | "
+            f"{latent['env_steps_per_second']:.0f} | {row['transformer_gflops']:.0f} | "
+            f"{row['matmul_share']:.2f} |"
+        )
+    if "late_frame" in report:
+        late = report["late_frame"]
+        lines += [
+            "",
+            f"A frame at number {late['frame']:,} costs {late['ratio']:.3f} times one at number "
+            f"10; memory grew by {late['memory_growth_mb']:.1f} MiB in between.",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""``nfd demo``: play a world with a scripted player and show what came out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from nfd_env.checkpoint import CheckpointError, load_world
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation.benchmark import describe_device
+from nfd_env.video import caption, enlarge, read_mp4, write_mp4, write_png
+
+
+def demo(
+    world: str,
+    folder: str | Path,
+    seconds: float = 20.0,
+    device: str = "auto",
+    seed: int = 0,
+    sampling_steps: int | None = None,
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """Replay a held-out recording's actions inside a world, and film both side by side.
+
+    The scripted player presses what the recorded player pressed. When the world ends the episode,
+    it starts again from the recording's present moment.
+
+    Args:
+        world: a world folder or a shipped name.
+        folder: where ``demo.mp4`` and ``demo.png`` are written.
+        seconds: playing time at the world's native rate.
+        device: see ``nfd_env.checkpoint.resolve_device``.
+        seed: of the world's noise.
+        sampling_steps: None for the world's default.
+        precision: see ``nfd_env.checkpoint.load_world``.
+
+    Returns:
+        What is printed: device, frames/s, latencies in ms, time to first frame in s, paths.
+
+    Raises:
+        CheckpointError: when the world has no recorded clip.
+    """
+    begin = time.perf_counter()
+    loaded = load_world(world, device, precision)
+    clip = loaded.folder / "clip.mp4"
+    if not clip.is_file():
+        raise CheckpointError(f"{loaded.folder} has no clip.mp4 to play along with")
+    real = read_mp4(clip)
+    actions = load_file(loaded.folder / "clip.safetensors")["actions"].numpy()
+    env = NFDVectorEnv(world, device=device, sampling_steps=sampling_steps, precision=precision)
+    keep = env.model.dynamics.config.window
+    first = keep - 1
+
+    def join(frame: int, new_seed: int | None) -> np.ndarray:
+        """Start the world at the recording's frame number ``frame``."""
+        past = max(0, frame - keep + 1)
+        context = {"frames": real[past : frame + 1], "actions": actions[past:frame]}
+        observation, _ = env.reset(seed=new_seed, options={"context": context})
+        return observation[0]
+
+    join(first, seed)
+    observation = env.step(actions[first : first + 1])[0][0]
+    to_first_frame = time.perf_counter() - begin
+    count = min(int(seconds * loaded.spec.fps), len(actions) - first - 1)
+    made, times, restarts = [observation], [], 0
+    ended = False
+    for step in range(first + 1, first + count):
+        if ended:
+            join(step, None)
+            restarts += 1
+        begin = time.perf_counter()
+        observation, _, terminated, truncated, _ = env.step(actions[step : step + 1])
+        times.append(time.perf_counter() - begin)
+        ended = bool(terminated[0] or truncated[0])
+        made.append(observation[0])
+    folder = Path(folder)
+    shown = real[first + 1 : first + 1 + len(made)]
+    aspect = loaded.spec.source.display_aspect
+    names = loaded.spec.source.action_names
+
+    def picture(index: int) -> np.ndarray:
+        action = actions[first + index]
+        name = names[int(action)] if names and np.ndim(action) == 0 else str(action)
+        panels = [
+            caption(enlarge(frame, 192, aspect), text)
+            for frame, text in (
+                (shown[index], f"real recording   {name}"),
+                (made[index], f"generated, same actions   frame {index + 1}"),
+            )
+        ]
+        gap = np.full((panels[0].shape[0], 8, 3), 255, np.uint8)
+        joined = np.concatenate((panels[0], gap, panels[1]), 1)
+        height, width = joined.shape[0] // 2 * 2, joined.shape[1] // 2 * 2
+        return joined[:height, :width]
+
+    video = write_mp4(folder / "demo.mp4", (picture(i) for i in range(len(made))), loaded.spec.fps)
+    picks = np.linspace(0, len(made) - 1, 6).astype(int)
+    strip = write_png(folder / "demo.png", np.concatenate([picture(int(i)) for i in picks]))
+    latency = np.array(times) * 1e3
+    return {
+        "world": loaded.spec.name,
+        "device": describe_device(env.model.device),
+        "threads": torch.get_num_threads(),
+        "sampling_steps": env.model.sampling.steps,
+        "frames": len(made),
+        "restarts": restarts,
+        "frames_per_second": 1e3 / float(latency.mean()),
+        "p50_ms": float(np.percentile(latency, 50)),
+        "p95_ms": float(np.percentile(latency, 95)),
+        "p99_ms": float(np.percentile(latency, 99)),
+        "time_to_first_frame_s": to_first_frame,
+        "video": str(video),
+        "strip": str(strip),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    return "\n".join(
+        [
+            f"{report['world']} on {report['device']} ({report['threads']} threads), "
+            f"{report['sampling_steps']} sampling steps",
+            f"{report['frames']} frames at {report['frames_per_second']:.1f} frames/s; latency "
+            f"p50 {report['p50_ms']:.1f} ms, p95 {report['p95_ms']:.1f} ms, "
+            f"p99 {report['p99_ms']:.1f} ms",
+            f"time to first frame {report['time_to_first_frame_s']:.2f} s (loading included); "
+            f"episodes ended and joined again: {report['restarts']}",
+            f"video, real beside generated: {report['video']}",
+            f"strip of frames: {report['strip']}",
+        ]
+    )

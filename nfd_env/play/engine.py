@@ -1,0 +1,357 @@
+"""The clock: steps every player at the world's native rate, and generates ahead in between."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+
+from nfd_env.play.keys import Choice, Keymap
+from nfd_env.play.session import Session
+from nfd_env.play.slots import Outcome
+
+log = logging.getLogger(__name__)
+
+
+class Game(Protocol):
+    """What an engine plays: ``Slots`` of a learned world, or any Gymnasium env (``EnvGame``)."""
+
+    name: str
+    count: int
+    fps: float
+    display_aspect: float
+    keymap: Keymap
+    frame_shape: tuple[int, ...]
+    default_sampling_steps: int | None
+
+    def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
+        """Start an episode; returns its first frame."""
+        ...
+
+    def seed_of(self, slot: int) -> int | None:
+        """The seed of a slot's episodes."""
+        ...
+
+    def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        """Advance some slots."""
+        ...
+
+    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        """Hand out what was generated ahead."""
+        ...
+
+    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
+        """Generate ahead."""
+        ...
+
+    def has_draft(self, slot: int) -> bool:
+        """Whether something was generated ahead."""
+        ...
+
+    def cost(self, rows: int) -> float:
+        """Expected seconds for a batch."""
+        ...
+
+    def set_sampling_steps(self, slot: int, steps: int) -> None:
+        """Denoising steps a frame."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture for one player.
+
+    Attributes:
+        number: counts the player's pictures.
+        frame: uint8 (H, W, 3).
+        seq: number of the last input that it takes into account.
+        hud: see ``Session.hud``.
+    """
+
+    number: int
+    frame: np.ndarray
+    seq: int
+    hud: dict[str, Any]
+
+
+class Player:
+    """A seat at an engine."""
+
+    def __init__(self, slot: int, session: Session, publish: Callable[[Shown], None]) -> None:
+        """Take ``slot``; ``publish`` gets every picture, on the engine's thread."""
+        self.slot, self.session, self._publish = slot, session, publish
+        self.due = time.perf_counter()
+        self.shown = 0
+        self.gone = False
+        self._state: Any = None
+
+    def show(self, frame: np.ndarray, seq: int) -> None:
+        """Hand a picture to the person."""
+        hud = self.session.hud()
+        self._state = self.controls()
+        self.shown += 1
+        self._publish(Shown(self.shown, frame, seq, hud))
+
+    def controls(self) -> tuple[Any, ...]:
+        """What the HUD shows even when no time passes."""
+        s = self.session
+        return (s.paused, s.speed, s.sampling_steps, s.lookahead, s.agent_on)
+
+    def refresh(self) -> None:
+        """Show the current picture again when a control was changed in a pause."""
+        if self._state != self.controls() and self.session.frame is not None:
+            self.show(self.session.frame, 0)
+
+
+class Engine:
+    """Steps players together; ``poll`` it, or let ``start`` do so on a thread of its own.
+
+    The model is used by the polling thread only.
+    """
+
+    def __init__(self, game: Game, all_actions: int = 8) -> None:
+        """Play ``game``; every action is generated ahead when there are ``all_actions`` at most."""
+        self.game, self._all_actions = game, all_actions
+        self._seats: list[Player | None] = [None] * game.count
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self.error: BaseException | None = None
+
+    @property
+    def players(self) -> list[Player]:
+        """Who plays now."""
+        return [p for p in self._seats if p is not None]
+
+    def join(
+        self, session: Session, publish: Callable[[Shown], None], seed: int | None = None
+    ) -> Player | None:
+        """Give a session a slot, and begin its first episode.
+
+        Returns:
+            The seat, or None when the game is full.
+        """
+        with self._changed:
+            free = [i for i, p in enumerate(self._seats) if p is None]
+            if not free or self._closing:
+                return None
+            player = Player(free[0], session, publish)
+            session.control("seed", seed)
+            self._seats[free[0]] = player
+            self._changed.notify()
+        return player
+
+    def leave(self, player: Player) -> None:
+        """Free a slot; nothing is published to it from now on."""
+        with self._changed:
+            player.gone = True
+            if self._seats[player.slot] is player:
+                self._seats[player.slot] = None
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """A control was used: look at it now, not only at the next tick."""
+        with self._changed:
+            self._changed.notify()
+
+    def start(self) -> None:
+        """Poll on a daemon thread until ``close``."""
+        self._thread = threading.Thread(
+            target=self._run, name=f"play {self.game.name}", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread, waiting for the batch under way."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(30)
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                wait = self.poll()
+            except Exception as error:
+                log.exception("the model failed; all players of %s are let go", self.game.name)
+                self.error = error
+                return
+            if wait > 0:
+                with self._changed:
+                    if not self._closing:
+                        self._changed.wait(wait)
+
+    def poll(self) -> float:
+        """Do what is due now: step, else generate ahead.
+
+        Returns:
+            Seconds until there is something to do; 0 when it should be called again at once.
+        """
+        players = self.players
+        for player in players:
+            self._controls(player)
+        now = time.perf_counter()
+        period = 1 / self.game.fps
+        # Players whose tick is near share a batch.
+        due = [p for p in players if p.due <= now + 0.1 * period]
+        if due and min(p.due for p in due) <= now:
+            self._tick(due, now)
+            return 0.0
+        next_due = min((p.due for p in players), default=now + 0.5)
+        if self._draft(players, next_due - now):
+            return 0.0
+        return max(0.0, next_due - time.perf_counter())
+
+    def _controls(self, player: Player) -> None:
+        session = player.session
+        if session.sampling_steps is not None:
+            self.game.set_sampling_steps(player.slot, session.sampling_steps)
+        reset, seed = session.wants_reset()
+        if reset:
+            frame = self.game.reset(player.slot, seed)
+            session.began(frame, self.game.seed_of(player.slot))
+            player.due = time.perf_counter() + self._period(player)
+            if not player.gone:
+                player.show(frame, 0)
+        elif session.paused:
+            player.refresh()
+
+    def _period(self, player: Player) -> float:
+        return 1 / (self.game.fps * player.session.speed)
+
+    def _tick(self, due: list[Player], now: float) -> None:
+        began = time.perf_counter()
+        grid = min(p.due for p in due)
+        choices: dict[int, Choice] = {}
+        going: dict[int, Player] = {}
+        for player in due:
+            # Everybody on one grid, so that batches stay together; time that is lost is not caught
+            # up with.
+            late = now - grid > 2 * self._period(player)
+            player.due = (now if late else grid) + self._period(player)
+            if player.session.wants_step():
+                choices[player.slot] = player.session.choose()
+                going[player.slot] = player
+        actions = {slot: choice.action for slot, choice in choices.items()}
+        ready = self.game.take_drafts(actions)
+        self._finish(ready, choices, going, began)
+        rest = {slot: action for slot, action in actions.items() if slot not in ready}
+        if rest:
+            self._finish(self.game.step(rest), choices, going, began)
+
+    def _finish(
+        self,
+        outcomes: Mapping[int, Outcome],
+        choices: Mapping[int, Choice],
+        going: Mapping[int, Player],
+        began: float,
+    ) -> None:
+        for slot, outcome in outcomes.items():
+            player = going[slot]
+            if player.gone:
+                continue
+            now = time.perf_counter()
+            session = player.session
+            if session.answering_since is not None:
+                session.latencies.add(now - session.answering_since)
+            session.took(choices[slot], outcome, now - began)
+            player.show(outcome.frame, session.answering)
+
+    def _draft(self, players: list[Player], idle: float) -> bool:
+        """Generate ahead for those who want it, as much as fits into the idle time."""
+        waiting = [
+            p
+            for p in players
+            if p.session.lookahead
+            and not p.session.over
+            and p.session.frame is not None
+            and not p.session.reset_pending
+            and not self.game.has_draft(p.slot)
+        ]
+        if not waiting:
+            return False
+        period = 1 / self.game.fps
+        every = len(waiting[0].session.keymap.all_actions())
+        for everything in (True, False):
+            rows = len(waiting) * (every if everything else 1)
+            if everything and not 1 < every <= self._all_actions:
+                continue
+            # A paused player's frames can be made at leisure.
+            running = any(not p.session.paused for p in waiting)
+            room = max(idle, 0.7 * period) if running else 1.0
+            if self.game.cost(rows) <= 0.9 * room:
+                self.game.draft({p.slot: p.session.guesses_for_next(everything) for p in waiting})
+                return True
+        return False
+
+
+class EnvGame:
+    """Any Gymnasium environment with ``render_mode="rgb_array"`` as a game for one player."""
+
+    default_sampling_steps: int | None = None
+
+    def __init__(self, env: gymnasium.Env, keymap: Keymap, fps: float | None = None) -> None:
+        """Play ``env``.
+
+        Args:
+            env: its ``render()`` must return a uint8 (H, W, 3) array.
+            keymap: see ``Keymap.from_env``.
+            fps: steps a second; None for the environment's own rate.
+        """
+        self.env, self.keymap, self.count = env, keymap, 1
+        self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        self.fps = float(fps or env.metadata.get("render_fps") or 30)
+        self.display_aspect = 0.0
+        self._seed: int | None = None
+        env.reset()
+        self.frame_shape: tuple[int, ...] = self._frame().shape
+
+    def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
+        """See ``Game``."""
+        self._seed = self._seed if seed is None else seed
+        self.env.reset(seed=seed)
+        return self._frame()
+
+    def seed_of(self, slot: int) -> int | None:
+        """See ``Game``."""
+        return self._seed
+
+    def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        """See ``Game``."""
+        _, reward, terminated, truncated, info = self.env.step(actions[0])
+        plain = {k: v for k, v in info.items() if isinstance(v, int | float)}
+        return {0: Outcome(self._frame(), float(reward), bool(terminated), bool(truncated), plain)}
+
+    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        """Nothing is generated ahead."""
+        return {}
+
+    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
+        """Nothing is generated ahead."""
+
+    def has_draft(self, slot: int) -> bool:
+        """Nothing is generated ahead."""
+        return False
+
+    def cost(self, rows: int) -> float:
+        """See ``Game``."""
+        return 0.0
+
+    def set_sampling_steps(self, slot: int, steps: int) -> None:
+        """A game that is not generated has none."""
+
+    def _frame(self) -> np.ndarray:
+        frame = self.env.render()
+        if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
+            raise ValueError(
+                f'{self.name} must be made with render_mode="rgb_array": its render() gave '
+                f"{type(frame).__name__}"
+            )
+        return np.ascontiguousarray(frame)

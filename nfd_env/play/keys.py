@@ -1,0 +1,328 @@
+"""From held keys to an action: keymaps by action name, chords, and taps that are never lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from nfd_env.envs.real import SourceConfig
+
+_ALIASES = {
+    " ": "space",
+    "enter": "return",
+    "esc": "escape",
+    "ctrl": "left ctrl",
+    "control": "left ctrl",
+    "shift": "left shift",
+    "alt": "left alt",
+    "arrowleft": "left",
+    "arrowright": "right",
+    "arrowup": "up",
+    "arrowdown": "down",
+}
+
+
+class KeymapError(ValueError):
+    """A keymap does not fit its action space."""
+
+
+def key_name(key: str | int) -> str:
+    """One name for a key: "a", "left", "space"; an int is a character code, as Gymnasium has it."""
+    if isinstance(key, int):
+        key = chr(key) if 0 < key < 0x110000 else str(key)
+    lowered = key if key == " " else key.strip().lower()
+    return _ALIASES.get(lowered, lowered)
+
+
+@dataclass(frozen=True)
+class PressedKey:
+    """A key that counts now.
+
+    Attributes:
+        key: its name.
+        tapped: pressed since the last step, whether or not it is still down.
+    """
+
+    key: str
+    tapped: bool
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Keys that together mean something.
+
+    Attributes:
+        keys: all of them must be pressed.
+        value: the whole action; or, in an additive keymap, (index, value) of one of its entries.
+        label: the name of the action.
+    """
+
+    keys: frozenset[str]
+    value: Any
+    label: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the pressed keys mean.
+
+    Attributes:
+        action: lies in the action space.
+        label: what it is called.
+        used: the keys that it came from.
+    """
+
+    action: Any
+    label: str
+    used: frozenset[str]
+
+
+class Keymap:
+    """Turns pressed keys into an action.
+
+    In an exclusive keymap (Discrete, or chords to whole actions) one binding wins: a tap before a
+    held key, then the bigger chord, then the key pressed last. In an additive keymap
+    (MultiDiscrete, MultiBinary, Box) every pressed binding sets its entry of the action.
+    """
+
+    def __init__(
+        self,
+        space: spaces.Space,
+        bindings: Sequence[Binding],
+        names: Sequence[str] = (),
+        noop: Any = None,
+        additive: bool = False,
+    ) -> None:
+        """Put a keymap together.
+
+        Args:
+            space: the action space.
+            bindings: see ``Binding``.
+            names: a name for each Discrete action.
+            noop: the action without any key; None for the space's own resting action.
+            additive: see the class.
+
+        Raises:
+            KeymapError: when an action does not lie in ``space``.
+        """
+        self.space, self.bindings, self.names = space, list(bindings), list(names)
+        self.additive = additive
+        self.noop = _resting(space, self.names) if noop is None else noop
+        self.keys = frozenset(k for b in self.bindings for k in b.keys)
+        for binding in self.bindings:
+            action = self._add([binding]) if additive else binding.value
+            if not _contains(space, action):
+                raise KeymapError(
+                    f"keys {'+'.join(sorted(binding.keys))} mean {action!r}, which does not lie "
+                    f"in {space}"
+                )
+
+    @classmethod
+    def from_source(cls, source: SourceConfig, space: spaces.Space) -> Keymap:
+        """The keymap of a world: its action names and keys; number keys where it has none.
+
+        For MultiDiscrete the names follow the one-hot order (all values of the first entry, then
+        of the second, ...), for MultiBinary there is one a bit, and for Box two an entry: its low
+        end, then its high end. A key may be a chord, such as "left+space".
+
+        Raises:
+            KeymapError: when ``keys`` names an action that is not in ``action_names``.
+        """
+        values = _entries(space)
+        names = list(source.action_names) or [str(i) for i in range(len(values))]
+        keys: Mapping[str, Sequence[str]] = source.keys
+        if not keys:
+            keys = {n: [str((i + 1) % 10)] for i, n in enumerate(names[:10]) if n != "noop"}
+        bindings = []
+        for name, alternatives in keys.items():
+            if name not in names or names.index(name) >= len(values):
+                raise KeymapError(f"keys are given for {name!r}, which is no action of {names}")
+            for chord in alternatives:
+                parts = frozenset(key_name(k) for k in chord.split("+") if k) or frozenset("+")
+                bindings.append(Binding(parts, values[names.index(name)], name))
+        return cls(space, bindings, names, additive=not isinstance(space, spaces.Discrete))
+
+    @classmethod
+    def from_env(
+        cls, env: gymnasium.Env, keys_to_action: Mapping[Any, Any] | None = None, noop: Any = None
+    ) -> Keymap:
+        """The keymap of any Gymnasium environment.
+
+        Args:
+            env: its ``get_keys_to_action`` is used unless ``keys_to_action`` is given.
+            keys_to_action: Gymnasium's format (a string or tuple of characters or key codes, to an
+                action); a tuple may also hold key names such as "left".
+            noop: the action without any key.
+
+        Raises:
+            KeymapError: when there is no keymap, or it does not fit the action space.
+        """
+        if keys_to_action is None:
+            if not env.has_wrapper_attr("get_keys_to_action"):
+                raise KeymapError(
+                    f"{env} has no get_keys_to_action(): pass keys_to_action={{'a': 0, ...}}"
+                )
+            keys_to_action = env.get_wrapper_attr("get_keys_to_action")()
+        bindings = []
+        for keys, action in (keys_to_action or {}).items():
+            chord = [keys] if isinstance(keys, int) else list(keys)
+            if isinstance(keys, str) and len(keys) > 1 and key_name(keys) in _NAMED:
+                chord = [keys]
+            if not chord:
+                noop = action if noop is None else noop
+                continue
+            label = "+".join(key_name(k) for k in chord)
+            bindings.append(Binding(frozenset(key_name(k) for k in chord), action, label))
+        return cls(env.action_space, bindings, noop=noop)
+
+    def choose(self, pressed: Sequence[PressedKey]) -> Choice:
+        """The action of the pressed keys, given in the order in which they went down."""
+        place = {p.key: i for i, p in enumerate(pressed)}
+        tapped = [p.key for p in pressed if p.tapped]
+        active = [b for b in self.bindings if b.keys <= place.keys()]
+        if not active:
+            return Choice(self.noop, self.label(self.noop), frozenset())
+        if self.additive:
+            # Later keys come last, so that of two opposite ones the newer wins.
+            active.sort(key=lambda b: max(place[k] for k in b.keys))
+            labels = list(dict.fromkeys(b.label for b in active))
+            used = frozenset(k for b in active for k in b.keys)
+            return Choice(self._add(active), "+".join(labels), used)
+
+        def rank(binding: Binding) -> tuple[int, int, int]:
+            first = min((tapped.index(k) for k in binding.keys if k in tapped), default=len(tapped))
+            return -first, len(binding.keys), max(place[k] for k in binding.keys)
+
+        best = max(active, key=rank)
+        return Choice(best.value, best.label, best.keys)
+
+    def label(self, action: Any) -> str:
+        """What a person calls ``action``."""
+        if isinstance(self.space, spaces.Discrete):
+            index = int(action) - int(self.space.start)
+            if index < len(self.names):
+                return self.names[index]
+        for binding in self.bindings:
+            if not self.additive and np.array_equal(binding.value, action):
+                return binding.label
+        if np.array_equal(action, self.noop):
+            return "noop"
+        return str(np.asarray(action).tolist())
+
+    def all_actions(self) -> list[Any]:
+        """Every action of a Discrete space, none of any other."""
+        if not isinstance(self.space, spaces.Discrete):
+            return []
+        start = int(self.space.start)
+        return list(range(start, start + int(self.space.n)))
+
+    def buttons(self) -> list[dict[str, str]]:
+        """One {"label", "key"} an action with a single key, for touch screens."""
+        found: dict[str, str] = {}
+        for binding in self.bindings:
+            if len(binding.keys) == 1:
+                found.setdefault(binding.label, next(iter(binding.keys)))
+        return [{"label": label, "key": key} for label, key in found.items()]
+
+    def _add(self, active: Iterable[Binding]) -> Any:
+        action = np.array(self.noop)
+        for binding in active:
+            index, value = binding.value
+            action[index] = value
+        return action
+
+
+_NAMED = {"left", "right", "up", "down", "space", "return", "tab", "backspace"} | set(
+    _ALIASES.values()
+)
+
+
+class KeyLatch:
+    """Which keys are down, and which were tapped since a step last consumed them.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        """Follow the keys in ``allowed``; others are ignored."""
+        self._allowed = frozenset(allowed)
+        self._held: dict[str, None] = {}
+        self._tapped: dict[str, None] = {}
+        self._lock = threading.Lock()
+
+    def press(self, key: str) -> bool:
+        """A key went down (a repeat is ignored); whether it is one of ours."""
+        if key not in self._allowed:
+            return False
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = None
+                self._tapped[key] = None
+        return True
+
+    def release(self, key: str) -> bool:
+        """A key went up; whether it is one of ours. A tap stays until a step has consumed it."""
+        with self._lock:
+            self._held.pop(key, None)
+        return key in self._allowed
+
+    def release_all(self) -> None:
+        """The window lost its focus, or the connection broke: no key counts any more."""
+        with self._lock:
+            self._held.clear()
+            self._tapped.clear()
+
+    def pressed(self) -> list[PressedKey]:
+        """The keys that count now, in the order in which they went down."""
+        with self._lock:
+            order = {**{k: None for k in self._held if k not in self._tapped}, **self._tapped}
+            return [PressedKey(key, key in self._tapped) for key in order]
+
+    def consume(self, keymap: Keymap) -> Choice:
+        """The action for one step; the taps it came from are spent, the others wait."""
+        choice = keymap.choose(self.pressed())
+        with self._lock:
+            for key in choice.used:
+                self._tapped.pop(key, None)
+        return choice
+
+
+def _resting(space: spaces.Space, names: Sequence[str]) -> Any:
+    """The action "nothing": the one named noop, else the first; zeros where they are allowed."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.start) + (names.index("noop") if "noop" in names else 0)
+    if isinstance(space, spaces.MultiDiscrete):
+        return np.array(space.start, space.dtype)
+    if isinstance(space, spaces.Box):
+        return np.clip(np.zeros(space.shape, space.dtype), space.low, space.high)
+    if isinstance(space, spaces.MultiBinary):
+        return np.zeros(space.shape, space.dtype)
+    raise KeymapError(f"no key can mean an action of {space}; pass noop=")
+
+
+def _entries(space: spaces.Space) -> list[Any]:
+    """The values of a binding for each of the space's action names."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.start) + i for i in range(int(space.n))]
+    if isinstance(space, spaces.MultiDiscrete):
+        starts = np.asarray(space.start)
+        return [(i, int(starts[i]) + v) for i, n in enumerate(space.nvec) for v in range(int(n))]
+    if isinstance(space, spaces.MultiBinary):
+        return [(i, 1) for i in range(int(space.shape[0]))]
+    if isinstance(space, spaces.Box):
+        ends = zip(space.low, space.high, strict=True)
+        finite = [(max(low, -1e3), min(high, 1e3)) for low, high in ends]
+        return [(i, end) for i, pair in enumerate(finite) for end in pair]
+    raise KeymapError(f"no keymap is known for {space}")
+
+
+def _contains(space: spaces.Space, action: Any) -> bool:
+    if isinstance(space, spaces.Discrete):
+        return space.contains(action)
+    return space.contains(np.asarray(action, space.dtype))

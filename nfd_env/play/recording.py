@@ -1,0 +1,198 @@
+"""What is kept of a play: an MP4 to show, or a recording that ``nfd train`` reads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from gymnasium import spaces
+
+from nfd_env.data.episode import Episode
+from nfd_env.data.shards import DatasetSpec, ShardWriter
+from nfd_env.play.slots import Outcome
+from nfd_env.spaces import ActionCodec, space_to_dict
+
+
+def display_size(frame_shape: tuple[int, ...], aspect: float, height: int) -> tuple[int, int]:
+    """(width, height) in even pixels at which a person should see a frame.
+
+    Args:
+        frame_shape: (H, W, 3).
+        aspect: width / height as shown; 0 for square pixels.
+        height: about how high.
+    """
+    ratio = aspect or frame_shape[1] / frame_shape[0]
+    return max(2, round(height * ratio / 2) * 2), max(2, round(height / 2) * 2)
+
+
+class VideoFile:
+    """An H.264 MP4 file that is written while playing; encoding happens on another thread."""
+
+    def __init__(self, target: str | Path | IO[bytes], fps: float, size: tuple[int, int]) -> None:
+        """Open ``target`` for frames of ``size`` (width, height), both even.
+
+        Raises:
+            OSError: when the file cannot be written.
+        """
+        import av
+
+        if isinstance(target, str | Path):
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            target = str(target)
+        self._size = size
+        self._container = av.open(target, "w", format="mp4")
+        rate = Fraction(fps).limit_denominator(1000)
+        self._stream = self._container.add_stream("libx264", rate=rate)
+        self._stream.width, self._stream.height = size
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.thread_count = 1
+        self._stream.options = {"crf": "19", "preset": "veryfast"}
+        self._frames: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=600)
+        self._error: BaseException | None = None
+        self.count = 0
+        self._thread = threading.Thread(target=self._run, name="video", daemon=True)
+        self._thread.start()
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append a frame, uint8 (H, W, 3) of any size."""
+        self._frames.put(frame)
+        self.count += 1
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            OSError: when it could not be written.
+        """
+        self._frames.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise OSError(f"the video could not be written: {self._error}")
+
+    def _run(self) -> None:
+        import av
+
+        try:
+            while (frame := self._frames.get()) is not None:
+                picture = cv2.resize(frame, self._size, interpolation=cv2.INTER_CUBIC)
+                shown = av.VideoFrame.from_ndarray(picture.astype(np.uint8), "rgb24")
+                for packet in self._stream.encode(shown):
+                    self._container.mux(packet)
+            for packet in self._stream.encode(None):
+                self._container.mux(packet)
+            self._container.close()
+        except Exception as error:
+            self._error = error
+            while self._frames.get() is not None:
+                pass
+
+
+def write_video(
+    target: str | Path | IO[bytes], frames: Iterable[np.ndarray], fps: float, size: tuple[int, int]
+) -> None:
+    """Write a whole MP4; see ``VideoFile``."""
+    video = VideoFile(target, fps, size)
+    for frame in frames:
+        video.add(frame)
+    video.close()
+
+
+class PlayRecorder:
+    """Appends episodes of play to a data set; a segment begins with the picture shown then."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        frame_shape: tuple[int, ...],
+        space: spaces.Space,
+        source: dict[str, Any],
+        fps: float,
+        limit: int = 4000,
+    ) -> None:
+        """Open ``folder``, a new data set or one of the same world.
+
+        Args:
+            folder: see ``nfd_env.data.shards``.
+            frame_shape: (H, W, 3).
+            space: the action space.
+            source: the world's source section, plain values.
+            fps: frames a second.
+            limit: transitions after which a segment is committed as truncated, to bound memory.
+
+        Raises:
+            RecordingError: when the folder holds recordings of something else.
+        """
+        codec = ActionCodec(space)
+        spec = DatasetSpec(
+            frame_shape=(frame_shape[0], frame_shape[1], 3),
+            action_shape=codec.shape,
+            action_dtype=str(np.dtype(space.dtype or np.int64)),
+            action_space=space_to_dict(space),
+            source=source,
+            fps=fps,
+        )
+        self.folder, self._limit = Path(folder), limit
+        spec.save(self.folder)
+        self._writer = ShardWriter(self.folder, spec, "play")
+        self.saved = 0
+        self._lock = threading.Lock()
+        self._clear()
+
+    def began(self, frame: np.ndarray, seed: int | None) -> None:
+        """An episode (or a segment of one) begins with ``frame``."""
+        with self._lock:
+            self._commit()
+            self._frames, self._seed = [frame], seed or 0
+
+    def took(self, action: Any, outcome: Outcome, by_agent: bool) -> None:
+        """``action`` led to ``outcome``."""
+        with self._lock:
+            if not self._frames:
+                return
+            self._frames.append(outcome.frame)
+            self._actions.append(np.asarray(action))
+            self._rewards.append(outcome.reward)
+            self._ends.append((outcome.terminated, outcome.truncated))
+            self._players.add("agent" if by_agent else "person")
+            if outcome.terminated or outcome.truncated or len(self._actions) >= self._limit:
+                last = outcome.frame
+                self._commit()
+                if not (outcome.terminated or outcome.truncated):
+                    self._frames = [last]
+
+    def close(self) -> None:
+        """Commit the segment under way, as truncated."""
+        with self._lock:
+            self._commit()
+
+    def _clear(self) -> None:
+        self._frames: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+        self._rewards: list[float] = []
+        self._ends: list[tuple[bool, bool]] = []
+        self._players: set[str] = set()
+        self._seed = 0
+
+    def _commit(self) -> None:
+        if self._actions:
+            ends = np.array(self._ends, bool)
+            ends[-1, 1] |= not ends[-1, 0]
+            self._writer.add(
+                Episode(
+                    np.stack(self._frames),
+                    np.stack(self._actions),
+                    np.array(self._rewards, np.float32),
+                    ends[:, 0],
+                    ends[:, 1],
+                    seed=self._seed,
+                    policy="+".join(sorted(self._players)),
+                )
+            )
+            self.saved += 1
+        self._clear()

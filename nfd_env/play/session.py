@@ -1,0 +1,288 @@
+"""One person's play: keys, controls, episode, statistics. Window and browser share all of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nfd_env.play.keys import Choice, KeyLatch, Keymap
+from nfd_env.play.slots import Outcome
+
+SPEEDS = (0.25, 0.5, 1.0, 1.5, 2.0)
+MAX_SAMPLING_STEPS = 16
+RESTART_AFTER = 2.0  # seconds that the last frame of an episode is shown for
+
+Agent = Callable[[np.ndarray], Any]
+"""Chooses an action for a frame, uint8 (H, W, 3)."""
+
+
+class ControlError(ValueError):
+    """There is no such control, or it does not take this value."""
+
+
+class Meter:
+    """The last values of something, for a rate and percentiles."""
+
+    def __init__(self, size: int = 200) -> None:
+        """Remember ``size`` values."""
+        self._values: deque[float] = deque(maxlen=size)
+        self._times: deque[float] = deque(maxlen=size)
+
+    def add(self, value: float = 0.0) -> None:
+        """Note a value that came about now."""
+        self._values.append(value)
+        self._times.append(time.perf_counter())
+
+    def rate(self, seconds: float = 2.0) -> float:
+        """Values a second over the last ``seconds``."""
+        now = time.perf_counter()
+        recent = [t for t in tuple(self._times) if now - t <= seconds]
+        return (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else 0.0
+
+    def percentile(self, q: float) -> float | None:
+        """The ``q`` percentile (0 to 100), None without values."""
+        values = tuple(self._values)
+        return float(np.percentile(values, q)) if values else None
+
+    def mean(self) -> float | None:
+        """The mean, None without values."""
+        values = tuple(self._values)
+        return sum(values) / len(values) if values else None
+
+
+class Session:
+    """The state of one person's play, apart from the world itself.
+
+    Keys and controls come from the person's thread; ``choose``, ``began`` and ``took`` are called
+    by the engine.
+    """
+
+    def __init__(
+        self,
+        keymap: Keymap,
+        sampling_steps: int | None = None,
+        agent: Agent | None = None,
+        drafts: bool = True,
+    ) -> None:
+        """Start with no key down.
+
+        Args:
+            keymap: of the game.
+            sampling_steps: denoising steps a frame; None for a game that is not generated.
+            agent: may take over through the control "agent".
+            drafts: whether the game can generate frames ahead.
+        """
+        self.keymap, self.agent = keymap, agent
+        self.keys = KeyLatch(keymap.keys)
+        self.paused = self.agent_on = self.over = False
+        self.speed = 1.0
+        self.sampling_steps = sampling_steps
+        self.can_draft = self.lookahead = drafts
+        self.seed: int | None = None
+        self.episode = self.steps = 0
+        self.total_reward = self.reward = 0.0
+        self.action = ""
+        self.info: dict[str, Any] = {}
+        self.frame: np.ndarray | None = None
+        self.ended_at = 0.0
+        self.frames = Meter(120)
+        self.step_times = Meter(120)
+        self.latencies = Meter(120)
+        self.guesses = Meter(300)
+        self.last_choice: Choice | None = None
+        self.last_input = time.monotonic()
+        self.recorder: Any = None
+        self._wanted: deque[tuple[str, Any]] = deque(maxlen=64)
+        self._single_steps = 0
+        self._pressed_at: float | None = None
+        self._seq = 0
+        self.answering = 0
+        self.answering_since: float | None = None
+        self._lock = threading.Lock()
+
+    def press(self, key: str, seq: int = 0) -> bool:
+        """A key went down; ``seq`` numbers the inputs. Whether the key means anything.
+
+        After the end of an episode it also begins the next one, once the end has been seen.
+        """
+        if self.over and time.monotonic() - self.ended_at > 0.4 * RESTART_AFTER:
+            self.control("reset")
+        return self._input(self.keys.press(key), seq)
+
+    def release(self, key: str, seq: int = 0) -> bool:
+        """A key went up."""
+        return self._input(self.keys.release(key), seq)
+
+    def release_all(self) -> None:
+        """Focus or connection was lost: let go of everything."""
+        self.keys.release_all()
+
+    def control(self, name: str, value: Any = None) -> None:
+        """Use a control.
+
+        ============== ============================================================
+        pause          True, False, or None to toggle
+        step           one step while paused (pauses otherwise)
+        reset          the next episode
+        seed           a new seed: an int from 0 to 2**32 - 1, or None for a random one
+        speed          one of ``SPEEDS``
+        sampling_steps 1 to ``MAX_SAMPLING_STEPS``
+        lookahead      True, False or None to toggle: generate the next frames ahead
+        agent          True, False or None to toggle: hand over to the agent
+        ============== ============================================================
+
+        Raises:
+            ControlError: when there is no such control or it does not take this value.
+        """
+        self.last_input = time.monotonic()
+        if name in ("pause", "lookahead", "agent"):
+            if value is not None and not isinstance(value, bool):
+                raise ControlError(f"{name} takes true, false or nothing, got {value!r}")
+            attribute = {"pause": "paused", "agent": "agent_on"}.get(name, name)
+            wanted = not getattr(self, attribute) if value is None else value
+            if name == "agent" and wanted and self.agent is None:
+                raise ControlError("no agent was given to hand over to")
+            if name == "lookahead" and wanted and not self.can_draft:
+                raise ControlError("this game cannot be generated ahead")
+            setattr(self, attribute, wanted)
+        elif name == "step":
+            with self._lock:
+                self._single_steps = min(self._single_steps + (1 if self.paused else 0), 8)
+            self.paused = True
+        elif name == "reset":
+            self._wanted.append(("reset", None))
+        elif name == "seed":
+            if value is None:
+                value = int(np.random.SeedSequence().generate_state(1)[0])
+            if not _is_int(value) or not 0 <= value < 2**32:
+                raise ControlError(f"seed must be from 0 to {2**32 - 1}, got {value!r}")
+            self._wanted.append(("reset", int(value)))
+        elif name == "speed":
+            if isinstance(value, bool) or value not in SPEEDS:
+                raise ControlError(f"speed must be one of {SPEEDS}, got {value!r}")
+            self.speed = float(value)
+        elif name == "sampling_steps":
+            if self.sampling_steps is None:
+                raise ControlError("this game is not generated: it has no sampling steps")
+            if not _is_int(value) or not 1 <= value <= MAX_SAMPLING_STEPS:
+                raise ControlError(
+                    f"sampling_steps must be from 1 to {MAX_SAMPLING_STEPS}, got {value!r}"
+                )
+            self.sampling_steps = int(value)
+        else:
+            raise ControlError(f"unknown control {name!r}")
+
+    @property
+    def reset_pending(self) -> bool:
+        """Whether a reset was asked for and has not happened yet."""
+        return bool(self._wanted)
+
+    def wants_reset(self) -> tuple[bool, int | None]:
+        """Whether an episode is to begin now, and with which seed (None: the next episode)."""
+        if self._wanted:
+            return True, self._wanted.popleft()[1]
+        over = self.over and time.monotonic() - self.ended_at >= RESTART_AFTER
+        return over and not self.paused, None
+
+    def wants_step(self) -> bool:
+        """Whether the game goes on; uses up a single step when paused."""
+        if self.over or self.frame is None:
+            return False
+        if not self.paused:
+            return True
+        with self._lock:
+            ready = self._single_steps > 0
+            self._single_steps -= ready
+        return ready
+
+    def choose(self) -> Choice:
+        """The action of the next step, of the person or the agent."""
+        with self._lock:
+            self.answering, self.answering_since = self._seq, self._pressed_at
+            self._pressed_at = None
+        choice = self.keys.consume(self.keymap)
+        if self.agent_on and self.agent is not None and self.frame is not None:
+            action = self.agent(self.frame)
+            choice = Choice(action, self.keymap.label(action), frozenset())
+        self.last_choice = choice
+        return choice
+
+    def guesses_for_next(self, everything: bool) -> list[Any]:
+        """Actions to assume for the next step, the likeliest first."""
+        likely = self.keymap.choose(self.keys.pressed()).action
+        if self.agent_on and self.agent is not None and self.frame is not None:
+            likely = self.last_choice.action if self.last_choice else likely
+        if not everything:
+            return [likely]
+        others = [a for a in self.keymap.all_actions() if a != likely]
+        return [likely, *others]
+
+    def began(self, frame: np.ndarray, seed: int | None) -> None:
+        """An episode has begun."""
+        self.episode = self.episode + 1 if seed == self.seed else 1
+        self.seed, self.frame, self.over = seed, frame, False
+        self.steps, self.total_reward, self.reward, self.action = 0, 0.0, 0.0, ""
+        if self.recorder is not None:
+            self.recorder.began(frame, seed)
+
+    def took(self, choice: Choice, outcome: Outcome, seconds: float) -> None:
+        """A step was taken; ``seconds`` is how long the person waited for the model."""
+        self.frame, self.reward, self.action = outcome.frame, outcome.reward, choice.label
+        self.steps += 1
+        self.total_reward += outcome.reward
+        self.info = dict(outcome.info)
+        self.over = outcome.terminated or outcome.truncated
+        if self.over:
+            self.ended_at = time.monotonic()
+        self.frames.add()
+        self.step_times.add(seconds)
+        self.guesses.add(float(outcome.guessed))
+        if self.recorder is not None:
+            self.recorder.took(choice.action, outcome, self.agent_on)
+
+    def hud(self) -> dict[str, Any]:
+        """What window and page show, plain values; times in milliseconds."""
+        rate = self.guesses.mean()
+        hazard = self.info.get("hazard")
+        acceptance = self.info.get("acceptance")
+        return {
+            "action": self.action,
+            "reward": round(self.reward, 4),
+            "return": round(self.total_reward, 3),
+            "step": self.steps,
+            "episode": self.episode,
+            "seed": self.seed,
+            "over": self.over,
+            "paused": self.paused,
+            "speed": self.speed,
+            "fps": round(self.frames.rate(), 1),
+            "model_ms": _milliseconds(self.step_times.percentile(50)),
+            "sampling_steps": self.sampling_steps,
+            "lookahead": self.lookahead,
+            "guessed": None if rate is None or not self.lookahead else round(rate, 3),
+            "acceptance": None if acceptance is None else round(float(acceptance), 3),
+            "hazard": None if hazard is None else round(float(hazard), 4),
+            "agent": self.agent_on,
+            "has_agent": self.agent is not None,
+        }
+
+    def _input(self, known: bool, seq: int) -> bool:
+        self.last_input = time.monotonic()
+        with self._lock:
+            self._seq = max(self._seq, seq)
+            if known and self._pressed_at is None:
+                self._pressed_at = time.perf_counter()
+        return known
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 1)

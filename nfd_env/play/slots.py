@@ -1,0 +1,208 @@
+"""Several people in one batched world, and frames generated before they are asked for.
+
+All env logic is ``NFDVectorEnv``'s: one env holds every slot, and branches of it (its saved rows,
+restored into envs of other sizes that share the weights) are stepped. A branch made in the idle
+time before a tick is a draft: when the real action was among those assumed, its row goes back into
+the slot, else it is dropped. Noise depends on (seed, episode, frame) only, so a draft is the frame
+that a plain step would have made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.play.keys import Keymap
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one action brought about.
+
+    Attributes:
+        frame: uint8 (H, W, 3).
+        reward: of this step.
+        terminated: the episode has ended.
+        truncated: the episode was cut off.
+        info: plain values, e.g. "hazard".
+        guessed: the frame had been generated before the action was known.
+    """
+
+    frame: np.ndarray
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: Mapping[str, Any]
+    guessed: bool = False
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """Row ``row`` of ``branch`` is a slot after one assumed action."""
+
+    branch: NFDVectorEnv
+    row: int
+    outcome: Outcome
+
+
+class Slots:
+    """``count`` independent copies of a world, stepped together; use it from one thread."""
+
+    def __init__(
+        self,
+        world: str | PathLike[str],
+        count: int = 1,
+        device: str | torch.device = "auto",
+        sampling_steps: int | None = None,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        """Load the world; see ``NFDVectorEnv`` for the arguments and errors."""
+        self._arguments = {
+            "world": world,
+            "device": device,
+            "max_episode_steps": max_episode_steps,
+            "obs_type": "latent",
+            "autoreset_mode": AutoresetMode.DISABLED,
+        }
+        self._all = NFDVectorEnv(num_envs=count, sampling_steps=sampling_steps, **self._arguments)
+        self.count = count
+        self.spec = self._all.world.spec
+        self.name, self.fps = self.spec.name, float(self.spec.fps)
+        self.frame_shape: tuple[int, ...] = (*self.spec.frame_size, 3)
+        self.display_aspect = self.spec.source.display_aspect
+        self.keymap = Keymap.from_source(self.spec.source, self._all.single_action_space)
+        self.default_sampling_steps: int | None = self._all.model.sampling.steps
+        self.sampling_steps = [self._all.model.sampling.steps] * count
+        self._drafts: dict[int, dict[bytes, _Draft]] = {}
+        self._costs: dict[int, float] = {}
+        self._started = False
+
+    def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
+        """Start an episode; without a seed the next one of the slot's seed.
+
+        Returns:
+            Its first frame, uint8 (H, W, 3).
+        """
+        self._drafts.pop(slot, None)
+        if not self._started:
+            self._all.reset(seed=np.random.SeedSequence().generate_state(self.count).tolist())
+            self._started = True
+        mask = np.arange(self.count) == slot
+        seeds = [seed if s == slot else None for s in range(self.count)]
+        self._all.reset(seed=seeds, options={"reset_mask": mask})
+        return self._decode(self._all.save_state([slot]).shown)[0]
+
+    def seed_of(self, slot: int) -> int:
+        """The seed of a slot's episodes."""
+        return self._all.np_random_seed[slot]
+
+    def set_sampling_steps(self, slot: int, steps: int) -> None:
+        """Denoising steps for each of this slot's frames from now on; at least 1."""
+        if self.sampling_steps[slot] != steps:
+            self.sampling_steps[slot] = steps
+            self._drafts.pop(slot, None)
+
+    def has_draft(self, slot: int) -> bool:
+        """Whether frames wait for this slot's next action."""
+        return slot in self._drafts
+
+    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        """Hand out the frames that are there already; drops the slots' other drafts.
+
+        Args:
+            actions: slot -> action. Slots that nothing was generated for are left as they are.
+        """
+        hits: dict[int, _Draft] = {}
+        for slot, action in actions.items():
+            draft = self._drafts.pop(slot, {}).get(_key(action))
+            if draft is not None:
+                hits[slot] = draft
+        by_branch: dict[int, list[int]] = defaultdict(list)
+        for slot, draft in hits.items():
+            by_branch[id(draft.branch)].append(slot)
+        for slots in by_branch.values():
+            branch = hits[slots[0]].branch
+            self._all.restore_state(branch.save_state([hits[s].row for s in slots]), slots)
+        return {slot: draft.outcome for slot, draft in hits.items()}
+
+    def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        """Advance some slots by one action each, in as few batches as their sampling allows."""
+        made: dict[int, Outcome] = {}
+        for steps, slots in self._by_steps(actions).items():
+            branch, outcomes = self._branch(slots, [actions[s] for s in slots], steps, False)
+            self._all.restore_state(branch.save_state(), slots)
+            made.update(zip(slots, outcomes, strict=True))
+            for slot in slots:
+                self._drafts.pop(slot, None)
+        return made
+
+    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
+        """Generate the next frame of some slots for each of the assumed actions.
+
+        The slots themselves stay where they are until ``take_drafts``.
+        """
+        for steps, slots in self._by_steps(guesses).items():
+            rows = [slot for slot in slots for _ in guesses[slot]]
+            actions = [action for slot in slots for action in guesses[slot]]
+            branch, outcomes = self._branch(rows, actions, steps, True)
+            for slot in slots:
+                self._drafts[slot] = {}
+            for row, slot in enumerate(rows):
+                self._drafts[slot][_key(actions[row])] = _Draft(branch, row, outcomes[row])
+
+    def cost(self, rows: int) -> float:
+        """Seconds that a batch of ``rows`` is expected to take; 0 when nothing is known yet."""
+        if not self._costs:
+            return 0.0
+        if rows in self._costs:
+            return self._costs[rows]
+        known = min(self._costs, key=lambda n: abs(n - rows))
+        return self._costs[known] * max(1.0, rows / known)
+
+    def _by_steps(self, slots: Mapping[int, Any]) -> dict[int, list[int]]:
+        groups: dict[int, list[int]] = defaultdict(list)
+        for slot in slots:
+            groups[self.sampling_steps[slot]].append(slot)
+        return groups
+
+    def _branch(
+        self, rows: list[int], actions: list[Any], steps: int, guessed: bool
+    ) -> tuple[NFDVectorEnv, list[Outcome]]:
+        began = time.perf_counter()
+        branch = NFDVectorEnv(num_envs=len(rows), sampling_steps=steps, **self._arguments)
+        branch.restore_state(self._all.save_state(rows))
+        _, rewards, terminated, truncated, info = branch.step(np.stack(actions))
+        frames = branch.frames().cpu().numpy()
+        outcomes = [
+            Outcome(
+                frames[i],
+                float(rewards[i]),
+                bool(terminated[i]),
+                bool(truncated[i]),
+                {k: v[i].item() for k, v in info.items() if k[0] != "_" and np.ndim(v) == 1},
+                guessed,
+            )
+            for i in range(len(rows))
+        ]
+        took = time.perf_counter() - began
+        # Down at once and up slowly: one hiccup of the machine must not end the drafting.
+        before = self._costs.get(len(rows), took)
+        self._costs[len(rows)] = min(took, before + 0.2 * (took - before))
+        return branch, outcomes
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        return self._all.model.decode(latents).cpu().numpy()
+
+
+def _key(action: Any) -> bytes:
+    array = np.asarray(action)
+    return array.tobytes() if array.dtype.kind == "f" else array.astype(np.int64).tobytes()

@@ -1,0 +1,161 @@
+"""The last stage: finished networks, starts, a clip and their provenance become a world folder."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from nfd_env import __version__, config
+from nfd_env.checkpoint import WorldSpec, save_world
+from nfd_env.data.shards import EpisodeReference, RecordedDataset
+from nfd_env.envs.real import SourceConfig
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
+from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import load_weights
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.video import write_mp4
+from nfd_env.world_model import Context, SamplingConfig
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The config file of ``nfd export``.
+
+    Attributes:
+        name: the world's name.
+        modulation_rank: see ``nfd_env.models.dynamics.with_low_rank``; 0 keeps the full matrix.
+        folder: the world folder to write.
+        recordings: the data-set folder.
+        tokenizer: run folder of the tokenizer.
+        dynamics: run folder of the dynamics.
+        heads: run folder of the heads.
+        configs: the config files behind the runs, copied into the provenance.
+        sampling: the world's default sampling.
+        starts: recorded episode beginnings that episodes start from.
+        start_frames: frames each of them brings along.
+        clip_frames: length of the held-out clip for ``nfd demo``.
+        max_episode_steps: see ``WorldSpec``.
+    """
+
+    name: str
+    folder: str
+    recordings: str
+    tokenizer: str
+    dynamics: str
+    heads: str
+    configs: list[str] = field(default_factory=list)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    modulation_rank: int = 0
+    starts: int = 64
+    start_frames: int = 8
+    clip_frames: int = 740
+    max_episode_steps: int = 0
+
+
+def export(settings: ExportConfig) -> Path:
+    """Write the world folder that ``settings`` describes; returns it.
+
+    Raises:
+        CheckpointError: when a stage has not been finished.
+        RecordingError: when the recordings are missing.
+    """
+    tokenizer = load_weights(
+        Path(settings.tokenizer) / "model.safetensors", Tokenizer, TokenizerConfig
+    )
+    dynamics = load_weights(Path(settings.dynamics) / "model.safetensors", Dynamics, DynamicsConfig)
+    heads = load_weights(Path(settings.heads) / "model.safetensors", Heads, HeadsConfig)
+    recordings = RecordedDataset(settings.recordings)
+    spec = WorldSpec(
+        name=settings.name,
+        frame_size=list(recordings.spec.frame_shape[:2]),
+        fps=recordings.spec.fps,
+        action_space=recordings.spec.action_space,
+        source=config.from_mapping(SourceConfig, recordings.spec.source, "source"),
+        sampling=settings.sampling,
+        max_episode_steps=settings.max_episode_steps,
+    )
+    space = space_from_dict(recordings.spec.action_space)
+    space.seed(0)
+    codec = ActionCodec(space)
+    provenance = _provenance(settings, recordings)
+    if settings.modulation_rank:
+        examples = torch.from_numpy(np.stack([np.asarray(space.sample()) for _ in range(64)]))
+        encoded = torch.cat((codec.encode(examples), torch.zeros(1, codec.width)))
+        dynamics, error = with_low_rank(dynamics, encoded, settings.modulation_rank)
+        provenance["modulation_rank"] = {"rank": settings.modulation_rank, "relative_error": error}
+    count = settings.start_frames
+    usable = [e for e in recordings.split("train") if len(e) > 2 * count]
+    chosen = usable[:: max(1, len(usable) // settings.starts)][: settings.starts]
+    starts = [_start(tokenizer, codec, episode, count) for episode in chosen]
+    folder = Path(settings.folder)
+    save_world(folder, spec, tokenizer, dynamics, heads, starts, provenance)
+    _save_clip(folder, recordings, settings.clip_frames)
+    return folder
+
+
+@torch.inference_mode()
+def _start(
+    tokenizer: Tokenizer, codec: ActionCodec, episode: EpisodeReference, frames: int
+) -> Context:
+    latents = tokenizer.encode_frames(torch.from_numpy(episode.frames[:frames].copy()))
+    actions = torch.zeros(frames, codec.width)
+    actions[1:] = codec.encode(torch.from_numpy(episode.actions[: frames - 1]))
+    return Context(latents, actions)
+
+
+def _save_clip(folder: Path, recordings: RecordedDataset, frames: int) -> None:
+    """Film a held-out episode, the longest but for ``frames``, with its actions."""
+    episode = max(recordings.split("validation"), key=lambda e: min(len(e), frames))
+    count = min(len(episode), frames)
+    write_mp4(
+        folder / "clip.mp4", episode.frames[: count + 1], recordings.spec.fps, crf=16, exact=True
+    )
+    actions = torch.from_numpy(episode.actions[:count].copy())
+    save_file({"actions": actions}, folder / "clip.safetensors")
+
+
+def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str, Any]:
+    policies: dict[str, dict[str, float]] = {}
+    for episode in recordings:
+        row = policies.setdefault(
+            f"{episode.split} {episode.policy}", {"episodes": 0, "frames": 0, "return": 0.0}
+        )
+        row["episodes"] += 1
+        row["frames"] += len(episode) + 1
+        row["return"] += episode.total_reward
+    for row in policies.values():
+        row["mean_return"] = round(row.pop("return") / row["episodes"], 1)
+    stages = {}
+    for stage in ("tokenizer", "dynamics", "heads"):
+        folder = Path(getattr(settings, stage))
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        stages[stage] = {
+            "steps": state["step"],
+            "wall_seconds": round(state["elapsed"]),
+            "validation": {k: round(float(v), 5) for k, v in state["metrics"].items()},
+        }
+    return {
+        "made": time.strftime("%Y-%m-%d"),
+        "nfd_env": __version__,
+        "torch": str(torch.__version__),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "recordings": {
+            "source": recordings.spec.source,
+            "frames": recordings.frame_count,
+            "episodes": len(recordings),
+            "policies": policies,
+        },
+        "stages": stages,
+        "configs": {
+            Path(path).name: yaml.safe_load(Path(path).read_text()) for path in settings.configs
+        },
+    }

@@ -1,0 +1,73 @@
+"""MP4 in and out (H.264, so that any browser shows it), and strips of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+
+def write_mp4(
+    path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18, exact: bool = False
+) -> Path:
+    """Write uint8 RGB frames (H, W, 3) of even size as H.264.
+
+    Args:
+        path: the file to write.
+        frames: all of one shape.
+        fps: frames a second.
+        crf: quality, lower is better.
+        exact: keep full colour resolution (yuv444p), which browsers do not show.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing.mp4")
+    with av.open(str(temporary), "w") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv444p" if exact else "yuv420p"
+                stream.options = {"crf": str(crf)}
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        if stream is None:
+            raise ValueError(f"{path}: no frames to write")
+        container.mux(stream.encode())
+    temporary.replace(path)
+    return path
+
+
+def read_mp4(path: str | Path) -> np.ndarray:
+    """All frames of a video, uint8 (T, H, W, 3)."""
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def enlarge(frame: np.ndarray, height: int, aspect: float = 0.0) -> np.ndarray:
+    """Resize (H, W, 3) to ``height`` rows and, with ``aspect`` > 0, height * aspect columns."""
+    width = height * (aspect or frame.shape[1] / frame.shape[0])
+    size = (round(width / 2) * 2, round(height / 2) * 2)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+
+
+def caption(frame: np.ndarray, text: str, rows: int = 24) -> np.ndarray:
+    """Put a line of ``text`` above ``frame``."""
+    bar = np.full((rows, frame.shape[1], 3), 24, np.uint8)
+    cv2.putText(
+        bar, text, (6, rows - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (235, 235, 235), 1, cv2.LINE_AA
+    )
+    return np.concatenate((bar, frame))
+
+
+def write_png(path: str | Path, picture: np.ndarray) -> Path:
+    """Write a uint8 RGB picture (H, W, 3)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), np.ascontiguousarray(picture[..., ::-1])):
+        raise OSError(f"cannot write {path}")
+    return path

@@ -1,0 +1,55 @@
+"""Fixtures that are costly enough to be made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.counter_env import record_counter_episodes
+from tests.tiny_world import make_tiny_world
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of tiny worlds; the same arguments give the same folder. Do not write into them."""
+    made: dict[str, Path] = {}
+
+    def make(**kwargs: Any) -> Path:
+        key = repr(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = make_tiny_world(tmp_path_factory.mktemp("worlds") / "tiny", **kwargs)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_world(make_world: Callable[..., Path]) -> Path:
+    """The default tiny world: Discrete(3), about one step in 20 ends an episode."""
+    return make_world()
+
+
+@pytest.fixture(scope="session")
+def endless_world(make_world: Callable[..., Path]) -> Path:
+    """A tiny world whose episodes never terminate."""
+    return make_world(hazard_bias=-1000.0)
+
+
+@pytest.fixture(scope="session")
+def hasty_world(make_world: Callable[..., Path]) -> Path:
+    """A tiny world of which about one frame in three ends an episode."""
+    return make_world(hazard_bias=-0.5)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight recorded episodes of the counter env, every fourth held out. Do not write into it."""
+    folder = tmp_path_factory.mktemp("recordings")
+    record_counter_episodes(folder, episodes=8, validation_every=4, length=44)
+    return folder

@@ -1,0 +1,166 @@
+"""The real environment seen through a world's eyes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfd_env.envs.real import SourceConfig, SourceError, make_source
+from tests.counter_env import HEIGHT, WIDTH, move, read, source
+
+
+def finish(env: Any, action: int = 2) -> list[np.ndarray]:
+    """All frames of an episode, the first one included."""
+    frames = [env.reset(seed=0)[0]]
+    while True:
+        observation, _, terminated, truncated, _ = env.step(action)
+        frames.append(observation)
+        if terminated or truncated:
+            return frames
+
+
+@pytest.mark.parametrize(
+    ("settings", "kwargs"),
+    [({}, {}), ({"key": "screen"}, {"dict_key": "screen"}), ({"frames": "render"}, {})],
+)
+def test_frames_from_everywhere(settings: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    env = make_source(source(kwargs=kwargs, **settings), length=5)
+    assert env.observation_space.shape == (HEIGHT, WIDTH, 3)
+    frames = np.stack(finish(env))
+    assert frames.dtype == np.uint8 and frames[0] in env.observation_space
+    counter, steps = read(frames)
+    assert steps.tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.diff(counter).tolist() == [move(2)] * 5
+
+
+def test_space_reward_and_ends_are_the_envs_own() -> None:
+    env = make_source(source(kwargs={"length": 2}))
+    assert env.action_space.n == 3
+    env.reset(seed=0)
+    _, reward, terminated, truncated, info = env.step(0)
+    assert (reward, terminated, truncated, info) == (-1.0, False, False, {})
+    assert type(reward) is float and type(terminated) is bool
+    assert env.step(2)[1:4] == (1.0, True, False)
+
+
+def test_crop_and_resize() -> None:
+    whole = make_source(source()).reset(seed=0)[0]
+    cropped = make_source(source(crop=[8, 24, 16, 48])).reset(seed=0)[0]
+    assert np.array_equal(cropped, whole[8:24, 16:48])
+    env = make_source(source(crop=[8, 24, 16, 48], size=[8, 16]))
+    assert env.observation_space.shape == (8, 16, 3)
+    small = env.reset(seed=0)[0]
+    averages = cropped.reshape(8, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(small - averages).max() <= 1
+    read(make_source(source(size=[16, 24])).reset(seed=0)[0])  # still readable
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"dict_key": "screen"}])
+def test_a_terminal_step_without_a_frame_shows_the_last_one_again(kwargs: dict[str, Any]) -> None:
+    settings = source(key=kwargs.get("dict_key", ""), terminal_frame=False)
+    frames = finish(make_source(settings, length=4, hide_terminal=True, **kwargs))
+    assert read(np.stack(frames))[1].tolist() == [0, 1, 2, 3, 3]
+    assert np.array_equal(frames[-1], frames[-2])
+    # Without the setting, the hidden frame is what it is.
+    plain = finish(make_source(replace(settings, terminal_frame=True), hide_terminal=True, **kwargs))
+    assert not plain[-1].any()
+    # It begins anew after a reset.
+    env = make_source(settings, length=4, hide_terminal=True, **kwargs)
+    finish(env)
+    assert read(env.reset(seed=0)[0])[1] == 0
+
+
+def test_observations_belong_to_the_caller() -> None:
+    env = make_source(source(kwargs={"length": 3}, terminal_frame=False), hide_terminal=True)
+    frames = finish(env)  # the counter env draws into one buffer
+    assert len({f.tobytes() for f in frames[:3]}) == 3
+    first, _ = env.reset(seed=0)
+    kept = first.copy()
+    env.step(1)
+    assert np.array_equal(first, kept)
+    env.reset(seed=0)[0][:] = 0
+    observation = env.step(1)[0]
+    observation[:] = 0
+    env.step(1)
+    assert env.step(1)[0].any()
+
+
+def test_render_shows_what_is_observed() -> None:
+    env = make_source(source(crop=[8, 24, 16, 48]), render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    assert np.array_equal(env.render(), observation)
+    observation = env.step(2)[0]
+    shown = env.render()
+    assert np.array_equal(shown, observation)
+    shown[:] = 0
+    assert np.array_equal(env.render(), observation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (source(frames="screen"), "observation or render"),
+        (source(key="screen"), "no observation entry 'screen'"),
+        (source(crop=[0, 33, 0, 48]), "does not lie inside"),
+        (source(crop=[8, 8, 0, 48]), "does not lie inside"),
+        (SourceConfig("CartPole-v1"), "set frames: render"),
+        (SourceConfig("Game-v0", imports=["no_such_game.envs"]), "pip install no_such_game"),
+    ],
+)
+def test_wrong_sources(settings: SourceConfig, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        make_source(settings)
+
+
+def test_an_unknown_environment_is_a_source_error() -> None:
+    with pytest.raises(SourceError, match="NoSuchGame-v0"):
+        make_source(SourceConfig("NoSuchGame-v0"))
+
+
+def test_a_dict_without_the_entry() -> None:
+    with pytest.raises(SourceError, match="no observation entry 'frame'"):
+        make_source(source(kwargs={"dict_key": "screen"}, key="frame"))
+
+
+# ------------------------------------------------------------------------------------------- ViZDoom
+
+DOOM = SourceConfig(
+    "VizdoomTakeCover-v1",
+    imports=["vizdoom.gymnasium_wrapper"],
+    key="screen",
+    crop=[60, 180, 0, 320],
+    size=[96, 128],
+    terminal_frame=False,
+)
+
+
+def test_doom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vizdoom")
+    monkeypatch.chdir(tmp_path)  # the game writes its settings where it runs
+    env = make_source(DOOM, episode_timeout=25)
+    try:
+        assert env.action_space.n == 3
+        assert env.observation_space.shape == (96, 128, 3)
+        frames = finish(env, action=1)
+        assert all(f in env.observation_space for f in frames)
+        assert np.array_equal(frames[-1], frames[-2])
+        assert len({f.tobytes() for f in frames}) > len(frames) / 2
+        assert frames[-1].any()
+        # The same seed is the same game.
+        again = finish(env, action=1)
+        assert all(np.array_equal(a, b) for a, b in zip(frames, again, strict=True))
+    finally:
+        env.close()
+
+
+def test_doom_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    for name in ("vizdoom", "vizdoom.gymnasium_wrapper"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="pip install vizdoom"):
+        make_source(DOOM)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+
+from nfd_env.envs.single_env import NFDEnv
+from nfd_env.envs.vector_env import NFDVectorEnv
+
+
+def make(world: Path, **kwargs: Any) -> NFDEnv:
+    return NFDEnv(world, **{"device": "cpu", "precision": "fp32", **kwargs})
+
+
+def test_spaces_and_types(tiny_world: Path) -> None:
+    env = make(tiny_world, render_mode="rgb_array", frame_skip=5)
+    assert env.observation_space.shape == (32, 48, 3) and env.action_space.n == 3
+    assert env.metadata["render_fps"] == 7 and "autoreset_mode" not in env.metadata
+    observation, info = env.reset(seed=0)
+    assert observation in env.observation_space and info == {}
+    observation, reward, terminated, truncated, info = env.step(1)
+    assert observation in env.observation_space
+    assert type(reward) is float and type(terminated) is bool and type(truncated) is bool
+    assert info.keys() == {"hazard"} and type(info["hazard"]) is float
+    assert np.array_equal(env.render(), observation)
+
+
+def test_it_is_a_vector_env_of_one(tiny_world: Path) -> None:
+    env = make(tiny_world)
+    vector = NFDVectorEnv(
+        tiny_world, 1, device="cpu", precision="fp32", autoreset_mode="Disabled"
+    )
+    assert np.array_equal(env.reset(seed=4)[0], vector.reset(seed=4)[0][0])
+    for action in np.random.default_rng(0).integers(0, 3, 60):
+        left, right = env.step(action), vector.step([action])
+        assert np.array_equal(left[0], right[0][0])
+        assert left[1:4] == (right[1][0], right[2][0], right[3][0])
+        if left[2]:
+            assert np.array_equal(env.reset()[0], vector.reset()[0][0])
+
+
+def test_an_ended_episode_must_be_reset(tiny_world: Path) -> None:
+    env = make(tiny_world, max_episode_steps=2)
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    while not any(env.step(0)[2:4]):
+        pass
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+    env.reset()
+    env.step(0)
+
+
+@pytest.mark.parametrize("action", [2, np.int64(2), np.array(2), torch.tensor(2)])
+def test_forms_of_an_action(endless_world: Path, action: Any) -> None:
+    env, expected = make(endless_world), make(endless_world)
+    env.reset(seed=0), expected.reset(seed=0)
+    assert np.array_equal(env.step(action)[0], expected.step(2)[0])
+
+
+@pytest.mark.parametrize("action", [3, -1, 1.0, [1], None, "left", [[1], [0, 1]]])
+def test_wrong_actions(endless_world: Path, action: Any) -> None:
+    env = make(endless_world)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="actions"):
+        env.step(action)
+
+
+def test_options(endless_world: Path) -> None:
+    env = make(endless_world, obs_type="latent")
+    observation, _ = env.reset(seed=0, options={"start": 3})
+    assert np.array_equal(observation, env.world.starts[3].latents[-1].numpy())
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
+    observation, _ = env.reset(options={"context": {"frames": frames, "actions": [1]}})
+    assert observation in env.observation_space
+    with pytest.raises(ValueError, match="unknown reset option"):
+        env.reset(options={"bogus": 1})
+
+
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_returned_observations_belong_to_the_caller(endless_world: Path, output: str) -> None:
+    env, untouched = make(endless_world, output=output), make(endless_world)
+    observation, expected = env.reset(seed=0)[0], untouched.reset(seed=0)[0]
+    for action in (0, 1, 2, 1):
+        assert isinstance(observation, torch.Tensor if output == "torch" else np.ndarray)
+        assert np.array_equal(np.asarray(observation), expected)
+        observation[:] = 0
+        observation, expected = env.step(action)[0], untouched.step(action)[0]
+
+
+def test_saved_states(tiny_world: Path) -> None:
+    env = make(tiny_world, obs_type="latent")
+    first, _ = env.reset(seed=0)
+    state = env.save_state()
+    ahead = [env.step(1)[:4] for _ in range(3)]
+    assert np.array_equal(env.restore_state(state), first)
+    for expected in ahead:
+        made = env.step(1)[:4]
+        assert np.array_equal(made[0], expected[0]) and made[1:] == expected[1:]
+
+
+def test_keys(tiny_world: Path) -> None:
+    assert make(tiny_world).get_keys_to_action() == {("d",): 1, ("a",): 2}
+
+
+def test_arguments_reach_the_vector_env(tiny_world: Path) -> None:
+    env = make(tiny_world, sampling_steps=3, frame_skip=2, max_episode_steps=9, output="torch")
+    vector = env.vector
+    assert vector.model.sampling.steps == 3 and vector.frame_skip == 2
+    assert vector.max_episode_steps == 9 and vector.output == "torch"
+    with pytest.raises(ValueError, match="frame_skip"):
+        make(tiny_world, frame_skip=0)
+
+
+def test_a_bad_seed(tiny_world: Path) -> None:
+    env = make(tiny_world)
+    with pytest.raises(Exception, match="[Ss]eed"):
+        env.reset(seed=-1)

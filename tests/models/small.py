@@ -1,0 +1,44 @@
+"""Small networks with all their outputs away from zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+
+WINDOW = 4
+
+
+def small_dynamics(**kwargs: Any) -> Dynamics:
+    torch.manual_seed(0)
+    values: dict[str, Any] = {
+        "latent_channels": 2,
+        "latent_height": 4,
+        "latent_width": 6,
+        "patch": 2,
+        "action_width": 3,
+        "width": 32,
+        "layers": 2,
+        "heads": 2,
+        "window": WINDOW,
+        **kwargs,
+    }
+    network = Dynamics(DynamicsConfig(**values)).eval()
+    with torch.no_grad():
+        for module in (network.modulation, network.output):
+            module.weight.normal_(std=0.3)
+            module.bias.normal_(std=0.3)
+    return network.requires_grad_(False)
+
+
+def random_frames(batch: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, levels and actions for ``small_dynamics``."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, count, 2, 4, 6, generator=generator),
+        torch.rand(batch, count, generator=generator),
+        torch.randn(batch, count, 3, generator=generator),
+    )

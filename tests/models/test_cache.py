@@ -1,0 +1,163 @@
+"""What went through the ring cache equals the windowed forward over the whole sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nfd_env.models.cache import FrameCache
+from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.rollout import new_cache
+from tests.models.small import WINDOW, random_frames, small_dynamics
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+LONG = 6 * WINDOW + 1
+
+
+def stream(
+    network: Dynamics, cache: FrameCache, inputs: tuple[Tensor, ...], start: int, stop: int
+) -> Tensor:
+    """Commit the frames from ``start`` to ``stop`` one by one."""
+    return torch.cat(
+        [
+            network.stream(cache, *(x[:, t : t + 1] for x in inputs), commit=1)  # type: ignore[misc]
+            for t in range(start, stop)
+        ],
+        1,
+    )
+
+
+@pytest.mark.parametrize("commits", [1, 2, 3])
+def test_streaming_equals_the_windowed_forward(commits: int) -> None:
+    network = small_dynamics()
+    inputs = random_frames(2, LONG)
+    cache = new_cache(network, 2, commits=commits)
+    made = []
+    for start in range(0, LONG, commits):
+        part = [x[:, start : start + commits] for x in inputs]
+        made.append(network.stream(cache, *part, commit=part[0].shape[1]))
+    torch.testing.assert_close(torch.cat(made, 1), network(*inputs), **CLOSE)
+    assert cache.length.tolist() == [LONG, LONG]
+
+
+@pytest.mark.parametrize(("commits", "drafts"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_drafts_see_the_history_and_one_another_and_leave_no_trace(
+    commits: int, drafts: int
+) -> None:
+    network = small_dynamics()
+    history = random_frames(2, LONG, 0)
+    draft = random_frames(2, LONG + drafts, 1)
+    cache = new_cache(network, 2, drafts, commits)
+    for start in range(0, LONG - commits + 1, commits):
+        stop = start + commits
+        both = [
+            torch.cat((h[:, start:stop], d[:, stop : stop + drafts]), 1)
+            for h, d in zip(history, draft, strict=True)
+        ]
+        made = network.stream(cache, *both, commit=commits)
+        whole = [
+            torch.cat((h[:, :stop], d[:, stop : stop + drafts]), 1)
+            for h, d in zip(history, draft, strict=True)
+        ]
+        torch.testing.assert_close(made, network(*whole)[:, start:], **CLOSE)
+        # A pass without anything finished, as in the later denoising steps.
+        again = network.stream(cache, *(x[:, commits:] for x in both), commit=0)
+        torch.testing.assert_close(again, made[:, commits:], **CLOSE)
+
+
+def test_a_context_is_taken_in_one_pass() -> None:
+    network = small_dynamics()
+    inputs = random_frames(2, WINDOW + 3)
+    at_once, one_by_one = new_cache(network, 2), new_cache(network, 2)
+    made = network.stream(at_once, *(x[:, :WINDOW] for x in inputs), commit=WINDOW)
+    expected = stream(network, one_by_one, inputs, 0, WINDOW)
+    torch.testing.assert_close(made, expected, **CLOSE)
+    torch.testing.assert_close(
+        stream(network, at_once, inputs, WINDOW, WINDOW + 3),
+        stream(network, one_by_one, inputs, WINDOW, WINDOW + 3),
+        **CLOSE,
+    )
+
+
+@pytest.mark.parametrize("at", [2, 2 * WINDOW + 1])
+def test_masked_reset(at: int) -> None:
+    network = small_dynamics()
+    inputs = random_frames(3, at + 2 * WINDOW)
+    stop = at + 2 * WINDOW
+    cache, untouched, fresh = (new_cache(network, 3) for _ in range(3))
+    stream(network, cache, inputs, 0, at)
+    stream(network, untouched, inputs, 0, at)
+    cache.reset(torch.tensor([False, True, False]))
+    made = stream(network, cache, inputs, at, stop)
+    others = [0, 2]
+    expected = stream(network, untouched, inputs, at, stop)
+    assert torch.equal(made[others], expected[others])
+    torch.testing.assert_close(made[1], stream(network, fresh, inputs, at, stop)[1], **CLOSE)
+    assert (made[1] - expected[1]).abs().max() > 1e-3
+    assert cache.length.tolist() == [stop, stop - at, stop]
+
+
+def test_rows_at_different_places() -> None:
+    network = small_dynamics()
+    inputs = random_frames(2, LONG)
+    cache = new_cache(network, 2)
+    ahead = new_cache(network, 1)
+    stream(network, ahead, tuple(x[:1] for x in inputs), 0, 7)
+    cache.put(torch.tensor([0]), ahead)
+    behind = tuple(torch.stack((x[0, 7:15], x[1, :8])) for x in inputs)
+    made = stream(network, cache, behind, 0, 8)
+    whole = network(*inputs)
+    torch.testing.assert_close(made[0], whole[0, 7:15], **CLOSE)
+    torch.testing.assert_close(made[1], whole[1, :8], **CLOSE)
+
+
+def test_take_and_clone_are_independent_copies() -> None:
+    network = small_dynamics()
+    inputs = random_frames(2, 12)
+    cache = new_cache(network, 2)
+    stream(network, cache, inputs, 0, 6)
+    twin, swapped = cache.clone(), cache.take(torch.tensor([1, 0, 1]))
+    keys, values, length = twin.keys.clone(), twin.values.clone(), twin.length.clone()
+    expected = stream(network, cache, inputs, 6, 12)
+    cache.reset(torch.tensor([True, True]))
+    assert torch.equal(twin.keys, keys) and torch.equal(twin.values, values)
+    assert torch.equal(twin.length, length)
+    assert torch.equal(stream(network, twin, inputs, 6, 12), expected)
+    order = [1, 0, 1]
+    made = stream(network, swapped, tuple(x[order] for x in inputs), 6, 12)
+    torch.testing.assert_close(made, expected[order], **CLOSE)
+
+
+def test_put_leaves_the_other_rows_and_the_source_alone() -> None:
+    network = small_dynamics()
+    inputs = random_frames(3, 10)
+    cache, source = new_cache(network, 3), new_cache(network, 1)
+    stream(network, cache, inputs, 0, 5)
+    keys, length = cache.keys.clone(), cache.length.clone()
+    cache.put(torch.tensor([1]), source)
+    assert torch.equal(cache.keys[:, [0, 2]], keys[:, [0, 2]])
+    assert cache.length.tolist() == [5, 0, 5] and length.tolist() == [5, 5, 5]
+    stream(network, cache, inputs, 5, 8)
+    assert source.length.tolist() == [0] and not source.keys.any()
+
+
+def test_the_buffers_do_not_grow() -> None:
+    network = small_dynamics()
+    cache = new_cache(network, 1, drafts=2, commits=2)
+    shape = (2, 1, WINDOW + 1 + 2, network.config.tokens, 2, 16)
+    assert cache.keys.shape == cache.values.shape == shape
+    stream(network, cache, random_frames(1, LONG), 0, LONG)
+    assert cache.keys.shape == cache.values.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("count", "commit"), [(2, 2), (3, 1), (1, 2), (1, -1), (WINDOW + 2, WINDOW + 1)]
+)
+def test_more_frames_than_there_is_room_for(count: int, commit: int) -> None:
+    network = small_dynamics()
+    cache = new_cache(network, 1)
+    stream(network, cache, random_frames(1, 1), 0, 1)
+    with pytest.raises(ValueError, match="a pass may finish at most"):
+        network.stream(cache, *random_frames(1, count), commit=commit)
+    assert cache.length.tolist() == [1]

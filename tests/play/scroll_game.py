@@ -1,0 +1,95 @@
+"""A stand-in for ``Slots`` whose picture scrolls with the action: easy to measure, and free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from nfd_env.envs.real import SourceConfig
+from nfd_env.play.keys import Keymap
+from nfd_env.play.slots import Outcome
+
+SOURCE = SourceConfig(
+    env_id="Scroll-v0",
+    action_names=["noop", "right", "left"],
+    keys={"right": ["right", "d"], "left": ["left", "a"]},
+)
+MOVE = {0: 0, 1: 2, 2: -2}
+WIDTH = 128
+
+
+class ScrollGame:
+    """Turning right moves the picture to the left by two columns a step, as in a real game."""
+
+    name = "Scroll"
+    default_sampling_steps: int | None = 2
+
+    def __init__(self, count: int, fps: float = 35.0, fail_at: int | None = None) -> None:
+        self.count, self.fps, self.display_aspect = count, fps, 2.6667
+        self.frame_shape: tuple[int, ...] = (96, WIDTH, 3)
+        self.keymap = Keymap.from_source(SOURCE, spaces.Discrete(3))
+        self.at = [0] * count
+        self.seeds: list[int] = [0] * count
+        self.steps_taken = [0] * count
+        self.batches: list[int] = []
+        self.sampling_steps = [2] * count
+        self.drafts: dict[int, dict[Any, Outcome]] = {}
+        self.fail_at = fail_at
+
+    def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
+        self.at[slot] = self.steps_taken[slot] = 0
+        self.seeds[slot] = self.seeds[slot] if seed is None else seed
+        self.drafts.pop(slot, None)
+        return self.frame(0)
+
+    def seed_of(self, slot: int) -> int:
+        return self.seeds[slot]
+
+    def set_sampling_steps(self, slot: int, steps: int) -> None:
+        self.sampling_steps[slot] = steps
+
+    def has_draft(self, slot: int) -> bool:
+        return slot in self.drafts
+
+    def cost(self, rows: int) -> float:
+        return 1e-3 * rows
+
+    def outcome(self, slot: int, action: Any, guessed: bool) -> Outcome:
+        return Outcome(
+            self.frame(self.at[slot] + MOVE[action]), 1.0, False, False, {"hazard": 0.0}, guessed
+        )
+
+    def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        self.batches.append(len(actions))
+        made = {slot: self.outcome(slot, action, False) for slot, action in actions.items()}
+        self._advance(actions)
+        return made
+
+    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
+        drafts = {s: self.drafts.pop(s, {}) for s in actions}
+        hits = {s: drafts[s][a] for s, a in actions.items() if a in drafts[s]}
+        self._advance({s: actions[s] for s in hits})
+        return hits
+
+    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
+        for slot, actions in guesses.items():
+            self.drafts[slot] = {a: self.outcome(slot, a, True) for a in actions}
+
+    def _advance(self, actions: Mapping[int, Any]) -> None:
+        for slot, action in actions.items():
+            self.at[slot] += MOVE[action]
+            self.steps_taken[slot] += 1
+            if self.fail_at is not None and self.steps_taken[slot] >= self.fail_at:
+                raise RuntimeError("the model failed on purpose")
+
+    def frame(self, at: int) -> np.ndarray:
+        """Stripes at columns that move left as ``at`` grows; blue says how far."""
+        columns = (np.arange(WIDTH) + at) % 64
+        picture = np.zeros((96, WIDTH, 3), np.uint8)
+        picture[:, :, 0] = 255 * (columns < 16)
+        picture[:, :, 1] = 60
+        picture[:, :, 2] = at % 256
+        return picture

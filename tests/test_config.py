@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nfd_env import config
+from nfd_env.config import ConfigError
+from nfd_env.data.collect import CollectConfig
+from nfd_env.models.dynamics import DynamicsConfig
+from nfd_env.training.flow import FlowTrainingConfig
+from nfd_env.training.heads import HeadsTrainingConfig
+from nfd_env.training.loop import TrainConfig
+from nfd_env.training.tokenizer import TokenizerTrainingConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Inner:
+    count: int
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outer:
+    title: str
+    inner: Inner
+    rate: float = 1.0
+
+
+GOOD: dict[str, Any] = {"title": "a", "inner": {"count": 2, "names": ["x"]}}
+
+
+def test_nested_values_become_frozen_dataclasses() -> None:
+    made = config.from_mapping(Outer, GOOD)
+    assert made == Outer("a", Inner(2, ["x"]))
+    with pytest.raises(AttributeError):
+        made.rate = 2.0  # type: ignore[misc]
+
+
+def test_to_dict_round_trip() -> None:
+    made = config.from_mapping(Outer, GOOD)
+    assert config.from_mapping(Outer, config.to_dict(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({**GOOD, "tilte": "b"}, "tilte"),
+        ({**GOOD, "inner": {"count": 2, "bogus": 1}}, "bogus"),
+        ({**GOOD, "inner": {"count": "many"}}, "inner.count"),
+        ({**GOOD, "rate": [1]}, "rate"),
+        ({**GOOD, "inner": {"count": 1, "names": 3}}, "inner.names"),
+        ({"inner": {"count": 2}}, "title"),
+        ({"title": "a", "inner": {}}, "inner.count"),
+        ({"title": "a"}, "inner"),
+        ({**GOOD, "title": None}, "title"),
+    ],
+)
+def test_an_error_names_the_key_and_the_file(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.from_mapping(Outer, values, "my.yaml")
+    assert named in str(caught.value)
+    assert "my.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_out_of_range_is_a_config_error_that_names_the_file() -> None:
+    with pytest.raises(ConfigError, match="my.yaml.*precision"):
+        config.from_mapping(
+            TrainConfig,
+            {
+                "folder": "x",
+                "steps": 1,
+                "batch_size": 1,
+                "learning_rate": 1e-3,
+                "precision": "fp8",
+            },
+            "my.yaml",
+        )
+
+
+def test_load_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("title: a\ninner: {count: 2}\n")
+    assert config.load(Outer, path) == Outer("a", Inner(2))
+    made = config.load(Outer, path, ["inner.count=7", "rate=0.5", "inner.names=[p, q]"])
+    assert made == Outer("a", Inner(7, ["p", "q"]), 0.5)
+    with pytest.raises(ConfigError, match="bogus"):
+        config.load(Outer, path, ["inner.bogus=7"])
+    with pytest.raises(ConfigError, match="inner.count"):
+        config.load(Outer, path, ["inner.count=seven"])
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
+        config.load(Outer, tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "\t"])
+def test_a_file_of_something_else(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="a.yaml"):
+        config.load(Outer, path)
+
+
+SCHEMAS = {
+    "collect": CollectConfig,
+    "tokenizer": TokenizerTrainingConfig,
+    "flow": FlowTrainingConfig,
+    "heads": HeadsTrainingConfig,
+}
+SHIPPED = [p for p in sorted(CONFIGS.glob("*/*.yaml")) if p.stem in SCHEMAS]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_the_shipped_training_configs_load(path: Path) -> None:
+    config.load(SCHEMAS[path.stem], path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("paper/*.yaml")), ids=lambda p: p.stem)
+def test_the_paper_configs_load(path: Path) -> None:
+    assert config.load(DynamicsConfig, path).tokens == 84

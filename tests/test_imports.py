@@ -1,0 +1,130 @@
+"""Imports go one way: the folder listing is the dependency order."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "nfd_env"
+MODULES = {
+    ".".join(("nfd_env", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+BASE = {"nfd_env.config", "nfd_env.spaces", "nfd_env.precision"}
+MODELS = BASE | {"nfd_env.flow", "nfd_env.models"}
+WORLD = MODELS | {"nfd_env.world_model", "nfd_env.speculation"}
+# checkpoint.py names the real environment that a world was recorded from.
+CHECKPOINT = WORLD | {"nfd_env.checkpoint", "nfd_env.envs.real"}
+ENVS = CHECKPOINT | {"nfd_env.envs", "nfd_env.video"}
+RECORDINGS = MODELS | {"nfd_env.envs.real", "nfd_env.data"}
+
+# What each part may import of nfd_env, the most specific name first.
+ALLOWED = {
+    "nfd_env.config": set(),
+    "nfd_env.spaces": {"nfd_env.config"},
+    "nfd_env.precision": set(),
+    "nfd_env.flow": {"nfd_env.flow"},
+    "nfd_env.models": MODELS,
+    "nfd_env.world_model": WORLD,
+    "nfd_env.speculation": WORLD,
+    "nfd_env.checkpoint": CHECKPOINT,
+    "nfd_env.envs.real": BASE,
+    "nfd_env.envs": ENVS,
+    "nfd_env.data": RECORDINGS,
+}
+OUTSIDE = {"agents", "examples", "tests"}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules named by import statements, also by those inside functions and type checks."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names.add(node.module)
+            # "from nfd_env import config" imports nfd_env.config.
+            names |= {
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if f"{node.module}.{alias.name}" in MODULES
+            }
+    return names
+
+
+def within(name: str, parts: set[str]) -> bool:
+    return any(name == part or name.startswith(part + ".") for part in parts)
+
+
+def part_of(module: str) -> str | None:
+    fitting = [part for part in ALLOWED if within(module, {part})]
+    return max(fitting, key=len) if fitting else None
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"nfd_env", "nfd_env.flow.path", "nfd_env.envs.vector_env"} <= MODULES.keys()
+    assert "nfd_env.models.cache" in imported(MODULES["nfd_env.world_model"])
+    assert "nfd_env.config" in imported(MODULES["nfd_env.models.weights"])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_what_is_above_it(module: str) -> None:
+    part = part_of(module)
+    if part is None:
+        return
+    for name in imported(MODULES[module]):
+        if name.startswith("nfd_env.") or (name == "nfd_env" and part != "nfd_env"):
+            # The bare package stands for "from nfd_env import ...", whose names are listed too.
+            assert name == "nfd_env" or within(name, ALLOWED[part]), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_package_never_imports_its_users(module: str) -> None:
+    for name in imported(MODULES[module]):
+        assert name.split(".")[0] not in OUTSIDE, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("nfd_env.flow")])
+def test_the_mathematics_needs_torch_only(module: str) -> None:
+    for name in imported(MODULES[module]):
+        top = name.split(".")[0]
+        assert top in {"torch", "nfd_env"} or top in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_training_and_playing_know_training(module: str) -> None:
+    if module.split(".")[1:2] in (["training"], ["cli"], ["evaluation"]):
+        return
+    assert not any(within(n, {"nfd_env.training"}) for n in imported(MODULES[module]))
+
+
+def test_importing_the_package_registers_and_stays_light() -> None:
+    program = """
+import sys, gymnasium, nfd_env
+assert "NFD/World-v0" in gymnasium.registry
+heavy = {"torch", "cv2", "safetensors", "omegaconf", "tensordict", "av"} & set(sys.modules)
+assert not heavy, heavy
+assert set(nfd_env.__all__) <= set(dir(nfd_env)) | set(nfd_env._WHERE)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    import nfd_env
+
+    for name in nfd_env.__all__:
+        assert getattr(nfd_env, name).__module__.startswith("nfd_env.")
+    with pytest.raises(AttributeError, match="no attribute 'bogus'"):
+        nfd_env.bogus  # noqa: B018

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nfd_env.checkpoint import load_world
+from nfd_env.flow.solvers import level_grid, sample_euler
+from nfd_env.world_model import Context, SamplingConfig, WorldModel, WorldState, mix
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def model(endless_world: Path) -> WorldModel:
+    return load_world(endless_world, "cpu", "fp32").model
+
+
+def context(count: int = 3, seed: int = 0) -> Context:
+    generator = torch.Generator().manual_seed(seed)
+    return Context(
+        torch.randn(count, 4, 4, 6, generator=generator),
+        torch.randn(count, 3, generator=generator),
+    )
+
+
+def actions(batch: int, steps: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.one_hot(
+        torch.randint(0, 3, (steps, batch), generator=generator), 3
+    ).float()
+
+
+def roll(model: WorldModel, state: WorldState, acts: Tensor) -> Tensor:
+    return torch.stack([model.step(state, a).latents for a in acts])
+
+
+def flat(state: WorldState) -> list[Tensor]:
+    return [
+        state.cache.keys,
+        state.cache.values,
+        state.cache.length,
+        state.remembered,
+        state.action,
+        state.memory,
+    ]
+
+
+def assert_unchanged(state: WorldState, before: WorldState) -> None:
+    for now, then in zip(flat(state), flat(before), strict=True):
+        assert torch.equal(now, then)
+    assert state.seeds == before.seeds and state.frame == before.frame
+
+
+SEEDS = [(7, 0), (8, 0), (7, 1), (9, 4)]
+
+
+def start(model: WorldModel, rows: list[int]) -> WorldState:
+    return model.start([context(r + 1, r) for r in rows], [SEEDS[r] for r in rows])
+
+
+def test_same_seed_same_rollout_bit_for_bit(model: WorldModel) -> None:
+    acts = actions(3, 12)
+    first = roll(model, start(model, [0, 1, 2]), acts)
+    torch.manual_seed(123)
+    assert torch.equal(roll(model, start(model, [0, 1, 2]), acts), first)
+    assert torch.isfinite(first).all()
+
+
+def test_a_step_equals_the_windowed_forward_over_the_whole_history(model: WorldModel) -> None:
+    """The cache, the pending frame and the fused pass together change nothing."""
+    model = model.with_sampling(SamplingConfig(3, "euler", 1.0, 0.2))
+    begin, seed, acts = context(3), (5, 0), actions(1, 12)
+    state = model.start([begin], [seed])
+    draws = [model._draw(seed, t) for t in range(15)]
+    history = [torch.lerp(x, draws[t][1], 0.2) for t, x in enumerate(begin.latents)]
+    into = list(begin.actions)
+    for t in range(12):
+        into.append(acts[t, 0])
+        past = torch.stack(history)[None]
+
+        def velocity(x: Tensor, level: float, past: Tensor = past) -> Tensor:
+            levels = torch.full((1, past.shape[1] + 1), 0.2)
+            levels[:, -1] = level
+            return model.dynamics(torch.cat((past, x), 1), levels, torch.stack(into)[None])[:, -1:]
+
+        noise = draws[t + 3][0][None, None]
+        expected = sample_euler(velocity, noise, level_grid(3))[0, 0]
+        made = model.step(state, acts[t]).latents[0]
+        torch.testing.assert_close(made, expected, **CLOSE)
+        history.append(torch.lerp(expected, draws[t + 3][1], 0.2))
+
+
+def test_rewards_and_ends_are_read_off_the_drawn_frames(model: WorldModel) -> None:
+    begin, acts = context(3), actions(1, 8)
+    state = model.start([begin], [(1, 0)])
+    seen = [model.step(state, a) for a in acts]
+    latents = torch.cat([begin.latents[1:], *(s.latents for s in seen)])[None]
+    into = torch.cat([begin.actions[1:], acts[:, 0]])[None]
+    logits, _ = model.heads(latents, into, model.heads.initial_state(1))
+    expected = model.heads.reward(logits)[0, 2:]
+    torch.testing.assert_close(torch.cat([s.reward for s in seen]), expected, **CLOSE)
+    hazard = torch.cat([s.hazard for s in seen])
+    torch.testing.assert_close(hazard, logits[0, 2:, 0].sigmoid(), **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_rows_are_independent_of_the_batch(model: WorldModel, batch: int) -> None:
+    rows = [i % 4 for i in range(batch)]
+    acts = actions(4, 10)
+    together = roll(model, start(model, rows), acts[:, rows])
+    for place, row in enumerate(rows):
+        alone = roll(model, start(model, [row]), acts[:, [row]])[:, 0]
+        torch.testing.assert_close(together[:, place], alone, **CLOSE)
+
+
+def test_noise_is_a_function_of_seed_episode_and_frame_alone(model: WorldModel) -> None:
+    first = model._draw((3, 1), 5)
+    model._draw((8, 0), 0)
+    for a, b in zip(model._draw((3, 1), 5), first, strict=True):
+        assert torch.equal(a, b)
+    for other in (((4, 1), 5), ((3, 2), 5), ((3, 1), 6), ((1, 3), 5)):
+        assert not torch.equal(model._draw(*other)[0], first[0])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_noise_and_uniform_numbers_have_their_distributions(model: WorldModel) -> None:
+    draws = [model._draw((seed, 0), frame) for seed in range(30) for frame in range(30)]
+    noise = torch.stack([d[0] for d in draws])
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    uniform = torch.stack([d[2] for d in draws])
+    assert 0.45 < uniform.mean() < 0.55 and uniform.min() < 0.01 and uniform.max() > 0.99
+
+
+def test_each_part_of_the_start_matters(model: WorldModel) -> None:
+    acts = actions(1, 3)
+    base = roll(model, model.start([context(3)], [(1, 0)]), acts)
+    same = roll(model, model.start([context(3)], [(1, 0)]), acts)
+    assert torch.equal(base, same)
+    older = context(3).latents.clone()
+    older[0] += 1
+    into = context(3).actions.clone()
+    into[1] += 1
+    for begin, seed in (
+        (context(3, 1), (1, 0)),
+        (context(3), (2, 0)),
+        (context(3), (1, 1)),
+        (Context(older, context(3).actions), (1, 0)),
+        (Context(context(3).latents, into), (1, 0)),
+    ):
+        other = roll(model, model.start([begin], [seed]), acts)
+        assert (other - base).abs().max() > 1e-4
+
+
+def test_only_what_the_model_can_see_of_a_long_context_is_used(model: WorldModel) -> None:
+    window = model.dynamics.config.window
+    long = context(window + 4)
+    last = Context(long.latents[-window:], long.actions[-window:])
+    acts = actions(1, 3)
+    one, other = (roll(model, model.start([c], [(1, 0)]), acts) for c in (long, last))
+    assert torch.equal(one, other)
+
+
+def test_stepping_a_fork_leaves_the_original_alone(model: WorldModel) -> None:
+    state = start(model, [0, 1, 2])
+    roll(model, state, actions(3, 7))
+    before, acts = state.fork(), actions(3, 9, 1)
+    fork = state.fork()
+    ahead = roll(model, fork, acts)
+    assert_unchanged(state, before)
+    # And the other way round; a restored state replays exactly.
+    kept = fork.fork()
+    assert torch.equal(roll(model, state, acts), ahead)
+    assert_unchanged(fork, kept)
+
+
+def test_forks_part_where_their_actions_differ(model: WorldModel) -> None:
+    state = start(model, [0])
+    one, other = state.fork(), state.fork()
+    acts = actions(1, 4)
+    changed = acts.clone()
+    changed[2] = acts[2].roll(1)
+    a, b = roll(model, one, acts), roll(model, other, changed)
+    assert torch.equal(a[:2], b[:2])
+    assert (a[2:] - b[2:]).abs().amax((1, 2, 3, 4)).min() > 1e-5
+
+
+def test_take(model: WorldModel) -> None:
+    state = start(model, [0, 1, 2])
+    roll(model, state, actions(3, 6))
+    order = [2, 0, 0]
+    taken = state.take(order)
+    acts = actions(3, 6, 1)
+    expected = roll(model, state.fork(), acts)
+    made = roll(model, taken, acts[:, order])
+    torch.testing.assert_close(made, expected[:, order], **CLOSE)
+    assert taken.seeds == [SEEDS[i] for i in order]
+
+
+def test_put_replaces_its_rows_only(model: WorldModel) -> None:
+    state, other = start(model, [0, 1, 2]), start(model, [3])
+    roll(model, state, actions(3, 6))
+    acts = actions(3, 6, 1)
+    undisturbed = roll(model, state.fork(), acts)
+    alone = roll(model, other.fork(), acts[:, [1]])
+    source = other.fork()
+    state.put([1], other)
+    assert state.seeds == [SEEDS[0], SEEDS[3], SEEDS[2]]
+    assert state.frame == [6, 3, 8]
+    made = roll(model, state, acts)
+    assert torch.equal(made[:, [0, 2]], undisturbed[:, [0, 2]])
+    torch.testing.assert_close(made[:, 1], alone[:, 0], **CLOSE)
+    assert_unchanged(other, source)
+
+
+def test_returned_tensors_are_not_views_of_the_state(model: WorldModel) -> None:
+    acts = actions(2, 5)
+    expected = roll(model, start(model, [0, 1]), acts)
+    state, kept = start(model, [0, 1]), []
+    with torch.inference_mode():
+        for a in acts:
+            step = model.step(state, a)
+            kept.append(step.latents.clone())
+            for tensor in (step.latents, step.reward, step.hazard):
+                tensor.fill_(77.0)
+            step.terminated.logical_not_()
+    assert torch.equal(torch.stack(kept), expected)
+
+
+def test_ends_are_drawn_with_the_predicted_probability(make_world: Callable[..., Path]) -> None:
+    model = load_world(make_world(hazard_bias=-1.0), "cpu", "fp32").model
+    state = model.start([context(2)] * 40, [(s, 0) for s in range(40)])
+    seen = [model.step(state, a) for a in actions(40, 15)]
+    ends = torch.stack([s.terminated for s in seen]).double()
+    hazard = torch.stack([s.hazard for s in seen]).double()
+    assert 0.05 < hazard.mean() < 0.95
+    deviation = (hazard * (1 - hazard)).sum().sqrt()
+    assert abs(ends.sum() - hazard.sum()) < 4 * deviation
+    assert 0 < ends.sum() < ends.numel()
+
+
+def test_with_sampling_leaves_the_original_alone(model: WorldModel) -> None:
+    acts = actions(1, 3)
+    before = roll(model, start(model, [0]), acts)
+    finer = model.with_sampling(replace(model.sampling, steps=5))
+    assert finer.dynamics is model.dynamics
+    assert not torch.equal(roll(finer, start(finer, [0]), acts), before)
+    assert torch.equal(roll(model, start(model, [0]), acts), before)
+
+
+@pytest.mark.parametrize(("steps", "frames"), [(1, 3), (2, 3), (4, 1)])
+def test_a_frame_costs_one_pass_a_denoising_step_and_a_reset_none(
+    model: WorldModel, steps: int, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model.with_sampling(SamplingConfig(steps))
+    passes = 0
+    run = model.dynamics._run
+
+    def counted(*args):
+        nonlocal passes
+        passes += 1
+        return run(*args)
+
+    monkeypatch.setattr(model.dynamics, "_run", counted)
+    state = model.start([context(1)], [(0, 0)])
+    assert passes == 0
+    roll(model, state, actions(1, frames))
+    assert passes == steps * frames
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": -1}, {"sampler": "heun"}])
+def test_sampling_out_of_range(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="sampling_steps|sampler"):
+        SamplingConfig(**wrong)
+
+
+def test_frames_round_trip_shapes(model: WorldModel) -> None:
+    frames = model.decode(torch.randn(2, 4, 4, 6))
+    assert frames.shape == (2, 32, 48, 3) and frames.dtype == torch.uint8
+    assert model.encode(frames).shape == (2, 4, 4, 6)
+
+
+def test_mix() -> None:
+    triples = list(itertools.product(range(12), repeat=3))
+    hashes = {mix(*t) for t in triples}
+    assert len(hashes) == len(triples)
+    assert all(0 <= h < 2**63 for h in hashes)
+    assert mix(1, 2) != mix(2, 1)
+    assert mix(2**80 + 1) >= 0
+    # Neighbouring seeds give unrelated numbers: about half of the bits differ.
+    distances = [(mix(0, 0, i) ^ mix(0, 0, i + 1)).bit_count() for i in range(200)]
+    assert 28 < sum(distances) / 200 < 35

@@ -1,0 +1,241 @@
+"""From recordings to a world that steps: every stage, a few steps each, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nfd_env.checkpoint import WorldSpec, load_world, save_world
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.envs.single_env import NFDEnv
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import load_weights
+from nfd_env.training.flow import FlowStage, FlowTrainingConfig
+from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig, reward_values
+from nfd_env.training.loop import Stage, TrainConfig, train
+from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
+from nfd_env.world_model import Context, SamplingConfig
+from tests.counter_env import record_counter_episodes, source
+
+pytest.importorskip("tensorboard")
+
+MODEL = DynamicsConfig(4, 4, 6, 2, 3, 32, 2, 2, 4)
+
+
+def run(folder: Path, steps: int, **kwargs: Any) -> TrainConfig:
+    values = {
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "warmup_steps": 5,
+        "precision": "fp32",
+        "ema_decay": 0.9,
+        "validate_every": steps,
+        **kwargs,
+    }
+    return TrainConfig(folder=str(folder), steps=steps, **values)
+
+
+def loss_on_fixed_batches(stage: Stage, network: torch.nn.Module) -> float:
+    network.eval()
+    losses = []
+    with torch.no_grad():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            batch = stage.batch(np.random.default_rng(1000 + seed), 16)
+            losses.append(float(stage.loss(network, batch)[0]))
+    return float(np.mean(losses))
+
+
+class Trained:
+    """One finished stage."""
+
+    def __init__(self, make: Callable[[], Stage], settings: TrainConfig) -> None:
+        stage = make()
+        self.stage = stage
+        self.before = loss_on_fixed_batches(stage, stage.network)
+        self.metrics = train(stage, settings, progress=False)
+        self.after = loss_on_fixed_batches(stage, stage.network)
+        self.weights = Path(settings.folder) / "model.safetensors"
+        self.folder = Path(settings.folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path, recordings: Path) -> Trained:
+    settings = TokenizerTrainingConfig(
+        str(recordings),
+        run(folder / "tokenizer", 40),
+        TokenizerConfig([8, 8, 16], [8, 8, 16], 4),
+    )
+    return Trained(lambda: TokenizerStage(settings), settings.train)
+
+
+@pytest.fixture(scope="module")
+def flow_settings(folder: Path, recordings: Path, tokenizer: Trained) -> FlowTrainingConfig:
+    return FlowTrainingConfig(
+        str(recordings),
+        str(tokenizer.weights),
+        str(folder / "latents"),
+        run(folder / "flow", 60),
+        MODEL,
+        frames=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def flow(flow_settings: FlowTrainingConfig) -> Trained:
+    return Trained(lambda: FlowStage(flow_settings), flow_settings.train)
+
+
+@pytest.fixture(scope="module")
+def heads(folder: Path, recordings: Path, tokenizer: Trained) -> Trained:
+    settings = HeadsTrainingConfig(
+        str(recordings),
+        str(tokenizer.weights),
+        str(folder / "latents"),
+        run(folder / "heads", 60, keep_best="end", validate_every=20),
+        width=16,
+        frames=20,
+    )
+    return Trained(lambda: HeadsStage(settings), settings.train)
+
+
+def test_tokenizer(tokenizer: Trained) -> None:
+    assert tokenizer.after < 0.8 * tokenizer.before
+    assert tokenizer.metrics.keys() == {"psnr", "hard_psnr"}
+    assert tokenizer.metrics["hard_psnr"] <= tokenizer.metrics["psnr"]
+    network = load_weights(tokenizer.weights, Tokenizer, TokenizerConfig)
+    assert network.config.encoder_channels == [8, 8, 16]
+    assert (tokenizer.folder / "samples" / "0000040.png").exists()
+
+
+def test_flow(flow: Trained) -> None:
+    assert flow.after < 0.9 * flow.before
+    assert np.isfinite(list(flow.metrics.values())).all()
+    assert {"flow", "error_1", "error_over_frozen_32", "spread"} <= flow.metrics.keys()
+    assert load_weights(flow.weights, Dynamics, DynamicsConfig).config == MODEL
+    assert (flow.folder / "samples" / "0000060.png").exists()
+
+
+def test_flow_with_one_shared_copy(flow_settings: FlowTrainingConfig, tmp_path: Path) -> None:
+    settings = replace(flow_settings, history="shared", train=run(tmp_path / "shared", 40))
+    trained = Trained(lambda: FlowStage(settings), settings.train)
+    assert trained.after < 0.95 * trained.before
+    with pytest.raises(ValueError, match="two_copies or shared"):
+        replace(flow_settings, history="none")
+
+
+def test_the_flow_loss_starts_at_the_variance_of_the_velocity(
+    flow_settings: FlowTrainingConfig,
+) -> None:
+    """The network's output starts at zero, and E|eps - x0|^2 = 1 + E|x0|^2 per channel."""
+    stage = FlowStage(flow_settings)
+    latents, _ = stage.batch(np.random.default_rng(0), 256)
+    expected = 1 + float(latents[:, 1:].square().mean())
+    torch.manual_seed(0)
+    loss, logs = stage.loss(stage.network, stage.batch(np.random.default_rng(0), 256))
+    assert float(loss) == pytest.approx(expected, rel=0.02)
+    assert logs.keys() == {"last_frame"}
+
+
+def test_heads(heads: Trained) -> None:
+    assert heads.after < 0.8 * heads.before
+    assert heads.metrics.keys() == {"end", "end_over_constant", "reward_absolute_error"}
+    network = load_weights(heads.weights, Heads, HeadsConfig)
+    assert network.config.reward_values == [-1.0, 0.0, 1.0]
+    assert network.config.latent_size == 96 and network.config.action_width == 3
+
+
+def test_head_sequences_are_aligned_and_padded(heads: Trained) -> None:
+    stage = heads.stage
+    assert isinstance(stage, HeadsStage)
+    latents, actions, rewards, terminated, weight = stage.batch(np.random.default_rng(0), 64)
+    assert latents.shape == (64, 20, 4, 4, 6) and actions.shape == (64, 20, 3)
+    real = weight > 0
+    # In the counter env the reward is the move that the action makes.
+    assert torch.equal(rewards[real], (actions.argmax(-1).float() - 1)[real])
+    assert not actions[~real].any() and not latents[~real].any()
+    assert torch.equal(actions[real].sum(-1), torch.ones(int(real.sum())))
+    # An end is the last transition of its sequence.
+    for row, step in terminated.nonzero().tolist():
+        assert real[row, step] and not real[row, step + 1 :].any()
+    # The latents of transition t are those of the frame after it.
+    known = {
+        e.latents[t + 1].astype(np.float32).tobytes(): e.actions[t]
+        for e in stage._train.episodes
+        for t in range(len(e.actions))
+    }
+    for row, step in real.nonzero()[:200].tolist():
+        expected = known[latents[row, step].numpy().tobytes()]
+        assert np.array_equal(actions[row, step].numpy(), expected)
+
+
+def test_head_batches_are_weighted_back_to_the_recordings(heads: Trained) -> None:
+    """Ends are drawn more often than they happen; their weighted share must be the true one."""
+    stage = heads.stage
+    assert isinstance(stage, HeadsStage)
+    _, _, _, terminated, weight = stage.batch(np.random.default_rng(1), 4000)
+    share = float((weight * terminated).sum() / weight.sum())
+    drawn = float(terminated.sum() / (weight > 0).sum())
+    assert share == pytest.approx(1 / 44, rel=0.12)
+    assert drawn > 1.5 / 44
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [([0.0, 1.0, 1.0, 0.0], [0.0, 1.0]), ([2.0], [2.0]), (range(100), None)],
+)
+def test_reward_values(rewards: Any, expected: list[float] | None) -> None:
+    values = reward_values(np.array(rewards, np.float32), 5)
+    if expected is None:
+        assert values == pytest.approx([0, 24.75, 49.5, 74.25, 99])
+    else:
+        assert values == expected
+    HeadsConfig(reward_values=values)
+
+
+def test_exported_weights_make_a_world_that_steps(
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+) -> None:
+    spec = RecordedDataset(recordings).spec
+    networks = (
+        load_weights(tokenizer.weights, Tokenizer, TokenizerConfig),
+        load_weights(flow.weights, Dynamics, DynamicsConfig),
+        load_weights(heads.weights, Heads, HeadsConfig),
+    )
+    episode = RecordedDataset(recordings).split("validation")[0]
+    with torch.no_grad():
+        latents = networks[0].encode_frames(torch.from_numpy(np.array(episode.frames[:3])))
+    save_world(
+        tmp_path / "world",
+        WorldSpec("Counter", [32, 48], spec.fps, spec.action_space, source(), SamplingConfig(2)),
+        *networks,
+        [Context(latents, torch.zeros(3, 3))],
+        {"made_by": "tests"},
+    )
+    env = NFDEnv(tmp_path / "world", "cpu", precision="fp32", render_mode="rgb_array")
+    env.reset(seed=0)
+    for action in (0, 1, 2, 2):
+        observation, reward, _, _, info = env.step(action)
+        assert observation in env.observation_space
+        assert -1 <= reward <= 1 and 0 <= info["hazard"] <= 1
+    assert load_world(tmp_path / "world").spec.fps == 25
+
+
+def test_recordings_that_are_too_short(tmp_path: Path, flow_settings: FlowTrainingConfig) -> None:
+    record_counter_episodes(tmp_path / "r", 4, validation_every=2, length=10)
+    short = replace(flow_settings, recordings=str(tmp_path / "r"), latents=str(tmp_path / "l"))
+    with pytest.raises(ValueError, match="no episode has 36 frames"):
+        FlowStage(short)
