@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seconds", type=float, default=20.0, help="playing time (default 20)")
     sub.add_argument("--out", default="outputs/demo", help="folder to write to")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--gif", help="also write the beginning as a GIF")
     _json(sub)
 
     sub = command("bench", _bench, "measure how fast a world steps")
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "put trained stages together as a world folder")
     _config(sub)
 
-    for name, text in () and (
+    for name, text in (
         ("play", "play a world in a window with the keyboard"),
         ("serve", "play a world in a browser"),
     ):
@@ -149,6 +150,7 @@ def _demo(args: argparse.Namespace) -> int:
         args.seed,
         args.sampling_steps,
         args.precision,
+        args.gif,
     )
     return _show(args, report, format_report(report))
 

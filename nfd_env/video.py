@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from PIL import Image
 
 
 def write_mp4(
@@ -39,6 +40,17 @@ def write_mp4(
             raise ValueError(f"{path}: no frames to write")
         container.mux(stream.encode())
     temporary.replace(path)
+    return path
+
+
+def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Path:
+    """Write uint8 RGB frames (H, W, 3) as an endless GIF of 64 colours."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.fromarray(f).quantize(64, dither=Image.Dither.NONE) for f in frames]
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+    )
     return path
 
 

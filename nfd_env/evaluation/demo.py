@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nfd_env.checkpoint import CheckpointError, load_world
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
-from nfd_env.video import caption, enlarge, read_mp4, write_mp4, write_png
+from nfd_env.video import caption, enlarge, read_mp4, write_gif, write_mp4, write_png
 
 
 def demo(
@@ -24,6 +24,7 @@ def demo(
     seed: int = 0,
     sampling_steps: int | None = None,
     precision: str = "auto",
+    gif: str | Path | None = None,
 ) -> dict[str, Any]:
     """Replay a held-out recording's actions inside a world, and film both side by side.
 
@@ -38,6 +39,7 @@ def demo(
         seed: of the world's noise.
         sampling_steps: None for the world's default.
         precision: see ``nfd_env.checkpoint.load_world``.
+        gif: also write the first six seconds as a small moving picture.
 
     Returns:
         What is printed: device, frames/s, latencies in ms, time to first frame in s, paths.
@@ -101,6 +103,9 @@ def demo(
     video = write_mp4(folder / "demo.mp4", (picture(i) for i in range(len(made))), loaded.spec.fps)
     picks = np.linspace(0, len(made) - 1, 6).astype(int)
     strip = write_png(folder / "demo.png", np.concatenate([picture(int(i)) for i in picks]))
+    if gif:
+        short = range(0, min(len(made), int(6 * loaded.spec.fps)), 3)
+        write_gif(gif, (enlarge(picture(i), 130) for i in short), loaded.spec.fps / 3)
     latency = np.array(times) * 1e3
     return {
         "world": loaded.spec.name,

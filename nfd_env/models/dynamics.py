@@ -90,11 +90,7 @@ class Dynamics(nn.Module):
         # The modulation gives scales as deviations from one.
         unit_scales = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
         self.register_buffer("unit_scales", unit_scales, persistent=False)
-        last = self.modulation[-1] if config.modulation_rank else self.modulation
-        for linear in (last, self.output):
-            assert isinstance(linear, nn.Linear)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        _zero(self.output)
 
     def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
         """Velocities of whole sequences, each frame seeing itself and the frames before it.
@@ -248,8 +244,15 @@ class Dynamics(nn.Module):
 
 def _modulation(width: int, outputs: int, rank: int) -> nn.Module:
     if not rank:
-        return nn.Linear(width, outputs)
-    return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, outputs))
+        return _zero(nn.Linear(width, outputs))
+    return nn.Sequential(nn.Linear(width, rank, bias=False), _zero(nn.Linear(rank, outputs)))
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 @torch.no_grad()

@@ -93,13 +93,18 @@ class Tokenizer(nn.Module):
         self.decoder = nn.Sequential(*decoder)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return next(self.parameters()).dtype
+
     def encode(self, frames: Tensor) -> Tensor:
         """Float (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
-        return self.normalise(self.encoder(frames.to(self.encoder[1].weight.dtype)))
+        return self.normalise(self.encoder(frames.to(self.dtype)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> frames (B, 3, h*f, w*f), about [-1, 1] but not clipped."""
-        latents = latents.to(self.decoder[0].weight.dtype)
+        latents = latents.to(self.dtype)
         return self.decoder(latents.contiguous(memory_format=torch.channels_last))
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -5,62 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import gymnasium
 import numpy as np
 
-from nfd_env.play.keys import Choice, Keymap
+from nfd_env.play.game import Game, Outcome
+from nfd_env.play.keys import Choice
 from nfd_env.play.session import Session
-from nfd_env.play.slots import Outcome
 
 log = logging.getLogger(__name__)
-
-
-class Game(Protocol):
-    """What an engine plays: ``Slots`` of a learned world, or any Gymnasium env (``EnvGame``)."""
-
-    name: str
-    count: int
-    fps: float
-    display_aspect: float
-    keymap: Keymap
-    frame_shape: tuple[int, ...]
-    default_sampling_steps: int | None
-
-    def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
-        """Start an episode; returns its first frame."""
-        ...
-
-    def seed_of(self, slot: int) -> int | None:
-        """The seed of a slot's episodes."""
-        ...
-
-    def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
-        """Advance some slots."""
-        ...
-
-    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
-        """Hand out what was generated ahead."""
-        ...
-
-    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
-        """Generate ahead."""
-        ...
-
-    def has_draft(self, slot: int) -> bool:
-        """Whether something was generated ahead."""
-        ...
-
-    def cost(self, rows: int) -> float:
-        """Expected seconds for a batch."""
-        ...
-
-    def set_sampling_steps(self, slot: int, steps: int) -> None:
-        """Denoising steps a frame."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -290,68 +245,3 @@ class Engine:
                 self.game.draft({p.slot: p.session.guesses_for_next(everything) for p in waiting})
                 return True
         return False
-
-
-class EnvGame:
-    """Any Gymnasium environment with ``render_mode="rgb_array"`` as a game for one player."""
-
-    default_sampling_steps: int | None = None
-
-    def __init__(self, env: gymnasium.Env, keymap: Keymap, fps: float | None = None) -> None:
-        """Play ``env``.
-
-        Args:
-            env: its ``render()`` must return a uint8 (H, W, 3) array.
-            keymap: see ``Keymap.from_env``.
-            fps: steps a second; None for the environment's own rate.
-        """
-        self.env, self.keymap, self.count = env, keymap, 1
-        self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
-        self.fps = float(fps or env.metadata.get("render_fps") or 30)
-        self.display_aspect = 0.0
-        self._seed: int | None = None
-        env.reset()
-        self.frame_shape: tuple[int, ...] = self._frame().shape
-
-    def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
-        """See ``Game``."""
-        self._seed = self._seed if seed is None else seed
-        self.env.reset(seed=seed)
-        return self._frame()
-
-    def seed_of(self, slot: int) -> int | None:
-        """See ``Game``."""
-        return self._seed
-
-    def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
-        """See ``Game``."""
-        _, reward, terminated, truncated, info = self.env.step(actions[0])
-        plain = {k: v for k, v in info.items() if isinstance(v, int | float)}
-        return {0: Outcome(self._frame(), float(reward), bool(terminated), bool(truncated), plain)}
-
-    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
-        """Nothing is generated ahead."""
-        return {}
-
-    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
-        """Nothing is generated ahead."""
-
-    def has_draft(self, slot: int) -> bool:
-        """Nothing is generated ahead."""
-        return False
-
-    def cost(self, rows: int) -> float:
-        """See ``Game``."""
-        return 0.0
-
-    def set_sampling_steps(self, slot: int, steps: int) -> None:
-        """A game that is not generated has none."""
-
-    def _frame(self) -> np.ndarray:
-        frame = self.env.render()
-        if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
-            raise ValueError(
-                f'{self.name} must be made with render_mode="rgb_array": its render() gave '
-                f"{type(frame).__name__}"
-            )
-        return np.ascontiguousarray(frame)

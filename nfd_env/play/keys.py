@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from nfd_env.envs.real import SourceConfig
+if TYPE_CHECKING:
+    from nfd_env.envs.real import SourceConfig
 
 _ALIASES = {
     " ": "space",

@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from nfd_env.data.episode import Episode
 from nfd_env.data.shards import DatasetSpec, ShardWriter
-from nfd_env.play.slots import Outcome
+from nfd_env.play.game import Outcome
 from nfd_env.spaces import ActionCodec, space_to_dict
 
 

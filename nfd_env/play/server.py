@@ -30,16 +30,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import cv2
 import numpy as np
 
-from nfd_env.checkpoint import CheckpointError, DeviceError, find_world, read_spec, shipped_worlds
 from nfd_env.play.agents import load_agent
-from nfd_env.play.engine import Engine, Game, Player, Shown
-from nfd_env.play.keys import KeymapError, key_name
-from nfd_env.play.recording import display_size, write_video
+from nfd_env.play.engine import Engine, Player, Shown
+from nfd_env.play.game import Game
+from nfd_env.play.keys import key_name
 from nfd_env.play.session import MAX_SAMPLING_STEPS, SPEEDS, ControlError, Session
-from nfd_env.play.slots import Slots
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -157,10 +154,7 @@ class PlayServer:
         Raises:
             ServeError: when a token is required, or aiohttp is not installed.
         """
-        try:
-            import aiohttp.web  # noqa: F401
-        except ImportError:
-            raise ServeError("nfd serve needs aiohttp: pip install 'nfd-env[serve]'") from None
+        import_aiohttp()
         if not games:
             raise ServeError("there is no world to serve")
         self.loopback = is_loopback(host)
@@ -371,7 +365,7 @@ class PlayServer:
             await socket.send_json({"t": "loading", "world": name})
             try:
                 room = await self.open_room(name)
-            except (CheckpointError, DeviceError, ValueError, OSError, RuntimeError) as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 log.error("world %s: %s", name, error)
                 await _bye(socket, FAILED, "this world cannot be loaded; see the server's output")
                 return socket
@@ -571,6 +565,18 @@ class PlayServer:
         return next((r for r in self._rooms.values() if player in r.engine.players), None)
 
 
+def import_aiohttp() -> None:
+    """Make sure that aiohttp is there.
+
+    Raises:
+        ServeError: naming the package to install.
+    """
+    try:
+        import aiohttp.web  # noqa: F401
+    except ImportError:
+        raise ServeError("nfd serve needs aiohttp: pip install 'nfd-env[serve]'") from None
+
+
 def is_loopback(host: str) -> bool:
     """Whether ``host`` can be reached from this machine only."""
     if host == "localhost":
@@ -589,6 +595,9 @@ def world_games(
     Raises:
         CheckpointError: when the given one is not there or is damaged.
     """
+    from nfd_env.checkpoint import find_world, read_spec, shipped_worlds
+    from nfd_env.play.slots import Slots
+
     folders = {read_spec(find_world(world)).name: str(find_world(world))}
     for name in shipped_worlds():
         folders.setdefault(read_spec(find_world(name)).name, name)
@@ -694,6 +703,13 @@ def run(args: argparse.Namespace) -> int:
     """Run ``nfd serve``; 0, or 2 after one message on stderr."""
     logging.basicConfig(format="nfd serve: %(message)s", level=logging.WARNING)
     try:
+        import_aiohttp()
+    except ServeError as error:
+        print(f"nfd serve: {error}", file=sys.stderr)
+        return 2
+    from nfd_env.checkpoint import DeviceError
+
+    try:
         serve(
             args.world,
             host=args.host,
@@ -705,7 +721,7 @@ def run(args: argparse.Namespace) -> int:
             agent=args.agent,
             idle_seconds=args.idle_seconds,
         )
-    except (ServeError, CheckpointError, DeviceError, KeymapError, ValueError, OSError) as error:
+    except (ServeError, DeviceError, ValueError, OSError) as error:
         print(f"nfd serve: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -731,6 +747,8 @@ def _number(message: Mapping[str, Any]) -> int:
 
 
 def _jpeg(frame: np.ndarray) -> bytes:
+    import cv2
+
     options = [cv2.IMWRITE_JPEG_QUALITY, 92]
     options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     done, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), options)
@@ -739,6 +757,10 @@ def _jpeg(frame: np.ndarray) -> bytes:
 
 
 def _film(jpegs: list[bytes], game: Game) -> bytes:
+    import cv2
+
+    from nfd_env.play.recording import display_size, write_video
+
     def frames() -> Any:
         for jpeg in jpegs:
             picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)

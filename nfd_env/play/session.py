@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from nfd_env.play.game import Outcome
 from nfd_env.play.keys import Choice, KeyLatch, Keymap
-from nfd_env.play.slots import Outcome
 
 SPEEDS = (0.25, 0.5, 1.0, 1.5, 2.0)
 MAX_SAMPLING_STEPS = 16

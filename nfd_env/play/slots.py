@@ -21,28 +21,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.play.game import Outcome
 from nfd_env.play.keys import Keymap
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one action brought about.
-
-    Attributes:
-        frame: uint8 (H, W, 3).
-        reward: of this step.
-        terminated: the episode has ended.
-        truncated: the episode was cut off.
-        info: plain values, e.g. "hazard".
-        guessed: the frame had been generated before the action was known.
-    """
-
-    frame: np.ndarray
-    reward: float
-    terminated: bool
-    truncated: bool
-    info: Mapping[str, Any]
-    guessed: bool = False
 
 
 @dataclass(frozen=True)

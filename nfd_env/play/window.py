@@ -7,20 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 
-from nfd_env import config
-from nfd_env.checkpoint import CheckpointError, DeviceError
-from nfd_env.data.shards import RecordingError
 from nfd_env.play.agents import load_agent
-from nfd_env.play.engine import Engine, EnvGame, Game, Shown
-from nfd_env.play.keys import Keymap, KeymapError, key_name
-from nfd_env.play.recording import PlayRecorder, VideoFile, display_size
+from nfd_env.play.engine import Engine, Shown
+from nfd_env.play.game import EnvGame, Game
+from nfd_env.play.keys import Keymap, key_name
 from nfd_env.play.session import SPEEDS, ControlError, Session
-from nfd_env.play.slots import Slots
+
+if TYPE_CHECKING:
+    from nfd_env.play.recording import PlayRecorder, VideoFile
 
 _STEP_CHOICES = (1, 2, 4, 8)
 _BAR = 74  # pixels of the HUD below the picture, before scaling
@@ -151,12 +150,13 @@ class KeyboardPlayer:
             Exception: whatever the game itself raised.
         """
         pygame = self._pygame
+        self._start_files()
         player = self.engine.join(self.session, self._take, self._seed)
         assert player is not None
         self._running = True
-        if self._threaded:
-            self.engine.start()
         try:
+            if self._threaded:
+                self.engine.start()
             while self._running:
                 for event in pygame.event.get():
                     self._event(event)
@@ -165,7 +165,6 @@ class KeyboardPlayer:
                     raise self.engine.error
                 shown = self._shown
                 if shown is not None and shown.number != self._drawn:
-                    self._start_files(shown)
                     self._draw(shown)
                     self._drawn = shown.number
                     if self._on_shown is not None:
@@ -200,6 +199,8 @@ class KeyboardPlayer:
                 "browser; in tests set SDL_VIDEODRIVER=dummy"
             ) from None
         pygame.font.init()
+        from nfd_env.play.recording import display_size
+
         frame_shape = self._frame_shape = self.game.frame_shape
         height = 480 * (self._scale or 1.0)
         width, height = display_size(frame_shape, self.game.display_aspect, round(height))
@@ -283,12 +284,11 @@ class KeyboardPlayer:
     def _say(self, text: str) -> None:
         self._notice, self._notice_until = text, time.monotonic() + 4
 
-    def _start_files(self, shown: Shown) -> None:
-        """What was asked for on the command line starts with the first picture."""
+    def _start_files(self) -> None:
+        """What was asked for from the start."""
         if self._record is not None:
-            path, self._record = self._record, None
-            self._start_video(Path(path))
-        if self._save is not None and shown.number == 1:
+            self._start_video(Path(self._record))
+        if self._save is not None:
             self._start_saving(Path(self._save))
 
     def _toggle_video(self) -> None:
@@ -298,10 +298,14 @@ class KeyboardPlayer:
             self._start_video(Path(f"nfd-play-{time.strftime('%Y%m%d-%H%M%S')}.mp4"))
 
     def _start_video(self, path: Path) -> None:
+        from nfd_env.play.recording import VideoFile, display_size
+
         size = display_size(self._frame_shape, self.game.display_aspect, 288)
         try:
             self._video = VideoFile(path, self.game.fps, size)
         except OSError as error:
+            if not self._running:
+                raise
             self._say(f"cannot record: {error}")
             return
         self._video_path = str(path)
@@ -326,11 +330,15 @@ class KeyboardPlayer:
             self._start_saving(Path(self._save or f"recordings-{self.game.name}"))
 
     def _start_saving(self, folder: Path) -> None:
+        from nfd_env.play.recording import PlayRecorder
+
         try:
             recorder = PlayRecorder(
                 folder, self._frame_shape, self.game.keymap.space, self._source, self.game.fps
             )
-        except (RecordingError, ValueError, OSError) as error:
+        except (ValueError, OSError) as error:
+            if not self._running:
+                raise
             self._say(f"cannot save: {error}")
             return
         if self.session.frame is not None and not self.session.over:
@@ -484,6 +492,9 @@ def play(
         ValueError: when an argument cannot be used.
     """
     import_pygame()
+    from nfd_env import config
+    from nfd_env.play.slots import Slots
+
     slots = Slots(world, 1, device, sampling_steps, max_episode_steps)
     player = KeyboardPlayer(
         slots,
@@ -517,6 +528,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``nfd play``; 0, or 2 after one message on stderr."""
     try:
+        import_pygame()
+    except WindowError as error:
+        print(f"nfd play: {error}", file=sys.stderr)
+        return 2
+    from nfd_env.checkpoint import DeviceError
+
+    try:
         play(
             args.world,
             device=args.device,
@@ -529,7 +547,7 @@ def run(args: argparse.Namespace) -> int:
             max_episode_steps=args.max_episode_steps,
             max_frames=args.max_frames,
         )
-    except (WindowError, CheckpointError, DeviceError, KeymapError, ValueError, OSError) as error:
+    except (WindowError, DeviceError, ValueError, OSError) as error:
         print(f"nfd play: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -66,7 +66,9 @@ def test_a_terminal_step_without_a_frame_shows_the_last_one_again(kwargs: dict[s
     assert read(np.stack(frames))[1].tolist() == [0, 1, 2, 3, 3]
     assert np.array_equal(frames[-1], frames[-2])
     # Without the setting, the hidden frame is what it is.
-    plain = finish(make_source(replace(settings, terminal_frame=True), hide_terminal=True, **kwargs))
+    plain = finish(
+        make_source(replace(settings, terminal_frame=True), hide_terminal=True, **kwargs)
+    )
     assert not plain[-1].any()
     # It begins anew after a reset.
     env = make_source(settings, length=4, hide_terminal=True, **kwargs)

@@ -31,9 +31,7 @@ def test_spaces_and_types(tiny_world: Path) -> None:
 
 def test_it_is_a_vector_env_of_one(tiny_world: Path) -> None:
     env = make(tiny_world)
-    vector = NFDVectorEnv(
-        tiny_world, 1, device="cpu", precision="fp32", autoreset_mode="Disabled"
-    )
+    vector = NFDVectorEnv(tiny_world, 1, device="cpu", precision="fp32", autoreset_mode="Disabled")
     assert np.array_equal(env.reset(seed=4)[0], vector.reset(seed=4)[0][0])
     for action in np.random.default_rng(0).integers(0, 3, 60):
         left, right = env.step(action), vector.step([action])

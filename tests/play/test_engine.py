@@ -1,0 +1,168 @@
+import time
+
+import numpy as np
+import pytest
+
+from nfd_env.play import session as session_module
+from nfd_env.play.agents import load_agent
+from nfd_env.play.engine import Engine
+from nfd_env.play.session import ControlError, Session
+from tests.play.scroll_game import ScrollGame
+
+
+class Seat:
+    """A player whose engine is polled by hand."""
+
+    def __init__(self, engine, **kwargs):
+        self.engine, self.pictures = engine, []
+        game = engine.game
+        self.session = Session(game.keymap, game.default_sampling_steps, **kwargs)
+        self.player = engine.join(self.session, self.pictures.append, seed=3)
+
+    def play(self, pictures, seconds=5.0):
+        goal, end = len(self.pictures) + pictures, time.monotonic() + seconds
+        while len(self.pictures) < goal and time.monotonic() < end:
+            time.sleep(self.engine.poll())
+        assert len(self.pictures) >= goal
+        return self.pictures[goal - pictures : goal]
+
+
+def test_native_rate_and_guesses():
+    seat = Seat(Engine(ScrollGame(1, fps=100)))
+    seat.play(1)
+    began = time.perf_counter()
+    seat.play(50)
+    assert 0.4 < time.perf_counter() - began < 1.5
+    # Every action was generated ahead, but for ticks that this machine was late for.
+    assert seat.pictures[-1].hud["guessed"] > 0.5
+
+
+def test_without_lookahead_the_pictures_are_the_same():
+    blues = []
+    for ahead in (True, False):
+        seat = Seat(Engine(ScrollGame(1, fps=200)))
+        seat.session.control("lookahead", ahead)
+        seat.play(3)
+        seat.session.press("left")
+        seat.play(4)
+        seat.session.release("left")
+        seat.play(2)
+        blues.append([int(p.frame[0, 0, 2]) for p in seat.pictures])
+    assert blues[0] == blues[1]
+    assert blues[0][-1] == 256 - 8
+
+
+def test_everybody_due_shares_a_batch():
+    engine = Engine(ScrollGame(4, fps=50))
+    seats = [Seat(engine) for _ in range(4)]
+    for seat in seats:
+        seat.session.control("lookahead", False)
+    seats[0].play(20)
+    assert engine.game.batches[-1] == 4
+    counts = [len(s.pictures) for s in seats]
+    assert max(counts) - min(counts) <= 2
+
+
+def test_a_full_game_and_a_freed_slot():
+    engine = Engine(ScrollGame(1))
+    seat = Seat(engine)
+    assert engine.join(Session(engine.game.keymap), print) is None
+    engine.leave(seat.player)
+    assert Seat(engine).player is not None
+
+
+def test_pause_single_step_speed_and_reset():
+    seat = Seat(Engine(ScrollGame(1, fps=100)))
+    seat.play(5)
+    control = seat.session.control
+    control("pause", True)
+    while (p := seat.play(1)[0]) and not p.hud["paused"]:
+        pass
+    step = seat.pictures[-1].hud["step"]
+    for _ in range(20):
+        seat.engine.poll()
+        time.sleep(0.005)
+    assert seat.pictures[-1].hud["step"] == step
+    control("step")
+    assert seat.play(1)[0].hud["step"] == step + 1
+    control("pause", False)
+    control("speed", 0.5)
+    began = time.perf_counter()
+    seat.play(20)
+    assert time.perf_counter() - began > 0.35
+    control("seed", 11)
+    seat.play(3)
+    assert seat.pictures[-1].hud["seed"] == 11 and seat.pictures[-1].hud["episode"] == 1
+    control("reset")
+    seat.play(3)
+    assert seat.pictures[-1].hud["seed"] == 11 and seat.pictures[-1].hud["episode"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fly", None),
+        ("speed", 3),
+        ("speed", True),
+        ("speed", float("nan")),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("sampling_steps", 0),
+        ("sampling_steps", 1000),
+        ("pause", 1),
+        ("agent", True),
+    ],
+)
+def test_controls_that_cannot_be(name, value):
+    session = Session(ScrollGame(1).keymap, 2)
+    with pytest.raises(ControlError):
+        session.control(name, value)
+
+
+def test_the_agent_takes_over_and_gives_back():
+    game = ScrollGame(1, fps=200)
+    agent = load_agent(lambda frame: np.int64(1), game.keymap.space)
+    seat = Seat(Engine(game), agent=agent)
+    seat.play(3)
+    seat.session.control("agent", True)
+    seat.play(5)
+    assert seat.pictures[-1].hud["action"] == "right"
+    seat.session.control("agent", False)
+    seat.play(3)
+    assert seat.pictures[-1].hud["action"] == "noop"
+
+
+def test_agents_by_name():
+    space = ScrollGame(1).keymap.space
+    chosen = {load_agent("random", space)(np.zeros((4, 4, 3), np.uint8)) for _ in range(3)}
+    assert chosen <= {0, 1, 2}
+    for wrong in ("nobody", "no.such:Thing", "/no/such/agent.zip"):
+        with pytest.raises(ValueError):
+            load_agent(wrong, space)
+
+
+def test_after_the_end_the_next_episode_begins(monkeypatch):
+    monkeypatch.setattr(session_module, "RESTART_AFTER", 0.1)
+
+    class Short(ScrollGame):
+        def outcome(self, slot, action, guessed):
+            made = super().outcome(slot, action, guessed)
+            ended = self.steps_taken[slot] >= 4
+            return made.__class__(made.frame, 1.0, ended, False, {}, guessed)
+
+    seat = Seat(Engine(Short(1, fps=100)))
+    shown = seat.play(12)
+    assert [p.hud["over"] for p in shown].count(True) == 2
+    assert shown[-1].hud["episode"] >= 2
+
+
+def test_a_failing_model_stops_the_engine_and_says_so():
+    engine = Engine(ScrollGame(1, fps=200, fail_at=3))
+    Seat(engine)
+    engine.start()
+    for _ in range(100):
+        if engine.error is not None:
+            break
+        time.sleep(0.02)
+    assert "on purpose" in str(engine.error)
+    engine.close()

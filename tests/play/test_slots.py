@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from nfd_env.envs.single_env import NFDEnv
+from nfd_env.play.slots import Slots
+from tests.tiny_world import make_tiny_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_tiny_world(tmp_path_factory.mktemp("world") / "tiny", hazard_bias=-30.0)
+
+
+def close(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_a_slot_is_the_single_env_with_its_seed_drafts_or_not(world):
+    slots = Slots(world, 3, "cpu")
+    env = NFDEnv(world, device="cpu")
+    frame, _ = env.reset(seed=7)
+    slots.reset(0, 1)
+    assert close(slots.reset(2, 7), frame)
+    for i, action in enumerate([0, 1, 1, 2, 0, 2]):
+        if i % 2:
+            slots.draft({0: [0], 2: [0, 1, 2]})
+            outcome = slots.take_drafts({2: action})[2]
+            assert outcome.guessed
+        else:
+            outcome = slots.step({2: action, 0: 0})[2]
+            assert not outcome.guessed
+        frame, reward, *_ = env.step(action)
+        assert close(outcome.frame, frame)
+        assert outcome.reward == pytest.approx(reward, abs=1e-3)
+
+
+def test_a_wrong_guess_leaves_no_trace(world):
+    slots, plain = Slots(world, 1, "cpu"), Slots(world, 1, "cpu")
+    slots.reset(0, 5), plain.reset(0, 5)
+    slots.draft({0: [1]})
+    assert slots.take_drafts({0: 2}) == {}
+    assert not slots.has_draft(0)
+    for action in (2, 2, 1):
+        wanted = plain.step({0: action})[0].frame
+        assert np.array_equal(slots.step({0: action})[0].frame, wanted)
+
+
+def test_slots_may_sample_differently_in_one_go(world):
+    slots = Slots(world, 2, "cpu")
+    slots.reset(0, 3), slots.reset(1, 3)
+    slots.set_sampling_steps(1, 4)
+    made = slots.step({0: 1, 1: 1})
+    assert not np.array_equal(made[0].frame, made[1].frame)
+
+
+def test_resets_go_on_to_the_next_episode_of_the_seed(world):
+    slots = Slots(world, 2, "cpu")
+    slots.reset(1, 3)
+    slots.reset(1)
+    env = NFDEnv(world, device="cpu")
+    env.reset(seed=3)
+    frame, _ = env.reset()
+    assert close(slots.step({1: 0})[1].frame, env.step(0)[0])
+    assert slots.seed_of(1) == 3

@@ -1,0 +1,175 @@
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+
+pygame = pytest.importorskip("pygame")
+
+from nfd_env.data.shards import RecordedDataset  # noqa: E402
+from nfd_env.envs.single_env import NFDEnv  # noqa: E402
+from nfd_env.play import window  # noqa: E402
+from nfd_env.play.slots import Slots  # noqa: E402
+from tests.play.scroll_game import ScrollGame  # noqa: E402
+from tests.tiny_world import make_tiny_world  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def dummy(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setenv("SDL_AUDIODRIVER", "dummy")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_tiny_world(tmp_path_factory.mktemp("world") / "tiny", hazard_bias=-30.0)
+
+
+def post(kind, key=None):
+    pygame.event.post(pygame.event.Event(kind, {} if key is None else {"key": key}))
+
+
+def run(script, pictures, game=None, **kwargs):
+    """Play with ``script``: picture number -> what to do then. Returns the pictures."""
+    shown, waiting = [], dict(script)
+
+    def on_shown(picture):
+        shown.append(picture)
+        for number in sorted(n for n in waiting if n <= picture.number):
+            waiting.pop(number)(player)
+
+    player = window.KeyboardPlayer(
+        game or ScrollGame(1, fps=100), on_shown=on_shown, seed=1, **kwargs
+    )
+    player.run(pictures)
+    return shown
+
+
+def move(shown):
+    """How far the stripes of the picture moved to the right, per step, at most."""
+    blue = [int(p.frame[0, 0, 2]) for p in shown]
+    return [(b - a + 128) % 256 - 128 for a, b in zip(blue, blue[1:], strict=False)]
+
+
+def test_held_keys_move_the_view_and_the_loss_of_focus_releases_them():
+    shown = run(
+        {
+            10: lambda _: post(pygame.KEYDOWN, pygame.K_LEFT),
+            30: lambda _: post(pygame.WINDOWFOCUSLOST),
+        },
+        60,
+    )
+    moves = move(shown)
+    assert moves[:8] == [0] * 8
+    # A slow machine may skip pictures, so a move can be several steps.
+    assert all(m < 0 for m in moves[15:25])
+    assert not any(moves[42:])
+
+
+def test_a_tap_counts_once():
+    def tap(_):
+        post(pygame.KEYDOWN, pygame.K_d)
+        post(pygame.KEYUP, pygame.K_d)
+
+    assert sum(move(run({5: tap}, 20))) == 2
+
+
+def test_pause_step_and_quit():
+    player_pictures = []
+
+    def on_shown(picture):
+        player_pictures.append(picture)
+        if picture.number == 5:
+            post(pygame.KEYDOWN, pygame.K_F2)
+        elif picture.hud["paused"] and picture.hud["step"] < 12:
+            post(pygame.KEYDOWN, pygame.K_PERIOD)
+        elif picture.hud["paused"]:
+            post(pygame.QUIT)
+
+    window.KeyboardPlayer(ScrollGame(1, fps=100), on_shown=on_shown).run(500)
+    assert 10 < len(player_pictures) < 40
+
+
+def test_play_draws_records_and_saves_what_train_reads(world, tmp_path):
+    pictures = []
+
+    def on_shown(picture):
+        if not pictures and picture.number >= 15:
+            pictures.append(pygame.surfarray.array3d(pygame.display.get_surface()))
+
+    film, folder = tmp_path / "play.mp4", tmp_path / "recordings"
+    shown = window.play(
+        str(world),
+        device="cpu",
+        seed=4,
+        record=film,
+        save=folder,
+        agent="random",
+        max_frames=30,
+        on_shown=on_shown,
+    )
+    assert shown >= 30
+    assert pictures[0].std() > 5
+    import av
+
+    with av.open(str(film)) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert sum(1 for _ in container.decode(video=0)) >= 28
+    (episode,) = RecordedDataset(folder)
+    assert episode.length >= 28 and episode.policy == "person" and episode.truncated[-1]
+    # What was saved is what the model showed.
+    env = NFDEnv(world, device="cpu")
+    frame, _ = env.reset(seed=4)
+    assert np.abs(frame.astype(int) - episode.frames[0]).max() <= 1
+    frame = env.step(episode.actions[0])[0]
+    assert np.abs(frame.astype(int) - episode.frames[1]).max() <= 1
+
+
+def test_controls_reach_the_world(world):
+    script = {
+        2: lambda p: post(pygame.KEYDOWN, pygame.K_F8),
+        4: lambda p: post(pygame.KEYDOWN, pygame.K_F10),
+        6: lambda p: post(pygame.KEYDOWN, pygame.K_F9),
+        8: lambda p: post(pygame.KEYDOWN, pygame.K_F1),
+        10: lambda p: post(pygame.KEYDOWN, pygame.K_F5),
+    }
+    shown = run(script, 25, game=Slots(world, 1, "cpu"), agent=lambda frame: 2)
+    last = shown[-1].hud
+    assert last["sampling_steps"] == 4 and last["agent"] and not last["lookahead"]
+    assert last["seed"] != 1 and last["action"] == "left"
+
+
+def test_any_gymnasium_env_with_a_keymap():
+    env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
+    shown = []
+    player = window.KeyboardPlayer(
+        env, {"a": 0, "d": 1}, noop=0, fps=100, on_shown=shown.append, seed=3
+    )
+    player.run(15)
+    assert shown[-1].frame.shape[2] == 3 and shown[5].hud["action"] == "a"
+
+
+def test_no_display_is_one_clear_message(world, monkeypatch, capsys):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "x11")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    parser = window.argparse.ArgumentParser()
+    window.add_arguments(parser)
+    assert window.run(parser.parse_args([str(world), "--device", "cpu"])) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nfd play: no window can be opened") and said.count("\n") == 1
+    assert window.run(parser.parse_args(["NoSuchWorld"])) == 2
+    assert "unknown world 'NoSuchWorld'" in capsys.readouterr().err
+
+
+def test_a_missing_pygame_names_the_extra():
+    code = (
+        "import sys; sys.modules['pygame'] = None\n"
+        "import argparse; from nfd_env.play import window as w\n"
+        "p = argparse.ArgumentParser(); w.add_arguments(p); sys.exit(w.run(p.parse_args(['x'])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and "pip install 'nfd-env[play]'" in done.stderr
+    assert done.stderr.count("\n") == 1
