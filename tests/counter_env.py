@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from nfd_env import config
 from nfd_env.data.collect import record_episode
 from nfd_env.data.policies import RandomHeld
 from nfd_env.data.shards import DatasetSpec, ShardWriter
@@ -121,7 +122,7 @@ def record_counter_episodes(
 ) -> None:
     """Record into ``folder`` in this process, as a collecting worker does."""
     settings = source(kwargs=env_kwargs, terminal_frame=terminal_frame)
-    spec = dataset_spec({"terminal_frame": terminal_frame})
+    spec = dataset_spec(config.to_dict(settings))
     spec.save(folder)
     env = make_source(settings)
     shards = ShardWriter(folder, spec, writer, frames_per_shard)

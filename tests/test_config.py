@@ -10,6 +10,8 @@ from nfd_env import config
 from nfd_env.config import ConfigError
 from nfd_env.data.collect import CollectConfig
 from nfd_env.models.dynamics import DynamicsConfig
+from nfd_env.training.distill import DistillTrainingConfig
+from nfd_env.training.export import ExportConfig
 from nfd_env.training.flow import FlowTrainingConfig
 from nfd_env.training.heads import HeadsTrainingConfig
 from nfd_env.training.loop import TrainConfig
@@ -112,6 +114,8 @@ SCHEMAS = {
     "collect": CollectConfig,
     "tokenizer": TokenizerTrainingConfig,
     "flow": FlowTrainingConfig,
+    "distill": DistillTrainingConfig,
+    "export": ExportConfig,
     "heads": HeadsTrainingConfig,
 }
 SHIPPED = [p for p in sorted(CONFIGS.glob("*/*.yaml")) if p.stem in SCHEMAS]

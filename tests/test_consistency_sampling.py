@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nfd_env.checkpoint import load_world
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.cache import FrameCache
+from nfd_env.models.layers import Block
 from nfd_env.world_model import Context, SamplingConfig, WorldModel
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
@@ -26,23 +27,23 @@ def model(endless_world: Path) -> WorldModel:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    """(frames, frames committed) of each pass through any transformer."""
+    """(frames, frames committed) of each pass through any transformer, however it is run."""
     seen: Passes = []
-    stream, run = Dynamics.stream, Dynamics._run
+    committing: list[int] = []
+    begin, forward = FrameCache.begin, Block.forward
 
-    def counted_stream(self, cache, latents, levels, actions, commit):
-        seen.append((latents.shape[1], commit))
-        return stream(self, cache, latents, levels, actions, commit)
+    def counted_begin(self, count, commit):
+        committing.append(commit)
+        return begin(self, count, commit)
 
-    def counted_run(self, *args, **kwargs):
-        runs.append(1)
-        return run(self, *args, **kwargs)
+    def counted_forward(self, layer, x, *args):
+        if layer == 0:
+            seen.append((x.shape[1], committing.pop()))
+        return forward(self, layer, x, *args)
 
-    runs: list[int] = []
-    monkeypatch.setattr(Dynamics, "stream", counted_stream)
-    monkeypatch.setattr(Dynamics, "_run", counted_run)
-    yield seen
-    assert len(runs) == len(seen), "the transformer ran other than through stream()"
+    monkeypatch.setattr(FrameCache, "begin", counted_begin)
+    monkeypatch.setattr(Block, "forward", counted_forward)
+    return seen
 
 
 def few_steps(model: WorldModel, steps: int) -> WorldModel:

@@ -149,9 +149,11 @@ class NFDVectorEnv(VectorEnv):
         self.num_envs, self.frame_skip = num_envs, frame_skip
         self.obs_type, self.output, self.render_mode = obs_type, output, render_mode
         self.max_episode_steps = max_episode_steps or self.world.spec.max_episode_steps or None
+        fps = float(self.world.spec.fps) / frame_skip
         self.metadata = {
             **self.metadata,
-            "render_fps": self.world.spec.fps / frame_skip,
+            # An int where it can be: gymnasium.utils.play insists on one.
+            "render_fps": int(fps) if fps.is_integer() else fps,
             "autoreset_mode": self.autoreset_mode,
         }
         if obs_type == "rgb":

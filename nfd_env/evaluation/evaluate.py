@@ -64,7 +64,9 @@ def evaluate(
     report["horizons"] = _short_rollouts(world, model, episodes, windows, rng, seed, progress)
     real = _real_latents(model, episodes, 4096, rng)
     half = len(real) // 2
-    report["frechet"] = {"real_halves": frechet_distance(real[:half], real[half:])}
+    report["frechet"] = {
+        "real_halves": frechet_distance(real[:half].flatten(1), real[half:].flatten(1))
+    }
     if long_rollouts:
         report["frechet"] |= _drift(
             world, model, episodes, real, long_rollouts, rng, seed, progress
@@ -227,12 +229,7 @@ def _real_latents(
     for index in indices:
         episode = int(np.searchsorted(ends, index, side="right"))
         frames.append(episodes[episode].frames[index - (ends[episode] - lengths[episode])])
-    return (
-        _encode(model, np.stack(frames))
-        .flatten(1)
-        .cpu()
-        .unflatten(1, model.dynamics.config.latent_shape)
-    )
+    return _encode(model, np.stack(frames)).cpu()
 
 
 def _squared(real: np.ndarray, made: np.ndarray) -> float:

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose weights can no longer be read or trained."""
+class PackedLinear(nn.Linear):
+    """A linear layer for inference only; its ``weight`` is kept for saving, not for computing."""
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
         """Pack ``linear`` for inputs of about ``rows`` rows."""
-        super().__init__()
-        self.out_features = linear.out_features
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
 
 
 def pack_linears(module: nn.Module, rows: int) -> None:

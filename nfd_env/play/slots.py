@@ -64,6 +64,7 @@ class Slots:
         self.sampling_steps = [self._all.model.sampling.steps] * count
         self._drafts: dict[int, dict[bytes, _Draft]] = {}
         self._costs: dict[int, float] = {}
+        self._warm: set[int] = set()
         self._started = False
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
@@ -140,13 +141,19 @@ class Slots:
                 self._drafts[slot][_key(actions[row])] = _Draft(branch, row, outcomes[row])
 
     def cost(self, rows: int) -> float:
-        """Seconds that a batch of ``rows`` is expected to take; 0 when nothing is known yet."""
+        """Seconds that a batch of ``rows`` is expected to take; 0 when nothing is known yet.
+
+        Each answer forgets a little of what was measured, so that a size that was too dear in a
+        busy moment is tried again after some seconds.
+        """
         if not self._costs:
             return 0.0
-        if rows in self._costs:
-            return self._costs[rows]
-        known = min(self._costs, key=lambda n: abs(n - rows))
-        return self._costs[known] * max(1.0, rows / known)
+        if rows not in self._costs:
+            # Bigger batches cost less than in proportion; the first one will tell.
+            known = min(self._costs, key=lambda n: abs(n - rows))
+            return self._costs[known] * max(1.0, rows / known) ** 0.5
+        self._costs[rows] *= 0.997
+        return self._costs[rows]
 
     def _by_steps(self, slots: Mapping[int, Any]) -> dict[int, list[int]]:
         groups: dict[int, list[int]] = defaultdict(list)
@@ -175,8 +182,11 @@ class Slots:
         ]
         took = time.perf_counter() - began
         # Down at once and up slowly: one hiccup of the machine must not end the drafting.
-        before = self._costs.get(len(rows), took)
-        self._costs[len(rows)] = min(took, before + 0.2 * (took - before))
+        # The first batch of a size also pays for memory and is not counted.
+        if len(rows) in self._warm:
+            before = self._costs.get(len(rows), took)
+            self._costs[len(rows)] = min(took, before + 0.2 * (took - before))
+        self._warm.add(len(rows))
         return branch, outcomes
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:

@@ -229,7 +229,7 @@ class DistillStage:
         torch.manual_seed(settings.train.seed)
         adversarial, config = settings.adversarial, self._teacher.config
         judge = None
-        self._maps: list[Tensor] = []
+        self._maps: list[Tensor] | None = None
         if adversarial.weight:
             if not all(0 <= layer < config.layers for layer in adversarial.layers):
                 raise ValueError(
@@ -361,15 +361,15 @@ class DistillStage:
         return -scores.mean(), judging
 
     def _features(self, teacher: LevelVelocity, x: Tensor, levels: Tensor) -> list[Tensor]:
-        self._maps.clear()
+        maps = self._maps = []
         teacher(x, levels)
+        self._maps = None
         # Of [history | noisy] only the noisy half, without the frame that has no history.
-        features = [each[:, x.shape[1] + 1 :] for each in self._maps]
-        self._maps.clear()
-        return features
+        return [each[:, x.shape[1] + 1 :] for each in maps]
 
     def _keep(self, block: nn.Module, inputs: object, output: Tensor) -> None:
-        self._maps.append(output)
+        if self._maps is not None:
+            self._maps.append(output)
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
         """Held-out rollouts of 32 frames with 1, 2 and 4 steps, and once with the teacher.

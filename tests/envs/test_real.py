@@ -128,7 +128,7 @@ def test_a_dict_without_the_entry() -> None:
         make_source(source(kwargs={"dict_key": "screen"}, key="frame"))
 
 
-# ------------------------------------------------------------------------------------------- ViZDoom
+# ----------------------------------------------------------------------------------------- ViZDoom
 
 DOOM = SourceConfig(
     "VizdoomTakeCover-v1",

@@ -63,7 +63,7 @@ def close(left: Any, right: Any) -> bool:
     return np.allclose(left, right, rtol=1e-3, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------- the contract
+# ------------------------------------------------------------------------------------ the contract
 
 
 def test_spaces_and_metadata(tiny_world: Path) -> None:
@@ -171,7 +171,7 @@ def test_bf16(endless_world: Path) -> None:
     assert same(play(env, actions(3, 3)), first)
 
 
-# --------------------------------------------------------------------------------------- seeding
+# ----------------------------------------------------------------------------------------- seeding
 
 
 @pytest.mark.parametrize("mode", MODES[:2])
@@ -262,7 +262,7 @@ def test_seeds_choose_among_the_starts(endless_world: Path) -> None:
     assert set(chosen) == set(range(6))
 
 
-# ------------------------------------------------------------------------------------- autoreset
+# --------------------------------------------------------------------------------------- autoreset
 
 
 def run_to_an_end(env: NFDVectorEnv, seed: int = 0) -> tuple[tuple[Any, ...], np.ndarray, int]:
@@ -420,7 +420,7 @@ def test_the_world_says_when_episodes_are_truncated(endless_world: Path) -> None
     assert make(endless_world, max_episode_steps=3).max_episode_steps == 3
 
 
-# ------------------------------------------------------------------------------------ frame skip
+# -------------------------------------------------------------------------------------- frame skip
 
 
 def test_frame_skip_sums_rewards_and_stops_at_the_end_inside_the_skip(hasty_world: Path) -> None:
@@ -468,7 +468,7 @@ def test_autoreset_with_frame_skip(hasty_world: Path) -> None:
     assert close(step[0][row], single.reset()[0])
 
 
-# --------------------------------------------------------------------------- returned values
+# --------------------------------------------------------------------------------- returned values
 
 
 @pytest.mark.parametrize("output", ["numpy", "torch"])
@@ -537,7 +537,7 @@ def test_render(tiny_world: Path) -> None:
         assert silent.render() is None
 
 
-# ---------------------------------------------------------------------------- saving and forking
+# ------------------------------------------------------------------------------ saving and forking
 
 
 def test_a_restored_state_replays_exactly_through_ends(hasty_world: Path) -> None:
@@ -608,7 +608,7 @@ def test_states_that_do_not_fit(endless_world: Path) -> None:
         make(endless_world).restore_state(state.take([0]), rows=[0])
 
 
-# ------------------------------------------------------------------------------- starts and context
+# ------------------------------------------------------------------------------ starts and context
 
 
 def frames_and_actions(count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -835,7 +835,7 @@ def test_wrong_actions_change_nothing(endless_world: Path, wrong: Any) -> None:
     assert same(play(env, acts), expected)
 
 
-# --------------------------------------------------------------------------------------- the long run
+# ------------------------------------------------------------------------------------ the long run
 
 
 def test_three_hundred_steps_in_flat_memory(tiny_world: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nfd_env import config
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.layers import FrameRotation, rope_split, rotate
 from nfd_env.models.rollout import new_cache
 from tests.models.small import WINDOW, random_frames, small_dynamics
@@ -123,6 +123,34 @@ def test_two_copies_have_gradients_in_both_modes() -> None:
     step = 1e-2
     numeric = (function(noisy + step * tangent) - function(noisy - step * tangent)) / (2 * step)
     torch.testing.assert_close(forward, numeric, rtol=0.02, atol=0.01 * float(numeric.std()))
+
+
+def test_a_low_rank_modulation_of_full_rank_is_the_same_network() -> None:
+    network = small_dynamics()
+    inputs = random_frames(2, 5)
+    actions = torch.eye(3)
+    inputs = (*inputs[:2], actions[torch.randint(0, 3, (2, 5))])
+    exact, error = with_low_rank(network, actions, 32)
+    assert error < 1e-6
+    torch.testing.assert_close(exact(*inputs), network(*inputs), rtol=1e-3, atol=1e-4)
+    assert exact.config.modulation_rank == 32 and network.config.modulation_rank == 0
+
+
+def test_a_low_rank_modulation_is_close_where_conditions_span_little() -> None:
+    network = small_dynamics()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    errors = [with_low_rank(network, torch.eye(3), rank)[1] for rank in (1, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.01 and errors[3] < 0.3 * errors[0]
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    # Fewer parameters, and a network like any other: it streams, is saved and loaded.
+    small, _ = with_low_rank(network, torch.eye(3), 4)
+    count = [sum(p.numel() for p in n.parameters()) for n in (small, network)]
+    assert count[0] < count[1]
+    again = Dynamics(small.config).eval()
+    again.load_state_dict(small.state_dict())
+    inputs = random_frames(1, 3)
+    assert torch.equal(again(*inputs), small(*inputs))
 
 
 def test_patchify_round_trip_and_order() -> None:

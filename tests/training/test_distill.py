@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from nfd_env import config
-from nfd_env.data.latents import LatentDataset, encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import sinusoid
@@ -52,13 +51,10 @@ def flow(tmp_path_factory: pytest.TempPathFactory, recordings: Path) -> FlowTrai
     """A tokenizer with standardised latents, and a teacher trained for a moment."""
     folder = tmp_path_factory.mktemp("distill")
     tokenizer, path = Tokenizer(TokenizerConfig([8, 8, 8], [8, 8, 8], 4)), folder / "tok"
-    save_weights(path, tokenizer, tokenizer.config)
-    data = RecordedDataset(recordings)
-    encode_recordings(data, path, folder / "raw")
-    latents = LatentDataset(data, folder / "raw", "train").windows(np.random.default_rng(0), 64, 6)
+    frames = torch.from_numpy(np.concatenate([e.frames for e in RecordedDataset(recordings)]))
+    tokenizer.normalise.momentum = None  # the mean of all batches, here of one
     with torch.no_grad():
-        tokenizer.latent_mean.add_(latents[0].mean((0, 1, 3, 4)) * tokenizer.latent_std)
-        tokenizer.latent_std.mul_(latents[0].std((0, 1, 3, 4)))
+        tokenizer.encode_frames(frames)
     save_weights(path, tokenizer, tokenizer.config)
     settings = FlowTrainingConfig(
         str(recordings),
@@ -107,26 +103,27 @@ def measured(stage: DistillStage, discrete: bool, key: str = "") -> float:
 
 
 def test_discrete_time(make: Make) -> None:
-    settings = make(80, discrete_steps=80, grid_doublings=1)
+    settings = make(40, discrete_steps=40, grid_doublings=1)
     stage = DistillStage(settings)
     before = measured(stage, True)
     metrics = train(stage, settings.train, progress=False)
-    assert measured(stage, True) < 0.7 * before
-    assert int(stage.network.steps) == 80
+    assert measured(stage, True) < 0.8 * before
+    assert int(stage.network.steps) == 40
     assert {"steps1_error_8", "steps2_spread", "steps4_frechet"} <= metrics.keys()
     assert np.isfinite(list(metrics.values())).all()
     student = load_weights(f"{settings.train.folder}/model.safetensors", Dynamics, DynamicsConfig)
     assert student.config == MODEL
-    assert (Path(settings.train.folder) / "samples" / "0000080.png").exists()
+    assert (Path(settings.train.folder) / "samples" / "0000040.png").exists()
 
 
 @pytest.mark.parametrize("log_variance", [True, False])
 def test_continuous_time(make: Make, log_variance: bool) -> None:
-    settings = make(80, log_variance=log_variance)
+    settings = make(40, log_variance=log_variance)
     stage = DistillStage(settings)
     before = measured(stage, False, "tangent")
     train(stage, settings.train, progress=False)
-    assert measured(stage, False, "tangent") < 0.8 * before
+    after = measured(stage, False, "tangent")
+    assert after < 0.9 * before
 
 
 def test_discrete_then_continuous(make: Make) -> None:
@@ -173,7 +170,7 @@ def test_resumed_equals_uninterrupted(make: Make, tmp_path: Path) -> None:
         return DistillStage.batch(first, *args)
 
     first.batch = stop  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(StopIteration):
         train(first, replace(halves.train, checkpoint_seconds=0.0), progress=False)
     train(DistillStage(halves), halves.train, progress=False)
     ends = [load_weights(f"{s.train.folder}/model.safetensors", Dynamics, DynamicsConfig)
@@ -201,10 +198,11 @@ def test_the_adversarial_term_trains_judge_and_student_apart(make: Make, discret
         return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
 
     both, alone = gradients(batch), gradients(batch._replace(adversarial=False))
-    assert all(both[n].abs().sum() > 0 for n, _ in network.named_parameters() if "judge" in n)
+    judged = [n for n, _ in network.named_parameters() if "judge" in n and "weight" in n]
+    assert len(judged) == 4 and all(both[n].abs().sum() > 0 for n in judged)
     assert not any("judge" in name for name in alone)
     assert any(not torch.equal(both[n], alone[n]) for n in alone)
-    assert not stage._maps  # nothing keeps the graph alive
+    assert stage._maps is None  # nothing keeps the graph alive
     # The judge's gradient is that of its own hinge loss alone.
     stage.settings = replace(stage.settings, adversarial=replace(adversarial, weight=0.0))
     own = gradients(batch)
@@ -226,7 +224,7 @@ def test_a_judge_learns_to_tell_noise_from_frames(make: Make) -> None:
 
     optimiser = torch.optim.Adam(judge.parameters(), 1e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
         _, judging = stage._hinge(judge, teacher, latents, torch.randn_like(latents))
         optimiser.zero_grad()
         judging.backward()
@@ -259,9 +257,9 @@ def test_smooth_levels(make: Make, flow: FlowTrainingConfig) -> None:
     levels = torch.linspace(0, 1, 2001)
     with torch.no_grad():
         # A response that is smooth but for a fast ripple on top.
-        rough.embed_level[0].weight.mul_(1e-3)
-        rough.embed_level[0].weight[:, 128 + 120].add_(torch.randn(32))  # cos 0.18 s
-        rough.embed_level[0].weight[:, 128 + 110].add_(torch.randn(32))
+        rough.embed_level[0].weight.zero_()
+        rough.embed_level[0].weight[:, 128 + 100].add_(torch.randn(32))  # sin 0.75 s
+        even = rough.embed_level[0](sinusoid(levels))
         rough.embed_level[0].weight[:, 3].add_(0.02 * torch.randn(32))  # cos 806 s
         before = rough.embed_level[0](sinusoid(levels))
         smooth_levels(rough, 30.0)
@@ -269,8 +267,8 @@ def test_smooth_levels(make: Make, flow: FlowTrainingConfig) -> None:
     weight = rough.embed_level[0].weight
     silent = (weight == 0).all(0)
     assert silent.sum() == 98 and torch.equal(silent[:128], silent[128:])
-    assert (after - before).square().mean() < 0.01 * before.var(0).mean()
-    assert (before.diff(dim=0) * 2000).std() > 5 * (after.diff(dim=0) * 2000).std()
+    assert (after - even).square().mean() < 0.05 * (before - even).square().mean()
+    assert (before - after).diff(dim=0).std() > 5 * after.diff(dim=0).std()
     rough.requires_grad_(True)
     rough.embed_level[0](sinusoid(levels)).sum().backward()
     assert weight.grad is not None

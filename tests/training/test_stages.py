@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from nfd_env.checkpoint import WorldSpec, load_world, save_world
+from nfd_env.checkpoint import CheckpointError, load_world
+from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights
+from nfd_env.training.export import ExportConfig, export
 from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig, reward_values
 from nfd_env.training.loop import Stage, TrainConfig, train
 from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
-from nfd_env.world_model import Context, SamplingConfig
-from tests.counter_env import record_counter_episodes, source
+from nfd_env.video import read_mp4
+from nfd_env.world_model import SamplingConfig
+from tests.counter_env import read, record_counter_episodes
 
 pytest.importorskip("tensorboard")
 
@@ -224,32 +228,57 @@ def test_reward_values(rewards: Any, expected: list[float] | None) -> None:
     HeadsConfig(reward_values=values)
 
 
+@pytest.mark.parametrize("rank", [0, 6])
 def test_exported_weights_make_a_world_that_steps(
-    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path, rank: int
 ) -> None:
-    spec = RecordedDataset(recordings).spec
-    networks = (
-        load_weights(tokenizer.weights, Tokenizer, TokenizerConfig),
-        load_weights(flow.weights, Dynamics, DynamicsConfig),
-        load_weights(heads.weights, Heads, HeadsConfig),
+    folder = export(
+        ExportConfig(
+            "Counter",
+            str(tmp_path / "world"),
+            str(recordings),
+            str(tokenizer.folder),
+            str(flow.folder),
+            str(heads.folder),
+            sampling=SamplingConfig(2),
+            modulation_rank=rank,
+            starts=3,
+            start_frames=4,
+            clip_frames=20,
+        )
     )
-    episode = RecordedDataset(recordings).split("validation")[0]
-    with torch.no_grad():
-        latents = networks[0].encode_frames(torch.from_numpy(np.array(episode.frames[:3])))
-    save_world(
-        tmp_path / "world",
-        WorldSpec("Counter", [32, 48], spec.fps, spec.action_space, source(), SamplingConfig(2)),
-        *networks,
-        [Context(latents, torch.zeros(3, 3))],
-        {"made_by": "tests"},
-    )
-    env = NFDEnv(tmp_path / "world", "cpu", precision="fp32", render_mode="rgb_array")
+    world = load_world(folder, "cpu", "fp32")
+    assert world.spec.fps == 25 and world.spec.frame_size == [32, 48]
+    assert world.spec.source.env_id == "tests/Counter-v0"
+    provenance = yaml.safe_load((folder / "provenance.yaml").read_text())
+    assert provenance["recordings"]["frames"] == 8 * 45
+    assert provenance["stages"]["heads"]["steps"] == 60
+    # Episodes start from recorded beginnings, with the actions that led into their frames.
+    assert len(world.starts) == 3
+    episodes = LatentDataset(RecordedDataset(recordings), flow.folder.parent / "latents", "train")
+    first, start = episodes.episodes[0], world.starts[0]
+    assert start.latents.shape == (4, 4, 4, 6)
+    assert np.abs(start.latents.numpy() - first.latents[:4]).max() < 0.1
+    assert not start.actions[0].any()
+    assert np.array_equal(start.actions[1:].numpy(), first.actions[:3])
+    clip = read_mp4(folder / "clip.mp4")
+    played = RecordedDataset(recordings).split("validation")[0]
+    assert np.array_equal(read(clip), read(np.asarray(played.frames[:21])))
+    env = NFDEnv(folder, "cpu", precision="fp32", render_mode="rgb_array")
     env.reset(seed=0)
     for action in (0, 1, 2, 2):
         observation, reward, _, _, info = env.step(action)
         assert observation in env.observation_space
         assert -1 <= reward <= 1 and 0 <= info["hazard"] <= 1
-    assert load_world(tmp_path / "world").spec.fps == 25
+
+
+def test_a_stage_that_is_not_finished_cannot_be_exported(
+    tokenizer: Trained, flow: Trained, recordings: Path, tmp_path: Path
+) -> None:
+    folders = [str(tokenizer.folder), str(flow.folder), str(tmp_path / "nothing")]
+    with pytest.raises(CheckpointError, match="nothing.*no such checkpoint"):
+        export(ExportConfig("Counter", str(tmp_path / "world"), str(recordings), *folders))
+    assert not (tmp_path / "world").exists()
 
 
 def test_recordings_that_are_too_short(tmp_path: Path, flow_settings: FlowTrainingConfig) -> None:

@@ -371,7 +371,7 @@ function padButton({ label, key }) {
     event.preventDefault();
     try { button.setPointerCapture(event.pointerId); } catch { /* the finger is up already */ }
     press(`pointer${event.pointerId}`, key);
-    if (navigator.vibrate) try { navigator.vibrate(8); } catch { /* not allowed */ }
+    if (navigator.vibrate && navigator.userActivation?.hasBeenActive) navigator.vibrate(8);
   });
   for (const kind of ["pointerup", "pointercancel", "lostpointercapture"]) {
     button.addEventListener(kind, (event) => release(`pointer${event.pointerId}`));

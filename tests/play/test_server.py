@@ -1,0 +1,344 @@
+import argparse
+import asyncio
+import gc
+import json
+import resource
+import struct
+import time
+
+import numpy as np
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp")
+
+from nfd_env.play import server as server_module  # noqa: E402
+from nfd_env.play.server import Limits, PlayServer, ServeError, is_loopback  # noqa: E402
+from tests.play.scroll_game import ScrollGame  # noqa: E402
+from tests.tiny_world import make_tiny_world  # noqa: E402
+
+
+def run(main, seconds=40):
+    return asyncio.run(asyncio.wait_for(main(), seconds))
+
+
+class Running:
+    """``async with Running(...) as (server, http)``."""
+
+    def __init__(self, games=None, **kwargs):
+        games = games or {"Scroll": lambda count: ScrollGame(count)}
+        self.server = PlayServer(games, port=0, **kwargs)
+
+    async def __aenter__(self):
+        await self.server.start()
+        self.http = aiohttp.ClientSession()
+        return self.server, self.http
+
+    async def __aexit__(self, *_):
+        await self.http.close()
+        await self.server.stop()
+
+
+class Client:
+    """A page without a page."""
+
+    def __init__(self, server, http, **params):
+        self.server, self.http, self.params = server, http, params
+        self.headers, self.jpeg = [], b""
+        self.hello = self.bye = None
+        self.seq, self.sent_at, self.latencies = 0, {}, []
+        self.answer = True
+
+    async def __aenter__(self):
+        url = self.server.url + "ws"
+        self.socket = await self.http.ws_connect(url, params=self.params)
+        self.task = asyncio.create_task(self.read())
+        for _ in range(400):
+            if self.hello or self.bye:
+                break
+            await asyncio.sleep(0.02)
+        return self
+
+    async def __aexit__(self, *_):
+        self.task.cancel()
+        await self.socket.close()
+
+    async def send(self, **message):
+        await self.socket.send_str(json.dumps(message))
+
+    async def key(self, key, down):
+        self.seq += 1
+        self.sent_at[self.seq] = time.perf_counter()
+        await self.send(t="key", k=key, d=int(down), n=self.seq)
+
+    async def read(self):
+        async for message in self.socket:
+            if message.type == aiohttp.WSMsgType.TEXT:
+                data = json.loads(message.data)
+                self.hello = data if data["t"] == "hello" else self.hello
+                self.bye = data if data["t"] == "bye" else self.bye
+                continue
+            (length,) = struct.unpack_from("<I", message.data)
+            header = json.loads(message.data[4 : 4 + length])
+            self.headers.append(header)
+            self.jpeg = message.data[4 + length :]
+            if header["over"] or not header["step"]:
+                self.sent_at.clear()
+            for seq in [s for s in self.sent_at if s <= header["seq"]]:
+                self.latencies.append(time.perf_counter() - self.sent_at.pop(seq))
+            if self.answer:
+                await self.send(t="ack", n=header["n"])
+
+    async def pictures(self, count, seconds=20):
+        goal = len(self.headers) + count
+        end = time.monotonic() + seconds
+        while len(self.headers) < goal and time.monotonic() < end:
+            assert self.bye is None, self.bye
+            await asyncio.sleep(0.01)
+        assert len(self.headers) >= goal
+        return self.headers[-1]
+
+
+def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded():
+    async def main():
+        async with Running() as (server, http), Client(server, http, seed=5) as client:
+            assert client.hello["keys"] == ["a", "d", "left", "right"]
+            await client.pictures(5)
+            await client.key("right", True)
+            await client.pictures(6)
+            assert client.headers[-1]["action"] == "right"
+            await client.send(t="release", n=client.seq)
+            assert (await client.pictures(6))["action"] == "noop"
+            assert client.headers[-1]["seed"] == 5
+            assert client.jpeg[:2] == b"\xff\xd8"
+            async with http.get(f"{server.url}clip/{client.hello['key']}.mp4") as answer:
+                assert answer.status == 200 and (await answer.read())[4:8] == b"ftyp"
+            async with http.get(f"{server.url}clip/wrong.mp4") as answer:
+                assert answer.status == 404
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "not json",
+        "[]",
+        '{"t": "fly"}',
+        '{"t": "key", "k": 3, "d": 1}',
+        '{"t": "key", "k": "a", "d": 7}',
+        '{"t": "key", "k": "a", "d": 1, "n": -4}',
+        '{"t": "ack", "n": 1000000}',
+        '{"t": "control", "do": ["pause"]}',
+        "[" * 2000,
+        b"binary",
+        "x" * 5000,
+    ],
+)
+def test_garbage_ends_that_client_only(garbage):
+    async def main():
+        async with (
+            Running() as (server, http),
+            Client(server, http) as good,
+            Client(server, http) as bad,
+        ):
+            await bad.pictures(1)
+            if isinstance(garbage, bytes):
+                await bad.socket.send_bytes(garbage)
+            else:
+                await bad.socket.send_str(garbage)
+            await asyncio.wait_for(bad.task, 5)
+            assert bad.socket.close_code in (server_module.BAD_MESSAGE, 1009)
+            await good.pictures(5)
+            assert server.counts()["seats"] == 1
+
+    run(main)
+
+
+def test_a_refused_control_is_no_reason_to_part():
+    async def main():
+        async with Running() as (server, http), Client(server, http) as client:
+            await client.send(t="control", do="speed", value=77)
+            await client.pictures(5)
+
+    run(main)
+
+
+def test_a_flood_is_cut_off():
+    async def main():
+        limits = Limits(messages_per_second=50)
+        async with Running(limits=limits) as (server, http), Client(server, http) as client:
+            for _ in range(300):
+                await client.send(t="awake")
+            await asyncio.wait_for(client.task, 5)
+            assert client.bye["code"] == server_module.TOO_FAST
+
+    run(main)
+
+
+def test_full_then_free_again_and_idle_players_lose_their_place():
+    async def main():
+        limits = Limits(clients=1, idle_seconds=0.6)
+        async with Running(limits=limits) as (server, http):
+            async with Client(server, http) as first:
+                await first.pictures(2)
+                async with Client(server, http) as second:
+                    assert second.bye["code"] == server_module.FULL
+                await asyncio.wait_for(first.task, 5)
+                assert first.bye["code"] == server_module.IDLE
+            async with Client(server, http) as third:
+                await third.pictures(2)
+
+    run(main)
+
+
+def test_a_slow_client_misses_pictures_and_none_is_queued_for_it():
+    async def main():
+        async with Running() as (server, http), Client(server, http) as client:
+            await client.pictures(3)
+            client.answer = False
+            await asyncio.sleep(1.0)
+            received = len(client.headers)
+            await asyncio.sleep(0.5)
+            assert len(client.headers) == received
+            client.answer = True
+            await client.send(t="ack", n=client.headers[-1]["n"])
+            after = await client.pictures(1)
+            # The next picture is the newest, not the oldest one that was missed.
+            assert after["n"] - client.headers[received - 1]["n"] > 10
+            assert after["dropped"] > 10
+
+    run(main)
+
+
+def test_other_sites_and_other_names_are_refused():
+    async def main():
+        async with Running() as (server, http):
+            for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example:80"}):
+                with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                    await http.ws_connect(server.url + "ws", headers=headers)
+                assert caught.value.status == 403
+            good = {"Origin": server.url.rstrip("/")}
+            await (await http.ws_connect(server.url + "ws", headers=good)).close()
+            for path in ("server.py", "../server.py", "static/app.js", "%2e%2e/server.py"):
+                async with http.get(server.url + path) as answer:
+                    assert answer.status == 404
+            async with http.get(server.url) as answer:
+                assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+    run(main)
+
+
+def test_a_token_is_needed_beyond_loopback():
+    assert is_loopback("127.0.0.1") and is_loopback("::1") and not is_loopback("0.0.0.0")
+    with pytest.raises(ServeError, match="token"):
+        PlayServer({"x": ScrollGame}, host="0.0.0.0")
+
+    async def main():
+        async with Running(token="s3cret") as (server, _):
+            jar = aiohttp.CookieJar(unsafe=True)
+            async with aiohttp.ClientSession(cookie_jar=jar) as http:
+                for path in ("", "?token=wrong", "api/worlds", "app.js", "ws"):
+                    async with http.get(server.url + path) as answer:
+                        assert answer.status == 401
+                async with http.get(server.url + "?token=s3cret") as answer:
+                    assert answer.status == 200 and "token" not in str(answer.url)
+                async with Client(server, http) as client:
+                    await client.pictures(2)
+
+    run(main)
+
+
+def test_a_broken_model_lets_its_players_go_and_the_server_lives_on():
+    async def main():
+        games = {
+            "Good": lambda count: ScrollGame(count),
+            "Bad": lambda count: ScrollGame(count, fail_at=3),
+            "Missing": lambda count: (_ for _ in ()).throw(ValueError("no such file")),
+        }
+        async with Running(games) as (server, http):
+            async with Client(server, http, world="Bad") as client:
+                await asyncio.wait_for(client.task, 10)
+                assert client.bye["code"] == server_module.FAILED
+            for world in ("Missing", "../etc"):
+                async with Client(server, http, world=world) as client:
+                    assert client.bye is not None
+            async with Client(server, http, world="Good") as client:
+                await client.pictures(5)
+
+    run(main)
+
+
+def test_sixteen_players_are_served_fairly_without_growing():
+    async def main():
+        limits = Limits(clients=16, replay_seconds=1)
+        async with Running(limits=limits) as (server, http):
+            clients = [Client(server, http) for _ in range(16)]
+            for client in clients:
+                await client.__aenter__()
+            await asyncio.sleep(2)
+            gc.collect()
+            before, memory = [len(c.headers) for c in clients], _memory()
+            for i in range(12):
+                await asyncio.gather(*(c.key("left", i % 2 == 0) for c in clients))
+                await asyncio.sleep(0.25)
+            counts = [len(c.headers) - b for c, b in zip(clients, before, strict=True)]
+            gc.collect()
+            grown = _memory() - memory
+            assert min(counts) > 0.6 * max(counts) and min(counts) > 20, counts
+            assert grown < 30e6, grown
+            for client in clients:
+                await client.__aexit__()
+            for _ in range(50):
+                if not server.counts()["clients"]:
+                    break
+                await asyncio.sleep(0.05)
+            assert server.counts()["clients"] == server.counts()["seats"] == 0
+            latencies = np.array([x for c in clients for x in c.latencies]) * 1000
+            return min(counts) / 3, np.percentile(latencies, [50, 95])
+
+    rate, (p50, p95) = run(main, 60)
+    print(f"16 players: at least {rate:.1f} frames/s, input to frame {p50:.0f} / {p95:.0f} ms")
+
+
+def test_two_players_of_one_world_have_worlds_of_their_own(tmp_path):
+    world = str(make_tiny_world(tmp_path / "tiny", hazard_bias=-30.0))
+
+    async def main():
+        games = server_module.world_games(world, "cpu")
+        limits = Limits(clients=2)
+        async with (
+            Running(games, limits=limits) as (server, http),
+            Client(server, http, seed=1) as a,
+            Client(server, http, seed=2) as b,
+        ):
+            await a.pictures(10)
+            await b.pictures(3)
+            assert a.headers[-1]["seed"] == 1 and b.headers[-1]["seed"] == 2
+            assert a.jpeg != b.jpeg
+            await a.send(t="control", do="sampling_steps", value=4)
+            assert (await a.pictures(5))["sampling_steps"] == 4
+
+    run(main)
+
+
+def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
+    parser = argparse.ArgumentParser()
+    server_module.add_arguments(parser)
+    assert server_module.run(parser.parse_args(["NoSuchWorld"])) == 2
+    said = capsys.readouterr().err
+    assert "unknown world 'NoSuchWorld'" in said and said.count("\n") == 1
+    world = str(make_tiny_world(tmp_path / "tiny"))
+
+    async def main():
+        async with Running() as (server, _):
+            arguments = parser.parse_args([world, "--port", str(server.port), "--device", "cpu"])
+            return await asyncio.to_thread(server_module.run, arguments)
+
+    assert run(main) == 2
+    said = capsys.readouterr().err
+    assert "choose another with --port" in said and said.count("\n") == 1
+
+
+def _memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
