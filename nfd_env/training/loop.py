@@ -78,7 +78,10 @@ class TrainConfig:
 class Stage(Protocol):
     """What a training stage tells the loop."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module:
+        """The network to train."""
+        ...
 
     def batch(self, rng: np.random.Generator, size: int) -> Any:
         """Draw a training batch; all randomness comes from ``rng``."""
