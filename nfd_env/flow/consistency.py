@@ -76,8 +76,12 @@ def normalise(direction: Tensor, frame_dimensions: int, constant: float = 0.1) -
 
 
 def bounded_weight(angle: Tensor, bound: float) -> Tensor:
-    """The weight 1 / tan t, at most ``bound``: no almost clean frame outweighs a whole batch."""
-    return (angle.cos() / angle.sin().clamp_min(1e-6)).clamp_max(bound)
+    """The weight 1 / tan t kept within [1 / ``bound``, ``bound``]; 1 weighs all angles alike.
+
+    Without the bounds an almost clean frame outweighs a whole batch, and almost pure noise, where
+    a single step begins, counts for nothing.
+    """
+    return (angle.cos() / angle.sin().clamp_min(1e-6)).clamp(1 / bound, bound)
 
 
 def distillation_loss(

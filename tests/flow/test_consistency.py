@@ -95,7 +95,8 @@ def test_weight_is_bounded() -> None:
     angle = torch.tensor([0.0, 1e-3, 0.5, 1.0, torch.pi / 2], dtype=torch.float64)
     weight = c.bounded_weight(angle, 4.0)
     torch.testing.assert_close(weight[2:4], 1 / angle[2:4].tan())
-    assert weight[0] == weight[1] == 4 and 0 <= weight[4] < 1e-12
+    assert weight[0] == weight[1] == 4 and weight[4] == 0.25
+    assert torch.equal(c.bounded_weight(angle, 1.0), torch.ones_like(angle))
 
 
 def test_angles_have_normal_levels() -> None:

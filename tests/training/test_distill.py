@@ -109,7 +109,7 @@ def test_discrete_time(make: Make) -> None:
     metrics = train(stage, settings.train, progress=False)
     assert measured(stage, True) < 0.8 * before
     assert int(stage.network.steps) == 40
-    assert {"steps1_error_8", "steps2_spread", "steps4_frechet"} <= metrics.keys()
+    assert {"steps1_error_8", "steps2_spread", "steps4_frechet", "steps1_texture"} <= metrics.keys()
     assert np.isfinite(list(metrics.values())).all()
     student = load_weights(f"{settings.train.folder}/model.safetensors", Dynamics, DynamicsConfig)
     assert student.config == MODEL
@@ -314,6 +314,7 @@ def test_no_steps(make: Make) -> None:
     [
         ({"solver": "heun"}, "euler or midpoint"),
         ({"frames": 1}, "at least 2 frames"),
+        ({"weight_bound": 0.5}, "weight_bound must be at least 1"),
         ({"discrete_steps": -1}, "must not be negative"),
         ({"coarsest_grid": 0}, "coarsest_grid must be at least 1"),
         ({"rollouts": 2}, "rollouts at least 3"),
