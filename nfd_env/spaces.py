@@ -31,7 +31,12 @@ def space_to_dict(space: spaces.Space) -> dict[str, Any]:
     if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
         return {"type": "MultiBinary", "n": int(space.shape[0])}
     if isinstance(space, spaces.Box) and len(space.shape) == 1:
-        return {"type": "Box", "low": space.low.tolist(), "high": space.high.tolist()}
+        return {
+            "type": "Box",
+            "low": space.low.tolist(),
+            "high": space.high.tolist(),
+            "dtype": str(space.dtype),
+        }
     raise ValueError(
         f"a world's action space must be Discrete, or a one-dimensional MultiDiscrete, MultiBinary "
         f"or Box, got {space}"
@@ -48,7 +53,10 @@ def space_from_dict(values: dict[str, Any]) -> spaces.Space:
     if kind == "MultiBinary":
         return spaces.MultiBinary(values["n"])
     if kind == "Box":
-        return spaces.Box(np.array(values["low"], np.float32), np.array(values["high"], np.float32))
+        dtype: Any = np.dtype(values.get("dtype", "float32"))
+        return spaces.Box(
+            np.array(values["low"], dtype), np.array(values["high"], dtype), dtype=dtype
+        )
     raise ValueError(f"unknown action space type {kind!r}")
 
 

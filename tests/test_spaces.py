@@ -16,7 +16,8 @@ MULTI_DISCRETE = spaces.MultiDiscrete([2, 3], start=[1, 0])
 MULTI_BINARY = spaces.MultiBinary(4)
 BOX = spaces.Box(np.array([-1, 0], np.float32), np.array([1, 4], np.float32))
 UNBOUNDED = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-ALL = [DISCRETE, SHIFTED, MULTI_DISCRETE, MULTI_BINARY, BOX, UNBOUNDED]
+DOUBLE = spaces.Box(-1, 1, (2,), np.float64)
+ALL = [DISCRETE, SHIFTED, MULTI_DISCRETE, MULTI_BINARY, BOX, UNBOUNDED, DOUBLE]
 
 
 @pytest.mark.parametrize("space", ALL, ids=str)

@@ -45,13 +45,14 @@ def encode_recordings(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    network = load_weights(tokenizer, Tokenizer, TokenizerConfig)
+    digest = _digest(network)
     stamp = folder / "tokenizer.sha256"
     if not stamp.exists() or stamp.read_text() != digest:
         for old in folder.glob("*.npy"):
             old.unlink()
         stamp.write_text(digest)
-    network = load_weights(tokenizer, Tokenizer, TokenizerConfig).to(device)
+    network.to(device)
     precision = fastest_precision(torch.device(device))
     frames_of: dict[Path, int] = {}
     for episode in recordings:
@@ -80,14 +81,23 @@ def encode_recordings(
                 bar.update(count)
 
 
+def _digest(network: Tokenizer) -> str:
+    """A hash of the weights, whatever order the file that they came from has."""
+    digest = hashlib.sha256(repr(network.config).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class LatentDataset:
     """The episodes of one split as latents, in memory."""
 
     def __init__(self, recordings: RecordedDataset, folder: str | Path, split: str) -> None:
         """Load what ``encode_recordings`` wrote.
 
-        Where the recorded environment shows no terminal frame, the last transition is left out and
-        the one before it counts as the end: a copied frame would give the end away.
+        Where the recorded environment shows no terminal frame, but repeats the one before, the last
+        transition is left out and the one before it counts as the end: a copied frame would give
+        the end away. So is a repeated frame at a truncation of the environment's own.
         """
         codec = ActionCodec(space_from_dict(recordings.spec.action_space))
         hidden_end = not recordings.spec.source.get("terminal_frame", True)
@@ -98,9 +108,10 @@ class LatentDataset:
                 arrays[reference.shard] = np.load(Path(folder) / f"{reference.shard.name}.npy")
             start, count = reference.frame_offset, len(reference)
             terminated = reference.terminated.copy()
-            if hidden_end and terminated[-1]:
+            before, last = arrays[reference.shard][start + count - 1 : start + count + 1]
+            if hidden_end and (terminated[-1] or np.array_equal(before, last)):
+                terminated[count - 2] = terminated[count - 1]
                 count -= 1
-                terminated[count - 1 :] = True
             if count < 2:
                 continue
             self.episodes.append(
@@ -139,7 +150,7 @@ class LatentDataset:
             latents.append(episode.latents[start : start + frames])
             into = episode.actions[max(0, start - 1) : start + frames - 1]
             if start == 0:
-                into = np.concatenate((np.zeros_like(into[:1]), into))
+                into = np.concatenate((np.zeros_like(episode.actions[:1]), into))
             actions.append(into)
         return (
             torch.from_numpy(np.stack(latents)).float(),

@@ -141,7 +141,7 @@ class ShardWriter:
         }
 
     def add(self, episode: Episode) -> None:
-        """Append ``episode`` and commit it.
+        """Append ``episode`` and commit it; if that fails (disk full), nothing of it stays.
 
         Raises:
             RecordingError: when its frames or actions do not have the data set's shape.
@@ -165,6 +165,15 @@ class ShardWriter:
             "rewards.bin": episode.rewards.astype(np.float32),
             "ends.bin": ends.astype(np.uint8),
         }
+        try:
+            self._append(arrays, episode)
+        except BaseException:
+            self._open()
+            raise
+        self._frames += len(episode) + 1
+        self._transitions += len(episode)
+
+    def _append(self, arrays: dict[str, np.ndarray], episode: Episode) -> None:
         for name, array in arrays.items():
             with open(self.shard / name, "ab") as file:
                 file.write(np.ascontiguousarray(array).tobytes())
@@ -181,8 +190,6 @@ class ShardWriter:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._frames += len(episode) + 1
-        self._transitions += len(episode)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def sample_dpm_solver_pp(velocity: Velocity, noise: Tensor, levels: list[float])
     With lambda = log(alpha / sigma), x0 estimates D and h = lambda_i - lambda_{i-1}:
     x_i = sigma_i / sigma_{i-1} x_{i-1} - alpha_i (e^{-h} - 1) D', where D' extrapolates the last
     two estimates linearly in lambda. The first step (from pure noise, lambda = -infinity) and the
-    last (to data, lambda = infinity) are first order, where the formula has its limits.
+    last (to data, lambda = infinity) are first order, where the formula has its limits, and so is
+    the second, whose predecessor's lambda is infinite: up to 3 steps it equals Euler's method.
     """
     x = noise
     previous: Tensor | None = None

@@ -72,31 +72,36 @@ class HeadsStage:
         )
         self.network = Heads(self.config)
         self._ends = [i for i, e in enumerate(self._train.episodes) if e.terminated[-1]]
+        # A sequence may begin up to frames - 1 transitions before an episode does, which cuts it
+        # short: only so is every transition in equally many sequences.
         lengths = np.array([len(e.actions) for e in self._train.episodes])
-        self._cumulative = np.cumsum(lengths)
+        self._places = np.cumsum(lengths + settings.frames - 1)
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
         """Sequences of ``frames`` transitions, padded at the end; see ``_sequence``."""
         rows = []
-        total = int(self._cumulative[-1])
+        total, frames = int(self._places[-1]), self.settings.frames
         for _ in range(size):
             if self._ends and rng.random() < self.settings.end_share:
                 number = self._ends[rng.integers(len(self._ends))]
-                stop = len(self._train.episodes[number].actions)
-                start = max(0, stop - int(rng.integers(1, self.settings.frames + 1)))
+                start = len(self._train.episodes[number].actions) - int(rng.integers(1, frames + 1))
             else:
                 index = int(rng.integers(total))
-                number = int(np.searchsorted(self._cumulative, index, side="right"))
-                start = index - int(
-                    self._cumulative[number] - len(self._train.episodes[number].actions)
-                )
+                number = int(np.searchsorted(self._places, index, side="right"))
+                # The last place of an episode is the one that holds its last transition only.
+                last = len(self._train.episodes[number].actions) - 1
+                start = last - (int(self._places[number]) - 1 - index)
             rows.append(self._sequence(self._train.episodes[number], start))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
     def _sequence(self, episode: LatentEpisode, start: int) -> tuple[Tensor, ...]:
-        """Latents after each transition, actions, rewards, terminated, and importance weights."""
+        """Latents after each transition, actions, rewards, terminated, and importance weights.
+
+        ``start`` may be negative: the sequence then begins with the episode, and is shorter.
+        """
         count = self.settings.frames
         stop = min(len(episode.actions), start + count)
+        start = max(0, start)
         size = stop - start
 
         def pad(array: np.ndarray) -> Tensor:
@@ -114,7 +119,7 @@ class HeadsStage:
 
     def _importance(self, episode: LatentEpisode, start: int, stop: int) -> np.ndarray:
         """How much rarer each transition is in the recordings than in the batches."""
-        share, frames, total = self.settings.end_share, self.settings.frames, self._cumulative[-1]
+        share, frames, total = self.settings.end_share, self.settings.frames, self._places[-1]
         uniform = np.full(stop - start, frames / total)
         if not self._ends:
             return np.ones_like(uniform)

@@ -105,7 +105,7 @@ class Stage(Protocol):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
 def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[str, float]:
@@ -115,7 +115,8 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
         The last validation metrics.
 
     Raises:
-        TrainingDiverged: when the loss becomes NaN or infinite.
+        TrainingDiverged: when the loss or its gradient becomes NaN or infinite; the weights of the
+            last step stay whole.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -192,6 +193,11 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+            if not math.isfinite(norm.item()):
+                raise TrainingDiverged(
+                    f"the gradient became {norm.item()} at step {step}; lower learning_rate and "
+                    f"run again (it goes on from {state_path})"
+                )
             optimiser.step()
             averaged.update_parameters(network)
             step += 1

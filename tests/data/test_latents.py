@@ -61,7 +61,7 @@ def test_latents_are_those_of_their_frames(recordings: Path, latents: Path) -> N
     assert difference.max() < 0.03 * expected.abs().max()  # encoding may run in bf16
 
 
-@pytest.mark.parametrize("frames", [2, 5, 45])
+@pytest.mark.parametrize("frames", [1, 2, 5, 45])
 def test_windows_give_the_actions_that_lead_into_each_frame(
     recordings: Path, latents: Path, frames: int
 ) -> None:

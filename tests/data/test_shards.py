@@ -235,3 +235,22 @@ def test_an_episode_of_another_data_set(tmp_path: Path) -> None:
 def test_arrays_that_do_not_belong_together(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(EPISODES[0], **changed)
+
+
+def test_a_writer_goes_on_after_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = write(tmp_path, EPISODES[:1])
+    sync, calls = os.fsync, []
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError("no space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        writer.add(EPISODES[1])
+    writer.add(EPISODES[2])
+    assert_holds(tmp_path, [EPISODES[0], EPISODES[2]])

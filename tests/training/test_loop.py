@@ -24,12 +24,14 @@ class TinyStage:
     Dropout and noise draw random numbers, batch norm has buffers, validation draws numbers too.
     """
 
-    def __init__(self, stop_at: int | None = None, nan_at: int | None = None) -> None:
+    def __init__(
+        self, stop_at: int | None = None, nan_at: int | None = None, steep_at: int | None = None
+    ) -> None:
         torch.manual_seed(1)
         self.network = nn.Sequential(
             nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1)
         )
-        self.stop_at, self.nan_at = stop_at, nan_at
+        self.stop_at, self.nan_at, self.steep_at = stop_at, nan_at, steep_at
         self.step = 0
         self.batches: list[bytes] = []
         self.saved: list[dict[str, Tensor]] = []
@@ -47,6 +49,8 @@ class TinyStage:
         loss = (network(batch) - target).square().mean()
         if self.step - 1 == self.nan_at:
             loss = loss * torch.nan
+        if self.step - 1 == self.steep_at:  # sqrt is 0 at 0 and infinitely steep
+            loss = loss + (0 * loss).sqrt()
         return loss, {"size": batch.abs().mean()}
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
@@ -165,9 +169,18 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(
     assert_same(state(tmp_path), state(whole))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(TrainingDiverged, match="the loss became nan at step 14"):
-        train(TinyStage(nan_at=14), settings(tmp_path), progress=False)
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"nan_at": 14}, "the loss became nan at step 14"),
+        ({"steep_at": 14}, "the gradient became nan at step 14"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
+    tmp_path: Path, stage: dict[str, int], message: str
+) -> None:
+    with pytest.raises(TrainingDiverged, match=message):
+        train(TinyStage(**stage), settings(tmp_path), progress=False)
     last = state(tmp_path)
     assert last["step"] == 10
     assert all(v.isfinite().all() for v in last["network"].values())

@@ -209,7 +209,6 @@ def test_ends_are_drawn_often_and_weighted_back(heads: Trained) -> None:
     assert drawn > 1.2 / (44 - 19)
 
 
-@pytest.mark.xfail(strict=True, reason="the first frames - 1 transitions of episodes weigh less")
 def test_early_transitions_weigh_as_much_as_others(heads: Trained) -> None:
     weighted, _ = weighted_share_of_ends(heads.stage, first=0)
     assert weighted == pytest.approx(1 / 44, rel=0.1)
