@@ -1,0 +1,161 @@
+"""A batch of real games that looks like a batch of learned worlds: what agents are compared in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from nfd_env.checkpoint import World, load_world, make_real
+
+
+class RealVectorEnv(VectorEnv):
+    """Copies of the real game behind a world, with the interface of ``NFDVectorEnv``.
+
+    An agent cannot tell the two apart but by the pictures: the frames go through the same crop and
+    resize, with ``obs_type="latent"`` through the world's tokenizer too; an action is repeated for
+    ``frame_skip`` frames and their rewards are summed.
+
+    Autoreset is SAME_STEP. ``infos`` hold ``final_obs`` and ``_final_obs`` where an episode ended,
+    and no ``hazard``: the real game keeps that to itself.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        world: str | PathLike[str],
+        num_envs: int = 1,
+        device: str | torch.device = "auto",
+        frame_skip: int = 1,
+        obs_type: str = "rgb",
+        output: str = "numpy",
+        max_episode_steps: int | None = None,
+        precision: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Start ``num_envs`` games.
+
+        Args:
+            world: a world folder or the name of a shipped world.
+            num_envs: number of games, stepped by as many threads as there are processors.
+            device: of the tokenizer, and of the tensors with ``output="torch"``.
+            frame_skip: frames an action is repeated for.
+            obs_type: "rgb", uint8 (num_envs, H, W, 3), or "latent", float32 (num_envs, C, h, w).
+            output: "numpy" or "torch".
+            max_episode_steps: steps (not frames) after which an episode is truncated.
+            precision: of the tokenizer, see ``load_world``.
+            kwargs: further arguments of the real environment.
+
+        Raises:
+            ValueError: on an argument out of range.
+            SourceError: when the real game is not installed.
+        """
+        super().__init__()
+        if obs_type not in ("rgb", "latent") or output not in ("numpy", "torch"):
+            raise ValueError(
+                "obs_type must be rgb or latent and output numpy or torch, "
+                f"got {obs_type!r} and {output!r}"
+            )
+        if num_envs < 1 or frame_skip < 1 or (max_episode_steps or 1) < 1:
+            raise ValueError("num_envs, frame_skip and max_episode_steps must be at least 1")
+        self.world: World = load_world(world, device, precision)
+        self.model = self.world.model
+        self.num_envs, self.frame_skip, self.obs_type = num_envs, frame_skip, obs_type
+        self.output, self.max_episode_steps = output, max_episode_steps
+        self.autoreset_mode = AutoresetMode.SAME_STEP
+        self.envs: list[gymnasium.Env] = [make_real(world, **kwargs) for _ in range(num_envs)]
+        self._pool = ThreadPoolExecutor(min(num_envs, os.cpu_count() or 1))
+        self._steps = np.zeros(num_envs, np.int64)
+        if obs_type == "rgb":
+            shape = (*self.world.spec.frame_size, 3)
+            self.single_observation_space = spaces.Box(0, 255, shape, np.uint8)
+        else:
+            shape = self.model.dynamics.config.latent_shape
+            self.single_observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.single_action_space = self.world.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start new episodes everywhere; an int seed s gives slot i the seed s + i."""
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
+        frames = self._pool.map(lambda pair: pair[0].reset(seed=pair[1])[0], zip(self.envs, seeds))
+        self._steps[:] = 0
+        return self._observe(np.stack(list(frames))), {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Advance every game by one action (``frame_skip`` frames).
+
+        Raises:
+            ValueError: when the actions do not lie in the action space.
+        """
+        checked = self.world.codec.check(actions, self.num_envs).cpu().numpy()
+        results = list(self._pool.map(self._step_one, range(self.num_envs), checked))
+        shown, final, reward, terminated, truncated = (
+            np.stack(column) for column in zip(*results, strict=True)
+        )
+        observation, infos = self._observe(shown), {}
+        ended = terminated | truncated
+        if ended.any():
+            infos = {"final_obs": self._observe(final), "_final_obs": ended}
+        if self.output == "torch":
+            outcome = (self._tensor(x) for x in (reward.astype(np.float32), terminated, truncated))
+            infos = {k: v if isinstance(v, Tensor) else self._tensor(v) for k, v in infos.items()}
+            return observation, *outcome, infos
+        return observation, reward, terminated, truncated, infos
+
+    def _step_one(self, row: int, action: Any) -> tuple[np.ndarray, np.ndarray, float, bool, bool]:
+        """The frame to go on from, the last frame of this step, reward, terminated, truncated."""
+        env, total = self.envs[row], 0.0
+        plain = action.item() if isinstance(self.single_action_space, spaces.Discrete) else action
+        frame, terminated, truncated = None, False, False
+        for _ in range(self.frame_skip):
+            frame, reward, terminated, truncated, _ = env.step(plain)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        assert frame is not None
+        self._steps[row] += 1
+        if self.max_episode_steps is not None and not terminated:
+            truncated = truncated or bool(self._steps[row] >= self.max_episode_steps)
+        shown = frame
+        if terminated or truncated:
+            shown, self._steps[row] = env.reset()[0], 0
+        return shown, frame, total, terminated, truncated
+
+    def _observe(self, frames: np.ndarray) -> Any:
+        if self.output == "numpy" and self.obs_type == "rgb":
+            return frames
+        tensor = self._tensor(frames)
+        observation = self.model.encode(tensor) if self.obs_type == "latent" else tensor
+        return observation if self.output == "torch" else observation.cpu().numpy()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the games."""
+        self._pool.shutdown()
+        for env in self.envs:
+            env.close()
