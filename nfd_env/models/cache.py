@@ -5,6 +5,7 @@ Every row of the batch (every environment) has its own length and can be reset a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,9 @@ class FrameCache:
         """
         self.window, self.ring = window, window - 1 + commits
         self.drafts, self.commits, self.tokens = drafts, commits, tokens
-        shape = (layers, batch, heads, self.ring + drafts, tokens, head_width)
+        # Rows may finish different numbers of frames; where fewer, more slots behind are written.
+        scratch = drafts + commits - 1
+        shape = (layers, batch, heads, self.ring + scratch, tokens, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -92,42 +95,51 @@ class FrameCache:
         """An independent copy."""
         return self.take(torch.arange(self.batch, device=self.length.device))
 
-    def begin(self, count: int, commit: int) -> StreamView:
+    def begin(self, count: int, commit: int | Sequence[int]) -> StreamView:
         """Prepare a pass over ``count`` frames that follow the ring's; see ``Dynamics.stream``.
 
         Raises:
             ValueError: when the pass has more finished or unfinished frames than there is room for.
         """
+        commits = [commit] if isinstance(commit, int) else list(commit)
+        fewest, largest = min(commits), max(commits)
         # Nothing is pushed out of an empty ring, so it takes a whole context at once.
-        most = self.commits if commit <= self.commits or self.length.any() else self.ring
-        if not 0 <= commit <= min(count, most) or count - commit > self.drafts:
+        most = self.commits if largest <= self.commits or self.length.any() else self.ring
+        if not 0 <= fewest <= largest <= min(count, most) or count - largest > self.drafts:
             raise ValueError(
                 f"a pass may finish at most {most} frames and draft {self.drafts}, "
-                f"got {commit} and {count - commit}"
+                f"got {largest} and {count - largest}"
             )
         device = self.length.device
         frames = self.length[:, None] + torch.arange(count, device=device)
-        self.length = self.length + commit
+        uneven = fewest < largest
+        self.length = self.length + (torch.tensor(commits, device=device) if uneven else fewest)
         # The newest frame number that each slot holds once this pass's commits are written.
         newest = self.length[:, None] - 1
         held = newest - (newest - torch.arange(self.ring, device=device)) % self.ring
-        key_frames = torch.cat((held, frames[:, commit:]), 1)
+        slots, scattered, unfinished = frames[:, :fewest] % self.ring, fewest, frames[:, fewest:]
+        if uneven:  # no frame is unfinished in every row, so each one has a slot of its own
+            behind = frames - self.length[:, None]
+            slots = torch.where(behind < 0, frames % self.ring, self.ring + behind)
+            scattered = count
+            unfinished = self.length[:, None] + torch.arange(count - fewest, device=device)
+        key_frames = torch.cat((held, unfinished), 1)
         mask = sees(frames[:, :, None], key_frames[:, None, :], self.window)
         mask = (mask & (key_frames >= 0)[:, None]).repeat_interleave(self.tokens, 1)
         hidden = ~mask.repeat_interleave(self.tokens, 2)[:, None]
         additive = torch.zeros(hidden.shape, device=device, dtype=self.keys.dtype)
         additive = additive.masked_fill(hidden, -torch.inf)
         rows = torch.arange(self.batch, device=device)[:, None]
-        slots = frames[:, :commit] % self.ring
-        last = self.ring + count - commit
+        last = self.ring + count - fewest
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             for buffer, new in ((keys, k), (values, v)):
                 new = new.transpose(2, 3)  # B F heads P c
-                if commit:
-                    buffer[rows, :, slots] = new[:, :commit]
-                buffer[:, :, self.ring : last] = new[:, commit:].transpose(1, 2)
+                if scattered:
+                    buffer[rows, :, slots] = new[:, :scattered]
+                if scattered < count:
+                    buffer[:, :, self.ring : last] = new[:, scattered:].transpose(1, 2)
             out = attend_packed(
                 q.flatten(1, 2).transpose(1, 2),
                 keys[:, :, :last].flatten(2, 3),

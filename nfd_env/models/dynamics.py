@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,7 +91,31 @@ class Dynamics(nn.Module):
         # The modulation gives scales as deviations from one.
         unit_scales = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
         self.register_buffer("unit_scales", unit_scales, persistent=False)
+        self.folded = False
         _zero(self.output)
+
+    @torch.no_grad()
+    def fold_norms(self) -> None:
+        """Move the norms' weights and the scales' ones into the adaLN projection, for inference.
+
+        Saves three elementwise operations a block. The network computes the same, but its weights
+        are no longer those that were trained: it is not to be saved or trained on.
+        """
+        last = (
+            self.modulation[-1] if isinstance(self.modulation, nn.Sequential) else self.modulation
+        )
+        assert isinstance(last, nn.Linear) and not self.folded
+        weight = last.weight.unflatten(0, (-1, self.config.width))
+        bias = last.bias.unflatten(0, (-1, self.config.width))
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            for place, norm in ((1, block.norm_attention), (4, block.norm_mlp)):
+                row = 6 * layer + place
+                weight[row] *= norm.weight[:, None]
+                bias[row] = (1 + bias[row]) * norm.weight
+                norm.weight = None
+        bias[-1] += 1
+        self.folded = True
 
     def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
         """Velocities of whole sequences, each frame seeing itself and the frames before it.
@@ -147,7 +172,7 @@ class Dynamics(nn.Module):
         latents: Tensor,
         levels: Tensor,
         actions: Tensor,
-        commit: int,
+        commit: int | Sequence[int],
     ) -> Tensor:
         """One pass over a few frames that follow the cached ones.
 
@@ -157,7 +182,8 @@ class Dynamics(nn.Module):
             levels: (B, F).
             actions: (B, F, action_width), the actions leading into each frame.
             commit: the first ``commit`` frames are finished: their keys and values go into the
-                ring. The others see them and one another block-causally, and leave no trace.
+                ring. The others see them and one another block-causally, and leave no trace. One
+                number, or one for each row.
 
         Returns:
             Velocities (B, F, C, h, w).
@@ -220,12 +246,15 @@ class Dynamics(nn.Module):
         modulation = self.modulation(functional.silu(condition))
         modulation = modulation.unflatten(-1, (-1, self.config.width)).unsqueeze(2)
         per_block = modulation[..., :-2, :].unflatten(-2, (self.config.layers, 6))
-        per_block = (per_block + self.unit_scales).unbind(-3)
+        if not self.folded:
+            per_block = per_block + self.unit_scales
+        per_block = per_block.unbind(-3)
         rotation = self.rotation(frames)
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, per_block[layer], rotation, attend)
         shift, scale = modulation[..., -2, :], modulation[..., -1, :]
-        velocity = self.output(torch.addcmul(shift, self.norm(x), 1 + scale))
+        scale = scale if self.folded else 1 + scale
+        velocity = self.output(torch.addcmul(shift, self.norm(x), scale))
         return self._unpatchify(velocity).to(latents.dtype)
 
     def _patchify(self, latents: Tensor) -> Tensor:

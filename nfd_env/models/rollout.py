@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,13 @@ def denoise(
     noise: Tensor,
     sampler: Sampler,
     history_level: float,
+    pending_counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Generate the frames that follow ``pending``, committing ``pending`` in the first pass.
+
+    Rows with different numbers of pending frames share that pass: each row's frames stand without a
+    gap, its new ones right behind its pending ones, and what is left over behind them is not seen
+    by anything.
 
     Args:
         network: the dynamics.
@@ -55,12 +60,43 @@ def denoise(
         noise: (B, n, C, h, w), the new frames' noise.
         sampler: integrates the velocity from noise to data.
         history_level: the level of ``pending``.
+        pending_counts: how many of its ``pending`` frames each row has, 1 to c; None for all.
 
     Returns:
         (B, n, C, h, w), the new frames without history noise.
     """
     batch, commit = pending.shape[:2]
+    counts = [commit] * batch if pending_counts is None else list(pending_counts)
     fused = True
+
+    def first(x: Tensor, levels: Tensor) -> Tensor:
+        held = x.new_full((batch, commit), history_level)
+        if min(counts) == commit:
+            out = network.stream(
+                cache,
+                torch.cat((pending, x), 1),
+                torch.cat((held, levels), 1),
+                torch.cat((pending_actions, actions), 1),
+                commit=commit,
+            )
+            return out[:, commit:]
+        rows = torch.arange(batch, device=x.device)[:, None]
+        new = torch.arange(x.shape[1], device=x.device)
+        places = torch.tensor(counts, device=x.device)[:, None] + new
+
+        def behind(finished: Tensor, unfinished: Tensor) -> Tensor:
+            both = torch.cat((finished, torch.zeros_like(unfinished)), 1)
+            both[rows, places] = unfinished
+            return both
+
+        out = network.stream(
+            cache,
+            behind(pending, x),
+            behind(held, levels),
+            behind(pending_actions, actions),
+            commit=counts,
+        )
+        return out[rows, places]
 
     def velocity(x: Tensor, level: float) -> Tensor:
         nonlocal fused
@@ -68,14 +104,7 @@ def denoise(
         if not fused:
             return network.stream(cache, x, levels, actions, commit=0)
         fused = False
-        out = network.stream(
-            cache,
-            torch.cat((pending, x), 1),
-            torch.cat((x.new_full((batch, commit), history_level), levels), 1),
-            torch.cat((pending_actions, actions), 1),
-            commit=commit,
-        )
-        return out[:, commit:]
+        return first(x, levels)
 
     return sampler(velocity, noise)
 

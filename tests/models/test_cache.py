@@ -155,7 +155,8 @@ def test_put_leaves_the_other_rows_and_the_source_alone() -> None:
 def test_the_buffers_do_not_grow() -> None:
     network = small_dynamics()
     cache = new_cache(network, 1, drafts=2, commits=2)
-    shape = (2, 1, 2, WINDOW + 1 + 2, network.config.tokens, 16)
+    # The ring of WINDOW - 1 + commits, and drafts + commits - 1 behind it.
+    shape = (2, 1, 2, WINDOW + 1 + 3, network.config.tokens, 16)
     assert cache.keys.shape == cache.values.shape == shape
     stream(network, cache, random_frames(1, LONG), 0, LONG)
     assert cache.keys.shape == cache.values.shape == shape
@@ -171,3 +172,34 @@ def test_more_frames_than_there_is_room_for(count: int, commit: int) -> None:
     with pytest.raises(ValueError, match="a pass may finish at most"):
         network.stream(cache, *random_frames(1, count), commit=commit)
     assert cache.length.tolist() == [1]
+
+
+def test_rows_may_finish_different_numbers_of_frames() -> None:
+    network = small_dynamics()
+    commits, drafts, batch = 3, 2, 3
+    history, draft = random_frames(batch, LONG, 0), random_frames(batch, LONG + drafts, 1)
+    cache = new_cache(network, batch, drafts, commits)
+    finished = [0] * batch
+    generator = torch.Generator().manual_seed(0)
+    while max(finished) + commits <= LONG:
+        counts = torch.randint(1, commits + 1, (batch,), generator=generator).tolist()
+        count = max(counts) + drafts
+        parts, expected = [], []
+        for row, (done, more) in enumerate(zip(finished, counts, strict=True)):
+            stop = done + more
+            whole = [
+                torch.cat((h[row : row + 1, :stop], d[row : row + 1, stop : stop + drafts]), 1)
+                for h, d in zip(history, draft, strict=True)
+            ]
+            expected.append(network(*whole)[0, done:])
+            padding = [x.new_full((count, *x.shape[2:]), 0.5) for x in whole]
+            parts.append([torch.cat((x[0, done:], p)) for x, p in zip(whole, padding, strict=True)])
+        both = [
+            torch.stack([part[:count] for part in column]) for column in zip(*parts, strict=True)
+        ]
+        made = network.stream(cache, *both, commit=counts)  # type: ignore[misc]
+        for row, target in enumerate(expected):
+            torch.testing.assert_close(made[row, : len(target)], target, **CLOSE)
+        finished = [done + more for done, more in zip(finished, counts, strict=True)]
+        assert cache.length.tolist() == finished
+    assert len(set(finished)) > 1
