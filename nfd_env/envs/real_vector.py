@@ -100,7 +100,7 @@ class RealVectorEnv(VectorEnv):
             seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
-        frames = self._pool.map(lambda pair: pair[0].reset(seed=pair[1])[0], zip(self.envs, seeds))
+        frames = self._pool.map(lambda env, s: env.reset(seed=s)[0], self.envs, seeds)
         self._steps[:] = 0
         return self._observe(np.stack(list(frames))), {}
 

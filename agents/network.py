@@ -1,0 +1,243 @@
+"""The policy network, and the file that an agent is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nfd_env.spaces import space_from_dict, space_to_dict
+
+
+class AgentError(ValueError):
+    """An agent cannot be used here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """What an agent was trained on, and so what it can play.
+
+    Attributes:
+        world: name of the world.
+        obs_type: "rgb" or "latent".
+        observation_shape: of one observation, (H, W, 3) or (C, h, w).
+        action_space: see ``nfd_env.spaces.space_to_dict``.
+        frame_skip: frames for which each action is repeated.
+        frame_stack: observations that a decision is based on: the latest and those before it.
+        encoder: fingerprint of the tokenizer's encoder, see ``encoder_fingerprint``; "" for rgb.
+        trained_in: "world" or "real game".
+    """
+
+    world: str
+    obs_type: str
+    observation_shape: list[int]
+    action_space: dict[str, Any]
+    frame_skip: int
+    frame_stack: int
+    encoder: str = ""
+    trained_in: str = "world"
+
+    @classmethod
+    def of(cls, env: Any, frame_stack: int, trained_in: str = "world") -> AgentSpec:
+        """The spec of an agent for ``env``, a (real or learned) vector env of a world."""
+        return cls(
+            world=env.world.spec.name,
+            obs_type=env.obs_type,
+            observation_shape=list(env.single_observation_space.shape),
+            action_space=space_to_dict(env.single_action_space),
+            frame_skip=env.frame_skip,
+            frame_stack=frame_stack,
+            encoder=encoder_fingerprint(env.world.folder) if env.obs_type == "latent" else "",
+            trained_in=trained_in,
+        )
+
+    def check(self, env: Any) -> None:
+        """Raise AgentError when the agent cannot play ``env``."""
+        here = AgentSpec.of(env, self.frame_stack)
+        for field, what, remedy in (
+            ("world", "for the world", "load an agent of this world"),
+            ("action_space", "for the action space", "load an agent of this action space"),
+            (
+                "obs_type",
+                "on observations of type",
+                f"make the env with obs_type={self.obs_type!r}",
+            ),
+            ("observation_shape", "on observations of shape", "load an agent of this world"),
+            (
+                "frame_skip",
+                "with a frame skip of",
+                f"make the env with frame_skip={self.frame_skip}",
+            ),
+            ("encoder", "on latents of the tokenizer", "train an agent on the present tokenizer"),
+        ):
+            mine, its = getattr(self, field), getattr(here, field)
+            if mine != its and not (field == "world" and not mine):
+                raise AgentError(f"the agent was trained {what} {mine}, this is {its}: {remedy}")
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """A short hash of the weights that make latents out of frames, from a world's folder."""
+    digest = hashlib.sha256()
+    with safe_open(folder / "tokenizer.safetensors", framework="np") as file:
+        for name in sorted(file.keys()):
+            if name.startswith(("encoder.", "normalise.")):
+                digest.update(name.encode() + file.get_tensor(name).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes of the policy network.
+
+    Attributes:
+        spec: what it sees and does.
+        channels: of the convolutions.
+        width: of the fully connected layer.
+    """
+
+    spec: AgentSpec
+    channels: int = 32
+    width: int = 256
+
+
+class Trunk(nn.Module):
+    """Images of any size to a vector; latents have been downsampled already, frames have not."""
+
+    def __init__(self, obs_type: str, shape: tuple[int, ...], channels: int, width: int) -> None:
+        """Build for channels-first images of ``shape`` (stacked frames are channels)."""
+        super().__init__()
+        # (kernel, stride, padding) of each convolution
+        layers = [(3, 1, 1)] * 2 if obs_type == "latent" else [(8, 4, 2), (4, 2, 1), (3, 2, 1)]
+        modules: list[nn.Module] = []
+        before = shape[0]
+        for kernel, stride, padding in layers:
+            modules += [nn.Conv2d(before, channels, kernel, stride, padding), nn.SiLU()]
+            before = channels
+        convolutions = nn.Sequential(*modules, nn.Flatten())
+        with torch.no_grad():
+            size = convolutions(torch.zeros(1, *shape)).shape[1]
+        self.layers = nn.Sequential(convolutions, nn.Linear(size, width), nn.SiLU())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(module.weight, 2**0.5)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float (B, C, h, w) -> (B, width)."""
+        return self.layers(images)
+
+
+class ActorCritic(nn.Module):
+    """Policy and value of stacked observations, for Discrete, MultiDiscrete and MultiBinary."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        """Build from ``config``.
+
+        Raises:
+            AgentError: for an action or observation space that it cannot take.
+        """
+        super().__init__()
+        self.config, spec = config, config.spec
+        space = space_from_dict(spec.action_space)
+        self.start: Tensor
+        if isinstance(space, spaces.Discrete):
+            self.sizes, start = [int(space.n)], [int(space.start)]
+        elif isinstance(space, spaces.MultiDiscrete):
+            self.sizes, start = space.nvec.tolist(), space.start.tolist()
+        elif isinstance(space, spaces.MultiBinary):
+            self.sizes, start = [2] * int(space.n), [0] * int(space.n)
+        else:
+            raise AgentError(
+                "the native PPO takes Discrete, MultiDiscrete and MultiBinary actions, "
+                f"not {space}; use agents.train_sb3"
+            )
+        self.register_buffer("start", torch.tensor(start), persistent=False)
+        self.single = isinstance(space, spaces.Discrete)
+        shape = spec.observation_shape
+        if spec.obs_type not in ("latent", "rgb") or len(shape) != 3:
+            raise AgentError(
+                f"the policy takes rgb or latent observations with three axes, got "
+                f"{spec.obs_type} of shape {shape}"
+            )
+        if spec.obs_type == "rgb":
+            shape = [shape[2], shape[0], shape[1]]
+        stacked = (spec.frame_stack * shape[0], shape[1], shape[2])
+        self.trunk = Trunk(spec.obs_type, stacked, config.channels, config.width)
+        self.actor = nn.Linear(config.width, sum(self.sizes))
+        self.critic = nn.Linear(config.width, 1)
+        for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(head.weight, gain)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, stack: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, frame_stack, *observation_shape) -> logits (B, sum of sizes), value (B,)."""
+        if self.config.spec.obs_type == "rgb":
+            stack = stack.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
+        hidden = self.trunk(stack.flatten(1, 2))
+        return self.actor(hidden), self.critic(hidden)[:, 0]
+
+    def act(
+        self, stack: Tensor, greedy: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose actions.
+
+        Args:
+            stack: (B, frame_stack, *observation_shape).
+            greedy: take the most probable ones instead of drawing them.
+            generator: where the drawing's random numbers come from.
+
+        Returns:
+            Actions (B, *action shape) of the action space, their log-probabilities and values (B,).
+        """
+        logits, value = self(stack)
+        scores = logits
+        if not greedy:
+            # The largest of logits plus Gumbel noise is a sample of their softmax.
+            uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+            scores = logits - (-uniform.clamp_min(1e-10).log()).log()
+        parts = scores.split(self.sizes, -1)
+        index = torch.stack([part.argmax(-1) for part in parts], -1)
+        log_prob, _ = self._log_prob(logits, index)
+        action = index + self.start
+        return action[..., 0] if self.single else action, log_prob, value
+
+    def evaluate(self, stack: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and entropy of given actions, and the value; each (B,)."""
+        logits, value = self(stack)
+        index = (action[..., None] if self.single else action) - self.start
+        return *self._log_prob(logits, index), value
+
+    def _log_prob(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, entropy = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits[:, 0])
+        for part, chosen in zip(logits.split(self.sizes, -1), index.unbind(-1), strict=True):
+            log_softmax = functional.log_softmax(part, -1)
+            log_prob = log_prob + log_softmax.gather(-1, chosen[:, None])[:, 0]
+            entropy = entropy - (log_softmax.exp() * log_softmax).sum(-1)
+        return log_prob, entropy
+
+
+def new_stack(observation: Tensor, count: int) -> Tensor:
+    """(B, ...) -> (B, count, ...): an episode's first observation, as if it had always been so."""
+    return observation[:, None].repeat_interleave(count, 1)
+
+
+def push(stack: Tensor, observation: Tensor, first: Tensor | None = None) -> Tensor:
+    """Append an observation (B, ...) to a stack (B, k, ...) and drop the oldest.
+
+    Args:
+        stack: the latest k observations, oldest first.
+        observation: the next.
+        first: bool (B,), rows where ``observation`` is the first of a new episode.
+    """
+    pushed = torch.cat([stack[:, 1:], observation[:, None]], 1)
+    if first is None:
+        return pushed
+    rows = first.view(-1, *[1] * (stack.ndim - 1))
+    return torch.where(rows, new_stack(observation, stack.shape[1]), pushed)

@@ -1,0 +1,248 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) on TensorDict batches.
+
+Three functions that take all they need as arguments: ``rollout`` plays, ``gae`` estimates
+advantages, ``update`` improves the policy. The world, the observations and the batch stay on one
+device; nothing passes through numpy. ``ActorCritic.act``, ``gae`` and ``ppo_loss`` compile one by
+one, without graph breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from agents.network import ActorCritic, new_stack, push
+
+Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Loss = Callable[[ActorCritic, TensorDict, "PPOConfig"], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Hyper-parameters of PPO.
+
+    Attributes:
+        rollout_steps: decisions of each environment between updates.
+        epochs: passes over the batch in an update.
+        minibatch_size: decisions in a gradient step; divides the batch.
+        learning_rate: of Adam, falling linearly to zero over the run.
+        discount: of the reward of the next decision, in [0, 1).
+        gae_lambda: of generalised advantage estimation, in [0, 1].
+        clip: how far the probability ratio may leave 1.
+        entropy: weight of the entropy bonus.
+        value_weight: weight of the value loss.
+        clip_norm: gradients are clipped to this norm.
+        reward_scale: factor on rewards that brings values to the order of 1; scores are unscaled.
+        use_hazard: in the advantages, replace each drawn end by the probability that it had, where
+            the environment reports it. Takes the luck of the draw out of them.
+    """
+
+    rollout_steps: int = 64
+    epochs: int = 4
+    minibatch_size: int = 512
+    learning_rate: float = 5e-4
+    discount: float = 0.99
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy: float = 0.01
+    value_weight: float = 0.5
+    clip_norm: float = 0.5
+    reward_scale: float = 1.0
+    use_hazard: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (0 <= self.discount < 1 and 0 <= self.gae_lambda <= 1):
+            raise ValueError("discount must lie in [0, 1) and gae_lambda in [0, 1]")
+        if min(self.rollout_steps, self.epochs, self.minibatch_size) < 1:
+            raise ValueError("rollout_steps, epochs and minibatch_size must be at least 1")
+
+
+@dataclass
+class Player:
+    """Where a rollout goes on.
+
+    Attributes:
+        stack: (B, frame_stack, *observation_shape), what the next decisions are based on.
+        score: float32 (B,), reward of the running episodes so far.
+    """
+
+    stack: Tensor
+    score: Tensor
+
+    @classmethod
+    def start(cls, observation: Tensor, frame_stack: int) -> Player:
+        """From the observations (B, ...) of a reset."""
+        score = torch.zeros(len(observation), device=observation.device)
+        return cls(new_stack(observation.clone(), frame_stack), score)
+
+
+@torch.no_grad()
+def rollout(env: Any, act: Act, player: Player, steps: int) -> tuple[TensorDict, Player]:
+    """Play ``steps`` decisions in every environment.
+
+    Args:
+        env: a vector env of tensors that resets in the step that ends an episode, as made with
+            ``output="torch"`` and ``autoreset_mode="SameStep"``.
+        act: stack -> actions, log-probabilities, values.
+        player: where to go on.
+        steps: T.
+
+    Returns:
+        A batch of size (T, B) and where to go on. ``next_value`` is the value of what the action
+        led to, the end of an episode included; ``hazard`` is the probability with which it could
+        have terminated; ``score`` is the episode's whole reward where one ended, else NaN.
+    """
+    rows: list[dict[str, Tensor]] = []
+    for _ in range(steps):
+        action, log_prob, value = act(player.stack)
+        observation, reward, terminated, truncated, info = env.step(action)
+        ended = terminated | truncated
+        final_value = torch.zeros_like(value)
+        if "final_obs" in info:
+            final_value = act(push(player.stack, info["final_obs"]))[2]
+        score = player.score + reward
+        rows.append(
+            {
+                "observation": player.stack,
+                "action": action,
+                "log_prob": log_prob,
+                "value": value,
+                "final_value": final_value,
+                "reward": reward,
+                "terminated": terminated,
+                "hazard": info.get("hazard", terminated).to(reward.dtype),
+                "ended": ended,
+                "score": torch.where(ended, score, torch.nan),
+            }
+        )
+        player = Player(push(player.stack, observation, ended), score.masked_fill(ended, 0.0))
+    batch = TensorDict(
+        {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+        batch_size=(steps, len(player.score)),
+    )
+    values = torch.cat([batch["value"][1:], act(player.stack)[2][None]])
+    batch["next_value"] = torch.where(batch["ended"], batch["final_value"], values)
+    return batch, player
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    termination: Tensor,
+    ended: Tensor,
+    discount: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    All tensors are (T, B).
+
+    Args:
+        reward: of each decision.
+        value: before it.
+        next_value: after it; also where the episode ended, before the reset.
+        termination: probability that the episode terminated there: 0 or 1 if it was drawn, in
+            between for the expectation over the draw.
+        ended: bool, the episode ended there (terminated or truncated).
+        discount: gamma.
+        gae_lambda: lambda.
+
+    Returns:
+        Advantages (T, B).
+    """
+    survival = discount * (1 - termination)
+    error = reward + survival * next_value - value
+    carried = gae_lambda * survival * ~ended
+    advantage = torch.zeros_like(value[0])
+    advantages = []
+    for step in range(len(reward) - 1, -1, -1):
+        advantage = error[step] + carried[step] * advantage
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])
+
+
+def ppo_loss(
+    policy: ActorCritic, batch: TensorDict, config: PPOConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate objective with value loss and entropy bonus (eqs. 7 and 9 of PPO).
+
+    Args:
+        policy: the network to improve.
+        batch: of size (N,), with observation, action, log_prob, advantage and target.
+        config: weights and clipping.
+
+    Returns:
+        The loss, and tensors to log.
+    """
+    log_prob, entropy, value = policy.evaluate(batch["observation"], batch["action"])
+    log_ratio = log_prob - batch["log_prob"]
+    ratio, advantage = log_ratio.exp(), batch["advantage"]
+    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage).mean()
+    value_loss = 0.5 * (value - batch["target"]).square().mean()
+    bonus = entropy.mean()
+    loss = -surrogate + config.value_weight * value_loss - config.entropy * bonus
+    return loss, {
+        "surrogate": surrogate.detach(),
+        "value_loss": value_loss.detach(),
+        "entropy": bonus.detach(),
+        "kl": (ratio - 1 - log_ratio).mean().detach(),
+        "clipped": ((ratio - 1).abs() > config.clip).float().mean().detach(),
+    }
+
+
+def update(
+    policy: ActorCritic,
+    optimiser: torch.optim.Optimizer,
+    batch: TensorDict,
+    config: PPOConfig,
+    loss_of: Loss = ppo_loss,
+    advantage_of: Callable[..., Tensor] = gae,
+) -> dict[str, Tensor]:
+    """Improve ``policy`` on a rollout.
+
+    Args:
+        policy: the network.
+        optimiser: of its parameters.
+        batch: as ``rollout`` returns it.
+        config: hyper-parameters.
+        loss_of: ``ppo_loss``, or its compiled form.
+        advantage_of: ``gae``, or its compiled form.
+
+    Returns:
+        Scalars to log: means over all gradient steps, and the explained variance.
+    """
+    value = batch["value"]
+    advantage = advantage_of(
+        config.reward_scale * batch["reward"],
+        value,
+        batch["next_value"],
+        batch["hazard"] if config.use_hazard else batch["terminated"].to(value.dtype),
+        batch["ended"],
+        config.discount,
+        config.gae_lambda,
+    )
+    target = advantage + value
+    explained = 1 - advantage.var() / target.var().clamp_min(1e-8)
+    normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    flat = batch.select("observation", "action", "log_prob").flatten(0, 1)
+    flat["advantage"], flat["target"] = normalised.flatten(), target.flatten()
+    logs: list[TensorDict] = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(flat), device=value.device)
+        for index in order.split(config.minibatch_size):
+            loss, log = loss_of(policy, flat[index], config)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            log["gradient_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm)
+            optimiser.step()
+            logs.append(TensorDict(log))
+    means = torch.stack(logs).mean(0)  # type: ignore[arg-type]
+    return {**{str(k): v for k, v in means.items()}, "explained_variance": explained}

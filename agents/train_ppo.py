@@ -1,0 +1,275 @@
+"""Train an agent with the native PPO: ``python -m agents.train_ppo --world DoomTakeCover``.
+
+The same command goes on with a run that was interrupted; its environments then begin new episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from agents.evaluation import Judge
+from agents.load import NativeAgent
+from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
+from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
+from nfd_env import config
+from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.models.weights import save_weights
+
+
+@dataclass(frozen=True)
+class TrainPPOConfig:
+    """A training of the native PPO.
+
+    Attributes:
+        folder: the run's folder: agent, state and logs.
+        decisions: total decisions over all environments. Raising it later continues the run.
+        num_envs: environments stepped together.
+        obs_type: "latent" or "rgb".
+        frame_skip: frames for which each action is repeated.
+        frame_stack: observations that a decision is based on; one shows no velocity.
+        max_episode_frames: episodes are truncated there; 0 for never.
+        env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
+        channels: of the policy's convolutions.
+        width: of the policy's fully connected layer.
+        ppo: hyper-parameters.
+        seed: of everything.
+        device: "auto", "cpu" or "cuda".
+        compile: use torch.compile on acting, advantages and loss.
+        evaluate_every: decisions between evaluations in the real game; 0 for none.
+        evaluate_episodes: real episodes each time.
+        checkpoint_seconds: time between checkpoints.
+        threads: CPU threads; 0 leaves torch's default.
+    """
+
+    folder: str
+    decisions: int
+    num_envs: int = 32
+    obs_type: str = "latent"
+    frame_skip: int = 4
+    frame_stack: int = 3
+    max_episode_frames: int = 0
+    env: dict[str, Any] = field(default_factory=dict)
+    channels: int = 32
+    width: int = 256
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    seed: int = 0
+    device: str = "auto"
+    compile: bool = False
+    evaluate_every: int = 0
+    evaluate_episodes: int = 8
+    checkpoint_seconds: float = 60.0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that minibatches fill a batch."""
+        batch = self.num_envs * self.ppo.rollout_steps
+        if self.decisions < 1 or self.frame_stack < 1:
+            raise ValueError("decisions and frame_stack must be at least 1")
+        if batch % self.ppo.minibatch_size:
+            raise ValueError(
+                f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the batch of "
+                f"num_envs x ppo.rollout_steps = {batch}"
+            )
+
+    @property
+    def max_episode_steps(self) -> int | None:
+        """The truncation in steps."""
+        return math.ceil(self.max_episode_frames / self.frame_skip) or None
+
+
+def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
+    """The vector env of tensors to train in: the learned world, or the real game behind it."""
+    kwargs: dict[str, Any] = {
+        "num_envs": settings.num_envs,
+        "device": settings.device,
+        "frame_skip": settings.frame_skip,
+        "obs_type": settings.obs_type,
+        "output": "torch",
+        "max_episode_steps": settings.max_episode_steps,
+    }
+    if real:
+        return RealVectorEnv(world, **kwargs)
+    return NFDVectorEnv(world, autoreset_mode="SameStep", **{**kwargs, **settings.env})
+
+
+def train(
+    world: str, settings: TrainPPOConfig, real: bool = False, progress: bool = True
+) -> dict[str, float]:
+    """Train to ``settings.decisions``, going on from the folder's last checkpoint.
+
+    Args:
+        world: a world folder or the name of a shipped world.
+        settings: how.
+        real: train in the real game instead, for comparison.
+        progress: show a progress bar.
+
+    Returns:
+        The last metrics: ``score`` of the latest training episodes and, where the real game is
+        installed and evaluations are on, ``real_score``.
+
+    Raises:
+        AgentError: when the folder holds a run of another world, or the policy cannot take the
+            world's actions or observations.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    env = make_env(world, settings, real)
+    spec = AgentSpec.of(env, settings.frame_stack, "real game" if real else "world")
+    network = ActorCritic(PolicyConfig(spec, settings.channels, settings.width))
+    policy = network.to(env.model.device)
+    optimiser = torch.optim.Adam(policy.parameters(), lr=settings.ppo.learning_rate, eps=1e-5)
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path, agent_path = folder / "state.pt", folder / "agent.safetensors"
+    done, elapsed, evaluated = 0, 0.0, 0
+    metrics: dict[str, float] = {}
+    if state_path.exists():
+        state = torch.load(state_path, map_location=policy.start.device, weights_only=True)
+        if state["config"] != config.to_dict(policy.config):
+            raise AgentError(
+                f"{folder} holds a run of another world, observation type or network; "
+                "choose another folder, or remove this one"
+            )
+        policy.load_state_dict(state["policy"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"].cpu())
+        done, elapsed, evaluated = state["decisions"], state["elapsed"], state["evaluated"]
+        metrics = state["metrics"]
+
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, dynamic=False) if settings.compile else function
+
+    act, loss_of, advantage_of = compiled(policy.act), compiled(ppo_loss), compiled(gae)
+    judge = Judge(
+        env.world, settings.evaluate_episodes, settings.max_episode_steps, settings.device
+    )
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+    # miniters=1, because an update is one tick of the bar.
+    bar = tqdm(total=settings.decisions, initial=done, disable=not progress, miniters=1)
+    bar.set_description("PPO in the real game" if real else f"PPO in {spec.world}")
+    finished: deque[float] = deque(maxlen=100)
+    started = saved = time.monotonic()
+
+    def checkpoint() -> None:
+        nonlocal elapsed, started, saved
+        now = time.monotonic()
+        elapsed, started, saved = elapsed + now - started, now, now
+        values = {
+            "config": config.to_dict(policy.config),
+            "policy": policy.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "rng": torch.get_rng_state(),
+            "decisions": done,
+            "elapsed": elapsed,
+            "evaluated": evaluated,
+            "metrics": metrics,
+        }
+        temporary = state_path.with_suffix(".tmp")
+        torch.save(values, temporary)
+        os.replace(temporary, state_path)
+        save_weights(agent_path, policy, policy.config)
+
+    def evaluate() -> None:
+        nonlocal evaluated
+        scores = judge.scores(NativeAgent(policy))
+        evaluated = done
+        if scores is None:
+            bar.write(f"no score of the real game beside the world's: {judge.missing}")
+            return
+        metrics["real_score"] = float(scores.mean())
+        writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
+        inside = "" if real else f"in the world {metrics.get('score', math.nan):.0f}, "
+        bar.write(
+            f"decision {done}: {inside}in the real game {scores.mean():.0f} +- {scores.std():.0f} "
+            f"({len(scores)} episodes)"
+        )
+
+    # Another seed on every start, so that a resumed run does not repeat its first episodes.
+    observation, _ = env.reset(seed=settings.seed + done)
+    player = Player.start(observation, settings.frame_stack)
+    try:
+        while done < settings.decisions:
+            rate = settings.ppo.learning_rate * (1 - done / settings.decisions)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            begin = time.monotonic()
+            batch, player = rollout(env, act, player, settings.ppo.rollout_steps)
+            middle = time.monotonic()
+            logs = update(policy, optimiser, batch, settings.ppo, loss_of, advantage_of)
+            values = {f"train/{name}": float(value) for name, value in logs.items()}
+            if not all(map(math.isfinite, values.values())):
+                raise RuntimeError(
+                    f"the training diverged at decision {done}; lower ppo.learning_rate and run "
+                    f"again (it goes on from {state_path})"
+                )
+            done += batch.numel()
+            finished.extend(batch["score"][batch["ended"]].tolist())
+            if finished:
+                metrics["score"] = values["rollout/score"] = float(np.mean(finished))
+            values["time/rollout_decisions_per_second"] = batch.numel() / (middle - begin)
+            values["time/decisions_per_second"] = batch.numel() / (time.monotonic() - begin)
+            for name, value in values.items():
+                writer.add_scalar(name, value, done)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items()}, refresh=False)
+            bar.update(batch.numel())
+            every = settings.evaluate_every
+            last = done >= settings.decisions
+            if every and not judge.missing and (last or done // every > evaluated // every):
+                evaluate()
+                checkpoint()
+            elif last or time.monotonic() - saved > settings.checkpoint_seconds:
+                checkpoint()
+    finally:
+        bar.close()
+        writer.close()
+        judge.close()
+        env.close()
+    return metrics
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m agents.train_ppo", description=__doc__)
+    parser.add_argument("--world", default="DoomTakeCover", help="a folder or a shipped world")
+    parser.add_argument("--config", default="configs/doom_take_cover/ppo.yaml")
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="train in the real game instead, to compare (folder with _real behind it)",
+    )
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
+    args = parser.parse_args(arguments)
+    try:
+        settings = config.load(TrainPPOConfig, args.config, args.overrides)
+        if args.real:
+            settings = replace(settings, folder=f"{settings.folder}_real")
+        metrics = train(args.world, settings, args.real)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"train_ppo: {error}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

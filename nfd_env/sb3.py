@@ -1,0 +1,185 @@
+"""The learned world for Stable-Baselines3: its VecEnv over the native vector env.
+
+Needs ``pip install 'nfd-env[sb3]'``. There is one model however many environments there are, so
+Stable-Baselines3's own ``DummyVecEnv`` or ``SubprocVecEnv`` around single environments is not
+needed, and slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+try:
+    from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+    from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+except ImportError as error:
+    raise ImportError(
+        f"nfd_env.sb3 needs Stable-Baselines3: pip install 'nfd-env[sb3]' ({error})"
+    ) from None
+
+
+class SB3VecEnv(VecEnv):
+    """A Gymnasium vector env as a Stable-Baselines3 ``VecEnv``.
+
+    The infos of an environment whose episode ended hold ``terminal_observation`` and
+    ``TimeLimit.truncated``; every info holds what the vector env reports, e.g. ``hazard``.
+
+    Attributes belong to the one vector env: ``get_attr`` gives every index the same value,
+    ``env_method`` calls the method once and gives every index its result, and ``set_attr`` works
+    for all indices together only.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        """Wrap ``env``, which must give numpy arrays and reset in the step that ends an episode.
+
+        Raises:
+            ValueError: when it does not.
+        """
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.SAME_STEP:
+            raise ValueError(
+                "Stable-Baselines3 needs a vector env made with autoreset_mode="
+                f"AutoresetMode.SAME_STEP, this one has {mode}"
+            )
+        if getattr(env.unwrapped, "output", "numpy") != "numpy":
+            raise ValueError('Stable-Baselines3 needs a vector env made with output="numpy"')
+        self.env = env
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self.metadata = {**self.metadata, "render_fps": env.metadata.get("render_fps", 30)}
+
+    def reset(self) -> np.ndarray:
+        """Begin new episodes, with what ``seed`` and ``set_options`` last gave.
+
+        Raises:
+            ValueError: on an option that an environment does not have.
+        """
+        seeds = None if all(s is None for s in self._seeds) else list(self._seeds)
+        options = list(self._options)
+        self._reset_seeds()
+        self._reset_options()
+        unknown = sorted(set().union(*options) - {"context", "start"})
+        if unknown:
+            raise ValueError(f"unknown reset option {unknown[0]!r}; known: context, start")
+        contexts = [o.get("context") for o in options]
+        starts = [o.get("start") for o in options]
+        if any(c is not None and s is not None for c, s in zip(contexts, starts, strict=True)):
+            raise ValueError("give either the reset option context or start, not both")
+        given = {"context": contexts} if any(c is not None for c in contexts) else None
+        observation, infos = self.env.reset(seed=seeds, options=given)
+        # The vector env takes one start at a time.
+        for start in dict.fromkeys(s for s in starts if s is not None):
+            mask = np.array([s == start for s in starts])
+            observation, infos = self.env.reset(
+                seed=seeds, options={"start": start, "reset_mask": mask}
+            )
+        self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keep ``actions`` for ``step_wait``."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Advance every environment by one action.
+
+        Returns:
+            Observations, float32 rewards, dones and infos; after an end, the observation is the
+            next episode's first.
+        """
+        observation, reward, terminated, truncated, infos = self.env.step(self._actions)
+        done = np.asarray(terminated | truncated)
+        final_obs, final_info = infos.pop("final_obs", None), infos.pop("final_info", {})
+        rows = []
+        for i in range(self.num_envs):
+            row = _row(infos, i)
+            row["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+            if done[i]:
+                row |= _row(final_info, i)
+                row["terminal_observation"] = final_obs[i]
+            rows.append(row)
+        return observation, np.asarray(reward, np.float32), done, rows
+
+    def close(self) -> None:
+        """Close the vector env."""
+        self.env.close()
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """The current frame of each environment, with ``render_mode="rgb_array"``."""
+        frames: Any = self.env.render()
+        return [None] * self.num_envs if frames is None else list(frames)
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """The vector env's attribute, once for each index."""
+        return [self._find(attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set the vector env's attribute.
+
+        Raises:
+            ValueError: for some of the environments only; they are one object.
+        """
+        if len(set(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"{attr_name} can only be set for all environments together")
+        setattr(self.env.unwrapped, attr_name, value)
+
+    def env_method(
+        self,
+        method_name: str,
+        *method_args: Any,
+        indices: VecEnvIndices = None,
+        **method_kwargs: Any,
+    ) -> list[Any]:
+        """Call the vector env's method once; its result, once for each index."""
+        result = self._find(method_name)(*method_args, **method_kwargs)
+        return [result] * len(list(self._get_indices(indices)))
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        """False for each index: a wrapper of single environments cannot be around a batch."""
+        return [False] * len(list(self._get_indices(indices)))
+
+    def _find(self, name: str) -> Any:
+        env: Any = self.env
+        return getattr(env if hasattr(env, name) else env.unwrapped, name)
+
+
+def make_vec_env(
+    env_id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    monitor_dir: str | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> VecEnv:
+    """Make a monitored VecEnv; to be used like Stable-Baselines3's function of the same name.
+
+    Args:
+        env_id: a Gymnasium id, e.g. "NFD/DoomTakeCover-v0", or "NFD/World-v0" with
+            ``env_kwargs={"world": folder}``.
+        n_envs: number of environments.
+        seed: environment i gets ``seed`` + i at the first reset.
+        monitor_dir: folder to write ``monitor.csv`` to, if any.
+        env_kwargs: arguments of ``NFDVectorEnv``, e.g. ``frame_skip`` or ``obs_type``.
+
+    Raises:
+        ValueError: on arguments that the env or Stable-Baselines3 cannot take.
+    """
+    kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP, **(env_kwargs or {})}
+    venv = SB3VecEnv(gymnasium.make_vec(env_id, num_envs=n_envs, **kwargs))
+    venv.seed(seed)
+    return VecMonitor(venv, None if monitor_dir is None else str(Path(monitor_dir) / "monitor.csv"))
+
+
+def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """The info of one environment; a mask ``_key`` says who has ``key``."""
+    return {
+        key: _row(value, row) if isinstance(value, Mapping) else value[row]
+        for key, value in infos.items()
+        if not key.startswith("_") and (f"_{key}" not in infos or infos[f"_{key}"][row])
+    }
