@@ -198,6 +198,7 @@ def _load(
         raise CheckpointError(f"{folder}: the networks were trained for another action space")
     for network in (tokenizer, dynamics, heads):
         network.to(device).requires_grad_(False)
+    dynamics.fold_norms()
     if precision == "bf16":
         tokenizer.to(torch.bfloat16)
         dynamics.to(torch.bfloat16)
@@ -243,11 +244,13 @@ def _load_starts(folder: Path, shape: tuple[int, int, int]) -> list[Context]:
     try:
         tensors = load_file(path)
         latents, actions = tensors["latents"].float(), tensors["actions"].float()
+        # Worlds written before there was a choice start at beginnings only.
+        beginning = tensors.get("beginning", torch.ones(len(latents))).bool().tolist()
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error})") from None
-    if tuple(latents.shape[2:]) != shape or len(latents) != len(actions):
+    if tuple(latents.shape[2:]) != shape or not len(latents) == len(actions) == len(beginning):
         raise CheckpointError(f"{path}: holds start frames of another world")
-    return [Context(x, a) for x, a in zip(latents, actions, strict=True)]
+    return [Context(*start) for start in zip(latents, actions, beginning, strict=True)]
 
 
 def save_world(
@@ -286,6 +289,7 @@ def save_world(
         {
             "latents": torch.stack([s.latents for s in starts]).half().contiguous(),
             "actions": torch.stack([s.actions for s in starts]).half().contiguous(),
+            "beginning": torch.tensor([s.beginning for s in starts], dtype=torch.uint8),
         },
         temporary / "starts.safetensors",
     )

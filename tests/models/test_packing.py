@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,18 @@ def test_packing_a_network_changes_nothing_but_its_speed(tmp_path: Path) -> None
     again = load_weights(tmp_path / "a.safetensors", Dynamics, DynamicsConfig)
     for name, tensor in network.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_folded_norms_change_nothing_but_the_speed(rank: int) -> None:
+    torch.manual_seed(0)
+    network = Dynamics(replace(small_dynamics().config, modulation_rank=rank)).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folded = copy.deepcopy(network)
+    folded.fold_norms()
+    inputs = random_frames(2, 5)
+    with torch.inference_mode():
+        expected = network(*inputs)
+        torch.testing.assert_close(folded(*inputs), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
