@@ -7,7 +7,8 @@ to the key/value ring, then read reward and end off the drawn frame.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +39,17 @@ class SamplingConfig:
         sampler: "euler" or "dpm_solver_pp"; "consistency" for distilled dynamics, whose frames hold
             from 1 step on.
         shift: > 1 spends more of the steps near the noise, see ``level_grid``.
-        history_level: noise level at which finished frames are remembered.
+        history_level: noise level in [0, 1) at which finished frames are remembered; more makes a
+            world less certain of its past, so that its flaws are harder to exploit.
+        temperature: > 0, scale of the noise that frames are drawn from; above 1 makes a world less
+            predictable (Ha and Schmidhuber 2018).
     """
 
     steps: int = 4
     sampler: str = "dpm_solver_pp"
     shift: float = 1.0
     history_level: float = 0.15
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -53,6 +58,10 @@ class SamplingConfig:
         known = (*SAMPLERS, CONSISTENCY)
         if self.sampler not in known:
             raise ValueError(f"sampler must be one of {', '.join(known)}, got {self.sampler!r}")
+        if not 0 <= self.history_level < 1:
+            raise ValueError(f"history_level must lie in [0, 1), got {self.history_level}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
 
     @property
     def renoisings(self) -> int:
@@ -80,10 +89,12 @@ class Context:
         latents: (K, C, h, w), K >= 1.
         actions: encoded, (K, action_width), the action leading into each frame; the first may be
             zeros.
+        beginning: whether an episode began with these frames.
     """
 
     latents: Tensor
     actions: Tensor
+    beginning: bool = True
 
 
 @dataclass
@@ -158,6 +169,35 @@ class Transition:
     hazard: Tensor
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Frames that were drawn jointly, and what depends on each of them.
+
+    Attributes:
+        latents: (B, n, C, h, w).
+        reward: float32 (B, n).
+        terminated: bool (B, n).
+        hazard: float32 (B, n).
+        remembered: (B, n, C, h, w), the frames at the history level.
+        memory: (B, n, width), the heads' recurrent state after each frame.
+    """
+
+    latents: Tensor
+    reward: Tensor
+    terminated: Tensor
+    hazard: Tensor
+    remembered: Tensor
+    memory: Tensor
+
+    def outcome(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a ``Transition`` is made of."""
+        return self.latents, self.reward, self.terminated, self.hazard
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Drawn:
+        """Apply ``function`` to every tensor."""
+        return Drawn(**{name: function(part) for name, part in vars(self).items()})
+
+
 class WorldModel:
     """Steps batches of worlds; holds no state of any of them."""
 
@@ -187,16 +227,19 @@ class WorldModel:
         return "bf16" if self.dynamics.embed.weight.dtype == torch.bfloat16 else "fp32"
 
     @torch.inference_mode()
-    def start(self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]]) -> WorldState:
+    def start(
+        self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]], frames: int = 1
+    ) -> WorldState:
         """States whose last frame is each context's last frame.
 
         Args:
             contexts: one a row; rows may have different numbers of frames.
             seeds: one (environment seed, episode number) a row, both >= 0.
+            frames: most frames that are drawn or pending at a time, see ``draw``.
         """
-        rows = [self._start_one(c, s) for c, s in zip(contexts, seeds, strict=True)]
+        rows = [self._start_one(c, s, frames) for c, s in zip(contexts, seeds, strict=True)]
         state = WorldState(
-            new_cache(self.dynamics, len(rows)),
+            new_cache(self.dynamics, len(rows), frames, frames),
             torch.cat([r.remembered for r in rows]),
             torch.cat([r.action for r in rows]),
             torch.cat([r.memory for r in rows]),
@@ -207,7 +250,7 @@ class WorldModel:
             state.cache.put(torch.tensor([index], device=self.device), row.cache)
         return state
 
-    def _start_one(self, context: Context, seed: tuple[int, int]) -> WorldState:
+    def _start_one(self, context: Context, seed: tuple[int, int], frames: int) -> WorldState:
         keep = self.dynamics.config.window
         latents = context.latents[None, -keep:].to(self.device, torch.float32)
         actions = context.actions[None, -keep:].to(self.device, torch.float32)
@@ -215,7 +258,7 @@ class WorldModel:
         level = self.sampling.history_level
         noise = torch.stack([self._draw(seed, k)[1] for k in range(count)])[None]
         remembered = torch.lerp(latents, noise.to(self.device), level)
-        cache = new_cache(self.dynamics, 1)
+        cache = new_cache(self.dynamics, 1, frames, frames)
         if count > 1:
             levels = latents.new_full((1, count - 1), level)
             self.dynamics.stream(
@@ -234,14 +277,42 @@ class WorldModel:
             state: as ``start`` made it.
             actions: encoded, (B, action_width).
         """
+        drawn = self.draw(state, actions)
+        state.remembered, state.memory = drawn.remembered, drawn.memory[:, 0]
+        state.action = actions[:, None].to(self.device, torch.float32)
+        state.frame = [frame + 1 for frame in state.frame]
+        return Transition(*(part[:, 0] for part in drawn.outcome()))
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        state: WorldState,
+        actions: Tensor,
+        count: int = 1,
+        pending_counts: Sequence[int] | None = None,
+    ) -> Drawn:
+        """Draw the frames that follow if each row's action is kept, all of them jointly.
+
+        The first denoising pass commits what is pending to ``state.cache``; all else in ``state``
+        stays as it is. Frame number f of a row has the same noise whenever it is drawn.
+
+        Args:
+            state: with c >= 1 pending frames: ``remembered`` (B, c, C, h, w) and ``action``
+                (B, c, action_width); ``memory`` is after the last one.
+            actions: encoded, (B, action_width).
+            count: n, frames to draw.
+            pending_counts: see ``denoise``.
+        """
         draws = [
-            self._draw(seed, frame + 1)
+            self._draw(seed, frame + 1 + k)
             for seed, frame in zip(state.seeds, state.frame, strict=True)
+            for k in range(count)
         ]
         noise, history, uniform, renoise = (
-            torch.stack(part).to(self.device) for part in zip(*draws, strict=True)
+            torch.stack(part).unflatten(0, (-1, count)).to(self.device)
+            for part in zip(*draws, strict=True)
         )
-        action = actions[:, None].to(self.device, torch.float32)
+        action = actions[:, None].to(self.device, torch.float32).expand(-1, count, -1)
         level = self.sampling.history_level
         made = denoise(
             self.dynamics,
@@ -249,16 +320,24 @@ class WorldModel:
             state.remembered,
             state.action,
             action,
-            noise[:, None],
-            self.sampling.make(renoise[:, :, None].unbind(1)),
+            noise,
+            self.sampling.make(renoise.unbind(2)),
             level,
+            pending_counts,
         )
-        state.remembered = torch.lerp(made, history[:, None], level)
-        state.action = action
-        state.frame = [frame + 1 for frame in state.frame]
-        seen = self.heads.step(made[:, 0], action[:, 0], state.memory)
-        state.memory = seen.state
-        return Transition(made[:, 0], seen.reward, uniform < seen.hazard, seen.hazard)
+        memory, seen = state.memory, []
+        for k in range(count):
+            seen.append(self.heads.step(made[:, k], action[:, k], memory))
+            memory = seen[-1].state
+        hazard = torch.stack([s.hazard for s in seen], 1)
+        return Drawn(
+            made,
+            torch.stack([s.reward for s in seen], 1),
+            uniform < hazard,
+            hazard,
+            torch.lerp(made, history, level),
+            torch.stack([s.state for s in seen], 1),
+        )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -269,6 +348,20 @@ class WorldModel:
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, H, W, 3) -> latents (B, C, h, w)."""
         return self.tokenizer.encode_frames(frames.to(self.device))
+
+    @torch.inference_mode()
+    def reencoding_error(self, latents: Tensor, frames: Tensor) -> Tensor:
+        """How far latents are from what the tokenizer makes of their picture.
+
+        Args:
+            latents: (B, C, h, w).
+            frames: uint8 (B, H, W, 3), decoded from ``latents``.
+
+        Returns:
+            float32 (B,), the root mean square of encode(decode(z)) - z; it grows as z leaves the
+            tokenizer's image of real frames.
+        """
+        return (self.encode(frames) - latents.float()).square().flatten(1).mean(1).sqrt()
 
     def _draw(self, seed: tuple[int, int], frame: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The new frame's noise, its history noise, a uniform number for its end, and renoisings.
@@ -283,7 +376,8 @@ class WorldModel:
         uniform = torch.rand((), generator=self._generator)
         # Drawn last, so that the sampler's choice leaves the other draws as they are.
         more = torch.randn((self.sampling.renoisings, *shape), generator=self._generator)
-        return both[0], both[1], uniform, more
+        temperature = self.sampling.temperature
+        return temperature * both[0], both[1], uniform, temperature * more
 
 
 def mix(*numbers: int) -> int:

@@ -18,7 +18,8 @@ class NFDEnv(gymnasium.Env):
 
     Spaces, rewards, ends, reset options and arguments are those of ``NFDVectorEnv`` without the
     batch dimension; ``info`` holds ``hazard``, the probability with which the step could have
-    ended the episode.
+    ended the episode, with ``ood=True`` the out-of-distribution signal ``ood``, and with
+    ``speculative_frames`` > 1 the counters ``speculation``.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -34,6 +35,11 @@ class NFDEnv(gymnasium.Env):
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
         precision: str = "auto",
+        history_level: float | None = None,
+        temperature: float | None = None,
+        ood: bool = False,
+        speculative_frames: int = 1,
+        draft_cost: float | None = None,
     ) -> None:
         """See ``NFDVectorEnv``."""
         self.vector = NFDVectorEnv(
@@ -48,6 +54,11 @@ class NFDEnv(gymnasium.Env):
             max_episode_steps=max_episode_steps,
             render_mode=render_mode,
             precision=precision,
+            history_level=history_level,
+            temperature=temperature,
+            ood=ood,
+            speculative_frames=speculative_frames,
+            draft_cost=draft_cost,
         )
         self.world = self.vector.world
         self.render_mode = render_mode
@@ -78,7 +89,7 @@ class NFDEnv(gymnasium.Env):
             float(reward[0]),
             bool(terminated[0]),
             bool(truncated[0]),
-            {"hazard": float(info["hazard"][0])},
+            _first(info),
         )
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
@@ -103,3 +114,12 @@ class NFDEnv(gymnasium.Env):
     def restore_state(self, state: EnvState) -> Any:
         """See ``NFDVectorEnv.restore_state``."""
         return self.vector.restore_state(state)[0]
+
+
+def _first(info: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of the first environment, without masks."""
+    return {
+        name: _first(value) if isinstance(value, dict) else value[0].item()
+        for name, value in info.items()
+        if not name.startswith("_")
+    }

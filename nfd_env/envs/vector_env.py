@@ -17,9 +17,11 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from nfd_env.checkpoint import World, load_world
+from nfd_env.speculation import SpeculativeState, Speculator, check_frames
 from nfd_env.world_model import Context, WorldState, mix
 
 _START = 0x5354  # separates the choice of a start from the noise that follows it
+_OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is relative to
 
 
 @dataclass
@@ -74,6 +76,11 @@ class NFDVectorEnv(VectorEnv):
 
     ## Information
     ``hazard``: the probability with which the step could have terminated, float (num_envs,).
+    ``ood``, with ``ood=True``: how far the frame is out of the distribution of real frames, float
+    (num_envs,); see ``watch_ood``.
+    ``speculation``, with ``speculative_frames`` > 1: a dict of int64 (num_envs,) arrays that count
+    the frames of each slot since the env was made: ``drafted`` ahead of their step, ``accepted``
+    (handed out without a transformer pass) and ``dropped``; the rest still waits.
     With ``AutoresetMode.SAME_STEP`` also ``final_obs`` and ``final_info``.
 
     ## Arguments
@@ -82,17 +89,30 @@ class NFDVectorEnv(VectorEnv):
     device: "auto", "cpu", "cuda" or "cuda:N".
     sampling_steps: denoising steps a frame; None for the world's default.
     frame_skip: frames an action is repeated for.
+    speculative_frames: n >= 1, frames that one pass draws jointly on the assumption that the action
+        is kept; 1 for no speculation. The drafts of an environment whose action changes are
+        dropped. Within a ``frame_skip`` the assumption is always right, so that n = ``frame_skip``
+        draws each step's frames jointly. A jointly drawn frame sees those before it as they were
+        being drawn, not as they came out.
+    draft_cost: with ``speculative_frames`` > 1, when to stop drafting: the cost of a pass with
+        drafts relative to one without. Drafts are made while that is less than what they are
+        expected to save at the current rate of kept actions; 1 or less for always. None: measured.
     obs_type: "rgb" or "latent".
     output: "numpy", or "torch" for tensors on the model's device.
     autoreset_mode: one of Gymnasium's three.
     max_episode_steps: steps after which an episode is truncated; None for the world's default.
     render_mode: None or "rgb_array".
     precision: "fp32", "bf16", or "auto" for bf16 where the machine is much faster in it.
+    history_level: noise level in [0, 1) at which past frames are remembered; None for the world's
+        default. More of it, or more ``temperature``, makes flaws of the world harder to exploit.
+    temperature: > 0, scale of the noise that frames are drawn from; None for the world's default.
+    ood: report ``info["ood"]``, at the cost of decoding and encoding each frame once.
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
     ``num_envs`` such entries (None: a recorded start): continue from these frames.
-    ``start``: number of the recorded start to use, for every environment.
+    ``start``: number of the recorded start to use, for every environment; or "beginning", to choose
+    among those that are the beginning of an episode.
     ``reset_mask``: bool (num_envs,), which environments to reset.
 
     ## Reproducibility
@@ -116,6 +136,11 @@ class NFDVectorEnv(VectorEnv):
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
         precision: str = "auto",
+        history_level: float | None = None,
+        temperature: float | None = None,
+        ood: bool = False,
+        speculative_frames: int = 1,
+        draft_cost: float | None = None,
     ) -> None:
         """See the class.
 
@@ -143,10 +168,25 @@ class NFDVectorEnv(VectorEnv):
         self.model = self.world.model
         if sampling_steps is not None:
             _check_at_least_one("sampling_steps", sampling_steps)
-            self.model = self.model.with_sampling(
-                replace(self.model.sampling, steps=sampling_steps)
+        changed = {
+            name: value
+            for name, value in (
+                ("steps", sampling_steps),
+                ("history_level", history_level),
+                ("temperature", temperature),
             )
+            if value is not None
+        }
+        if changed:
+            self.model = self.model.with_sampling(replace(self.model.sampling, **changed))
+        check_frames(speculative_frames, self.model.dynamics.config.window)
+        if draft_cost is not None and not draft_cost > 0:
+            raise ValueError(f"draft_cost must be above 0, or None to measure it, got {draft_cost}")
         self.num_envs, self.frame_skip = num_envs, frame_skip
+        self.speculative_frames = speculative_frames
+        self._speculator: Speculator | None = None
+        if speculative_frames > 1:
+            self._speculator = Speculator(self.model, speculative_frames, frame_skip, draft_cost)
         self.obs_type, self.output, self.render_mode = obs_type, output, render_mode
         self.max_episode_steps = max_episode_steps or self.world.spec.max_episode_steps or None
         fps = float(self.world.spec.fps) / frame_skip
@@ -172,6 +212,28 @@ class NFDVectorEnv(VectorEnv):
         self._ended = np.zeros(num_envs, bool)
         self._seeds = [-1] * num_envs
         self._episodes = [0] * num_envs
+        self._ood_scale: float | None = None
+        self._ood_limit = np.inf
+        if ood:
+            self.watch_ood()
+
+    def watch_ood(self, limit: float = np.inf) -> None:
+        """Report ``info["ood"]`` from now on, and truncate episodes in which it exceeds ``limit``.
+
+        It is the re-encoding error of the frame that a step leads to, relative to its mean over
+        the world's recorded starts (see ``WorldModel.reencoding_error``): about 1 for a real frame.
+
+        Raises:
+            ValueError: when ``limit`` is not above 0.
+        """
+        if not limit > 0:
+            raise ValueError(f"the out-of-distribution limit must be above 0, got {limit!r}")
+        self._ood_limit = limit
+        if self._ood_scale is None:
+            real = torch.cat([start.latents for start in self.world.starts])
+            picked = real[:: -(-len(real) // _OOD_REFERENCE)].to(self.model.device)
+            errors = self.model.reencoding_error(picked, self.model.decode(picked))
+            self._ood_scale = float(errors.mean())
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -212,7 +274,7 @@ class NFDVectorEnv(VectorEnv):
                 self._seeds[row] = int(np.random.SeedSequence().generate_state(1)[0])
             else:
                 self._episodes[row] += 1
-        self._restart(rows, contexts)
+        self._restart(rows, contexts, options.get("start") == "beginning")
         return self._observe(), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -247,8 +309,15 @@ class NFDVectorEnv(VectorEnv):
             rewards = rewards.masked_fill(self._tensor(reset_now), 0.0)
             terminated, truncated = terminated & ~reset_now, truncated & ~reset_now
             self._next_episodes(np.flatnonzero(reset_now))
-        self._ended = terminated | truncated
         infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(~reset_now)}
+        if self._ood_scale is not None:
+            assert self._shown is not None
+            error = self.model.reencoding_error(self._shown, self.frames()) / self._ood_scale
+            infos |= {"ood": error, "_ood": infos["_hazard"].clone()}
+            truncated |= (error > self._ood_limit).cpu().numpy() & ~reset_now
+        if isinstance(self._state, SpeculativeState):
+            infos |= {"speculation": self._state.report(), "_speculation": infos["_hazard"].clone()}
+        self._ended = terminated | truncated
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
             infos = self._finish(infos)
             self._next_episodes(np.flatnonzero(self._ended))
@@ -306,6 +375,7 @@ class NFDVectorEnv(VectorEnv):
             raise ValueError(
                 f"the state has {state.world.batch} environments, this env has {self.num_envs}"
             )
+        self._check_fits(state)
         self._state, self._shown, self._decoded = state.world.fork(), state.shown.clone(), None
         self._steps, self._ended = state.steps.copy(), state.ended.copy()
         self._seeds, self._episodes = list(state.seeds), list(state.episodes)
@@ -316,12 +386,20 @@ class NFDVectorEnv(VectorEnv):
             raise gymnasium.error.ResetNeeded("call reset() before restore_state() of some rows")
         if len(rows) != state.world.batch or len(set(rows)) != len(rows):
             raise ValueError(f"a state of {state.world.batch} environments cannot go into {rows}")
+        self._check_fits(state)
         self._state.put(rows, state.world)
         index = torch.tensor(rows, device=self._shown.device)
         self._shown, self._decoded = self._shown.index_copy(0, index, state.shown), None
         self._steps[rows], self._ended[rows] = state.steps, state.ended
         for row, seed, episode in zip(rows, state.seeds, state.episodes, strict=True):
             self._seeds[row], self._episodes[row] = seed, episode
+
+    def _check_fits(self, state: EnvState) -> None:
+        if state.world.cache.drafts != self.speculative_frames:
+            raise ValueError(
+                f"the state was saved with speculative_frames={state.world.cache.drafts}, this env "
+                f"has speculative_frames={self.speculative_frames}; use the same for both"
+            )
 
     def _advance(self, actions: Tensor, skip: np.ndarray) -> tuple[Tensor, np.ndarray, Tensor]:
         """Step the model ``frame_skip`` frames; rows in ``skip`` do not count."""
@@ -332,10 +410,16 @@ class NFDVectorEnv(VectorEnv):
         hazard = torch.zeros_like(rewards)
         terminated = torch.zeros_like(running)
         shown = self._shown
-        for _ in range(self.frame_skip):
+        for frame in range(self.frame_skip):
             if not bool(running.any()):
                 break
-            transition = self.model.step(self._state, encoded)
+            if self._speculator is None:
+                transition = self.model.step(self._state, encoded)
+            else:
+                assert isinstance(self._state, SpeculativeState)
+                transition = self._speculator.step(
+                    self._state, encoded, self.frame_skip - frame, running.cpu().numpy()
+                )
             rewards = rewards + transition.reward * running
             # The probability that the step ends the episode at one of its frames.
             hazard = torch.where(running, 1 - (1 - hazard) * (1 - transition.hazard), hazard)
@@ -357,7 +441,10 @@ class NFDVectorEnv(VectorEnv):
                 rows[row] = final[row]
             infos = {**infos, "final_obs": rows}
         infos["_final_obs"] = mask
-        infos["final_info"] = {"hazard": infos["hazard"], "_hazard": mask}
+        names = [name for name in ("hazard", "ood") if name in infos]
+        infos["final_info"] = {name: infos[name] for name in names} | {
+            f"_{name}": mask for name in names
+        }
         infos["_final_info"] = mask
         return infos
 
@@ -367,14 +454,19 @@ class NFDVectorEnv(VectorEnv):
             self._episodes[row] += 1
         self._restart(listed, [None] * len(listed))
 
-    def _restart(self, rows: list[int], contexts: list[Context | None]) -> None:
+    def _restart(
+        self, rows: list[int], contexts: list[Context | None], beginning: bool = False
+    ) -> None:
         keys = [(self._seeds[row], self._episodes[row]) for row in rows]
-        starts = self.world.starts
+        starts = [s for s in self.world.starts if s.beginning or not beginning]
         chosen = [
             context or starts[mix(*key, _START) % len(starts)]
             for context, key in zip(contexts, keys, strict=True)
         ]
-        state = self.model.start(chosen, keys)
+        start = self.model.start if self._speculator is None else self._speculator.start
+        state = start(chosen, keys)
+        if isinstance(state, SpeculativeState) and isinstance(self._state, SpeculativeState):
+            state.succeed(self._state, rows)
         shown = torch.stack([c.latents[-1] for c in chosen]).to(self.model.device, torch.float32)
         if self._state is None:
             self._state, self._shown = state, shown
@@ -431,11 +523,16 @@ class NFDVectorEnv(VectorEnv):
         start = options.get("start")
         if given is not None and start is not None:
             raise ValueError("give either the reset option context or start, not both")
+        if isinstance(start, str) and start == "beginning":
+            if not any(s.beginning for s in self.world.starts):
+                raise ValueError("none of this world's starts is the beginning of an episode")
+            return [None] * len(rows)
         if start is not None:
             known = isinstance(start, int | np.integer) and 0 <= start < len(self.world.starts)
             if not known:
                 raise ValueError(
-                    f"start must be from 0 to {len(self.world.starts) - 1}, got {start!r}"
+                    f'start must be from 0 to {len(self.world.starts) - 1} or "beginning", '
+                    f"got {start!r}"
                 )
             return [self.world.starts[start]] * len(rows)
         if given is None:
