@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from nfd_env import __version__, config
 from nfd_env.checkpoint import WorldSpec, save_world
-from nfd_env.data.shards import EpisodeReference, RecordedDataset
+from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.envs.real import SourceConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -40,8 +40,10 @@ class ExportConfig:
         heads: run folder of the heads.
         configs: the config files behind the runs, copied into the provenance.
         sampling: the world's default sampling.
-        starts: recorded episode beginnings that episodes start from.
+        starts: recorded moments that episodes start from, drawn evenly from all training frames.
+        beginnings: how many of them are beginnings of episodes instead.
         start_frames: frames each of them brings along.
+        start_margin: frames that a recorded episode must still go on for after a start.
         clip_frames: length of the held-out clip for ``nfd demo``.
         max_episode_steps: see ``WorldSpec``.
     """
@@ -55,10 +57,19 @@ class ExportConfig:
     configs: list[str] = field(default_factory=list)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     modulation_rank: int = 0
-    starts: int = 64
-    start_frames: int = 8
+    starts: int = 96
+    beginnings: int = 24
+    start_frames: int = 4
+    start_margin: int = 16
     clip_frames: int = 740
     max_episode_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers of starts."""
+        if self.starts < 1 or self.start_frames < 1 or self.start_margin < 1:
+            raise ValueError("starts, start_frames and start_margin must be at least 1")
+        if not 0 <= self.beginnings <= self.starts:
+            raise ValueError(f"beginnings must be from 0 to {self.starts}, got {self.beginnings}")
 
 
 def export(settings: ExportConfig) -> Path:
@@ -66,7 +77,7 @@ def export(settings: ExportConfig) -> Path:
 
     Raises:
         CheckpointError: when a stage has not been finished.
-        RecordingError: when the recordings are missing.
+        RecordingError: when the recordings are missing or their episodes too short for a start.
     """
     tokenizer = load_weights(
         Path(settings.tokenizer) / "model.safetensors", Tokenizer, TokenizerConfig
@@ -92,24 +103,50 @@ def export(settings: ExportConfig) -> Path:
         encoded = torch.cat((codec.encode(examples), torch.zeros(1, codec.width)))
         dynamics, error = with_low_rank(dynamics, encoded, settings.modulation_rank)
         provenance["modulation_rank"] = {"rank": settings.modulation_rank, "relative_error": error}
-    count = settings.start_frames
-    usable = [e for e in recordings.split("train") if len(e) > 2 * count]
-    chosen = usable[:: max(1, len(usable) // settings.starts)][: settings.starts]
-    starts = [_start(tokenizer, codec, episode, count) for episode in chosen]
+    starts = [
+        _start(tokenizer, codec, episode, first, settings.start_frames)
+        for episode, first in _moments(recordings.split("train"), settings)
+    ]
     folder = Path(settings.folder)
     save_world(folder, spec, tokenizer, dynamics, heads, starts, provenance)
     _save_clip(folder, recordings, settings.clip_frames)
     return folder
 
 
+def _moments(
+    episodes: list[EpisodeReference], settings: ExportConfig
+) -> list[tuple[EpisodeReference, int]]:
+    """Where the starts lie: episodes and the number of each start's first frame."""
+    # Places for the first frame, so that margin frames follow the last one.
+    lost = settings.start_frames + settings.start_margin - 2
+    usable = [e for e in episodes if len(e) > lost]
+    if not usable:
+        raise RecordingError(
+            f"no training episode has {lost + 2} frames, as start_frames and start_margin ask for"
+        )
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(usable))
+    beginnings = [(usable[i], 0) for i in np.resize(order, settings.beginnings)]
+    ends = np.cumsum([len(e) - lost for e in usable])
+    chosen = []
+    for place in np.sort(rng.choice(ends[-1], settings.starts - len(beginnings))):
+        number = int(np.searchsorted(ends, place, side="right"))
+        episode = usable[number]
+        chosen.append((episode, int(place - ends[number]) + len(episode) - lost))
+    return beginnings + chosen
+
+
 @torch.inference_mode()
 def _start(
-    tokenizer: Tokenizer, codec: ActionCodec, episode: EpisodeReference, frames: int
+    tokenizer: Tokenizer, codec: ActionCodec, episode: EpisodeReference, first: int, frames: int
 ) -> Context:
-    latents = tokenizer.encode_frames(torch.from_numpy(episode.frames[:frames].copy()))
+    stop = first + frames
+    latents = tokenizer.encode_frames(torch.from_numpy(episode.frames[first:stop].copy()))
     actions = torch.zeros(frames, codec.width)
-    actions[1:] = codec.encode(torch.from_numpy(episode.actions[: frames - 1]))
-    return Context(latents, actions)
+    into = episode.actions[max(0, first - 1) : stop - 1]
+    if len(into):
+        actions[-len(into) :] = codec.encode(torch.from_numpy(into))
+    return Context(latents, actions, first == 0)
 
 
 def _save_clip(folder: Path, recordings: RecordedDataset, frames: int) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from nfd_env.checkpoint import CheckpointError, load_world
 from nfd_env.data.latents import LatentDataset
-from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -241,8 +241,10 @@ def test_exported_weights_make_a_world_that_steps(
             str(heads.folder),
             sampling=SamplingConfig(2),
             modulation_rank=rank,
-            starts=3,
+            starts=12,
+            beginnings=2,
             start_frames=4,
+            start_margin=20,
             clip_frames=20,
         )
     )
@@ -252,14 +254,29 @@ def test_exported_weights_make_a_world_that_steps(
     provenance = yaml.safe_load((folder / "provenance.yaml").read_text())
     assert provenance["recordings"]["frames"] == 8 * 45
     assert provenance["stages"]["heads"]["steps"] == 60
-    # Episodes start from recorded beginnings, with the actions that led into their frames.
-    assert len(world.starts) == 3
-    episodes = LatentDataset(RecordedDataset(recordings), flow.folder.parent / "latents", "train")
-    first, start = episodes.episodes[0], world.starts[0]
-    assert start.latents.shape == (4, 4, 4, 6)
-    assert np.abs(start.latents.numpy() - first.latents[:4]).max() < 0.1
-    assert not start.actions[0].any()
-    assert np.array_equal(start.actions[1:].numpy(), first.actions[:3])
+    # Episodes start from recorded moments, with the actions that led into their frames.
+    episodes = LatentDataset(
+        RecordedDataset(recordings), flow.folder.parent / "latents", "train"
+    ).episodes
+    assert len(world.starts) == 12
+    places = []
+    for start in world.starts:
+        assert start.latents.shape == (4, 4, 4, 6)
+        distance = [
+            [np.abs(start.latents.numpy() - e.latents[t : t + 4]).max() for t in range(41)]
+            for e in episodes
+        ]
+        number, first = np.unravel_index(np.argmin(distance), (len(episodes), 41))
+        assert distance[number][first] < 0.1
+        into = episodes[number].actions[first : first + 3]
+        assert np.array_equal(start.actions[1:].numpy(), into)
+        before = episodes[number].actions[first - 1] if first else np.zeros(3)
+        assert np.array_equal(start.actions[0].numpy(), before)
+        assert start.beginning == (first == 0)
+        places.append((number, first))
+    assert places[0][1] == places[1][1] == 0 and places[0][0] != places[1][0]
+    # 44 transitions: the last frame of a start is number 24 at most.
+    assert all(0 <= first <= 21 for _, first in places[2:]) and len(set(places[2:])) > 5
     clip = read_mp4(folder / "clip.mp4")
     played = RecordedDataset(recordings).split("validation")[0]
     assert np.array_equal(read(clip), read(np.asarray(played.frames[:21])))
@@ -278,6 +295,28 @@ def test_a_stage_that_is_not_finished_cannot_be_exported(
     with pytest.raises(CheckpointError, match="nothing.*no such checkpoint"):
         export(ExportConfig("Counter", str(tmp_path / "world"), str(recordings), *folders))
     assert not (tmp_path / "world").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"starts": 0}, "at least 1"),
+        ({"start_frames": 0}, "at least 1"),
+        ({"starts": 4, "beginnings": 5}, "beginnings must be from 0 to 4, got 5"),
+    ],
+)
+def test_impossible_numbers_of_starts(values: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig("Counter", *["x"] * 5, **values)
+
+
+def test_episodes_too_short_for_a_start(
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+) -> None:
+    folders = [str(recordings), *(str(s.folder) for s in (tokenizer, flow, heads))]
+    with pytest.raises(RecordingError, match="no training episode has 49 frames"):
+        export(ExportConfig("Counter", str(tmp_path / "w"), *folders, start_margin=45))
+    assert not (tmp_path / "w").exists()
 
 
 def test_recordings_that_are_too_short(tmp_path: Path, flow_settings: FlowTrainingConfig) -> None:

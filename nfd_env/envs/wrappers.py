@@ -1,0 +1,85 @@
+"""Wrappers that keep an agent from profiting where the learned world is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv, VectorWrapper
+
+from nfd_env.envs.single_env import NFDEnv
+from nfd_env.envs.vector_env import NFDVectorEnv
+
+THRESHOLD = 2.0
+
+
+class GuardOOD(gymnasium.Wrapper):
+    """Penalises or ends what leaves the distribution of real frames, in a single env.
+
+    Each step's reward loses ``penalty`` times the excess of ``info["ood"]`` over ``threshold``.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        penalty: float = 0.0,
+        threshold: float = THRESHOLD,
+        truncate: bool = False,
+    ) -> None:
+        """Wrap a learned world.
+
+        Args:
+            env: an ``NFDEnv``, possibly wrapped.
+            penalty: >= 0, see the class; 0 leaves the rewards alone.
+            threshold: > 0; about 1 is the mean of real frames, see ``NFDVectorEnv.watch_ood``.
+            truncate: truncate episodes above the threshold. The world itself does it, so that what
+                follows is its own reset behaviour.
+
+        Raises:
+            ValueError: on a value out of range or another kind of env.
+        """
+        super().__init__(env)
+        base = env.unwrapped
+        _watch(base.vector if isinstance(base, NFDEnv) else base, penalty, threshold, truncate)
+        self.penalty, self.threshold = penalty, threshold
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step, penalised."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        excess = max(info["ood"] - self.threshold, 0.0)
+        return observation, float(reward) - self.penalty * excess, terminated, truncated, info
+
+
+class GuardOODVector(VectorWrapper):
+    """``GuardOOD`` for an ``NFDVectorEnv``, in every autoreset mode and either output."""
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        penalty: float = 0.0,
+        threshold: float = THRESHOLD,
+        truncate: bool = False,
+    ) -> None:
+        """See ``GuardOOD``."""
+        super().__init__(env)
+        _watch(env.unwrapped, penalty, threshold, truncate)
+        self.penalty, self.threshold = penalty, threshold
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One step, penalised; steps that only reset are not."""
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        excess = (infos["ood"] - self.threshold).clip(0.0) * infos["_ood"]
+        return observations, rewards - self.penalty * excess, terminated, truncated, infos
+
+
+def _watch(env: Any, penalty: float, threshold: float, truncate: bool) -> None:
+    if not isinstance(env, NFDVectorEnv):
+        raise ValueError(
+            f"only a learned world can tell how far out of distribution it is, not {env}"
+        )
+    if not 0 <= penalty < np.inf:
+        raise ValueError(f"penalty must be at least 0 and finite, got {penalty!r}")
+    if not threshold > 0:
+        raise ValueError(f"threshold must be above 0, got {threshold!r}")
+    env.watch_ood(threshold if truncate else np.inf)
