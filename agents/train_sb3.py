@@ -1,0 +1,322 @@
+"""Train PPO of Stable-Baselines3: ``python -m agents.train_sb3 --world DoomTakeCover``.
+
+The same command goes on with a run that was interrupted; its environments then begin new episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from tqdm import tqdm
+
+from agents.evaluation import Judge
+from agents.load import SPEC_ATTRIBUTE, SB3Agent
+from agents.network import AgentError, AgentSpec, Trunk
+from nfd_env import config
+from nfd_env.sb3 import make_vec_env
+
+from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
+from stable_baselines3.common.callbacks import BaseCallback  # isort: skip
+from stable_baselines3.common.logger import configure  # isort: skip
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor  # isort: skip
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack  # isort: skip
+
+
+@dataclass(frozen=True)
+class TrainSB3Config:
+    """A training of PPO of Stable-Baselines3.
+
+    Attributes:
+        folder: the run's folder: agent, logs.
+        decisions: total decisions over all environments. Raising it later continues the run.
+        num_envs: environments stepped together.
+        obs_type: "latent" or "rgb".
+        frame_skip: frames for which each action is repeated.
+        frame_stack: observations that a decision is based on; one shows no velocity.
+        max_episode_frames: episodes are truncated there; 0 for never.
+        env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
+        policy: "trunk" for the network of the native PPO, "CnnPolicy" (rgb only) or "MlpPolicy".
+        channels: of the trunk's convolutions.
+        width: of the trunk's fully connected layer.
+        reward_scale: factor on rewards that brings values to the order of 1; scores are unscaled.
+        ppo: arguments of ``stable_baselines3.PPO``. Its learning_rate falls linearly to zero.
+        seed: of everything.
+        device: "auto", "cpu" or "cuda".
+        evaluate_every: decisions between evaluations in the real game; 0 for none.
+        evaluate_episodes: real episodes each time.
+        checkpoint_seconds: time between checkpoints.
+    """
+
+    folder: str
+    decisions: int
+    num_envs: int = 32
+    obs_type: str = "latent"
+    frame_skip: int = 4
+    frame_stack: int = 3
+    max_episode_frames: int = 0
+    env: dict[str, Any] = field(default_factory=dict)
+    policy: str = "trunk"
+    channels: int = 32
+    width: int = 256
+    reward_scale: float = 1.0
+    ppo: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    device: str = "auto"
+    evaluate_every: int = 0
+    evaluate_episodes: int = 8
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Check that the policy can take the observations."""
+        if self.policy not in ("trunk", "CnnPolicy", "MlpPolicy"):
+            raise ValueError(f"policy must be trunk, CnnPolicy or MlpPolicy, got {self.policy!r}")
+        if self.policy == "CnnPolicy" and self.obs_type != "rgb":
+            raise ValueError(
+                f"CnnPolicy takes pictures, not obs_type={self.obs_type!r}: "
+                "set obs_type: rgb, or policy: trunk"
+            )
+
+    @property
+    def max_episode_steps(self) -> int | None:
+        """The truncation in steps."""
+        return math.ceil(self.max_episode_frames / self.frame_skip) or None
+
+
+class TrunkExtractor(BaseFeaturesExtractor):
+    """The native PPO's trunk as a features extractor."""
+
+    def __init__(
+        self, observation_space: spaces.Box, obs_type: str, channels: int, width: int
+    ) -> None:
+        """Build for stacked channels-first observations."""
+        super().__init__(observation_space, width)
+        self.trunk = Trunk(obs_type, observation_space.shape, channels, width)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, width)."""
+        return self.trunk(observations)
+
+
+class ScaleReward(VecEnvWrapper):
+    """Multiplies rewards; inside it, a monitor still records the unscaled score."""
+
+    def __init__(self, venv: VecEnv, factor: float) -> None:
+        """Multiply by ``factor``."""
+        super().__init__(venv)
+        self._factor = factor
+
+    def reset(self) -> Any:
+        """As before."""
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        """As before, with scaled rewards."""
+        observation, reward, done, infos = self.venv.step_wait()
+        return observation, self._factor * reward, done, infos
+
+
+def make_env(world: str, settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
+    """The monitored and stacked VecEnv to train in, and the spec of its agents."""
+    env_kwargs = {
+        "world": world,
+        "device": settings.device,
+        "frame_skip": settings.frame_skip,
+        "obs_type": settings.obs_type,
+        "max_episode_steps": settings.max_episode_steps,
+        **settings.env,
+    }
+    venv = make_vec_env("NFD/World-v0", settings.num_envs, settings.seed, env_kwargs=env_kwargs)
+    spec = AgentSpec.of(venv.unwrapped.env, settings.frame_stack)  # type: ignore[attr-defined]
+    order = "first" if settings.obs_type == "latent" else "last"
+    venv = VecFrameStack(ScaleReward(venv, settings.reward_scale), settings.frame_stack, order)
+    return venv, spec
+
+
+def make_model(venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
+    """A new PPO model for ``venv``."""
+    rate = float(settings.ppo.get("learning_rate", 3e-4))
+    kwargs: dict[str, Any] = {**settings.ppo, "learning_rate": _Linear(rate)}
+    policy = settings.policy
+    if policy == "trunk":
+        policy = "MlpPolicy"  # which takes any features extractor
+        extractor = {
+            "obs_type": spec.obs_type,
+            "channels": settings.channels,
+            "width": settings.width,
+        }
+        kwargs["policy_kwargs"] = {
+            "features_extractor_class": TrunkExtractor,
+            "features_extractor_kwargs": extractor,
+            "net_arch": [],
+        }
+    device = str(venv.unwrapped.env.model.device)  # type: ignore[attr-defined]
+    try:
+        model = PPO(policy, venv, seed=settings.seed, device=device, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise AgentError(
+            f"stable_baselines3.PPO cannot be made with these settings: {error}"
+        ) from None
+    setattr(model, SPEC_ATTRIBUTE, config.to_dict(spec))
+    return model
+
+
+class _Linear:
+    """A learning rate that falls linearly to zero; a class, so that it can be saved."""
+
+    def __init__(self, initial: float) -> None:
+        self.initial = initial
+
+    def __call__(self, remaining: float) -> float:
+        return self.initial * remaining
+
+
+class Progress(BaseCallback):
+    """Progress bar, evaluations in the real game, checkpoints."""
+
+    def __init__(self, settings: TrainSB3Config, judge: Judge, path: Path, progress: bool) -> None:
+        """Save to ``path`` after rollouts."""
+        super().__init__()
+        self._settings, self._judge, self._path = settings, judge, path
+        self._progress = progress
+        self.metrics: dict[str, float] = {}
+
+    def _on_training_start(self) -> None:
+        self._bar = tqdm(
+            total=self._settings.decisions,
+            initial=self.model.num_timesteps,
+            disable=not self._progress,
+            desc="SB3 PPO",
+            miniters=1,
+        )
+        self._saved, self._evaluated = time.monotonic(), self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        # The policy is up to date here, after an update.
+        done = self.model.num_timesteps
+        self._bar.update(done - self._bar.n)
+        infos = self.model.ep_info_buffer
+        if infos:
+            self.metrics["score"] = float(sum(info["r"] for info in infos) / len(infos))
+        every = self._settings.evaluate_every
+        if every and done // every > self._evaluated // every:
+            self.evaluate()
+        if time.monotonic() - self._saved > self._settings.checkpoint_seconds:
+            self.save()
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in self.metrics.items()}, refresh=False)
+
+    def _on_training_end(self) -> None:
+        self._bar.update(self.model.num_timesteps - self._bar.n)
+        if self._settings.evaluate_every:
+            self.evaluate()
+        self.save()
+        self._bar.close()
+
+    def evaluate(self) -> None:
+        """Play the real game, where it is installed."""
+        if self._judge.missing:
+            return
+        done = self._evaluated = self.model.num_timesteps
+        spec = config.from_mapping(AgentSpec, getattr(self.model, SPEC_ATTRIBUTE))
+        scores = self._judge.scores(SB3Agent(self.model, spec))
+        if scores is None:
+            self._bar.write(f"no score of the real game beside the world's: {self._judge.missing}")
+            return
+        self.metrics["real_score"] = float(scores.mean())
+        self.logger.record("evaluation/real_score", self.metrics["real_score"])
+        self._bar.write(
+            f"decision {done}: in the world {self.metrics.get('score', math.nan):.0f}, in the real "
+            f"game {scores.mean():.0f} +- {scores.std():.0f} ({len(scores)} episodes)"
+        )
+
+    def save(self) -> None:
+        """Write the agent, all or nothing."""
+        temporary = self._path.with_name("agent.tmp.zip")
+        self.model.save(temporary)
+        os.replace(temporary, self._path)
+        self._saved = time.monotonic()
+
+
+def train(world: str, settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
+    """Train to ``settings.decisions``, going on from the folder's last checkpoint.
+
+    Returns:
+        The last metrics: ``score`` of the latest training episodes and, where the real game is
+        installed and evaluations are on, ``real_score``.
+
+    Raises:
+        AgentError: when the folder holds a run of another world, or PPO cannot take the settings.
+    """
+    folder = Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "agent.zip"
+    venv, spec = make_env(world, settings)
+    if path.exists():
+        model = _resume(path, venv, spec)
+        venv.seed(settings.seed + model.num_timesteps)  # not the first episodes again
+    else:
+        model = make_model(venv, spec, settings)
+    model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
+    native: Any = venv.unwrapped.env  # type: ignore[attr-defined]
+    judge = Judge(
+        native.world, settings.evaluate_episodes, settings.max_episode_steps, settings.device
+    )
+    callback = Progress(settings, judge, path, progress)
+    try:
+        # SB3 adds the timesteps that the model has had.
+        left = settings.decisions - model.num_timesteps
+        if left > 0:
+            model.learn(left, callback, reset_num_timesteps=False)
+    finally:
+        judge.close()
+        venv.close()
+    return callback.metrics
+
+
+def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
+    try:
+        model = PPO.load(path, venv, device=str(venv.unwrapped.env.model.device))  # type: ignore[attr-defined]
+    except Exception as error:  # whatever a damaged zip or other spaces lead to
+        raise AgentError(f"{path} cannot be continued: {error}; choose another folder") from None
+    if getattr(model, SPEC_ATTRIBUTE, None) != config.to_dict(spec):
+        raise AgentError(
+            f"{path} is an agent of another world, observation type, frame skip or stack; "
+            "choose another folder, or remove this one"
+        )
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m agents.train_sb3", description=__doc__)
+    parser.add_argument("--world", default="DoomTakeCover", help="a folder or a shipped world")
+    parser.add_argument("--config", default="configs/doom_take_cover/ppo_sb3.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
+    args = parser.parse_args(arguments)
+    try:
+        settings = config.load(TrainSB3Config, args.config, args.overrides)
+        metrics = train(args.world, settings)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"train_sb3: {error}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

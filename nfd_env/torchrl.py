@@ -1,0 +1,154 @@
+"""The learned world for TorchRL: its EnvBase over the native vector env, all on one device.
+
+Needs ``pip install 'nfd-env[torchrl]'``. TorchRL's own ``GymWrapper`` takes the vector env too
+(made with autoreset DISABLED or SAME_STEP), by way of numpy.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from tensordict import TensorDict, TensorDictBase
+
+from nfd_env.envs.vector_env import NFDVectorEnv
+
+try:
+    from torchrl.data import (
+        Binary,
+        Bounded,
+        Categorical,
+        Composite,
+        MultiCategorical,
+        TensorSpec,
+        Unbounded,
+    )
+    from torchrl.envs import EnvBase
+except ImportError as error:
+    raise ImportError(
+        f"nfd_env.torchrl needs TorchRL: pip install 'nfd-env[torchrl]' ({error})"
+    ) from None
+
+
+class TorchRLEnv(EnvBase):
+    """A batch of copies of a learned world, batch size (num_envs,).
+
+    Entries: ``observation``, uint8 (H, W, 3) or float32 latents (C, h, w); ``action``, an integer
+    category for Discrete, else as in the world's action space; ``reward``, float32 (1,);
+    ``terminated``, ``truncated`` and ``done``, bool (1,); ``hazard``, float32 (1,), the probability
+    with which the step could have terminated, 0 after a reset.
+
+    ``reset`` takes the keyword ``options`` of ``NFDVectorEnv.reset``.
+    """
+
+    def __init__(self, world: str | PathLike[str], num_envs: int = 1, **kwargs: Any) -> None:
+        """Make the env.
+
+        Args:
+            world: a world folder or the name of a shipped world.
+            num_envs: copies of the world.
+            kwargs: further arguments of ``NFDVectorEnv`` but output and autoreset_mode.
+
+        Raises:
+            ValueError: on an argument out of range.
+        """
+        for name in ("output", "autoreset_mode"):
+            if name in kwargs:
+                raise ValueError(f"TorchRL decides on {name}, it cannot be given")
+        env = NFDVectorEnv(
+            world, num_envs, output="torch", autoreset_mode=AutoresetMode.DISABLED, **kwargs
+        )
+        super().__init__(device=env.model.device, batch_size=[num_envs])
+        self.env = env
+        self._seed: int | None = None
+        batch = (num_envs,)
+        self.observation_spec = Composite(
+            observation=_expand(_spec(env.single_observation_space, self.device), num_envs),
+            hazard=Bounded(0.0, 1.0, (num_envs, 1), self.device, torch.float32),
+            shape=batch,
+            device=self.device,
+        )
+        self.action_spec = _expand(_spec(env.single_action_space, self.device), num_envs)
+        discrete = isinstance(env.single_action_space, spaces.Discrete)
+        self._start = int(env.single_action_space.start) if discrete else 0
+        self.reward_spec = Unbounded((num_envs, 1), self.device, torch.float32)
+        flag = Categorical(2, (num_envs, 1), self.device, torch.bool)
+        self.done_spec = Composite(
+            done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=batch
+        )
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
+        options = dict(kwargs.get("options") or {})
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is not None:
+            options["reset_mask"] = mask.view(self.num_envs)
+        observation, _ = self.env.reset(seed=self._seed, options=options)
+        self._seed = None  # later episodes follow from it
+        no = torch.zeros(self.num_envs, 1, dtype=torch.bool, device=self.device)
+        return self._entries(observation, no.float(), done=no, terminated=no, truncated=no)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict["action"] + self._start if self._start else tensordict["action"]
+        stepped = tensordict.get("_step", None)
+        waiting = [] if stepped is None else (~stepped.view(-1)).nonzero()[:, 0].tolist()
+        held = None
+        if (
+            waiting
+        ):  # ended, while TorchRL plays the others on: they must be as they were afterwards
+            held = self.env.save_state(waiting)
+            self.env.reset(options={"reset_mask": ~stepped.view(-1)})
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if held is not None:
+            observation = self.env.restore_state(held, waiting)
+        return self._entries(
+            observation,
+            info["hazard"][:, None],
+            reward=reward[:, None],
+            done=(terminated | truncated)[:, None],
+            terminated=terminated[:, None],
+            truncated=truncated[:, None],
+        )
+
+    def _entries(
+        self, observation: torch.Tensor, hazard: torch.Tensor, **others: torch.Tensor
+    ) -> TensorDict:
+        entries = {"observation": observation, "hazard": hazard, **others}
+        # Out of inference mode, so that they can be trained on.
+        return TensorDict(
+            {name: value.clone() for name, value in entries.items()},
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._seed = seed
+
+    @property
+    def num_envs(self) -> int:
+        """Copies of the world."""
+        return self.env.num_envs
+
+
+def _spec(space: spaces.Space, device: torch.device | None) -> TensorSpec:
+    """TorchRL's spec of one environment's space."""
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n), (), device, torch.int64)
+    if isinstance(space, spaces.MultiDiscrete):
+        if space.start.any():
+            raise ValueError(f"TorchRL counts actions from 0, {space} does not")
+        return MultiCategorical(space.nvec.tolist(), (len(space.nvec),), device, torch.int64)
+    if isinstance(space, spaces.MultiBinary):
+        return Binary(int(space.n), (int(space.n),), device, torch.int8)
+    assert isinstance(space, spaces.Box)
+    dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
+    if not (space.is_bounded()):
+        return Unbounded(space.shape, device, dtype)
+    low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
+    return Bounded(low, high, space.shape, device, dtype)
+
+
+def _expand(spec: TensorSpec, count: int) -> TensorSpec:
+    return spec.expand(count, *spec.shape)
