@@ -23,6 +23,8 @@ _TOUCH = 22.0  # player radius 16 + fireball radius 6
 class Dodger:
     """Plans a few held keys ahead against the fireballs that it sees, and keeps off the corners."""
 
+    real_kwargs = {"objects_info_enabled": True}  # what ``nfd eval-agent`` makes the game with
+
     def __init__(self, caution: float = 14.0, replan: int = 3) -> None:
         """Keep ``caution`` map units away from fireballs; decide anew every ``replan`` steps."""
         self._caution, self._replan = caution, replan

@@ -78,6 +78,48 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     _json(sub)
 
+    sub = command("eval-agent", _eval_agent, "score an agent in a world and in the real game")
+    sub.add_argument(
+        "agent",
+        help="random, an agent file (.safetensors, or .zip of Stable-Baselines3; DQN:agent.zip "
+        "where it is not PPO), or module:Class of a behaviour policy",
+    )
+    sub.add_argument("--world", default="DoomTakeCover", help="world folder or shipped world")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    _sampling(sub)
+    sub.add_argument("--episodes", type=int, default=100, help="on each side (default 100)")
+    sub.add_argument("--seed", type=int, default=0, help="of the first episode")
+    sub.add_argument("--num-envs", type=int, default=25, help="worlds stepped together")
+    sub.add_argument("--real-envs", type=int, default=8, help="real games beside each other")
+    sub.add_argument(
+        "--max-frames", type=int, default=2100, help="longest episode in frames (default 2100)"
+    )
+    sub.add_argument(
+        "--threshold", type=float, default=750.0, help="report the share of scores above it"
+    )
+    sub.add_argument("--obs-type", choices=("rgb", "latent"), help="default: the agent's own")
+    sub.add_argument("--frame-skip", type=int, help="default: the agent's own, or 1")
+    sub.add_argument("--greedy", action="store_true", help="take the most probable actions")
+    sub.add_argument(
+        "--through-tokenizer",
+        action="store_true",
+        help="show the agent real frames as the world's tokenizer renders them",
+    )
+    sub.add_argument(
+        "--real-only", action="store_true", help="for policies that need the real game's internals"
+    )
+    sub.add_argument(
+        "--agent-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of a behaviour policy, e.g. caution=30; may be repeated",
+    )
+    sub.add_argument("--loader", help="module:function that loads agent files")
+    sub.add_argument("--out", default="outputs/eval_agent", help="folder for the film")
+    _json(sub)
+
     sub = command("collect", _collect, "record a Gymnasium environment")
     _config(sub)
 
@@ -180,6 +222,41 @@ def _eval(args: argparse.Namespace) -> int:
         args.windows,
         args.long_rollouts,
         args.seed,
+    )
+    return _show(args, report, format_report(report))
+
+
+def _eval_agent(args: argparse.Namespace) -> int:
+    import yaml
+
+    from nfd_env.evaluation.agents import LOADER, evaluate_agent, format_report
+
+    kwargs = {}
+    for given in args.agent_arg:
+        key, equals, value = given.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--agent-arg takes KEY=VALUE, got {given!r}")
+        kwargs[key] = yaml.safe_load(value)
+    report = evaluate_agent(
+        args.agent,
+        args.world,
+        args.episodes,
+        args.seed,
+        args.out,
+        device=args.device,
+        precision=args.precision,
+        sampling_steps=args.sampling_steps,
+        num_envs=args.num_envs,
+        real_envs=args.real_envs,
+        max_frames=args.max_frames,
+        threshold=args.threshold,
+        obs_type=args.obs_type,
+        frame_skip=args.frame_skip,
+        greedy=args.greedy,
+        through_tokenizer=args.through_tokenizer,
+        real_only=args.real_only,
+        agent_kwargs=kwargs,
+        loader=args.loader or LOADER,
     )
     return _show(args, report, format_report(report))
 

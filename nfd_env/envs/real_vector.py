@@ -77,6 +77,7 @@ class RealVectorEnv(VectorEnv):
         self.envs: list[gymnasium.Env] = [make_real(world, **kwargs) for _ in range(num_envs)]
         self._pool = ThreadPoolExecutor(min(num_envs, os.cpu_count() or 1))
         self._steps = np.zeros(num_envs, np.int64)
+        self._shown: np.ndarray | None = None
         if obs_type == "rgb":
             shape = (*self.world.spec.frame_size, 3)
             self.single_observation_space = spaces.Box(0, 255, shape, np.uint8)
@@ -93,16 +94,34 @@ class RealVectorEnv(VectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Start new episodes everywhere; an int seed s gives slot i the seed s + i."""
+        """Start new episodes; an int seed s gives slot i the seed s + i.
+
+        The option ``reset_mask``, bool (num_envs,), says where; everywhere by default.
+
+        Raises:
+            ValueError: on the wrong number of seeds, or a mask that cannot be used.
+            gymnasium.error.ResetNeeded: when the first reset has a mask.
+        """
         if seed is None or isinstance(seed, int | np.integer):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         else:
             seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
-        frames = self._pool.map(lambda env, s: env.reset(seed=s)[0], self.envs, seeds)
-        self._steps[:] = 0
-        return self._observe(np.stack(list(frames))), {}
+        given = (options or {}).get("reset_mask")
+        mask = np.ones(self.num_envs, bool) if given is None else np.asarray(given)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(f"reset_mask must be a bool array of shape ({self.num_envs},)")
+        if self._shown is None:
+            if not mask.all():
+                raise gymnasium.error.ResetNeeded("the first reset() must reset every game")
+            self._shown = np.zeros((self.num_envs, *self.world.spec.frame_size, 3), np.uint8)
+        rows = np.flatnonzero(mask)
+        begun = self._pool.map(lambda row: self.envs[row].reset(seed=seeds[row])[0], rows)
+        for row, frame in zip(rows, begun, strict=True):
+            self._shown[row] = frame
+        self._steps[mask] = 0
+        return self._observe(self._shown.copy()), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every game by one action (``frame_skip`` frames).
@@ -115,6 +134,7 @@ class RealVectorEnv(VectorEnv):
         shown, final, reward, terminated, truncated = (
             np.stack(column) for column in zip(*results, strict=True)
         )
+        self._shown = shown.copy()
         observation, infos = self._observe(shown), {}
         ended = terminated | truncated
         if ended.any():
@@ -124,6 +144,12 @@ class RealVectorEnv(VectorEnv):
             infos = {k: v if isinstance(v, Tensor) else self._tensor(v) for k, v in infos.items()}
             return observation, *outcome, infos
         return observation, reward, terminated, truncated, infos
+
+    def frames(self) -> np.ndarray:
+        """The current frames, uint8 (num_envs, H, W, 3), whatever ``obs_type`` is."""
+        if self._shown is None:
+            raise gymnasium.error.ResetNeeded("call reset() before frames()")
+        return self._shown.copy()
 
     def _step_one(self, row: int, action: Any) -> tuple[np.ndarray, np.ndarray, float, bool, bool]:
         """The frame to go on from, the last frame of this step, reward, terminated, truncated."""
