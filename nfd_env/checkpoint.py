@@ -5,6 +5,7 @@ A world is a folder::
     world.yaml               what it is: spaces, frame rate, source, sampling
     tokenizer.safetensors    the networks, each with its config in the header
     dynamics.safetensors
+    teacher.safetensors      optional: the flow model that the dynamics was distilled from
     heads.safetensors
     starts.safetensors       latents and actions of recorded moments that episodes start from
     provenance.yaml          data, commands, seeds, wall time and metrics behind the weights
@@ -15,8 +16,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.precision import fastest_precision
 from nfd_env.spaces import ActionCodec, space_from_dict
-from nfd_env.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.world_model import CONSISTENCY, Context, SamplingConfig, WorldModel
 
 SHIPPED = Path(__file__).parent / "worlds"
 FORMAT = 1
@@ -61,6 +62,7 @@ class WorldSpec:
         action_space: see ``nfd_env.spaces.space_to_dict``.
         source: the real environment that was recorded.
         sampling: the default sampling.
+        teacher: the teacher's sampling, where the folder holds one.
         max_episode_steps: episodes are truncated there; 0 for never.
         format: version of the folder's layout.
     """
@@ -71,6 +73,7 @@ class WorldSpec:
     action_space: dict[str, Any]
     source: SourceConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    teacher: SamplingConfig | None = None
     max_episode_steps: int = 0
     format: int = FORMAT
 
@@ -86,6 +89,8 @@ class World:
         action_space: of one environment.
         codec: checks and encodes actions.
         starts: the recorded moments that episodes start from.
+        dynamics: which dynamics ``model`` has: "student", the distilled one; "teacher", the flow
+            model it was distilled from; "flow" in a world that has no other.
     """
 
     folder: Path
@@ -94,6 +99,7 @@ class World:
     action_space: spaces.Space
     codec: ActionCodec
     starts: list[Context]
+    dynamics: str
 
 
 def shipped_worlds() -> list[str]:
@@ -147,6 +153,7 @@ def load_world(
     world: str | os.PathLike[str],
     device: str | torch.device = "auto",
     precision: str = "auto",
+    dynamics: str | None = None,
 ) -> World:
     """Load a world; loading the same one again in a process returns the same weights.
 
@@ -156,10 +163,12 @@ def load_world(
         precision: "fp32", "bf16", or "auto": bf16 where this machine multiplies bf16 matrices at
             least twice as fast. Weights, activations and the cache are kept in it; latents and the
             heads stay fp32.
+        dynamics: "student", "teacher" (with its own sampling, loaded when it is first asked for),
+            or "flow", see ``World``; None for the world's default.
 
     Raises:
         UnknownWorldError: when there is no such world.
-        ValueError: on an unknown precision.
+        ValueError: on an unknown precision or dynamics, or one that the world does not have.
         CheckpointError: when a file is missing, damaged or does not belong to the others.
         DeviceError: when the device is not there.
     """
@@ -171,7 +180,15 @@ def load_world(
     with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
         if precision == "auto":
             precision = fastest_precision(resolved, advantage=2.0)
-        return _load(folder, changed, resolved, precision)
+        loaded = _load(folder, changed, resolved, precision)
+        if dynamics in (None, loaded.dynamics):
+            return loaded
+        has = [loaded.dynamics, *(["teacher"] if loaded.spec.teacher else [])]
+        if dynamics not in has:
+            raise ValueError(
+                f"dynamics={dynamics!r} was asked for, {loaded.spec.name} has: {', '.join(has)}"
+            )
+        return _load_teacher(folder, changed, resolved, precision)
 
 
 @functools.lru_cache(maxsize=8)
@@ -196,16 +213,43 @@ def _load(
         raise CheckpointError(f"{folder}: tokenizer, dynamics and heads do not fit together")
     if dynamics.config.action_width != codec.width or heads.config.action_width != codec.width:
         raise CheckpointError(f"{folder}: the networks were trained for another action space")
-    for network in (tokenizer, dynamics, heads):
+    for network in (tokenizer, heads):
         network.to(device).requires_grad_(False)
-    dynamics.fold_norms()
     if precision == "bf16":
         tokenizer.to(torch.bfloat16)
+    _prepare(dynamics, device, precision)
+    model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
+    starts = _load_starts(folder, shape)
+    kind = "student" if spec.sampling.sampler == CONSISTENCY else "flow"
+    return World(folder, spec, model, space, codec, starts, kind)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_teacher(
+    folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device, precision: str
+) -> World:
+    """The same world, sharing all but the dynamics."""
+    world = _load(folder, changed, device, precision)
+    dynamics = load_weights(folder / "teacher.safetensors", Dynamics, DynamicsConfig)
+    mine, other = (
+        (c.latent_shape, c.action_width) for c in (dynamics.config, world.model.dynamics.config)
+    )
+    if mine != other:
+        raise CheckpointError(f"{folder}: teacher and student do not fit together")
+    _prepare(dynamics, device, precision)
+    assert world.spec.teacher is not None
+    model = WorldModel(world.model.tokenizer, dynamics, world.model.heads, world.spec.teacher)
+    return replace(world, model=model, dynamics="teacher")
+
+
+def _prepare(dynamics: Dynamics, device: torch.device, precision: str) -> None:
+    """Make ready for inference."""
+    dynamics.to(device).requires_grad_(False)
+    dynamics.fold_norms()
+    if precision == "bf16":
         dynamics.to(torch.bfloat16)
     pack_linears(dynamics.blocks, rows=2 * dynamics.config.tokens)
     pack_linears(dynamics.modulation, rows=2)
-    model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
-    return World(folder, spec, model, space, codec, _load_starts(folder, shape))
 
 
 def read_spec(folder: Path) -> WorldSpec:
@@ -261,6 +305,8 @@ def save_world(
     heads: Heads,
     starts: list[Context],
     provenance: Mapping[str, Any],
+    teacher: Dynamics | None = None,
+    int8: Collection[str] = (),
 ) -> None:
     """Write a world folder, all or nothing, with fp16 weights.
 
@@ -272,7 +318,10 @@ def save_world(
         heads: reward and termination.
         starts: contexts of equal length.
         provenance: plain values: data, commands, seeds, wall times, metrics.
+        teacher: the flow model behind a distilled ``dynamics``; goes with ``spec.teacher``.
+        int8: names of the networks that are stored in one byte a weight instead of two.
     """
+    assert (teacher is None) == (spec.teacher is None), "a teacher and its sampling go together"
     folder = Path(folder)
     if folder.is_dir() and not (folder / "world.yaml").exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is in the way: it is not empty and holds no world")
@@ -281,10 +330,11 @@ def save_world(
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    half = torch.float16
-    save_weights(temporary / "tokenizer.safetensors", tokenizer, tokenizer.config, half)
-    save_weights(temporary / "dynamics.safetensors", dynamics, dynamics.config, half)
-    save_weights(temporary / "heads.safetensors", heads, heads.config, half)
+    networks = {"tokenizer": tokenizer, "dynamics": dynamics, "heads": heads, "teacher": teacher}
+    for name, network in networks.items():
+        if network is not None:
+            path = temporary / f"{name}.safetensors"
+            save_weights(path, network, network.config, torch.float16, name in int8)
     save_file(
         {
             "latents": torch.stack([s.latents for s in starts]).half().contiguous(),

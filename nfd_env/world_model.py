@@ -313,18 +313,8 @@ class WorldModel:
             for part in zip(*draws, strict=True)
         )
         action = actions[:, None].to(self.device, torch.float32).expand(-1, count, -1)
-        level = self.sampling.history_level
-        made = denoise(
-            self.dynamics,
-            state.cache,
-            state.remembered,
-            state.action,
-            action,
-            noise,
-            self.sampling.make(renoise.unbind(2)),
-            level,
-            pending_counts,
-        )
+        sampler = self.sampling.make(renoise.unbind(2))
+        made = self._denoise(state, action, noise, sampler, pending_counts)
         memory, seen = state.memory, []
         for k in range(count):
             seen.append(self.heads.step(made[:, k], action[:, k], memory))
@@ -335,8 +325,28 @@ class WorldModel:
             torch.stack([s.reward for s in seen], 1),
             uniform < hazard,
             hazard,
-            torch.lerp(made, history, level),
+            torch.lerp(made, history, self.sampling.history_level),
             torch.stack([s.state for s in seen], 1),
+        )
+
+    def _denoise(
+        self,
+        state: WorldState,
+        actions: Tensor,
+        noise: Tensor,
+        sampler: Sampler,
+        pending_counts: Sequence[int] | None,
+    ) -> Tensor:
+        return denoise(
+            self.dynamics,
+            state.cache,
+            state.remembered,
+            state.action,
+            actions,
+            noise,
+            sampler,
+            self.sampling.history_level,
+            pending_counts,
         )
 
     @torch.inference_mode()

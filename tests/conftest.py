@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from tests.counter_env import record_counter_episodes
+from nfd_env import config
+from tests.counter_env import record_counter_episodes, source
 from tests.tiny_world import make_tiny_world
 
 torch.set_num_threads(1)
@@ -42,9 +45,26 @@ def endless_world(make_world: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def distilled_world(make_world: Callable[..., Path]) -> Path:
+    """A tiny world with a one-step student and a three-step teacher, whose episodes never end."""
+    return make_world(hazard_bias=-1000.0, distilled=True)
+
+
+@pytest.fixture(scope="session")
 def hasty_world(make_world: Callable[..., Path]) -> Path:
     """A tiny world of which about one frame in three ends an episode."""
     return make_world(hazard_bias=-0.5)
+
+
+@pytest.fixture(scope="session")
+def counter_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default tiny world, with the counter env as the real game behind it."""
+    folder = tmp_path_factory.mktemp("worlds") / "counter"
+    shutil.copytree(tiny_world, folder)
+    values = yaml.safe_load((folder / "world.yaml").read_text())
+    values["source"] = config.to_dict(source())
+    (folder / "world.yaml").write_text(yaml.safe_dump(values))
+    return folder
 
 
 @pytest.fixture(scope="session")

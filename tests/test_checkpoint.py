@@ -27,6 +27,7 @@ from nfd_env.checkpoint import (
     shipped_worlds,
 )
 from nfd_env.envs.real import SourceError
+from nfd_env.world_model import SamplingConfig
 from tests.tiny_world import make_tiny_world
 
 FILES = ["tokenizer", "dynamics", "heads", "starts"]
@@ -49,7 +50,8 @@ def test_round_trip(tiny_world: Path) -> None:
     assert world.starts[0].actions.shape == (3, 3)
     saved = load_file(tiny_world / "dynamics.safetensors")
     for name, tensor in world.model.dynamics.state_dict().items():
-        assert torch.equal(tensor, saved[name].float())
+        if not name.startswith("modulation"):  # which has the norms folded into it
+            assert torch.equal(tensor, saved[name].float())
     for network in (world.model.tokenizer, world.model.dynamics, world.model.heads):
         assert not network.training
         assert not any(p.requires_grad for p in network.parameters())
@@ -63,7 +65,7 @@ def test_what_lies_in_the_folder(tiny_world: Path) -> None:
     for name in FILES:
         with safe_open(tiny_world / f"{name}.safetensors", "pt") as file:
             floating = [file.get_tensor(k).dtype for k in file.keys()]  # noqa: SIM118
-        assert set(floating) <= {torch.float16, torch.int64}
+        assert set(floating) <= {torch.float16, torch.int64, torch.uint8}
 
 
 def test_loading_twice_shares_the_weights(tiny_world: Path) -> None:
@@ -317,3 +319,51 @@ def test_make_real_of_a_game_that_is_not_installed(copied: Path) -> None:
     with pytest.raises(SourceError, match="pip install no_such_game"):
         make_real(copied)
     load_world(copied)  # the learned world needs no game
+
+
+def test_student_and_teacher_in_one_world(distilled_world: Path) -> None:
+    student = load_world(distilled_world, "cpu", "fp32")
+    teacher = load_world(distilled_world, "cpu", "fp32", "teacher")
+    assert (student.dynamics, teacher.dynamics) == ("student", "teacher")
+    assert load_world(distilled_world, "cpu", "fp32", "student") is student
+    assert load_world(distilled_world, "cpu", "fp32", "teacher") is teacher
+    assert student.model.sampling == SamplingConfig(1, "consistency")
+    assert teacher.model.sampling == SamplingConfig(3, "euler")
+    assert student.model.tokenizer is teacher.model.tokenizer
+    assert student.model.heads is teacher.model.heads
+    one, other = (w.model.dynamics.output.weight for w in (student, teacher))
+    assert not torch.equal(one, other)
+    file = load_file(distilled_world / "teacher.safetensors")
+    assert torch.equal(other, file["output.weight"].float())
+
+
+def test_a_teacher_is_loaded_only_when_it_is_asked_for(
+    distilled_world: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(distilled_world, tmp_path / "world")
+    (folder / "teacher.safetensors").write_bytes(b"damaged")
+    load_world(folder, "cpu", "fp32")
+    with pytest.raises(CheckpointError, match="teacher.safetensors.*damaged"):
+        load_world(folder, "cpu", "fp32", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("teacher", "dynamics='teacher' was asked for, Tiny has: flow"),
+        ("student", "dynamics='student' was asked for, Tiny has: flow"),
+        ("pupil", "dynamics='pupil' was asked for, Tiny has: flow"),
+    ],
+)
+def test_dynamics_that_a_world_does_not_have(tiny_world: Path, which: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_world(tiny_world, "cpu", "fp32", which)
+    assert load_world(tiny_world, "cpu", "fp32", "flow").dynamics == "flow"
+
+
+def test_a_teacher_of_another_world(distilled_world: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(distilled_world, tmp_path / "world")
+    other = make_tiny_world(tmp_path / "other", {"type": "Discrete", "n": 5, "start": 0})
+    shutil.copy(other / "dynamics.safetensors", folder / "teacher.safetensors")
+    with pytest.raises(CheckpointError, match="teacher and student do not fit together"):
+        load_world(folder, "cpu", "fp32", "teacher")

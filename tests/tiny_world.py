@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ def make_tiny_world(
     window: int = 5,
     starts: int = 6,
     seed: int = 0,
+    distilled: bool = False,
 ) -> Path:
-    """Write a world of 32 x 48 frames; about one step in 20 ends an episode by default."""
+    """Write a world of 32 x 48 frames; about one step in 20 ends an episode by default.
+
+    A ``distilled`` one has a student of one consistency step and a teacher of three Euler steps.
+    """
     torch.manual_seed(seed)
     action_space = action_space or DISCRETE
     width = ActionCodec(space_from_dict(action_space)).width
@@ -53,6 +58,10 @@ def make_tiny_world(
         for module in (dynamics.modulation, dynamics.output):  # these start at zero
             module.weight.normal_(std=0.1)
             module.bias.normal_(std=0.1)
+    teacher = copy.deepcopy(dynamics) if distilled else None
+    with torch.no_grad():
+        if distilled:
+            dynamics.output.weight.add_(0.05 * torch.randn_like(dynamics.output.weight))
         heads.output.weight.mul_(3)
         heads.output.bias[0] = hazard_bias
     contexts = [Context(torch.randn(3, 4, 4, 6), torch.zeros(3, width)) for _ in range(starts)]
@@ -68,7 +77,9 @@ def make_tiny_world(
             action_names=["noop", "right", "left"],
             keys={"right": ["right", "d"], "left": ["left", "a"]},
         ),
-        sampling=SamplingConfig(steps=2),
+        sampling=SamplingConfig(1, "consistency") if distilled else SamplingConfig(steps=2),
+        teacher=SamplingConfig(3, "euler") if distilled else None,
     )
-    save_world(folder, spec, tokenizer, dynamics, heads, contexts, {"made_by": "tests"})
+    made = {"made_by": "tests"}
+    save_world(folder, spec, tokenizer, dynamics, heads, contexts, made, teacher)
     return folder

@@ -40,6 +40,7 @@ class NFDEnv(gymnasium.Env):
         ood: bool = False,
         speculative_frames: int = 1,
         draft_cost: float | None = None,
+        dynamics: str | None = None,
     ) -> None:
         """See ``NFDVectorEnv``."""
         self.vector = NFDVectorEnv(
@@ -59,6 +60,7 @@ class NFDEnv(gymnasium.Env):
             ood=ood,
             speculative_frames=speculative_frames,
             draft_cost=draft_cost,
+            dynamics=dynamics,
         )
         self.world = self.vector.world
         self.render_mode = render_mode

@@ -107,6 +107,8 @@ class NFDVectorEnv(VectorEnv):
         default. More of it, or more ``temperature``, makes flaws of the world harder to exploit.
     temperature: > 0, scale of the noise that frames are drawn from; None for the world's default.
     ood: report ``info["ood"]``, at the cost of decoding and encoding each frame once.
+    dynamics: "student" or "teacher" in a distilled world that comes with both, the teacher with
+        its own number of sampling steps; None for the world's default.
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
@@ -141,6 +143,7 @@ class NFDVectorEnv(VectorEnv):
         ood: bool = False,
         speculative_frames: int = 1,
         draft_cost: float | None = None,
+        dynamics: str | None = None,
     ) -> None:
         """See the class.
 
@@ -164,7 +167,7 @@ class NFDVectorEnv(VectorEnv):
                 f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, "
                 f"got {autoreset_mode!r}"
             ) from None
-        self.world: World = load_world(world, device, precision)
+        self.world: World = load_world(world, device, precision, dynamics)
         self.model = self.world.model
         if sampling_steps is not None:
             _check_at_least_one("sampling_steps", sampling_steps)

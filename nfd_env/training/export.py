@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from nfd_env import __version__, config
 from nfd_env.checkpoint import WorldSpec, save_world
@@ -20,10 +21,12 @@ from nfd_env.envs.real import SourceConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import load_weights
+from nfd_env.models.weights import load_weights, with_int8_weights
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.video import write_mp4
 from nfd_env.world_model import Context, SamplingConfig
+
+_NETWORKS = ("tokenizer", "dynamics", "heads", "teacher")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class ExportConfig:
         heads: run folder of the heads.
         configs: the config files behind the runs, copied into the provenance.
         sampling: the world's default sampling.
+        teacher: run folder of the flow model behind a distilled ``dynamics``, to ship both; "" for
+            none.
+        teacher_sampling: the teacher's default sampling.
+        int8: those of tokenizer, dynamics, heads and teacher that are stored in one byte a weight
+            instead of two; the error that this makes is written into the provenance.
         starts: recorded moments that episodes start from, drawn evenly from all training frames.
         beginnings: how many of them are beginnings of episodes instead.
         start_frames: frames each of them brings along.
@@ -63,9 +71,17 @@ class ExportConfig:
     start_margin: int = 16
     clip_frames: int = 740
     max_episode_steps: int = 0
+    teacher: str = ""
+    teacher_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=18))
+    int8: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check the numbers of starts."""
+        """Check the numbers of starts and the names of networks."""
+        unknown = set(self.int8) - set(_NETWORKS)
+        if unknown:
+            raise ValueError(f"int8 knows {', '.join(_NETWORKS)}, got {sorted(unknown)[0]!r}")
+        if "teacher" in self.int8 and not self.teacher:
+            raise ValueError("int8 names the teacher, but there is none")
         if self.starts < 1 or self.start_frames < 1 or self.start_margin < 1:
             raise ValueError("starts, start_frames and start_margin must be at least 1")
         if not 0 <= self.beginnings <= self.starts:
@@ -84,6 +100,10 @@ def export(settings: ExportConfig) -> Path:
     )
     dynamics = load_weights(Path(settings.dynamics) / "model.safetensors", Dynamics, DynamicsConfig)
     heads = load_weights(Path(settings.heads) / "model.safetensors", Heads, HeadsConfig)
+    teacher = None
+    if settings.teacher:
+        path = Path(settings.teacher) / "model.safetensors"
+        teacher = load_weights(path, Dynamics, DynamicsConfig)
     recordings = RecordedDataset(settings.recordings)
     spec = WorldSpec(
         name=settings.name,
@@ -92,6 +112,7 @@ def export(settings: ExportConfig) -> Path:
         action_space=recordings.spec.action_space,
         source=config.from_mapping(SourceConfig, recordings.spec.source, "source"),
         sampling=settings.sampling,
+        teacher=settings.teacher_sampling if teacher else None,
         max_episode_steps=settings.max_episode_steps,
     )
     space = space_from_dict(recordings.spec.action_space)
@@ -101,14 +122,24 @@ def export(settings: ExportConfig) -> Path:
     if settings.modulation_rank:
         examples = torch.from_numpy(np.stack([np.asarray(space.sample()) for _ in range(64)]))
         encoded = torch.cat((codec.encode(examples), torch.zeros(1, codec.width)))
-        dynamics, error = with_low_rank(dynamics, encoded, settings.modulation_rank)
-        provenance["modulation_rank"] = {"rank": settings.modulation_rank, "relative_error": error}
+        ranks: dict[str, Any] = {"rank": settings.modulation_rank}
+        dynamics, ranks["relative_error"] = with_low_rank(
+            dynamics, encoded, settings.modulation_rank
+        )
+        if teacher is not None:
+            teacher, ranks["teacher_relative_error"] = with_low_rank(
+                teacher, encoded, settings.modulation_rank
+            )
+        provenance["modulation_rank"] = ranks
     starts = [
         _start(tokenizer, codec, episode, first, settings.start_frames)
         for episode, first in _moments(recordings.split("train"), settings)
     ]
+    networks = {"tokenizer": tokenizer, "dynamics": dynamics, "heads": heads, "teacher": teacher}
+    if settings.int8:
+        provenance["int8"] = {name: _int8_errors(networks[name], starts) for name in settings.int8}
     folder = Path(settings.folder)
-    save_world(folder, spec, tokenizer, dynamics, heads, starts, provenance)
+    save_world(folder, spec, tokenizer, dynamics, heads, starts, provenance, teacher, settings.int8)
     _save_clip(folder, recordings, settings.clip_frames)
     return folder
 
@@ -134,6 +165,40 @@ def _moments(
         episode = usable[number]
         chosen.append((episode, int(place - ends[number]) + len(episode) - lost))
     return beginnings + chosen
+
+
+@torch.inference_mode()
+def _int8_errors(network: Any, starts: list[Context]) -> dict[str, float]:
+    """Relative errors (root mean square) of int8 weights, and of what the network makes of starts.
+
+    The output is the velocity of frames at all levels, the decoded picture, or the heads' logits.
+    """
+    rounded = with_int8_weights(network)
+
+    def relative(made: Tensor, true: Tensor) -> float:
+        return float((made - true).norm() / true.norm())
+
+    def flat(state: nn.Module) -> Tensor:
+        return torch.cat([p.flatten() for p in state.parameters()])
+
+    latents = torch.stack([s.latents for s in starts[:16]])
+    actions = torch.stack([s.actions for s in starts[:16]])
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.rand(latents.shape[:2], generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = torch.lerp(latents, noise, levels[..., None, None, None])
+
+    def output(network: Any) -> Tensor:
+        if isinstance(network, Dynamics):
+            return network(noisy, levels, actions)
+        if isinstance(network, Tokenizer):
+            return network.decode(latents.flatten(0, 1))
+        return network(latents, actions, network.initial_state(len(latents)))[0]
+
+    return {
+        "weights": relative(flat(rounded), flat(network)),
+        "output": relative(output(rounded), output(network)),
+    }
 
 
 @torch.inference_mode()
@@ -172,7 +237,9 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
     for row in policies.values():
         row["mean_return"] = round(row.pop("return") / row["episodes"], 1)
     stages = {}
-    for stage in ("tokenizer", "dynamics", "heads"):
+    for stage in _NETWORKS:
+        if not getattr(settings, stage):
+            continue
         folder = Path(getattr(settings, stage))
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         stages[stage] = {

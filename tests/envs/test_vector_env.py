@@ -699,7 +699,8 @@ GOOD = frames_and_actions(3)
         ({"context": GOOD, "start": 0}, "either.*not both"),
         ({"start": 6}, "start must be from 0 to 5, got 6"),
         ({"start": -1}, "start must be from 0 to 5"),
-        ({"start": "first"}, "start must be"),
+        ({"start": "first"}, "start must be from 0 to 5 or \"beginning\", got 'first'"),
+        ({"start": "beginning", "context": GOOD}, "either.*not both"),
         ({"start": 1.5}, "start must be"),
         ({"context": [GOOD, GOOD]}, "one entry per environment, got 2 for 3"),
         ({"context": 7}, "context"),
@@ -815,6 +816,19 @@ def test_sampling_steps(endless_world: Path) -> None:
     env.reset(seed=0), other.reset(seed=0)
     assert not same(env.step([0])[0], other.step([0])[0])
     assert other.model.dynamics is env.model.dynamics  # the weights are shared
+
+
+def test_student_or_teacher(distilled_world: Path) -> None:
+    student, teacher = (make(distilled_world, dynamics=d) for d in ("student", "teacher"))
+    default = make(distilled_world)
+    seen = []
+    for env in (student, teacher, default):
+        env.reset(seed=0)
+        seen.append(env.step([0, 1, 2])[0])
+    assert (student.model.sampling.steps, teacher.model.sampling.steps) == (1, 3)
+    assert np.array_equal(seen[0], seen[2]) and not close(seen[0], seen[1])
+    assert make(distilled_world, dynamics="teacher", sampling_steps=7).model.sampling.steps == 7
+    assert NFDEnv(distilled_world, dynamics="teacher").vector.world.dynamics == "teacher"
 
 
 def test_before_the_first_reset(tiny_world: Path) -> None:

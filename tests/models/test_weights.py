@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nfd_env.models import weights
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.models.weights import (
+    CheckpointError,
+    load_weights,
+    save_weights,
+    with_int8_weights,
+)
 from tests.models.small import random_frames, small_dynamics
 
 
@@ -116,3 +122,55 @@ def test_an_interrupted_write_leaves_the_old_file(
     with pytest.raises(KeyboardInterrupt):
         save_weights(saved, small_dynamics(), DynamicsConfig())
     assert saved.read_bytes() == before
+
+
+def test_int8_takes_a_quarter_and_is_as_exact_as_it_says(tmp_path: Path, saved: Path) -> None:
+    path = tmp_path / "int8.safetensors"
+    network = small_dynamics()
+    save_weights(path, network, network.config, torch.float16, int8=True)
+    assert path.stat().st_size < 0.4 * saved.stat().st_size
+    loaded, before = load(path).state_dict(), network.state_dict()
+    rounded = with_int8_weights(network).state_dict()
+    assert loaded.keys() == before.keys() == rounded.keys()
+    matrices = 0
+    for name, tensor in before.items():
+        if tensor.ndim < 2 or tensor[0].numel() < 16:  # scales would take as much
+            assert torch.equal(loaded[name], tensor.half().float())
+            continue
+        matrices += 1
+        assert torch.equal(loaded[name], rounded[name])
+        largest = tensor.abs().amax(1, keepdim=True)
+        assert ((loaded[name] - tensor).abs() <= largest / 253).all()
+        assert not torch.equal(loaded[name], tensor)
+    assert matrices > 10
+    # What was rounded once stays as it is.
+    again = with_int8_weights(with_int8_weights(network)).state_dict()
+    for name, tensor in rounded.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0)
+
+
+def test_int8_kernels_and_rows_of_zeros(tmp_path: Path) -> None:
+    settings = TokenizerConfig([8, 16], [8, 16], 4)
+    tokenizer = Tokenizer(settings).eval()
+    with torch.no_grad():
+        tokenizer.decoder[0].weight[1] = 0
+    save_weights(tmp_path / "t.safetensors", tokenizer, settings, int8=True)
+    loaded = load_weights(tmp_path / "t.safetensors", Tokenizer, TokenizerConfig)
+    assert not loaded.decoder[0].weight[1].any()
+    frames = torch.randint(0, 255, (2, 16, 16, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        one, other = (t.decode(t.encode_frames(frames)) for t in (tokenizer, loaded))
+    assert 0 < (one - other).norm() / one.norm() < 0.05
+
+
+def test_a_scale_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "int8.safetensors"
+    network = small_dynamics()
+    save_weights(path, network, network.config, int8=True)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    del tensors["output.weight"]
+    save_file(tensors, path, header)
+    with pytest.raises(CheckpointError, match="output.weight"):
+        load(path)

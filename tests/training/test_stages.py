@@ -288,6 +288,54 @@ def test_exported_weights_make_a_world_that_steps(
         assert -1 <= reward <= 1 and 0 <= info["hazard"] <= 1
 
 
+def test_student_and_teacher_are_exported_together_in_fewer_bytes(
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+) -> None:
+    def settings(name: str, **kwargs: Any) -> ExportConfig:
+        return ExportConfig(
+            "Counter",
+            str(tmp_path / name),
+            str(recordings),
+            str(tokenizer.folder),
+            str(flow.folder),
+            str(heads.folder),
+            sampling=SamplingConfig(1, "consistency"),
+            modulation_rank=6,
+            starts=4,
+            beginnings=2,
+            start_margin=20,
+            clip_frames=20,
+            **kwargs,
+        )
+
+    names = ["tokenizer", "dynamics", "heads", "teacher"]
+    plain = export(settings("plain", teacher=str(flow.folder)))
+    small = export(settings("small", teacher=str(flow.folder), int8=names))
+    for name in names:
+        one, other = (f / f"{name}.safetensors" for f in (plain, small))
+        assert other.stat().st_size < 0.85 * one.stat().st_size
+    provenance = yaml.safe_load((small / "provenance.yaml").read_text())
+    assert provenance["int8"].keys() == set(names)
+    for errors in provenance["int8"].values():
+        assert 1e-4 < errors["weights"] < 0.02 and 1e-5 < errors["output"] < 0.1
+    assert provenance["stages"]["teacher"]["steps"] == provenance["stages"]["dynamics"]["steps"]
+    assert provenance["modulation_rank"].keys() >= {"relative_error", "teacher_relative_error"}
+    world = load_world(small, "cpu", "fp32", "teacher")
+    assert world.model.sampling == SamplingConfig(18)
+    env = NFDEnv(small, "cpu", precision="fp32", dynamics="teacher", sampling_steps=2)
+    env.reset(seed=0)
+    assert env.step(1)[0] in env.observation_space
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"int8": ["decoder"]}, "int8 knows .*'decoder'"), ({"int8": ["teacher"]}, "there is none")],
+)
+def test_wrong_int8(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig("A", "b", "c", "d", "e", "f", **wrong)
+
+
 def test_a_stage_that_is_not_finished_cannot_be_exported(
     tokenizer: Trained, flow: Trained, recordings: Path, tmp_path: Path
 ) -> None:

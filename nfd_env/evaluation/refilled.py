@@ -1,0 +1,95 @@
+"""The cache as the paper's lineage keeps it: refilled from the whole window for every new frame.
+
+A baseline for ``nfd bench --compare``, not for playing. Each frame costs one pass over the window's
+finished frames at the history level, which fills the keys and values, and then one pass a denoising
+step over the new frame alone. Everything else is ``WorldModel``'s.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nfd_env.models.rollout import Sampler, new_cache
+from nfd_env.world_model import Context, Transition, WorldModel, WorldState
+
+
+class RefilledModel(WorldModel):
+    """Steps like ``model``, without keys and values that outlive a frame.
+
+    In its states ``remembered`` and ``action`` hold the last window - 1 frames, (B, window - 1,
+    ...), younger histories at the end; the cache is scratch.
+    """
+
+    def __init__(self, model: WorldModel) -> None:
+        """Share the networks and the sampling of ``model``."""
+        super().__init__(model.tokenizer, model.dynamics, model.heads, model.sampling)
+
+    @torch.inference_mode()
+    def start(
+        self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]], frames: int = 1
+    ) -> WorldState:
+        """See ``WorldModel.start``."""
+        state = super().start(contexts, seeds, frames)
+        kept, level = self.dynamics.config.window - 1, self.sampling.history_level
+        past = state.remembered.new_zeros((state.batch, kept, *self.dynamics.config.latent_shape))
+        into = state.action.new_zeros((state.batch, kept, state.action.shape[-1]))
+        for row, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
+            # As ``WorldModel`` does, frames are numbered from the first that its window holds.
+            latents = context.latents[-(kept + 1) :].to(past)
+            noise = torch.stack([self._draw(seed, k)[1] for k in range(len(latents))]).to(past)
+            history = torch.lerp(latents, noise, level)[-kept:]
+            past[row, -len(history) :] = history
+            into[row, -len(history) :] = context.actions[-len(history) :].to(into)
+        state.remembered, state.action = past, into
+        state.cache.reset(torch.ones(state.batch, dtype=torch.bool, device=self.device))
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: WorldState, actions: Tensor) -> Transition:
+        """See ``WorldModel.step``."""
+        past, into = state.remembered, state.action
+        transition = super().step(state, actions)
+        state.remembered = torch.cat((past[:, 1:], state.remembered), 1)
+        state.action = torch.cat((into[:, 1:], state.action), 1)
+        return transition
+
+    def _denoise(
+        self,
+        state: WorldState,
+        actions: Tensor,
+        noise: Tensor,
+        sampler: Sampler,
+        pending_counts: Sequence[int] | None,
+    ) -> Tensor:
+        assert pending_counts is None, "the baseline neither drafts nor commits"
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for row, frame in enumerate(state.frame):
+            by_length[min(frame + 1, state.remembered.shape[1])].append(row)
+        if len(by_length) == 1:
+            length = next(iter(by_length))
+            past, into = state.remembered[:, -length:], state.action[:, -length:]
+            return self._refilled(past, into, actions, noise, sampler)
+        # Rows whose window is not yet full have passes of their own.
+        made = torch.empty_like(noise)
+        for length, listed in by_length.items():
+            rows = torch.tensor(listed, device=noise.device)
+            past, into = state.remembered[rows, -length:], state.action[rows, -length:]
+            made[rows] = self._refilled(past, into, actions[rows], noise[rows], sampler)
+        return made
+
+    def _refilled(
+        self, past: Tensor, into: Tensor, actions: Tensor, noise: Tensor, sampler: Sampler
+    ) -> Tensor:
+        cache = new_cache(self.dynamics, len(past))
+        levels = past.new_full(past.shape[:2], self.sampling.history_level)
+        self.dynamics.stream(cache, past, levels, into, commit=past.shape[1])
+
+        def velocity(x: Tensor, level: float) -> Tensor:
+            at = x.new_full(x.shape[:2], level)
+            return self.dynamics.stream(cache, x, at, actions, commit=0)
+
+        return sampler(velocity, noise)
