@@ -697,7 +697,7 @@ GOOD = frames_and_actions(3)
     [
         ({"contxt": GOOD}, "unknown reset option 'contxt'"),
         ({"context": GOOD, "start": 0}, "either.*not both"),
-        ({"start": 6}, "start must be from 0 to 5, got 6"),
+        ({"start": 6}, 'start must be from 0 to 5 or "beginning", got 6'),
         ({"start": -1}, "start must be from 0 to 5"),
         ({"start": "first"}, "start must be from 0 to 5 or \"beginning\", got 'first'"),
         ({"start": "beginning", "context": GOOD}, "either.*not both"),
