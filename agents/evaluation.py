@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -11,42 +9,15 @@ from agents.load import Agent
 from nfd_env.checkpoint import World
 from nfd_env.envs.real import SourceError
 from nfd_env.envs.real_vector import RealVectorEnv
-
-
-def play_episodes(agent: Agent, env: Any, episodes: int, seed: int = 0) -> np.ndarray:
-    """Scores (episodes,) of whole episodes, the sums of their rewards.
-
-    Args:
-        agent: plays.
-        env: a (real or learned) vector env of the agent's world, with SAME_STEP autoreset and
-            episodes that end.
-        episodes: number of episodes; number i is played with the environment seed ``seed`` + i.
-        seed: of environments and agent.
-    """
-    scores: list[float] = []
-    while len(scores) < episodes:
-        begin = seed + len(scores)
-        observation, _ = env.reset(seed=begin)
-        agent.reset(env.num_envs, seed=begin)
-        total, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
-        needed = running.copy()
-        needed[episodes - len(scores) :] = False
-        first = None
-        while (running & needed).any():
-            action = agent.act(observation, first)
-            observation, *outcome, _ = env.step(action)
-            reward, terminated, truncated = (torch.as_tensor(x).cpu().numpy() for x in outcome)
-            total += reward * running
-            first = terminated | truncated
-            running &= ~first
-        scores += total[needed].tolist()
-    return np.array(scores)
+from nfd_env.evaluation.agents import play_episodes
 
 
 class Judge:
     """Plays the real game now and then during a training; says so once where there is none."""
 
-    def __init__(self, world: World, episodes: int, max_episode_steps: int, device: str) -> None:
+    def __init__(
+        self, world: World, episodes: int, max_episode_steps: int | None, device: str
+    ) -> None:
         """Judge agents of ``world`` by ``episodes`` real episodes each time."""
         self._world, self._episodes, self._device = world, episodes, device
         self._max_episode_steps = max_episode_steps
@@ -72,7 +43,7 @@ class Judge:
                 self.missing = str(error)
                 return None
         with torch.random.fork_rng():
-            return play_episodes(agent, self._env, self._episodes, seed=1_000_000)
+            return play_episodes(self._env, agent, self._episodes, seed=1_000_000).scores
 
     def close(self) -> None:
         """Stop the games."""

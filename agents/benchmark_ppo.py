@@ -1,0 +1,203 @@
+"""Measure the native PPO against Stable-Baselines3's on one world, in one run.
+
+Both train the same network with the same settings, in turn, on environments of the same arguments;
+a decision counts when it has been played and learnt from. ``python -m agents.benchmark_ppo``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents import train_ppo, train_sb3
+from agents.network import ActorCritic, PolicyConfig
+from agents.ppo import Player, gae, ppo_loss, rollout, update
+from agents.train_ppo import TrainPPOConfig
+from agents.train_sb3 import TrainSB3Config
+from nfd_env import config
+
+
+def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
+    """The same training for Stable-Baselines3."""
+    ppo = settings.ppo
+    return TrainSB3Config(
+        folder=settings.folder,
+        decisions=settings.decisions,
+        num_envs=settings.num_envs,
+        obs_type=settings.obs_type,
+        frame_skip=settings.frame_skip,
+        frame_stack=settings.frame_stack,
+        max_episode_frames=settings.max_episode_frames,
+        env=settings.env,
+        channels=settings.channels,
+        width=settings.width,
+        reward_scale=ppo.reward_scale,
+        seed=settings.seed,
+        device=settings.device,
+        ppo={
+            "n_steps": ppo.rollout_steps,
+            "n_epochs": ppo.epochs,
+            "batch_size": ppo.minibatch_size,
+            "learning_rate": ppo.learning_rate,
+            "gamma": ppo.discount,
+            "gae_lambda": ppo.gae_lambda,
+            "clip_range": ppo.clip,
+            "ent_coef": ppo.entropy,
+            "vf_coef": ppo.value_weight,
+            "max_grad_norm": ppo.clip_norm,
+        },
+    )
+
+
+class NativeRun:
+    """Some updates of the native PPO at a time."""
+
+    def __init__(self, world: str, settings: TrainPPOConfig) -> None:
+        """Make the environments and the network."""
+        torch.manual_seed(settings.seed)
+        self._settings = settings
+        self._env: Any = train_ppo.make_env(world, settings, real=False)
+        spec = train_ppo.AgentSpec.of(self._env, settings.frame_stack)
+        network = ActorCritic(PolicyConfig(spec, settings.channels, settings.width))
+        self._policy = network.to(self._env.model.device)
+        self._optimiser = torch.optim.Adam(
+            self._policy.parameters(), lr=settings.ppo.learning_rate, eps=1e-5
+        )
+        functions = (self._policy.act, ppo_loss, gae)
+        if settings.compile:
+            functions = tuple(torch.compile(f, dynamic=False) for f in functions)
+        self._act, self._loss, self._gae = functions
+        observation, _ = self._env.reset(seed=settings.seed)
+        self._player = Player.start(observation, settings.frame_stack)
+
+    def run(self, updates: int) -> None:
+        """Roll out and update ``updates`` times."""
+        ppo = self._settings.ppo
+        for _ in range(updates):
+            batch, self._player = rollout(self._env, self._act, self._player, ppo.rollout_steps)
+            logs = update(self._policy, self._optimiser, batch, ppo, self._loss, self._gae)
+            float(logs["surrogate"])  # waits for the device
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._env.close()
+
+
+class SB3Run:
+    """Some updates of Stable-Baselines3's PPO at a time."""
+
+    def __init__(self, world: str, settings: TrainSB3Config) -> None:
+        """Make the environments and the model."""
+        self._venv, spec = train_sb3.make_env(world, settings)
+        self._model = train_sb3.make_model(self._venv, spec, settings)
+        self._batch = settings.num_envs * self._model.n_steps
+
+    def run(self, updates: int) -> None:
+        """Roll out and update ``updates`` times."""
+        self._model.learn(updates * self._batch, reset_num_timesteps=False)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._venv.close()
+
+
+def benchmark(
+    world: str, settings: TrainPPOConfig, updates: int = 2, repeats: int = 3, rgb: bool = True
+) -> dict[str, dict[str, float]]:
+    """Decisions a second, played and learnt from, of both trainers.
+
+    They take turns, so that a change of the machine's speed hits both; the first turn of each is a
+    warm-up and not counted.
+
+    Args:
+        world: a world folder or the name of a shipped world.
+        settings: of both; ``decisions`` and evaluations are ignored.
+        updates: updates in a turn.
+        repeats: turns.
+        rgb: measure Stable-Baselines3 on frames too, which is how it is mostly used.
+
+    Returns:
+        For each trainer ``decisions_per_second`` (median), ``lowest`` and ``highest``, and
+        ``frames_per_second``.
+    """
+    trainers: dict[str, Any] = {
+        f"native, {settings.obs_type}": lambda: NativeRun(world, settings),
+        f"sb3, {settings.obs_type}": lambda: SB3Run(world, as_sb3(settings)),
+    }
+    if rgb and settings.obs_type != "rgb":
+        frames = as_sb3(replace(settings, obs_type="rgb"))
+        trainers["sb3, rgb"] = lambda: SB3Run(world, frames)
+    made = {name: make() for name, make in trainers.items()}
+    rates: dict[str, list[float]] = {name: [] for name in made}
+    decisions = updates * settings.num_envs * settings.ppo.rollout_steps
+    for turn in range(repeats + 1):
+        for name, trainer in made.items():
+            begin = time.perf_counter()
+            trainer.run(updates)
+            if turn:
+                rates[name].append(decisions / (time.perf_counter() - begin))
+    for trainer in made.values():
+        trainer.close()
+    return {
+        name: {
+            "decisions_per_second": float(np.median(values)),
+            "lowest": min(values),
+            "highest": max(values),
+            "frames_per_second": float(np.median(values)) * settings.frame_skip,
+        }
+        for name, values in rates.items()
+    }
+
+
+def format_report(report: dict[str, dict[str, float]], settings: TrainPPOConfig) -> str:
+    """The figures as a Markdown table."""
+    reference = next(iter(report.values()))["decisions_per_second"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    lines = [
+        f"PPO on {device}, {torch.get_num_threads()} threads: {settings.num_envs} environments, "
+        f"frame skip {settings.frame_skip}, rollouts of {settings.ppo.rollout_steps} decisions, "
+        f"{settings.ppo.epochs} epochs, minibatches of {settings.ppo.minibatch_size}",
+        "",
+        "| PPO, observations | decisions/s (lowest to highest) | frames/s | native is faster by |",
+        "|---|---|---|---|",
+    ]
+    for name, row in report.items():
+        lines.append(
+            f"| {name} | {row['decisions_per_second']:.1f} ({row['lowest']:.1f} to "
+            f"{row['highest']:.1f}) | {row['frames_per_second']:.0f} | "
+            f"{reference / row['decisions_per_second']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m agents.benchmark_ppo", description=__doc__)
+    parser.add_argument("--world", default="DoomTakeCover", help="a folder or a shipped world")
+    parser.add_argument("--config", default="configs/doom_take_cover/ppo.yaml")
+    parser.add_argument("--updates", type=int, default=1, help="updates in a turn")
+    parser.add_argument("--repeats", type=int, default=3, help="counted turns of each")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
+    args = parser.parse_args(arguments)
+    if args.updates < 1 or args.repeats < 1:
+        parser.error("--updates and --repeats must be at least 1")
+    try:
+        settings = config.load(TrainPPOConfig, args.config, args.overrides)
+        report = benchmark(args.world, settings, args.updates, args.repeats)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"benchmark_ppo: {error}", file=sys.stderr)
+        return 1
+    print(format_report(report, settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The policy network and what an agent says of itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gymnasium import spaces
+from torch.distributions import Categorical
+
+from agents.network import (
+    ActorCritic,
+    AgentError,
+    AgentSpec,
+    PolicyConfig,
+    encoder_fingerprint,
+    new_stack,
+    push,
+)
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.spaces import space_from_dict, space_to_dict
+
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+SPACES = [
+    spaces.Discrete(3),
+    spaces.Discrete(3, start=2),
+    spaces.MultiDiscrete([3, 2], start=[1, 0]),
+    spaces.MultiBinary(4),
+]
+
+
+def spec(space: spaces.Space | None = None, **kwargs: Any) -> AgentSpec:
+    values: dict[str, Any] = {
+        "world": "Tiny",
+        "obs_type": "latent",
+        "observation_shape": [4, 4, 6],
+        "action_space": space_to_dict(space or spaces.Discrete(3)),
+        "frame_skip": 2,
+        "frame_stack": 3,
+    }
+    return AgentSpec(**{**values, **kwargs})
+
+
+def policy(space: spaces.Space | None = None, **kwargs: Any) -> ActorCritic:
+    torch.manual_seed(0)
+    return ActorCritic(PolicyConfig(spec(space, **kwargs), channels=8, width=16))
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_actions_lie_in_the_space(space: spaces.Space) -> None:
+    network, stack = policy(space), torch.randn(64, 3, 4, 4, 6)
+    action, log_prob, value = network.act(stack)
+    assert action.shape == (64, *space.shape) and value.shape == (64,)
+    assert all(a.numpy().astype(space.dtype) in space for a in action)
+    again, entropy, same_value = network.evaluate(stack, action)
+    torch.testing.assert_close(again, log_prob)
+    torch.testing.assert_close(same_value, value)
+    parts = network(stack)[0].split(network.sizes, -1)
+    expected = sum(Categorical(logits=part).entropy() for part in parts)
+    torch.testing.assert_close(entropy, expected)
+
+
+def test_actions_are_drawn_with_their_probabilities() -> None:
+    network = policy()
+    with torch.no_grad():
+        network.actor.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
+    stack = torch.randn(1, 3, 4, 4, 6).expand(20_000, -1, -1, -1, -1)
+    action, log_prob, _ = network.act(stack, generator=torch.Generator().manual_seed(0))
+    probability = network(stack[:1])[0].softmax(-1)[0]
+    frequency = torch.bincount(action, minlength=3) / len(action)
+    torch.testing.assert_close(frequency, probability, atol=0.015, rtol=0)
+    torch.testing.assert_close(log_prob.exp(), probability[action])
+    greedy, *_ = network.act(stack[:5], greedy=True)
+    assert greedy.tolist() == [1] * 5
+
+
+def test_frames_are_seen_channels_first_and_by_their_order() -> None:
+    network = policy(obs_type="rgb", observation_shape=[32, 48, 3])
+    stack = torch.randint(0, 256, (2, 3, 32, 48, 3), dtype=torch.uint8)
+    logits, value = network(stack)
+    assert logits.shape == (2, 3) and value.shape == (2,)
+    assert not torch.equal(value, network(stack.flip(1))[1])
+
+
+def test_stacks() -> None:
+    observations = torch.arange(5.0)[:, None, None].expand(5, 2, 1)
+    stack = new_stack(observations[0], 3)
+    assert stack[:, :, 0].tolist() == [[0, 0, 0]] * 2
+    stack = push(stack, observations[1])
+    stack = push(stack, observations[2])
+    assert stack[:, :, 0].tolist() == [[0, 1, 2]] * 2
+    stack = push(stack, observations[3], torch.tensor([True, False]))
+    assert stack[:, :, 0].tolist() == [[3, 3, 3], [1, 2, 3]]
+
+
+def test_acting_compiles_in_one_piece() -> None:
+    network = policy()
+    act = torch.compile(network.act, backend="eager", fullgraph=True)
+    action, log_prob, value = act(torch.randn(4, 3, 4, 4, 6))
+    assert action.shape == log_prob.shape == value.shape == (4,)
+
+
+def test_what_the_policy_cannot_take() -> None:
+    with pytest.raises(AgentError, match="use agents.train_sb3"):
+        policy(spaces.Box(-1, 1, (2,)))
+    with pytest.raises(AgentError, match="rgb or latent observations with three axes"):
+        policy(observation_shape=[7])
+    with pytest.raises(AgentError, match="rgb or latent"):
+        policy(obs_type="sound")
+
+
+def test_the_spec_of_an_env(tiny_world: Path) -> None:
+    env = NFDVectorEnv(tiny_world, 2, obs_type="latent", frame_skip=2, **CPU)
+    mine = AgentSpec.of(env, 3)
+    assert mine == spec(encoder=encoder_fingerprint(tiny_world))
+    assert space_from_dict(mine.action_space) == env.single_action_space
+    mine.check(env)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"world": "Mars"}, "trained for the world Mars, this is Tiny"),
+        ({"action_space": space_to_dict(spaces.Discrete(5))}, "for the action space .*'n': 5"),
+        ({"obs_type": "rgb"}, "observations of type rgb, this is latent: .*obs_type='rgb'"),
+        ({"observation_shape": [4, 8, 6]}, r"observations of shape \[4, 8, 6\]"),
+        ({"frame_skip": 4}, "frame skip of 4, this is 2: make the env with frame_skip=4"),
+        ({"encoder": "0123"}, "latents of the tokenizer 0123"),
+    ],
+)
+def test_an_agent_for_something_else(
+    tiny_world: Path, changed: dict[str, Any], message: str
+) -> None:
+    env = NFDVectorEnv(tiny_world, 2, obs_type="latent", frame_skip=2, **CPU)
+    with pytest.raises(AgentError, match=message):
+        replace(AgentSpec.of(env, 3), **changed).check(env)
+
+
+def test_the_fingerprint_is_of_the_encoder_only(
+    tiny_world: Path, make_world: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_world(seed=1)
+    assert encoder_fingerprint(tiny_world) != encoder_fingerprint(other)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_world, copy)
+    shutil.copy(other / "dynamics.safetensors", copy)
+    assert encoder_fingerprint(copy) == encoder_fingerprint(tiny_world)

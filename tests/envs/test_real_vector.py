@@ -1,0 +1,101 @@
+"""A batch of real games with the interface of the learned world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from nfd_env.checkpoint import load_world
+from nfd_env.envs.real import SourceError
+from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.vector_env import NFDVectorEnv
+from tests.counter_env import read
+
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+
+
+def test_it_looks_like_the_learned_world(counter_world: Path) -> None:
+    for obs_type in ("rgb", "latent"):
+        real = RealVectorEnv(counter_world, 3, obs_type=obs_type, **CPU)
+        learned = NFDVectorEnv(counter_world, 3, obs_type=obs_type, **CPU)
+        assert real.observation_space == learned.observation_space
+        assert real.action_space == learned.action_space
+        observation, _ = real.reset(seed=0)
+        assert observation in real.observation_space
+        assert real.step([0, 1, 2])[0] in real.observation_space
+        real.close()
+
+
+def test_actions_are_repeated_and_rewards_summed(counter_world: Path) -> None:
+    env = RealVectorEnv(counter_world, 2, frame_skip=3, length=10, **CPU)
+    before, steps = read(env.reset(seed=[5, 6])[0])
+    assert steps.tolist() == [0, 0]
+    frames, reward, terminated, _, _ = env.step([0, 2])
+    after, steps = read(frames)
+    assert steps.tolist() == [3, 3] and (after - before).tolist() == [-3, 3]
+    assert reward.tolist() == [-3.0, 3.0] and not terminated.any()
+
+
+def test_an_end_within_a_step_cuts_it_short_and_resets(counter_world: Path) -> None:
+    env = RealVectorEnv(counter_world, 2, frame_skip=3, length=4, **CPU)
+    env.reset(seed=0)
+    env.step([2, 2])
+    frames, reward, terminated, truncated, infos = env.step([2, 0])
+    assert reward.tolist() == [1.0, -1.0]  # one frame was left
+    assert terminated.all() and not truncated.any() and infos["_final_obs"].all()
+    assert read(infos["final_obs"])[1].tolist() == [4, 4]
+    assert read(frames)[1].tolist() == [0, 0]
+
+
+def test_truncation_counts_steps_not_frames(counter_world: Path) -> None:
+    env = RealVectorEnv(counter_world, 1, frame_skip=2, length=100, max_episode_steps=3, **CPU)
+    env.reset(seed=0)
+    outcomes = [env.step([1])[2:4] for _ in range(6)]
+    assert [bool(t) for _, t in outcomes] == [False, False, True] * 2
+    assert not any(bool(t) for t, _ in outcomes)
+
+
+def test_latents_are_those_of_the_tokenizer(counter_world: Path) -> None:
+    pixels = RealVectorEnv(counter_world, 2, **CPU)
+    latents = RealVectorEnv(counter_world, 2, obs_type="latent", output="torch", **CPU)
+    frames, latent = pixels.reset(seed=3)[0], latents.reset(seed=3)[0]
+    model = load_world(counter_world, **CPU).model
+    assert isinstance(latent, torch.Tensor)
+    torch.testing.assert_close(latent, model.encode(torch.from_numpy(frames)))
+
+
+def test_seeds_belong_to_slots(counter_world: Path) -> None:
+    env = RealVectorEnv(counter_world, 2, **CPU)
+    first = env.reset(seed=7)[0]
+    assert np.array_equal(env.reset(seed=[7, 8])[0], first)
+    assert np.array_equal(env.reset(seed=[8, 7])[0], first[::-1])
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_bad_input(counter_world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="obs_type must be rgb or latent"):
+        RealVectorEnv(counter_world, obs_type="sound", **CPU)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        RealVectorEnv(counter_world, frame_skip=0, **CPU)
+    env = RealVectorEnv(counter_world, 2, **CPU)
+    with pytest.raises(ValueError, match="3 seeds were given for 2"):
+        env.reset(seed=[1, 2, 3])
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="actions must lie in"):
+        env.step([0, 3])
+
+
+def test_without_the_real_game(counter_world: Path, tmp_path: Path) -> None:
+    for file in counter_world.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    values = yaml.safe_load((counter_world / "world.yaml").read_text())
+    values["source"]["imports"] = ["no_such_game"]
+    (tmp_path / "world.yaml").unlink()
+    (tmp_path / "world.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SourceError, match="pip install no_such_game"):
+        RealVectorEnv(tmp_path, 2, **CPU)

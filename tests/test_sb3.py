@@ -1,0 +1,200 @@
+"""The VecEnv of Stable-Baselines3."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from nfd_env.envs.vector_env import NFDVectorEnv
+
+pytest.importorskip("stable_baselines3")
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor
+
+from nfd_env.sb3 import SB3VecEnv, make_vec_env
+
+ID = "NFD/World-v0"
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+
+
+def native(world: Path, num_envs: int = 3, **kwargs: Any) -> NFDVectorEnv:
+    return NFDVectorEnv(
+        world, num_envs, autoreset_mode=AutoresetMode.SAME_STEP, **{**CPU, **kwargs}
+    )
+
+
+def make(world: Path, n_envs: int = 3, seed: int | None = 0, **kwargs: Any) -> Any:
+    return make_vec_env(ID, n_envs, seed, env_kwargs={"world": world, **CPU, **kwargs})
+
+
+@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+def test_the_single_env_passes_the_checker(endless_world: Path, obs_type: str) -> None:
+    env = gymnasium.make(
+        ID, world=endless_world, obs_type=obs_type, max_episode_steps=10, **CPU
+    ).unwrapped
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="stable_baselines3")
+        warnings.filterwarnings("ignore", message="The minimal resolution")  # of a tiny world
+        warnings.filterwarnings("ignore", message="It seems that your observation .*image")
+        check_env(env)
+
+
+def test_it_does_what_the_vector_env_does(tiny_world: Path) -> None:
+    env, venv = native(tiny_world, max_episode_steps=7), make(tiny_world, max_episode_steps=7)
+    assert np.array_equal(env.reset(seed=0)[0], venv.reset())
+    terminations = truncations = 0
+    for actions in np.random.default_rng(0).integers(0, 3, (30, 3)):
+        observation, reward, terminated, truncated, info = env.step(actions)
+        seen, rewards, dones, infos = venv.step(actions)
+        assert np.array_equal(seen, observation)
+        assert rewards.dtype == np.float32 and np.allclose(rewards, reward)
+        assert np.array_equal(dones, terminated | truncated)
+        for i, row in enumerate(infos):
+            assert row["hazard"] == info["hazard"][i]
+            assert row["TimeLimit.truncated"] == (truncated[i] and not terminated[i])
+            assert ("terminal_observation" in row) == dones[i] == ("episode" in row)
+            if dones[i]:
+                assert np.array_equal(row["terminal_observation"], info["final_obs"][i])
+                assert not np.array_equal(row["terminal_observation"], seen[i])
+        terminations += int(terminated.sum())
+        truncations += int((truncated & ~terminated).sum())
+    assert terminations and truncations
+
+
+def test_the_monitor_counts_whole_episodes(endless_world: Path, tmp_path: Path) -> None:
+    venv = make_vec_env(
+        ID,
+        2,
+        seed=0,
+        monitor_dir=str(tmp_path / "logs"),
+        env_kwargs={"world": endless_world, "max_episode_steps": 5, **CPU},
+    )
+    assert isinstance(venv, VecMonitor)
+    venv.reset()
+    total = np.zeros(2)
+    for step in range(10):
+        _, rewards, dones, infos = venv.step(np.array([1, 2]))
+        total += rewards
+        assert dones.all() == (step in (4, 9))
+        if dones.all():
+            assert [info["episode"]["l"] for info in infos] == [5, 5]
+            assert np.allclose([info["episode"]["r"] for info in infos], total, atol=1e-4)
+            total[:] = 0
+    venv.close()
+    assert len((tmp_path / "logs" / "monitor.csv").read_text().splitlines()) == 2 + 4
+
+
+def test_seeds(tiny_world: Path) -> None:
+    venv = make(tiny_world, seed=4)
+    first = venv.reset()
+    assert np.array_equal(first, native(tiny_world).reset(seed=4)[0])
+    again = venv.reset()  # seeds are used once
+    venv.seed(4)
+    assert np.array_equal(venv.reset(), first) and not np.array_equal(again, first)
+
+
+def test_options_are_used_once(tiny_world: Path) -> None:
+    venv, env = make(tiny_world), native(tiny_world)
+    venv.set_options({"start": 2})
+    started = venv.reset()
+    assert np.array_equal(started, env.reset(seed=0, options={"start": 2})[0])
+    assert np.array_equal(started[0], started[1])
+    assert not np.array_equal(venv.reset(), started)
+
+
+def test_every_environment_has_its_own_options(tiny_world: Path) -> None:
+    venv, env = make(tiny_world), native(tiny_world)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
+    context = {"frames": frames, "actions": np.array([1])}
+    starts = {s: env.reset(seed=0, options={"start": s})[0][0] for s in (1, 3)}
+    own = env.reset(seed=0, options={"context": [None, context, None]})[0][1]
+    venv.set_options([{"start": 3}, {"context": context}, {"start": 1}])
+    observation = venv.reset()
+    assert np.array_equal(observation[0], starts[3])
+    assert np.array_equal(observation[1], own)
+    assert np.array_equal(observation[2], starts[1])
+    plain = env.reset(seed=0)[0]
+    venv.seed(0)
+    venv.set_options([{}, {"start": 3}, {}])
+    observation = venv.reset()
+    assert np.array_equal(observation[[0, 2]], plain[[0, 2]])
+
+
+def test_bad_options(tiny_world: Path) -> None:
+    venv = make(tiny_world)
+    venv.set_options({"speed": 3})
+    with pytest.raises(ValueError, match="unknown reset option 'speed'"):
+        venv.reset()
+    venv.set_options([{"start": 1, "context": {"frames": []}}, {}, {}])
+    with pytest.raises(ValueError, match="either the reset option context or start"):
+        venv.reset()
+    venv.reset()  # the bad options are gone
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"autoreset_mode": AutoresetMode.NEXT_STEP}, "SAME_STEP"),
+        ({"output": "torch"}, 'output="numpy"'),
+    ],
+)
+def test_vector_envs_that_sb3_cannot_take(
+    tiny_world: Path, kwargs: dict[str, Any], message: str
+) -> None:
+    arguments = {"autoreset_mode": AutoresetMode.SAME_STEP, **CPU, **kwargs}
+    with pytest.raises(ValueError, match=message):
+        SB3VecEnv(NFDVectorEnv(tiny_world, 2, **arguments))
+
+
+def test_pictures(tiny_world: Path) -> None:
+    venv = make(tiny_world, render_mode="rgb_array", obs_type="latent")
+    venv.reset()
+    images = venv.get_images()
+    assert [image.shape for image in images] == [(32, 48, 3)] * 3
+    assert venv.render().shape == (64, 96, 3)
+    assert venv.get_attr("frame_skip", [0, 2]) == [1, 1]
+    assert np.array_equal(venv.env_method("render", indices=1)[0], images)
+
+
+def test_attributes_belong_to_all(tiny_world: Path) -> None:
+    venv = make(tiny_world)
+    venv.set_attr("max_episode_steps", 2)
+    assert venv.get_attr("max_episode_steps") == [2, 2, 2]
+    assert venv.has_attr("obs_type") and not venv.has_attr("no_such_thing")
+    with pytest.raises(ValueError, match="for all environments together"):
+        venv.set_attr("max_episode_steps", 3, indices=[0])
+    venv.reset()
+    venv.step(np.zeros(3, int))
+    assert venv.step(np.zeros(3, int))[2].all()
+
+
+def test_stacked_latents_learn(tiny_world: Path) -> None:
+    venv = VecFrameStack(make(tiny_world, obs_type="latent"), 3, channels_order="first")
+    assert venv.observation_space.shape == (12, 4, 6)
+    model = PPO("MlpPolicy", venv, n_steps=8, batch_size=8, n_epochs=1, device="cpu")
+    model.learn(24)
+    mean, _ = evaluate_policy(model, venv, n_eval_episodes=3)
+    assert np.isfinite(mean)
+
+
+def test_stacked_frames_learn(tiny_world: Path) -> None:
+    venv = VecFrameStack(make(tiny_world), 2)
+    assert venv.observation_space.shape == (32, 48, 6)
+    PPO("MlpPolicy", venv, n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(24)
+
+
+def test_without_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stable_baselines3.common.vec_env", None)
+    monkeypatch.delitem(sys.modules, "nfd_env.sb3")
+    with pytest.raises(ImportError, match=r"pip install 'nfd-env\[sb3\]'"):
+        importlib.import_module("nfd_env.sb3")
