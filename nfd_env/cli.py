@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("bench", _bench, "measure how fast a world steps")
     _world(sub)
     _sampling(sub)
+    _dynamics(sub)
     sub.add_argument("--seconds", type=float, default=5.0, help="time spent on each figure")
     sub.add_argument(
         "--long-frames",
@@ -63,7 +64,27 @@ def _parser() -> argparse.ArgumentParser:
         default=10_000,
         help="frame number whose cost is compared with frame 10; 0 skips it (default 10000)",
     )
+    sub.add_argument(
+        "--speculative-frames", type=int, default=1, help="frames drawn jointly (default 1)"
+    )
+    kinds = sub.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--compare",
+        action="store_true",
+        help="refilled cache, ring, fewer steps and speculation, measured in turn",
+    )
+    kinds.add_argument(
+        "--frame-skip", type=int, help="frames of a repeated action: one by one against jointly"
+    )
+    sub.add_argument("--num-envs", type=int, default=1, help="of those two (default 1)")
+    sub.add_argument(
+        "--obs-type", choices=("rgb", "latent"), default="rgb", help="of those two (default rgb)"
+    )
+    sub.add_argument(
+        "--agent", help="agent that --compare takes actions from, named as for nfd eval-agent"
+    )
     _json(sub)
+    _markdown(sub, "bench, bench-compare or bench-frame-skip")
 
     sub = command("eval", _eval, "measure how good a world is on held-out recordings")
     _world(sub)
@@ -154,8 +175,26 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling-steps", type=int, help="default: the world's own")
 
 
+def _dynamics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dynamics",
+        choices=("student", "teacher"),
+        help="of a distilled world that comes with both; default: the world's own",
+    )
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _markdown(parser: argparse.ArgumentParser, names: str) -> None:
+    parser.add_argument(
+        "--markdown-into",
+        metavar="FILE",
+        help="also put the tables into this file, in place of what stands between its lines "
+        "<!-- begin NAME --> and <!-- end NAME -->",
+    )
+    parser.add_argument("--markdown-name", metavar="NAME", help=f"default: {names}")
 
 
 def _config(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +205,20 @@ def _config(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace, report: dict[str, Any], text: str) -> int:
     print(json.dumps(report, indent=2) if args.json else text)
     return 0
+
+
+def _show_tables(
+    args: argparse.Namespace, name: str, measure: Callable[[], Any], text: Callable[[Any], str]
+) -> int:
+    """Measure, print, and put the text where ``--markdown-into`` says."""
+    from nfd_env.evaluation.tables import check_markers, replace_between_markers
+
+    if args.markdown_into:  # find out about missing markers before anything is measured
+        check_markers(args.markdown_into, args.markdown_name or name)
+    report = measure()
+    if args.markdown_into:
+        replace_between_markers(args.markdown_into, args.markdown_name or name, text(report))
+    return _show(args, report, text(report))
 
 
 def _worlds(args: argparse.Namespace) -> int:
@@ -199,15 +252,40 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from nfd_env.checkpoint import load_world
-    from nfd_env.evaluation.benchmark import benchmark, format_report
+    from nfd_env.evaluation import benchmark, compare
 
-    report = benchmark(
-        load_world(args.world, args.device, args.precision),
-        args.sampling_steps,
-        seconds=args.seconds,
-        long_frames=args.long_frames,
-    )
-    return _show(args, report, format_report(report))
+    def measure() -> dict[str, Any]:
+        world = load_world(args.world, args.device, args.precision, args.dynamics)
+        if args.compare:
+            return compare.compare(
+                world,
+                num_envs=args.num_envs,
+                seconds=args.seconds,
+                obs_type=args.obs_type,
+                agent=args.agent,
+            )
+        if args.frame_skip is not None:
+            return compare.compare_frame_skip(
+                world,
+                args.frame_skip,
+                args.sampling_steps,
+                args.num_envs,
+                args.seconds,
+                args.obs_type,
+            )
+        return benchmark.benchmark(
+            world,
+            args.sampling_steps,
+            seconds=args.seconds,
+            long_frames=args.long_frames,
+            speculative_frames=args.speculative_frames,
+        )
+
+    if args.compare:
+        return _show_tables(args, "bench-compare", measure, compare.format_comparison)
+    if args.frame_skip is not None:
+        return _show_tables(args, "bench-frame-skip", measure, compare.format_frame_skip)
+    return _show_tables(args, "bench", measure, benchmark.format_report)
 
 
 def _eval(args: argparse.Namespace) -> int:

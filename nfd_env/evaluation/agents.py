@@ -321,6 +321,16 @@ def evaluate_agent(
     return report
 
 
+def load_player(agent: str, env: Any, greedy: bool = False, loader: str = LOADER) -> Player:
+    """The ``Player`` of an agent for ``env``; see ``evaluate_agent`` for arguments and errors.
+
+    What a player from a file was trained on is not compared with ``env``.
+    """
+    if agent.endswith(_FILES):
+        return _load(_import(loader), agent, None, greedy)
+    return PolicyPlayer([_policy(agent, None) for _ in range(env.num_envs)], env)
+
+
 def _import(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:  # a console script does not look where it is started

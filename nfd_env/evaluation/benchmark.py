@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from nfd_env.checkpoint import World
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation.streams import ActionStream
 from nfd_env.world_model import WorldModel
 
 
@@ -23,6 +24,7 @@ def benchmark(
     batches: tuple[int, ...] = (1, 8, 32),
     seconds: float = 5.0,
     long_frames: int = 10_000,
+    speculative_frames: int = 1,
 ) -> dict[str, Any]:
     """Time a world's env; every figure of one report comes from one run.
 
@@ -33,6 +35,8 @@ def benchmark(
         seconds: time spent on each figure.
         long_frames: the frame number at which the cost of a frame is compared with frame 10; 0
             leaves the comparison out.
+        speculative_frames: see ``NFDVectorEnv``; with more than 1, actions are held for 5 to 20
+            frames instead of being random.
 
     Returns:
         Nested plain values, see ``format_report``.
@@ -47,6 +51,7 @@ def benchmark(
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "sampling_steps": model.sampling.steps,
+        "speculative_frames": speculative_frames,
         "precision": model.precision,
         "matmul_gflops": matmul_rate(device, model.precision),
         "envs": {},
@@ -54,7 +59,10 @@ def benchmark(
     for count in batches:
         row: dict[str, Any] = {}
         for obs_type in ("rgb", "latent"):
-            times = _step_times(world, count, obs_type, sampling_steps, seconds)
+            env = _env(world, count, obs_type, sampling_steps, speculative_frames)
+            times, acceptance = _step_times(env, seconds)
+            if speculative_frames > 1:
+                row.setdefault("acceptance", acceptance)
             row[obs_type] = {
                 "env_steps_per_second": count * len(times) / times.sum(),
                 **{f"p{p}_ms": float(np.percentile(times, p) * 1e3) for p in (50, 95, 99)},
@@ -111,7 +119,13 @@ def step_gflop(model: WorldModel) -> float:
     return frames * (2 * c.tokens * per_token + 2 * per_frame + attention) / 1e9
 
 
-def _env(world: World, count: int, obs_type: str, sampling_steps: int | None) -> NFDVectorEnv:
+def _env(
+    world: World,
+    count: int,
+    obs_type: str,
+    sampling_steps: int | None,
+    speculative_frames: int = 1,
+) -> NFDVectorEnv:
     env = NFDVectorEnv(
         world.folder,
         num_envs=count,
@@ -119,6 +133,8 @@ def _env(world: World, count: int, obs_type: str, sampling_steps: int | None) ->
         precision=world.model.precision,
         obs_type=obs_type,
         sampling_steps=sampling_steps,
+        dynamics=world.dynamics,
+        speculative_frames=speculative_frames,
         autoreset_mode=AutoresetMode.NEXT_STEP,
     )
     env.reset(seed=0)
@@ -126,20 +142,26 @@ def _env(world: World, count: int, obs_type: str, sampling_steps: int | None) ->
     return env
 
 
-def _step_times(
-    world: World, count: int, obs_type: str, sampling_steps: int | None, seconds: float
-) -> np.ndarray:
-    env = _env(world, count, obs_type, sampling_steps)
-    actions = [env.action_space.sample() for _ in range(64)]
-    for i in range(world.model.dynamics.config.window + 2):
-        env.step(actions[i % 64])
+def _step_times(env: NFDVectorEnv, seconds: float) -> tuple[np.ndarray, float]:
+    """Seconds of each env step, and the share of drafted frames that were accepted."""
+    stream = ActionStream("held keys" if env.speculative_frames > 1 else "random", env)
+    actions = [stream.next(None).copy() for _ in range(512)]
+    for i in range(env.model.dynamics.config.window + 2):
+        env.step(actions[i])
     times: list[float] = []
+    info: dict[str, Any] = {}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 20:
         begin = time.perf_counter()
-        env.step(actions[len(times) % 64])
+        info = env.step(actions[len(times) % 512])[-1]
         times.append(time.perf_counter() - begin)
-    return np.array(times)
+    counts = info.get("speculation", {"accepted": np.zeros(1), "dropped": np.zeros(1)})
+    return np.array(times), acceptance_rate(counts["accepted"].sum(), counts["dropped"].sum())
+
+
+def acceptance_rate(accepted: float, dropped: float) -> float:
+    """The share of drafted frames that were used, of those whose fate is known; 0 without any."""
+    return float(accepted / (accepted + dropped)) if accepted + dropped else 0.0
 
 
 def _transformer_seconds(world: World, model: WorldModel, count: int, seconds: float) -> float:
@@ -220,6 +242,13 @@ def format_report(report: dict[str, Any]) -> str:
             f"{latent['env_steps_per_second']:.0f} | {row['transformer_gflops']:.0f} | "
             f"{row['matmul_share']:.2f} |"
         )
+    if report["speculative_frames"] > 1:
+        rates = ", ".join(f"{r['acceptance']:.2f} ({n})" for n, r in report["envs"].items())
+        lines += [
+            "",
+            f"Speculation draws {report['speculative_frames']} frames jointly; actions held for 5 "
+            f"to 20 frames. Accepted of the drafted frames (envs): {rates}.",
+        ]
     if "late_frame" in report:
         late = report["late_frame"]
         lines += [

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfd_env.checkpoint import load_world
+from nfd_env.cli import main
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation.benchmark import benchmark, format_report
+from nfd_env.evaluation.compare import (
+    compare,
+    compare_frame_skip,
+    format_comparison,
+    format_frame_skip,
+    take_turns,
+)
+from nfd_env.evaluation.streams import ActionStream
+
+
+def env(world: Path, num_envs: int = 2, **kwargs: Any) -> NFDVectorEnv:
+    return NFDVectorEnv(world, num_envs, "cpu", precision="fp32", obs_type="latent", **kwargs)
+
+
+def runs(column: np.ndarray) -> list[int]:
+    """Lengths of the stretches of equal values."""
+    edges = np.flatnonzero(np.diff(column)) + 1
+    return np.diff(np.concatenate(([0], edges, [len(column)]))).tolist()
+
+
+def test_streams(endless_world: Path) -> None:
+    world = env(endless_world, 3)
+    made = {}
+    for name in ("held keys", "agent", "random"):
+        stream, again = (ActionStream(name, world, seed=4) for _ in range(2))
+        actions = np.stack([stream.next(None).copy() for _ in range(600)])
+        assert np.array_equal(actions, np.stack([again.next(None).copy() for _ in range(600)]))
+        assert set(actions.ravel()) == {0, 1, 2}
+        assert not np.array_equal(actions[:, 0], actions[:, 1])
+        made[name] = actions
+    held = [n for row in range(3) for n in runs(made["held keys"][:, row])[:-1]]
+    # The same action can be drawn twice in a row.
+    assert min(held) >= 5 and 12 < np.mean(held) < 30
+    assert 1.3 < np.mean(runs(made["random"][:, 0])) < 1.7
+    assert np.mean(runs(made["agent"][:, 0])) < np.mean(held)
+
+
+class Follows:
+    """A policy for ``--agent`` that presses what the frame's first pixel says."""
+
+    def reset(self, env: Any, rng: np.random.Generator) -> None:
+        pass
+
+    def act(self, observation: np.ndarray) -> int:
+        assert observation.shape == (32, 48, 3)
+        return int(observation[0, 0, 0]) % 3
+
+
+def test_an_agent_sees_the_frames(endless_world: Path) -> None:
+    world = NFDVectorEnv(endless_world, 2, "cpu", precision="fp32")
+    stream = ActionStream("agent", world, "tests.evaluation.test_compare:Follows")
+    observation, _ = world.reset(seed=0)
+    for _ in range(5):
+        actions = stream.next(observation)
+        assert actions.tolist() == (observation[:, 0, 0, 0] % 3).tolist()
+        observation = world.step(actions)[0]
+
+
+def test_unknown_streams_and_agents(endless_world: Path) -> None:
+    with pytest.raises(ValueError, match="the action streams are held keys, agent, random"):
+        ActionStream("wild", env(endless_world))
+    with pytest.raises(ValueError, match="no_such"):
+        ActionStream("agent", env(endless_world), "no_such.module:Agent")
+
+
+def test_measurements_take_turns() -> None:
+    calls: list[str] = []
+
+    def quick() -> float:
+        calls.append("quick")
+        return 0.01
+
+    def slow() -> float:
+        calls.append("slow")
+        return 0.2
+
+    take_turns([quick, slow], seconds=0.4, rounds=8)
+    assert calls.count("quick") in range(40, 49) and calls.count("slow") == 8
+    # Each round begins with another one.
+    assert calls[:6] == ["quick"] * 5 + ["slow"] and calls[6] == "slow"
+
+
+def test_compare(distilled_world: Path) -> None:
+    world = load_world(distilled_world, "cpu", "fp32")
+    report = compare(world, (5, 1), (2,), seconds=0.05)
+    rows = report["rows"]
+    assert [(r["steps"], r["cache"], r["dynamics"], r["speculative_frames"]) for r in rows] == [
+        (18, "refilled", "teacher", 1),
+        (5, "ring", "teacher", 1),
+        (1, "ring", "student", 1),
+        *[(1, "ring", "student", 2)] * 3,
+    ]
+    assert [r["sampler"] for r in rows[:3]] == ["euler", "euler", "consistency"]
+    assert [r["stream"] for r in rows[3:]] == ["held keys", "agent", "random"]
+    # 18 steps and a window against one pass: no machine is noisy enough to hide that.
+    assert rows[2]["over_refilled"] > 3 and rows[0]["over_refilled"] == 1
+    for row in rows[3:]:
+        assert 0 <= row["acceptance"] <= 1 and 0 <= row["frames_without_a_pass"] <= 0.5
+        ratio = row["frames_per_second"] / rows[2]["frames_per_second"]
+        assert row["over_no_speculation"] == pytest.approx(ratio)
+    text = format_comparison(report)
+    assert text.count("\n| 1 (student, consistency) |") == 4
+    assert "refilled for every frame" in text
+    json.dumps(report)
+
+
+def test_compare_in_a_world_with_one_network(endless_world: Path) -> None:
+    report = compare(load_world(endless_world, "cpu", "fp32"), (2,), (), seconds=0.01)
+    assert [r["dynamics"] for r in report["rows"]] == ["flow", "flow"]
+    assert "Speculation" not in format_comparison(report)
+
+
+def test_compare_frame_skip(distilled_world: Path) -> None:
+    world = load_world(distilled_world, "cpu", "fp32")
+    report = compare_frame_skip(world, 4, seconds=0.02)
+    assert [(r["frames_per_pass"], r["passes"]) for r in report["rows"]] == [(1, 4), (2, 2), (4, 1)]
+    # Every draft is for frames of the same action.
+    assert all(r["acceptance"] == 1 for r in report["rows"][1:])
+    assert report["rows"][0]["over_one_by_one"] == 1
+    assert "| 4 | 1 |" in format_frame_skip(report)
+    with pytest.raises(ValueError, match="frame skip of 1"):
+        compare_frame_skip(world, 1)
+
+
+def test_bench_shows_the_acceptance(endless_world: Path) -> None:
+    world = load_world(endless_world, "cpu", "fp32")
+    report = benchmark(world, 1, (1,), 0.05, 0, speculative_frames=2)
+    acceptance = report["envs"]["1"]["acceptance"]
+    assert 0 <= acceptance <= 1
+    assert f"{acceptance:.2f} (1)" in format_report(report)
+    plain = benchmark(world, 1, (1,), 0.02, 0)
+    assert "acceptance" not in plain["envs"]["1"] and "Speculation" not in format_report(plain)
+
+
+def test_tables_go_into_a_document(
+    distilled_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "README.md"
+    markers = ("<!-- begin bench-frame-skip -->", "<!-- end bench-frame-skip -->")
+    document.write_text(f"Before.\n{markers[0]}\nold\n{markers[1]}\nAfter.\n")
+    command = ["bench", str(distilled_world), "--frame-skip", "2", "--seconds", "0.01"]
+    command += ["--device", "cpu", "--precision", "fp32"]
+    for _ in range(2):
+        assert main([*command, "--markdown-into", str(document)]) == 0
+        printed = capsys.readouterr().out.strip()
+        assert document.read_text() == (f"Before.\n{markers[0]}\n{printed}\n{markers[1]}\nAfter.\n")
+    assert "frames drawn jointly" in printed
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- begin bench -->", "<!-- end bench --> <!-- begin bench -->"]
+)
+def test_a_document_without_markers(
+    text: str, distilled_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(text)
+    command = ["bench", str(distilled_world), "--seconds", "1000", "--markdown-into"]
+    assert main([*command, str(document)]) == 1
+    assert "<!-- begin bench --> and <!-- end bench -->" in capsys.readouterr().err
+    assert document.read_text() == text
+
+
+def test_markers_of_ones_own(tmp_path: Path, distilled_world: Path) -> None:
+    document = tmp_path / "notes.md"
+    document.write_text("<!-- begin mine --><!-- end mine -->")
+    command = ["bench", str(distilled_world), "--frame-skip", "2", "--seconds", "0.01"]
+    command += ["--markdown-into", str(document), "--markdown-name", "mine", "--json"]
+    assert main(command) == 0
+    assert "frames drawn jointly" in document.read_text()
