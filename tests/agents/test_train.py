@@ -1,0 +1,416 @@
+"""Whole trainings, the files that they leave, and playing those."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents import train_ppo
+from agents.evaluation import Judge
+from agents.load import NativeAgent, load_agent
+from agents.network import AgentError, new_stack
+from agents.ppo import PPOConfig
+from agents.train_ppo import TrainPPOConfig
+from nfd_env import config
+from nfd_env.checkpoint import load_world
+from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation.agents import play_episodes
+from nfd_env.spaces import ActionCodec
+
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+SPEC = {"obs_type": "latent", "frame_skip": 2}  # of the trained agents below
+
+
+def settings(folder: Path, **kwargs: Any) -> TrainPPOConfig:
+    values: dict[str, Any] = {
+        "decisions": 64,
+        "num_envs": 4,
+        "frame_skip": 2,
+        "frame_stack": 2,
+        "max_episode_frames": 20,
+        "env": {"precision": "fp32"},
+        "channels": 8,
+        "width": 16,
+        "device": "cpu",
+        "ppo": PPOConfig(rollout_steps=8, minibatch_size=16, epochs=2),
+    }
+    return TrainPPOConfig(folder=str(folder), **{**values, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def trained(counter_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the counter world, evaluated in the real game. Do not write into it."""
+    folder = tmp_path_factory.mktemp("run")
+    metrics = train_ppo.train(
+        str(counter_world),
+        settings(folder, evaluate_every=32, evaluate_episodes=3),
+        progress=False,
+    )
+    assert metrics.keys() == {"score", "real_score"}
+    return folder
+
+
+def make(world: Path, num_envs: int = 3, real: bool = False, **kwargs: Any) -> Any:
+    arguments = {**SPEC, "max_episode_steps": 8, **CPU, **kwargs}
+    if real:
+        return RealVectorEnv(world, num_envs, **arguments)
+    return NFDVectorEnv(world, num_envs, autoreset_mode="SameStep", **arguments)
+
+
+def test_it_leaves_an_agent_state_and_logs(trained: Path) -> None:
+    names = {p.name for p in trained.iterdir()}
+    assert names == {"agent.safetensors", "state.pt", "tensorboard"}
+    assert load_agent(trained / "agent.safetensors").spec.trained_in == "world"
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_the_agent_plays_both(trained: Path, counter_world: Path, real: bool, output: str) -> None:
+    env = make(counter_world, real=real, output=output)
+    agent = load_agent(trained / "agent.safetensors", env)
+    first = play_episodes(env, agent, 5, seed=3).scores
+    assert first.shape == (5,) and np.isfinite(first).all()
+    assert np.array_equal(play_episodes(env, agent, 5, seed=3).scores, first)
+    agent.reset(3, seed=0)
+    action = agent.act(env.reset(seed=0)[0])
+    assert isinstance(action, torch.Tensor if output == "torch" else np.ndarray)
+
+
+def test_it_decides_on_the_stack(trained: Path, counter_world: Path) -> None:
+    env = make(counter_world, output="torch")
+    agent: Any = load_agent(trained / "agent.safetensors", env, greedy=True)
+    assert isinstance(agent, NativeAgent)
+    agent.reset(3)
+    a, b = env.reset(seed=0)[0], env.reset(seed=9)[0]
+    agent.act(a)
+    agent.act(b, first=torch.tensor([False, True, False]))
+    expected = torch.stack([a, b], 1)
+    expected[1] = new_stack(b, 2)[1]
+    assert torch.equal(agent._stack, expected)
+
+
+def test_the_same_command_continues(tiny_world: Path, tmp_path: Path) -> None:
+    short = settings(tmp_path, decisions=32)
+    train_ppo.train(str(tiny_world), short, progress=False)
+    before = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert before["decisions"] == 32
+    train_ppo.train(str(tiny_world), short, progress=False)  # there is nothing left to do
+    same = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(same["policy"][k], v) for k, v in before["policy"].items())
+    train_ppo.train(str(tiny_world), replace(short, decisions=96), progress=False)
+    after = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert after["decisions"] == 96
+    steps = [s["optimiser"]["state"][0]["step"].item() for s in (before, after)]
+    assert steps == [4, 12]  # two minibatches, two epochs: four to an update
+    agent = load_agent(tmp_path / "agent.safetensors")
+    assert isinstance(agent, NativeAgent)
+    for name, value in agent.policy.state_dict().items():
+        assert torch.equal(value, after["policy"][name])
+
+
+def test_killed_in_an_update_it_continues_from_the_checkpoint(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = []
+
+    def interrupted(*args: Any) -> Any:
+        updates.append(1)
+        if len(updates) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = train_ppo.update
+    monkeypatch.setattr(train_ppo, "update", interrupted)
+    plan = settings(tmp_path, decisions=128, checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo.train(str(tiny_world), plan, progress=False)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["decisions"] == 64
+    train_ppo.train(str(tiny_world), plan, progress=False)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["decisions"] == 128
+    assert len(updates) == 5
+
+
+def test_training_in_the_real_game(counter_world: Path, tmp_path: Path) -> None:
+    metrics = train_ppo.train(str(counter_world), settings(tmp_path), real=True, progress=False)
+    assert np.isfinite(metrics["score"])
+    agent = load_agent(tmp_path / "agent.safetensors", make(counter_world))
+    assert agent.spec.trained_in == "real game"
+    with pytest.raises(AgentError, match="choose another folder"):
+        train_ppo.train(str(counter_world), settings(tmp_path), progress=False)
+
+
+def test_without_the_real_game_it_says_so(
+    counter_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "tests.counter_env", None)  # which registers the game
+    plan = settings(tmp_path, evaluate_every=32, evaluate_episodes=2)
+    metrics = train_ppo.train(str(counter_world), plan, progress=True)
+    assert metrics.keys() == {"score"}
+    printed = "".join(capsys.readouterr())
+    assert printed.count("no score of the real game beside the world's") == 1
+
+
+def test_the_judge_always_asks_the_same(trained: Path, counter_world: Path) -> None:
+    agent = load_agent(trained / "agent.safetensors")
+    judge = Judge(load_world(counter_world, **CPU), 3, 8, "cpu")
+    state = torch.get_rng_state()
+    first, second = judge.scores(agent), judge.scores(agent)
+    assert first is not None and second is not None and np.array_equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    judge.close()
+
+
+def test_command_line(
+    tiny_world: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ppo.yaml"
+    path.write_text(
+        f"folder: {tmp_path / 'run'}\ndecisions: 32\nnum_envs: 4\ndevice: cpu\n"
+        "max_episode_frames: 8\nppo: {rollout_steps: 8, minibatch_size: 16}\n"
+    )
+    command = ["--world", str(tiny_world), "--config", str(path)]
+    assert train_ppo.main([*command, "frame_stack=2", "channels=8"]) == 0
+    assert "score" in capsys.readouterr().out
+    agent = load_agent(tmp_path / "run" / "agent.safetensors")
+    assert (agent.spec.frame_stack, agent.spec.frame_skip) == (2, 4)
+    for wrong, message in (
+        (["ppo.bogus=1"], "bogus"),
+        (["ppo.minibatch_size=7"], "does not divide the batch"),
+        (["obs_type=sound"], "obs_type must be one of"),
+    ):
+        assert train_ppo.main([*command, *wrong]) == 1
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+    assert train_ppo.main(["--world", "Mars", "--config", str(path)]) == 1
+    assert "unknown world 'Mars'" in capsys.readouterr().err
+
+
+def test_the_shipped_configs_fit() -> None:
+    folder = Path(__file__).parents[2] / "configs" / "doom_take_cover"
+    native = config.load(TrainPPOConfig, folder / "ppo.yaml")
+    assert native.max_episode_steps == 525
+    pytest.importorskip("stable_baselines3")
+    from agents.benchmark_ppo import as_sb3
+    from agents.train_sb3 import TrainSB3Config
+
+    sb3 = config.load(TrainSB3Config, folder / "ppo_sb3.yaml")
+    expected = as_sb3(native)
+    assert {**expected.ppo, **sb3.ppo} == expected.ppo
+    same = ("num_envs", "frame_skip", "frame_stack", "obs_type", "channels", "reward_scale")
+    assert all(getattr(sb3, name) == getattr(expected, name) for name in same)
+
+
+# Loading agents that do not fit.
+
+
+def test_agents_of_another_world_or_action_space(
+    trained: Path, make_world: Callable[..., Path], counter_world: Path
+) -> None:
+    path = trained / "agent.safetensors"
+    load_agent(path, make(counter_world))
+    with pytest.raises(AgentError, match="latents of the tokenizer"):
+        load_agent(path, make(make_world(seed=1)))
+    four = make_world(action_space={"type": "MultiBinary", "n": 4})
+    with pytest.raises(AgentError, match="trained for the action space"):
+        load_agent(path, make(four))
+    with pytest.raises(AgentError, match="obs_type='latent'"):
+        load_agent(path, make(counter_world, obs_type="rgb"))
+    with pytest.raises(AgentError, match="frame_skip=2"):
+        load_agent(path, make(counter_world, frame_skip=1))
+
+
+def test_observations_of_another_shape(trained: Path) -> None:
+    agent = load_agent(trained / "agent.safetensors")
+    agent.reset(2)
+    with pytest.raises(
+        AgentError, match=r"takes observations \(2, 4, 4, 6\), got \(2, 32, 48, 3\)"
+    ):
+        agent.act(np.zeros((2, 32, 48, 3), np.uint8))
+
+
+def test_files_that_are_no_agents(tiny_world: Path, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="no such checkpoint"):
+        load_agent(tmp_path / "agent.safetensors")
+    with pytest.raises(AgentError, match="holds a Tokenizer, not a ActorCritic"):
+        load_agent(tiny_world / "tokenizer.safetensors")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"nonsense")
+    with pytest.raises(AgentError, match="damaged or not a safetensors file"):
+        load_agent(damaged)
+
+
+def test_box_actions_are_for_sb3(make_world: Callable[..., Path], tmp_path: Path) -> None:
+    world = make_world(action_space={"type": "Box", "low": [-1.0, -1.0], "high": [1.0, 1.0]})
+    with pytest.raises(AgentError, match="use agents.train_sb3"):
+        train_ppo.train(str(world), settings(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"type": "Discrete", "n": 3, "start": 2},
+        {"type": "MultiDiscrete", "nvec": [3, 2], "start": [0, 0]},
+        {"type": "MultiBinary", "n": 4},
+    ],
+    ids=lambda s: s["type"],
+)
+def test_other_action_spaces(
+    make_world: Callable[..., Path], tmp_path: Path, space: dict[str, Any]
+) -> None:
+    world = make_world(action_space=space)
+    train_ppo.train(str(world), settings(tmp_path, decisions=32), progress=False)
+    env = make(world)
+    agent = load_agent(tmp_path / "agent.safetensors", env)
+    agent.reset(3)
+    ActionCodec(env.single_action_space).check(agent.act(env.reset(seed=0)[0]), 3)
+
+
+# Stable-Baselines3.
+
+
+def sb3_settings(folder: Path, **kwargs: Any) -> Any:
+    pytest.importorskip("stable_baselines3")
+    from agents.benchmark_ppo import as_sb3
+
+    return replace(as_sb3(settings(folder)), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("obs_type", "policy"), [("latent", "trunk"), ("rgb", "trunk"), ("latent", "MlpPolicy")]
+)
+def test_sb3_trains_and_plays(
+    counter_world: Path, tmp_path: Path, obs_type: str, policy: str
+) -> None:
+    plan = sb3_settings(
+        tmp_path, obs_type=obs_type, policy=policy, evaluate_every=32, evaluate_episodes=2
+    )
+    from agents import train_sb3
+
+    metrics = train_sb3.train(str(counter_world), plan, progress=False)
+    assert metrics.keys() == {"score", "real_score"}
+    for real in (False, True):
+        env = make(counter_world, real=real, obs_type=obs_type)
+        agent = load_agent(tmp_path / "agent.zip", env)
+        assert np.isfinite(play_episodes(env, agent, 4, seed=0).scores).all()
+    with pytest.raises(AgentError, match="frame_skip=2"):
+        load_agent(tmp_path / "agent.zip", make(counter_world, obs_type=obs_type, frame_skip=1))
+
+
+def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) -> None:
+    """The agent gives its model exactly what VecFrameStack did."""
+    plan = sb3_settings(tmp_path, frame_stack=3)
+    from agents import train_sb3
+    from agents.load import SB3Agent
+
+    venv, spec = train_sb3.make_env(str(tiny_world), plan)
+    seen: list[np.ndarray] = []
+
+    class Model:
+        def predict(self, observation: np.ndarray, deterministic: bool) -> Any:
+            seen.append(observation.copy())
+            return np.zeros(len(observation), int), None
+
+    agent = SB3Agent(Model(), spec)
+    agent.reset(plan.num_envs)
+    stacked, dones = venv.reset(), np.zeros(plan.num_envs, bool)
+    for _ in range(14):
+        agent.act(stacked[:, -4:], first=dones)
+        assert np.array_equal(seen[-1], stacked)
+        stacked, _, dones, _ = venv.step(np.zeros(plan.num_envs, int))
+
+
+def test_sb3_continues(tiny_world: Path, tmp_path: Path) -> None:
+    plan = sb3_settings(tmp_path)
+    from stable_baselines3 import PPO
+
+    from agents import train_sb3
+
+    train_sb3.train(str(tiny_world), plan, progress=False)
+    assert PPO.load(tmp_path / "agent.zip").num_timesteps == 64
+    train_sb3.train(str(tiny_world), replace(plan, decisions=96), progress=False)
+    model = PPO.load(tmp_path / "agent.zip")
+    assert model.num_timesteps == 96 and model._n_updates == 2 * 3
+    with pytest.raises(AgentError, match="another world, observation type, frame skip or stack"):
+        train_sb3.train(str(tiny_world), replace(plan, frame_skip=1), progress=False)
+    with pytest.raises(AgentError, match="cannot be continued"):
+        train_sb3.train(str(tiny_world), replace(plan, frame_stack=3), progress=False)
+
+
+def test_somebodys_own_sb3_agent(
+    tiny_world: Path, make_world: Callable[..., Path], tmp_path: Path
+) -> None:
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    from nfd_env.sb3 import make_vec_env
+
+    kwargs = {"world": tiny_world, "obs_type": "latent", **CPU}
+    venv = VecFrameStack(make_vec_env("NFD/World-v0", 2, env_kwargs=kwargs), 2, "first")
+    stable_baselines3.DQN("MlpPolicy", venv, buffer_size=10, device="cpu").save(tmp_path / "own")
+    path = f"DQN:{tmp_path / 'own.zip'}"
+    with pytest.raises(AgentError, match="does not say what it was trained on"):
+        load_agent(path)
+    env = make(tiny_world)
+    agent = load_agent(path, env)
+    assert agent.spec.frame_stack == 2
+    assert np.isfinite(play_episodes(env, agent, 3, seed=0).scores).all()
+    with pytest.raises(AgentError, match=r"takes observations \(8, 4, 6\)"):
+        load_agent(path, make(tiny_world, obs_type="rgb"))
+    with pytest.raises(AgentError, match="for the action space"):
+        load_agent(path, make(make_world(action_space={"type": "MultiBinary", "n": 4})))
+    with pytest.raises(AgentError, match="cannot be loaded as PPO"):
+        load_agent(tmp_path / "own.zip", env)
+    with pytest.raises(AgentError, match="no such file"):
+        load_agent(tmp_path / "other.zip", env)
+
+
+def test_sb3_settings_that_do_not_go(tiny_world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CnnPolicy takes pictures, not obs_type='latent'"):
+        sb3_settings(tmp_path, policy="CnnPolicy")
+    with pytest.raises(ValueError, match="policy must be"):
+        sb3_settings(tmp_path, policy="Transformer")
+    from agents import train_sb3
+
+    wrong = sb3_settings(tmp_path, ppo={"bogus": 1})
+    with pytest.raises(AgentError, match="bogus"):
+        train_sb3.train(str(tiny_world), wrong, progress=False)
+
+
+def test_the_benchmark_measures_both(tiny_world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    from agents.benchmark_ppo import benchmark, format_report
+
+    plan = settings(tmp_path)
+    report = benchmark(str(tiny_world), plan, updates=1, repeats=2)
+    assert list(report) == ["native, latent", "sb3, latent", "sb3, rgb"]
+    for row in report.values():
+        assert 0 < row["lowest"] <= row["decisions_per_second"] <= row["highest"]
+        assert row["frames_per_second"] == 2 * row["decisions_per_second"]
+    assert len(format_report(report, plan).splitlines()) == 7
+    assert not any(tmp_path.iterdir())  # it leaves nothing behind
+
+
+def test_loading_without_stable_baselines3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "agent.zip").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(AgentError, match=r"pip install 'nfd-env\[sb3\]'"):
+        load_agent(tmp_path / "agent.zip")
+
+
+def test_the_agent_moves_with_its_file(trained: Path, counter_world: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "agent.safetensors", tmp_path / "other.safetensors")
+    env = make(counter_world)
+    scores = [
+        play_episodes(env, load_agent(path, env), 3, seed=1).scores
+        for path in (trained / "agent.safetensors", tmp_path / "other.safetensors")
+    ]
+    assert np.array_equal(*scores)
