@@ -45,4 +45,4 @@ for step in range(args.steps):
     frames, actions, score = [*frames[-15:], frame], [*actions[-14:], key], score + float(reward)
     if terminated or truncated:
         break
-print(f"{name}: score {score:.0f} after {step + 1} frames")
+print(f"{name}: score {score:.0f} in at most {args.steps} frames")

@@ -140,9 +140,9 @@ class RealVectorEnv(VectorEnv):
         if ended.any():
             infos = {"final_obs": self._observe(final), "_final_obs": ended}
         if self.output == "torch":
-            outcome = (self._tensor(x) for x in (reward.astype(np.float32), terminated, truncated))
             infos = {k: v if isinstance(v, Tensor) else self._tensor(v) for k, v in infos.items()}
-            return observation, *outcome, infos
+            rewards = self._tensor(reward.astype(np.float32))
+            return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
         return observation, reward, terminated, truncated, infos
 
     def frames(self) -> np.ndarray:

@@ -537,7 +537,7 @@ class NFDVectorEnv(VectorEnv):
                     f'start must be from 0 to {len(self.world.starts) - 1} or "beginning", '
                     f"got {start!r}"
                 )
-            return [self.world.starts[start]] * len(rows)
+            return [self.world.starts[int(start)]] * len(rows)
         if given is None:
             return [None] * len(rows)
         if not isinstance(given, Mapping | Sequence):

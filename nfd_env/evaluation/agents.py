@@ -233,9 +233,8 @@ def evaluate_agent(
             raise ValueError(f"{name} must be at least 1, got {value}")
     is_file = agent.endswith(_FILES)
     if is_file:
-        load = _import(loader)
         if obs_type is None and frame_skip is None:
-            spec = _load(load, agent, None, greedy).spec
+            spec = _load(loader, agent, None, greedy).spec
             obs_type, frame_skip = spec.obs_type, spec.frame_skip
     elif obs_type == "latent":
         raise ValueError(f"{agent} acts on frames and cannot take latents: leave obs_type away")
@@ -253,7 +252,7 @@ def evaluate_agent(
 
     def player(env: Any) -> Player:
         if is_file:
-            return _load(load, agent, env, greedy)
+            return _load(loader, agent, env, greedy)
         return PolicyPlayer([_policy(agent, agent_kwargs) for _ in range(env.num_envs)], env)
 
     def tokenized(observation: np.ndarray) -> np.ndarray:
@@ -344,7 +343,8 @@ def _import(name: str) -> Callable[..., Any]:
         ) from None
 
 
-def _load(load: Callable[..., Any], agent: str, env: Any, greedy: bool) -> Any:
+def _load(loader: str, agent: str, env: Any, greedy: bool) -> Any:
+    load = _import(loader)
     try:
         return load(agent, env, greedy)
     except ValueError as error:
