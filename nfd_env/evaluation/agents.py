@@ -409,7 +409,7 @@ def _side_by_side(played: Mapping[str, Episodes], aspect: float) -> Iterator[np.
 def format_report(report: Mapping[str, Any]) -> str:
     """The report as a Markdown table and what it means."""
     lines = [
-        f"{report['agent']} in {report['world']}: {report['episodes']} episodes a side, seeds from "
+        f"{report['agent']} in {report['world']}: {report['episodes']} episodes, seeds from "
         f"{report['seed']}, {report['obs_type']} observations, frame skip "
         f"{report['frame_skip']}, at most {report['max_frames']} frames an episode",
         "",
