@@ -71,10 +71,10 @@ class NativeRun:
         self._optimiser = torch.optim.Adam(
             self._policy.parameters(), lr=settings.ppo.learning_rate, eps=1e-5
         )
-        functions = (self._policy.act, ppo_loss, gae)
-        if settings.compile:
-            functions = tuple(torch.compile(f, dynamic=False) for f in functions)
-        self._act, self._loss, self._gae = functions
+        self._act, self._loss, self._gae = (
+            train_ppo.compiled(function, settings.compile)
+            for function in (self._policy.act, ppo_loss, gae)
+        )
         observation, _ = self._env.reset(seed=settings.seed)
         self._player = Player.start(observation, settings.frame_stack)
 

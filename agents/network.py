@@ -152,7 +152,7 @@ class ActorCritic(nn.Module):
         elif isinstance(space, spaces.MultiDiscrete):
             self.sizes, start = space.nvec.tolist(), space.start.tolist()
         elif isinstance(space, spaces.MultiBinary):
-            self.sizes, start = [2] * int(space.n), [0] * int(space.n)
+            self.sizes, start = [2] * space.shape[0], [0] * space.shape[0]
         else:
             raise AgentError(
                 "the native PPO takes Discrete, MultiDiscrete and MultiBinary actions, "

@@ -232,9 +232,10 @@ def update(
     target = advantage + value
     explained = 1 - advantage.var() / target.var().clamp_min(1e-8)
     normalised = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    flat = batch.select("observation", "action", "log_prob").flatten(0, 1)
-    flat["advantage"], flat["target"] = normalised.flatten(), target.flatten()
-    logs: list[TensorDict] = []
+    columns = {name: batch[name] for name in ("observation", "action", "log_prob")}
+    columns |= {"advantage": normalised, "target": target}
+    flat = TensorDict({k: v.flatten(0, 1) for k, v in columns.items()}, batch_size=value.numel())
+    logs: list[dict[str, Tensor]] = []
     for _ in range(config.epochs):
         order = torch.randperm(len(flat), device=value.device)
         for index in order.split(config.minibatch_size):
@@ -243,6 +244,6 @@ def update(
             loss.backward()
             log["gradient_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm)
             optimiser.step()
-            logs.append(TensorDict(log))
-    means = torch.stack(logs).mean(0)  # type: ignore[arg-type]
-    return {**{str(k): v for k, v in means.items()}, "explained_variance": explained}
+            logs.append(log)
+    means = {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
+    return {**means, "explained_variance": explained}

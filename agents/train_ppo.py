@@ -106,6 +106,11 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     return NFDVectorEnv(world, autoreset_mode="SameStep", **{**kwargs, **settings.env})
 
 
+def compiled(function: Any, wanted: bool) -> Any:
+    """``function``, through torch.compile if that is ``wanted``."""
+    return torch.compile(function, dynamic=False) if wanted else function
+
+
 def train(
     world: str, settings: TrainPPOConfig, real: bool = False, progress: bool = True
 ) -> dict[str, float]:
@@ -153,10 +158,9 @@ def train(
         done, elapsed, evaluated = state["decisions"], state["elapsed"], state["evaluated"]
         metrics = state["metrics"]
 
-    def compiled(function: Any) -> Any:
-        return torch.compile(function, dynamic=False) if settings.compile else function
-
-    act, loss_of, advantage_of = compiled(policy.act), compiled(ppo_loss), compiled(gae)
+    act, loss_of, advantage_of = (
+        compiled(function, settings.compile) for function in (policy.act, ppo_loss, gae)
+    )
     judge = Judge(
         env.world, settings.evaluate_episodes, settings.max_episode_steps, settings.device
     )

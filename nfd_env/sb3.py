@@ -49,7 +49,7 @@ class SB3VecEnv(VecEnv):
             )
         if getattr(env.unwrapped, "output", "numpy") != "numpy":
             raise ValueError('Stable-Baselines3 needs a vector env made with output="numpy"')
-        self.env = env
+        self.env: Any = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.metadata = {**self.metadata, "render_fps": env.metadata.get("render_fps", 30)}
 

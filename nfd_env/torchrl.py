@@ -61,21 +61,21 @@ class TorchRLEnv(EnvBase):
         env = NFDVectorEnv(
             world, num_envs, output="torch", autoreset_mode=AutoresetMode.DISABLED, **kwargs
         )
-        super().__init__(device=env.model.device, batch_size=[num_envs])
+        super().__init__(device=env.model.device, batch_size=torch.Size([num_envs]))
         self.env = env
         self._seed: int | None = None
-        batch = (num_envs,)
+        batch, one = torch.Size([num_envs]), torch.Size([num_envs, 1])
         self.observation_spec = Composite(
             observation=_expand(_spec(env.single_observation_space, self.device), num_envs),
-            hazard=Bounded(0.0, 1.0, (num_envs, 1), self.device, torch.float32),
+            hazard=Bounded(0.0, 1.0, one, self.device, torch.float32),
             shape=batch,
             device=self.device,
         )
         self.action_spec = _expand(_spec(env.single_action_space, self.device), num_envs)
-        discrete = isinstance(env.single_action_space, spaces.Discrete)
-        self._start = int(env.single_action_space.start) if discrete else 0
-        self.reward_spec = Unbounded((num_envs, 1), self.device, torch.float32)
-        flag = Categorical(2, (num_envs, 1), self.device, torch.bool)
+        space = env.single_action_space
+        self._start = int(space.start) if isinstance(space, spaces.Discrete) else 0
+        self.reward_spec = Unbounded(one, self.device, torch.float32)
+        flag = Categorical(2, one, self.device, torch.bool)
         self.done_spec = Composite(
             done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=batch
         )
@@ -92,14 +92,13 @@ class TorchRLEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict["action"] + self._start if self._start else tensordict["action"]
-        stepped = tensordict.get("_step", None)
-        waiting = [] if stepped is None else (~stepped.view(-1)).nonzero()[:, 0].tolist()
-        held = None
+        stepped = tensordict.get("_step", torch.ones(self.num_envs, dtype=torch.bool)).view(-1)
+        waiting, held = (~stepped).nonzero()[:, 0].tolist(), None
         if (
             waiting
         ):  # ended, while TorchRL plays the others on: they must be as they were afterwards
             held = self.env.save_state(waiting)
-            self.env.reset(options={"reset_mask": ~stepped.view(-1)})
+            self.env.reset(options={"reset_mask": ~stepped})
         observation, reward, terminated, truncated, info = self.env.step(action)
         if held is not None:
             observation = self.env.restore_state(held, waiting)
@@ -134,21 +133,22 @@ class TorchRLEnv(EnvBase):
 
 def _spec(space: spaces.Space, device: torch.device | None) -> TensorSpec:
     """TorchRL's spec of one environment's space."""
+    shape = torch.Size(space.shape or ())
     if isinstance(space, spaces.Discrete):
-        return Categorical(int(space.n), (), device, torch.int64)
+        return Categorical(int(space.n), shape, device, torch.int64)
     if isinstance(space, spaces.MultiDiscrete):
         if space.start.any():
             raise ValueError(f"TorchRL counts actions from 0, {space} does not")
-        return MultiCategorical(space.nvec.tolist(), (len(space.nvec),), device, torch.int64)
+        return MultiCategorical(space.nvec.tolist(), shape, device, torch.int64)
     if isinstance(space, spaces.MultiBinary):
-        return Binary(int(space.n), (int(space.n),), device, torch.int8)
+        return Binary(shape[0], shape, device, torch.int8)
     assert isinstance(space, spaces.Box)
     dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
-    if not (space.is_bounded()):
-        return Unbounded(space.shape, device, dtype)
+    if not space.is_bounded():
+        return Unbounded(shape, device, dtype)
     low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
-    return Bounded(low, high, space.shape, device, dtype)
+    return Bounded(low, high, shape, device, dtype)
 
 
 def _expand(spec: TensorSpec, count: int) -> TensorSpec:
-    return spec.expand(count, *spec.shape)
+    return spec.expand(torch.Size([count, *spec.shape]))

@@ -74,13 +74,13 @@ def test_a_rollout_is_that_of_the_vector_env(tiny_world: Path) -> None:
     assert ends > 8
 
 
-def test_playing_on_until_all_have_ended(tiny_world: Path) -> None:
-    env = TorchRLEnv(tiny_world, 3, max_episode_steps=30, **CPU)
+def test_playing_on_until_all_have_ended(hasty_world: Path) -> None:
+    env = TorchRLEnv(hasty_world, 3, max_episode_steps=12, **CPU)
     env.set_seed(1)
-    alone = env.rollout(40, break_when_any_done=False)
+    alone = env.rollout(14, break_when_any_done=False)
     env.set_seed(1)
     together = env.rollout(
-        40,
+        14,
         policy=lambda td: td.set("action", alone["action"][:, td["n"][0]]),
         auto_reset=False,
         tensordict=env.reset().set("n", torch.zeros(3, dtype=torch.int64)),
