@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 import os
 import sys
@@ -200,7 +201,8 @@ def evaluate_agent(
         world: a world folder or a shipped name.
         episodes: on each side.
         seed: episode i has the environment seed ``seed`` + i.
-        folder: where the film ``eval_agent.mp4`` of the first episodes goes; None for no film.
+        folder: where the report ``eval_agent.json`` and the film ``eval_agent.mp4`` of the first
+            episodes go; None for neither.
         device: see ``nfd_env.checkpoint.resolve_device``.
         precision: see ``nfd_env.checkpoint.load_world``.
         sampling_steps: of the learned world; None for its default.
@@ -314,6 +316,9 @@ def evaluate_agent(
     if len(played) == 2:
         report["gap"] = _gap(report["learned"], report["real"])
     if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # Before the film, which takes a while.
+        (Path(folder) / "eval_agent.json").write_text(json.dumps(report, indent=2))
         aspect = loaded.spec.source.display_aspect
         path = Path(folder) / "eval_agent.mp4"
         report["video"] = str(write_mp4(path, _side_by_side(played, aspect), fps))

@@ -239,7 +239,8 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["real"]["scores"]) == len(report["learned"]["scores"]) == 2
-    assert Path(report["video"]).is_file()
+    assert Path(report.pop("video")).is_file()
+    assert json.loads((tmp_path / "eval_agent.json").read_text()) == report
     assert main([*arguments, "--agent-arg", "low"]) == 1
     assert "--agent-arg takes KEY=VALUE" in capsys.readouterr().err
     assert main([*arguments, "--agent-arg", "bogus=1"]) == 1
