@@ -89,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", _eval, "measure how good a world is on held-out recordings")
     _world(sub)
     _sampling(sub)
+    _dynamics(sub)
+    sub.add_argument(
+        "--steps",
+        type=_numbers,
+        help="compare several numbers of sampling steps, student against teacher, e.g. 1,2,4,18",
+    )
+    sub.add_argument(
+        "--speculative-frames", type=int, default=1, help="frames drawn jointly (default 1)"
+    )
     sub.add_argument(
         "--recordings",
         default="runs/doom_take_cover/recordings",
@@ -98,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--long-rollouts", type=int, default=16, help="rollouts of 2000 frames")
     sub.add_argument("--seed", type=int, default=0)
     _json(sub)
+    _markdown(sub, "eval or eval-steps")
 
     sub = command("eval-agent", _eval_agent, "score an agent in a world and in the real game")
     sub.add_argument(
@@ -181,6 +191,15 @@ def _dynamics(parser: argparse.ArgumentParser) -> None:
         choices=("student", "teacher"),
         help="of a distilled world that comes with both; default: the world's own",
     )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas, got {text!r}"
+        ) from None
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -291,17 +310,25 @@ def _bench(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from nfd_env.checkpoint import load_world
     from nfd_env.data.shards import RecordedDataset
-    from nfd_env.evaluation.evaluate import evaluate, format_report
+    from nfd_env.evaluation import evaluate
 
-    report = evaluate(
-        load_world(args.world, args.device, args.precision),
-        RecordedDataset(args.recordings),
-        args.sampling_steps,
-        args.windows,
-        args.long_rollouts,
-        args.seed,
-    )
-    return _show(args, report, format_report(report))
+    def measure() -> dict[str, Any]:
+        function, steps = evaluate.evaluate, args.sampling_steps
+        if args.steps is not None:
+            function, steps = evaluate.evaluate_steps, args.steps
+        return function(
+            load_world(args.world, args.device, args.precision, args.dynamics),
+            RecordedDataset(args.recordings),
+            steps,
+            args.windows,
+            args.long_rollouts,
+            args.seed,
+            speculative_frames=args.speculative_frames,
+        )
+
+    if args.steps is not None:
+        return _show_tables(args, "eval-steps", measure, evaluate.format_steps)
+    return _show_tables(args, "eval", measure, evaluate.format_report)
 
 
 def _eval_agent(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nfd_env.checkpoint import World
+from nfd_env.checkpoint import World, load_world
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
-from nfd_env.evaluation.metrics import events_matched, frechet_distance, psnr, sharpness, ssim
+from nfd_env.evaluation.metrics import (
+    bright_share,
+    events_matched,
+    frechet_distance,
+    luminance,
+    psnr,
+    sharpness,
+    ssim,
+)
+from nfd_env.evaluation.tables import table
+from nfd_env.speculation import Speculator
 from nfd_env.world_model import Context, WorldModel
 
 HORIZONS = (1, 8, 32, 128)
+FEW = 4  # most steps that a student is compared at
+BRIGHT = 99.5  # percentile of the luma of real frames above which a pixel is bright
 _EARLY, _LATE = (1, 100), (1900, 2000)
+_BRIGHT_NOTE = (
+    f"Bright pixels: as many as are brighter than {BRIGHT:g} % of the pixels of real frames, "
+    "relative to how many real frames have, both as the tokenizer decodes them; rare bright "
+    "details are lost first."
+)
 
 
 def evaluate(
@@ -27,6 +45,8 @@ def evaluate(
     long_rollouts: int = 16,
     seed: int = 0,
     progress: bool = True,
+    speculative_frames: int = 1,
+    ends: bool = True,
 ) -> dict[str, Any]:
     """Compare a world with held-out episodes, conditioned on their true actions.
 
@@ -38,6 +58,8 @@ def evaluate(
         long_rollouts: rollouts of 2,000 frames for the drift; 0 leaves them out.
         seed: of the choice of windows and of all noise.
         progress: show a progress bar.
+        speculative_frames: with more than 1, frames are drawn jointly wherever the action is kept.
+        ends: also judge the heads, which do not depend on the sampling.
 
     Returns:
         Nested plain values, see ``format_report``.
@@ -57,29 +79,107 @@ def evaluate(
     rng = np.random.default_rng(seed)
     report: dict[str, Any] = {
         "world": world.spec.name,
+        "dynamics": world.dynamics,
+        "sampler": model.sampling.sampler,
         "sampling_steps": model.sampling.steps,
+        "speculative_frames": speculative_frames,
         "held_out_episodes": len(episodes),
         "held_out_frames": sum(len(e) + 1 for e in episodes),
     }
-    report["horizons"] = _short_rollouts(world, model, episodes, windows, rng, seed, progress)
-    real = _real_latents(model, episodes, 4096, rng)
+    stepper: WorldModel | Speculator = model
+    if speculative_frames != 1:
+        stepper = Speculator(model, speculative_frames, draft_cost=1.0)
+    real = _real_latents(model, episodes, 4096, np.random.default_rng(seed))
+    pictures = model.decode(real[:256].to(model.device)).cpu().numpy()
+    threshold = float(np.percentile(luminance(pictures), BRIGHT))
+    report["bright_threshold"] = threshold
+    report["horizons"] = _short_rollouts(
+        world, model, stepper, episodes, windows, threshold, rng, seed, progress
+    )
     half = len(real) // 2
     report["frechet"] = {
         "real_halves": frechet_distance(real[:half].flatten(1), real[half:].flatten(1))
     }
     if long_rollouts:
         report["frechet"] |= _drift(
-            world, model, episodes, real, long_rollouts, rng, seed, progress
+            world, model, stepper, episodes, real, threshold, long_rollouts, rng, seed, progress
         )
-    report["ends"] = _ends(world, model, episodes, rng)
+    if ends:
+        report["ends"] = _ends(world, model, episodes, rng)
     return report
+
+
+def evaluate_steps(
+    world: World,
+    recordings: RecordedDataset,
+    steps: Sequence[int],
+    windows: int = 64,
+    long_rollouts: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+    speculative_frames: int = 1,
+) -> dict[str, Any]:
+    """``evaluate`` for several numbers of sampling steps, on the same windows with the same noise.
+
+    A world with a student and a teacher is judged with the teacher at all of them and the student
+    at those up to 4.
+
+    Returns:
+        Nested plain values, see ``format_steps``. ``rows`` are reports of ``evaluate``; in each,
+        ``frechet_over_reference`` relates its Fréchet distances to those of the row ``reference``,
+        the teacher's with most steps.
+    """
+    if not steps or min(steps) < 1:
+        raise ValueError(f"the numbers of steps must be at least 1, got {list(steps)}")
+    worlds = [world]
+    if world.spec.teacher is not None:
+        model = world.model
+        worlds = [
+            load_world(world.folder, model.device, model.precision, which)
+            for which in ("student", "teacher")
+        ]
+    rows = [
+        evaluate(
+            judged,
+            recordings,
+            count,
+            windows,
+            long_rollouts,
+            seed,
+            progress,
+            speculative_frames,
+            ends=False,
+        )
+        for judged in worlds
+        for count in steps
+        if len(worlds) == 1 or judged.dynamics == "teacher" or count <= FEW
+    ]
+    reference = max(rows, key=lambda r: (r["dynamics"] != "student", r["sampling_steps"]))
+    for row in rows:
+        row["frechet_over_reference"] = {
+            name: row["frechet"][name] / reference["frechet"][name]
+            for name in ("frames_1_100", "frames_1900_2000")
+            if name in row["frechet"]
+        }
+    return {
+        "world": world.spec.name,
+        "windows": windows,
+        "long_rollouts": long_rollouts,
+        "held_out_episodes": rows[0]["held_out_episodes"],
+        "held_out_frames": rows[0]["held_out_frames"],
+        "speculative_frames": speculative_frames,
+        "reference": rows.index(reference),
+        "rows": rows,
+    }
 
 
 def _short_rollouts(
     world: World,
     model: WorldModel,
+    stepper: WorldModel | Speculator,
     episodes: list[EpisodeReference],
     count: int,
+    threshold: float,
     rng: np.random.Generator,
     seed: int,
     progress: bool,
@@ -97,24 +197,27 @@ def _short_rollouts(
         contexts.append(recorded_context(world, model, episode, start, keep))
         raw = torch.from_numpy(episode.actions[start : start + length])
         actions.append(world.codec.encode(raw))
-    state = model.start(contexts, [(seed, i) for i in range(count)])
+    state: Any = stepper.start(contexts, [(seed, i) for i in range(count)])
     driven = torch.stack(actions, 1)
     last = np.stack([usable[i].frames[s] for i, s in zip(chosen, starts, strict=True)])
     result: dict[str, Any] = {}
     for step in tqdm(range(length), desc="rollouts of 128", disable=not progress):
-        transition = model.step(state, driven[step])
+        transition = stepper.step(state, driven[step])
         if step + 1 not in HORIZONS:
             continue
         made = model.decode(transition.latents).cpu().numpy()
         real = np.stack(
             [usable[i].frames[s + step + 1] for i, s in zip(chosen, starts, strict=True)]
         )
+        # As bright as the tokenizer shows them: what it loses is not the dynamics' loss.
+        shown = model.decode(model.encode(torch.from_numpy(real))).cpu().numpy()
         result[str(step + 1)] = {
             "psnr": psnr(_squared(real, made)),
             "psnr_frozen": psnr(_squared(real, last)),
             "ssim": ssim(real, made),
             "ssim_frozen": ssim(real, last),
             "sharpness_ratio": sharpness(made) / sharpness(real),
+            "bright_ratio": _ratio(bright_share(made, threshold), bright_share(shown, threshold)),
         }
     return result
 
@@ -122,8 +225,10 @@ def _short_rollouts(
 def _drift(
     world: World,
     model: WorldModel,
+    stepper: WorldModel | Speculator,
     episodes: list[EpisodeReference],
     real: Tensor,
+    threshold: float,
     count: int,
     rng: np.random.Generator,
     seed: int,
@@ -143,25 +248,38 @@ def _drift(
         joined = np.resize(joined, (_LATE[1], *joined.shape[1:]))
         streams.append(world.codec.encode(torch.from_numpy(joined)))
     driven = torch.stack(streams, 1)
-    state = model.start(contexts, [(seed, 10_000 + i) for i in range(count)])
-    early, late, sharp = [], [], []
+    state: Any = stepper.start(contexts, [(seed, 10_000 + i) for i in range(count)])
+    early, late, bright, sharp = [], [], {"early": [], "late": []}, []
     for step in tqdm(range(_LATE[1]), desc="rollouts of 2000", disable=not progress):
-        latents = model.step(state, driven[step]).latents
+        latents = stepper.step(state, driven[step]).latents
         if _EARLY[0] <= step + 1 <= _EARLY[1]:
             early.append(latents)
         elif _LATE[0] <= step + 1:
             late.append(latents)
-            if step % 25 == 0:
-                sharp.append(sharpness(model.decode(latents).cpu().numpy()))
-    reference = sharpness(model.decode(real[:256].to(model.device)).cpu().numpy())
+        else:
+            continue
+        if step % 10 == 0:
+            frames = model.decode(latents).cpu().numpy()
+            when = "early" if step < _EARLY[1] else "late"
+            bright[when].append(bright_share(frames, threshold))
+            if when == "late":
+                sharp.append(sharpness(frames))
+    pictures = model.decode(real[:256].to(model.device)).cpu().numpy()
+    share = bright_share(pictures, threshold)
     features = [torch.cat(part).flatten(1).cpu() for part in (early, late)]
     flat = real.flatten(1)
     return {
         "frames_1_100": frechet_distance(flat, features[0]),
         "frames_1900_2000": frechet_distance(flat, features[1]),
-        "late_sharpness_ratio": float(np.mean(sharp)) / reference,
+        "late_sharpness_ratio": float(np.mean(sharp)) / sharpness(pictures),
         "late_spread_ratio": float(features[1].std() / flat.std()),
+        "early_bright_ratio": _ratio(float(np.mean(bright["early"])), share),
+        "late_bright_ratio": _ratio(float(np.mean(bright["late"])), share),
     }
+
+
+def _ratio(made: float, real: float) -> float:
+    return made / real if real else float("nan")
 
 
 def _ends(
@@ -239,27 +357,40 @@ def _squared(real: np.ndarray, made: np.ndarray) -> float:
 def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
     lines = [
-        f"{report['world']}, {report['sampling_steps']} sampling steps, against "
+        f"{report['world']} ({report['dynamics']}), {report['sampling_steps']} sampling steps"
+        f"{_drafted(report)}, against "
         f"{report['held_out_episodes']} held-out episodes ({report['held_out_frames']:,} frames), "
         "conditioned on their actions",
         "",
-        "| frames ahead | PSNR | frozen frame's PSNR | SSIM | frozen frame's SSIM | sharpness |",
-        "|---|---|---|---|---|---|",
+        "| frames ahead | PSNR | frozen frame's PSNR | SSIM | frozen frame's SSIM | sharpness | "
+        "bright pixels |",
+        "|---|---|---|---|---|---|---|",
     ]
     for horizon, row in report["horizons"].items():
         lines.append(
             f"| {horizon} | {row['psnr']:.2f} | {row['psnr_frozen']:.2f} | {row['ssim']:.3f} | "
-            f"{row['ssim_frozen']:.3f} | {row['sharpness_ratio']:.2f} |"
+            f"{row['ssim_frozen']:.3f} | {row['sharpness_ratio']:.2f} | "
+            f"{row['bright_ratio']:.2f} |"
         )
-    lines += ["", "| Fréchet distance of tokenizer latents to held-out frames | |", "|---|---|"]
+    lines += [
+        "",
+        _BRIGHT_NOTE,
+        "",
+        "| Fréchet distance of tokenizer latents to held-out frames | |",
+        "|---|---|",
+    ]
     names = {
         "real_halves": "held-out frames, half against half",
         "frames_1_100": "generated frames 1-100",
         "frames_1900_2000": "generated frames 1,900-2,000",
         "late_sharpness_ratio": "sharpness at 1,900-2,000, relative to real",
         "late_spread_ratio": "latent spread at 1,900-2,000, relative to real",
+        "early_bright_ratio": "bright pixels at 1-100, relative to real",
+        "late_bright_ratio": "bright pixels at 1,900-2,000, relative to real",
     }
     lines += [f"| {names[k]} | {v:.2f} |" for k, v in report["frechet"].items()]
+    if "ends" not in report:
+        return "\n".join(lines)
     lines += ["", "| reward and termination on held-out frames | |", "|---|---|"]
     labels = {
         "deaths": "deaths recorded",
@@ -271,3 +402,54 @@ def format_report(report: dict[str, Any]) -> str:
     }
     lines += [f"| {labels[k]} | {v:.3f} |" for k, v in report["ends"].items()]
     return "\n".join(lines)
+
+
+def _drafted(report: dict[str, Any]) -> str:
+    frames = report["speculative_frames"]
+    return f", up to {frames} frames drawn jointly" if frames > 1 else ""
+
+
+def format_steps(report: dict[str, Any]) -> str:
+    """The report of ``evaluate_steps`` as Markdown."""
+    best = report["rows"][report["reference"]]
+    near, far = (str(h) for h in HORIZONS[1:3])
+    long = report["long_rollouts"] > 0
+    rows = []
+    for row in report["rows"]:
+        cells = [f"{row['sampling_steps']} ({row['dynamics']}, {row['sampler']})"]
+        for horizon in (near, far):
+            figures = row["horizons"][horizon]
+            cells += [f"{figures['psnr']:.2f}", f"{figures['ssim']:.3f}"]
+        if long:
+            frechet, ratio = row["frechet"], row["frechet_over_reference"]
+            for name in ("frames_1_100", "frames_1900_2000"):
+                cells.append(f"{frechet[name]:.1f} ({ratio[name]:.2f}×)")
+            cells += [
+                f"{frechet['early_bright_ratio']:.2f}",
+                f"{frechet['late_bright_ratio']:.2f}",
+                f"{frechet['late_sharpness_ratio']:.2f}",
+            ]
+        rows.append(cells)
+    header = ["sampling steps", f"PSNR, frame {near}", f"SSIM, frame {near}"]
+    header += [f"PSNR, frame {far}", f"SSIM, frame {far}"]
+    notes = []
+    if long:
+        header += ["Fréchet 1-100", "Fréchet 1,900-2,000", "bright 1-100", "bright 1,900-2,000"]
+        header += ["sharpness 1,900-2,000"]
+        notes = [
+            "",
+            f"Fréchet distances of tokenizer latents to held-out frames, from "
+            f"{report['long_rollouts']} rollouts of 2,000 frames; in brackets relative to "
+            f"{best['sampling_steps']} steps of the {best['dynamics']} model. Held-out frames, "
+            f"half against half: {best['frechet']['real_halves']:.1f}. {_BRIGHT_NOTE}",
+        ]
+    return "\n".join(
+        [
+            f"{report['world']}, {report['windows']} windows of "
+            f"{report['held_out_episodes']} held-out episodes ({report['held_out_frames']:,} "
+            f"frames), conditioned on their actions{_drafted(report)}",
+            "",
+            table(header, rows),
+            *notes,
+        ]
+    )

@@ -59,6 +59,20 @@ def sharpness(frames: np.ndarray) -> float:
     return float(np.abs(np.diff(values, axis=-2)).mean() + np.abs(np.diff(values, axis=-3)).mean())
 
 
+def luminance(frames: np.ndarray) -> np.ndarray:
+    """Luma of uint8 frames (..., 3) in [0, 255], float32 (...); ITU-R BT.601 weights."""
+    return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def bright_share(frames: np.ndarray, threshold: float) -> float:
+    """The share of pixels of uint8 frames (..., 3) whose luma is above ``threshold``.
+
+    With a high percentile of real frames as threshold this counts rare bright details, such as
+    projectiles, which a blurry or forgetful model loses first and which PSNR hardly notices.
+    """
+    return float((luminance(frames) > threshold).mean())
+
+
 def events_matched(
     predicted: np.ndarray, happened: np.ndarray, tolerance: int
 ) -> tuple[float, float]:
