@@ -331,7 +331,7 @@ def load_player(agent: str, env: Any, greedy: bool = False, loader: str = LOADER
     What a player from a file was trained on is not compared with ``env``.
     """
     if agent.endswith(_FILES):
-        return _load(_import(loader), agent, None, greedy)
+        return _load(loader, agent, None, greedy)
     return PolicyPlayer([_policy(agent, None) for _ in range(env.num_envs)], env)
 
 

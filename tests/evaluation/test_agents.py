@@ -18,7 +18,13 @@ from nfd_env.cli import main
 from nfd_env.envs.real import SourceError
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.evaluation.agents import PolicyPlayer, evaluate_agent, format_report, play_episodes
+from nfd_env.evaluation.agents import (
+    PolicyPlayer,
+    evaluate_agent,
+    format_report,
+    load_player,
+    play_episodes,
+)
 from nfd_env.models.weights import save_weights
 from nfd_env.video import read_mp4
 from tests.counter_env import ENV_ID, read
@@ -195,6 +201,14 @@ def test_an_agent_file_says_how_it_plays(world: Path, saved: Path) -> None:
     assert (report["obs_type"], report["frame_skip"]) == ("latent", 2)
     assert report["real"]["decisions"] == 3 * 5  # 9 frames, two a decision
     assert len(report["learned"]["scores"]) == 3
+
+
+def test_a_player_of_a_file_or_a_policy(world: Path, saved: Path) -> None:
+    env = NFDVectorEnv(world, 2, obs_type="latent", frame_skip=2, **CPU)
+    for name in (str(saved), "random"):
+        player = load_player(name, env)
+        player.reset(2, seed=0)
+        assert env.action_space.contains(player.act(env.reset(seed=0)[0]))
 
 
 def test_an_agent_of_something_else(
