@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -10,6 +12,19 @@ from nfd_env.checkpoint import World
 from nfd_env.envs.real import SourceError
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.evaluation.agents import play_episodes
+
+
+def describe(metrics: Mapping[str, float], real: bool, missing: str) -> dict[str, str]:
+    """The metrics that may be shown: a world's score never without the real game's beside it.
+
+    Args:
+        metrics: "score" of the training episodes and "real_score", as far as they are known.
+        real: the training is in the real game.
+        missing: why the real game cannot be played; "" where it can.
+    """
+    if real or missing or "real_score" in metrics:
+        return {name: f"{value:.4g}" for name, value in metrics.items()}
+    return {}
 
 
 class Judge:

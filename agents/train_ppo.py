@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agents.evaluation import Judge
+from agents.evaluation import Judge, describe
 from agents.load import NativeAgent
 from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
@@ -199,7 +199,7 @@ def train(
             return
         metrics["real_score"] = float(scores.mean())
         writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
-        inside = "" if real else f"in the world {metrics.get('score', math.nan):.0f}, "
+        inside = f"in the world {metrics['score']:.0f}, " if "score" in metrics and not real else ""
         bar.write(
             f"decision {done}: {inside}in the real game {scores.mean():.0f} +- {scores.std():.0f} "
             f"({len(scores)} episodes)"
@@ -231,7 +231,7 @@ def train(
             values["time/decisions_per_second"] = batch.numel() / (time.monotonic() - begin)
             for name, value in values.items():
                 writer.add_scalar(name, value, done)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items()}, refresh=False)
+            bar.set_postfix(describe(metrics, real, judge.missing), refresh=False)
             bar.update(batch.numel())
             every = settings.evaluate_every
             last = done >= settings.decisions
@@ -264,14 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = config.load(TrainPPOConfig, args.config, args.overrides)
         if args.real:
             settings = replace(settings, folder=f"{settings.folder}_real")
-        metrics = train(args.world, settings, args.real)
+        train(args.world, settings, args.real)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"train_ppo: {error}", file=sys.stderr)
         return 1
-    print(", ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
+    print(f"finished; to score it: nfd eval-agent {settings.folder}/agent.safetensors")
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
-from agents.evaluation import Judge
+from agents.evaluation import Judge, describe
 from agents.load import SPEC_ATTRIBUTE, SB3Agent
 from agents.network import AgentError, AgentSpec, Trunk
 from nfd_env import config
@@ -215,7 +215,7 @@ class Progress(BaseCallback):
             self.evaluate()
         if time.monotonic() - self._saved > self._settings.checkpoint_seconds:
             self.save()
-        self._bar.set_postfix({k: f"{v:.4g}" for k, v in self.metrics.items()}, refresh=False)
+        self._bar.set_postfix(describe(self.metrics, False, self._judge.missing), refresh=False)
 
     def _on_training_end(self) -> None:
         self._bar.update(self.model.num_timesteps - self._bar.n)
@@ -236,9 +236,10 @@ class Progress(BaseCallback):
             return
         self.metrics["real_score"] = float(scores.mean())
         self.logger.record("evaluation/real_score", self.metrics["real_score"])
+        inside = f"in the world {self.metrics['score']:.0f}, " if "score" in self.metrics else ""
         self._bar.write(
-            f"decision {done}: in the world {self.metrics.get('score', math.nan):.0f}, in the real "
-            f"game {scores.mean():.0f} +- {scores.std():.0f} ({len(scores)} episodes)"
+            f"decision {done}: {inside}in the real game {scores.mean():.0f} +- {scores.std():.0f} "
+            f"({len(scores)} episodes)"
         )
 
     def save(self) -> None:
@@ -307,14 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         settings = config.load(TrainSB3Config, args.config, args.overrides)
-        metrics = train(args.world, settings)
+        train(args.world, settings)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"train_sb3: {error}", file=sys.stderr)
         return 1
-    print(", ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
+    print(f"finished; to score it: nfd eval-agent {settings.folder}/agent.zip")
     return 0
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agents import train_ppo
-from agents.evaluation import Judge
+from agents.evaluation import Judge, describe
 from agents.load import NativeAgent, load_agent
 from agents.network import AgentError, new_stack
 from agents.ppo import PPOConfig
@@ -159,6 +159,14 @@ def test_without_the_real_game_it_says_so(
     assert printed.count("no score of the real game beside the world's") == 1
 
 
+def test_no_score_of_a_world_without_the_real_one() -> None:
+    assert describe({"score": 900.0}, real=False, missing="") == {}
+    both = {"score": 900.0, "real_score": 400.0}
+    assert describe(both, real=False, missing="") == {"score": "900", "real_score": "400"}
+    assert describe({"score": 900.0}, real=True, missing="") == {"score": "900"}
+    assert describe({"score": 900.0}, real=False, missing="no game") == {"score": "900"}
+
+
 def test_the_judge_always_asks_the_same(trained: Path, counter_world: Path) -> None:
     agent = load_agent(trained / "agent.safetensors")
     judge = Judge(load_world(counter_world, **CPU), 3, 8, "cpu")
@@ -179,7 +187,9 @@ def test_command_line(
     )
     command = ["--world", str(tiny_world), "--config", str(path)]
     assert train_ppo.main([*command, "frame_stack=2", "channels=8"]) == 0
-    assert "score" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"nfd eval-agent {tmp_path / 'run'}/agent.safetensors" in printed.out
+    assert "score=" not in printed.err  # the real game was not asked
     agent = load_agent(tmp_path / "run" / "agent.safetensors")
     assert (agent.spec.frame_stack, agent.spec.frame_skip) == (2, 4)
     for wrong, message in (
