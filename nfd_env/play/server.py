@@ -588,7 +588,11 @@ def is_loopback(host: str) -> bool:
 
 
 def world_games(
-    world: str, device: str = "auto", sampling_steps: int | None = None
+    world: str,
+    device: str = "auto",
+    sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: str | None = None,
 ) -> dict[str, Callable[[int], Game]]:
     """The worlds that the page offers: the given one first, then the shipped ones.
 
@@ -603,7 +607,14 @@ def world_games(
         folders.setdefault(read_spec(find_world(name)).name, name)
 
     def maker(folder: str) -> Callable[[int], Game]:
-        return lambda count: Slots(folder, count, device, sampling_steps)
+        return lambda count: Slots(
+            folder,
+            count,
+            device,
+            sampling_steps,
+            speculative_frames=speculative_frames,
+            dynamics=dynamics,
+        )
 
     return {name: maker(folder) for name, folder in folders.items()}
 
@@ -617,6 +628,8 @@ def serve(
     token: str | None = None,
     device: str = "auto",
     sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: str | None = None,
     agent: Any = None,
     idle_seconds: float = 180.0,
     ready: Callable[[PlayServer], None] | None = None,
@@ -632,6 +645,8 @@ def serve(
         token: whoever knows it may play.
         device: see ``nfd_env.checkpoint.resolve_device``.
         sampling_steps: denoising steps a frame; None for the world's default.
+        speculative_frames: frames drawn jointly while the action is kept.
+        dynamics: "student" or "teacher"; None for the world's default.
         agent: whom players can hand over to, see ``nfd_env.play.agents.load_agent``.
         idle_seconds: a player without any input for so long loses the slot.
         ready: called once the page can be opened.
@@ -647,7 +662,7 @@ def serve(
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(16)
     server = PlayServer(
-        world_games(world, device, sampling_steps),
+        world_games(world, device, sampling_steps, speculative_frames, dynamics),
         host=host,
         port=port,
         token=token,
@@ -695,6 +710,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="secret that players need; made up beyond loopback")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--sampling-steps", type=int, help="denoising steps a frame")
+    parser.add_argument(
+        "--speculative-frames",
+        type=int,
+        default=1,
+        help="frames drawn jointly while the action is kept (default 1)",
+    )
+    parser.add_argument("--dynamics", help="student or teacher, in a world that has both")
     parser.add_argument("--agent", help="whom players can hand over to, as in nfd play")
     parser.add_argument("--idle-seconds", type=float, default=180.0, help="then a slot is freed")
 
@@ -718,6 +740,8 @@ def run(args: argparse.Namespace) -> int:
             token=args.token,
             device=args.device,
             sampling_steps=args.sampling_steps,
+            speculative_frames=args.speculative_frames,
+            dynamics=args.dynamics,
             agent=args.agent,
             idle_seconds=args.idle_seconds,
         )

@@ -44,12 +44,18 @@ class Slots:
         device: str | torch.device = "auto",
         sampling_steps: int | None = None,
         max_episode_steps: int | None = None,
+        speculative_frames: int = 1,
+        dynamics: str | None = None,
     ) -> None:
         """Load the world; see ``NFDVectorEnv`` for the arguments and errors."""
         self._arguments = {
             "world": world,
             "device": device,
             "max_episode_steps": max_episode_steps,
+            "speculative_frames": speculative_frames,
+            # People hold keys; and branches live too short to measure anything.
+            "draft_cost": 1.0,
+            "dynamics": dynamics,
             "obs_type": "latent",
             "autoreset_mode": AutoresetMode.DISABLED,
         }
@@ -169,6 +175,9 @@ class Slots:
         branch.restore_state(self._all.save_state(rows))
         _, rewards, terminated, truncated, info = branch.step(np.stack(actions))
         frames = branch.frames().cpu().numpy()
+        if "speculation" in info:
+            used, lost = (info["speculation"][k] for k in ("accepted", "dropped"))
+            info["acceptance"] = used / np.maximum(used + lost, 1)
         outcomes = [
             Outcome(
                 frames[i],

@@ -460,6 +460,8 @@ def play(
     seed: int | None = None,
     scale: float | None = None,
     sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: str | None = None,
     record: str | Path | None = None,
     save: str | Path | None = None,
     agent: Any = None,
@@ -475,6 +477,8 @@ def play(
         seed: of the first episode; None for a random one.
         scale: size of the window, 1 for about 480 pixels of height; None to fit the screen.
         sampling_steps: denoising steps a frame; None for the world's default.
+        speculative_frames: frames drawn jointly while the action is kept.
+        dynamics: "student" or "teacher"; None for the world's default.
         record: an MP4 file to write.
         save: folder of a data set to append the play to.
         agent: whom F10 hands over to, see ``nfd_env.play.agents.load_agent``.
@@ -495,7 +499,7 @@ def play(
     from nfd_env import config
     from nfd_env.play.slots import Slots
 
-    slots = Slots(world, 1, device, sampling_steps, max_episode_steps)
+    slots = Slots(world, 1, device, sampling_steps, max_episode_steps, speculative_frames, dynamics)
     player = KeyboardPlayer(
         slots,
         scale=scale,
@@ -516,6 +520,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of the first episode")
     parser.add_argument("--scale", type=float, help="window size; 1 is about 480 pixels high")
     parser.add_argument("--sampling-steps", type=int, help="denoising steps a frame")
+    parser.add_argument(
+        "--speculative-frames",
+        type=int,
+        default=1,
+        help="frames drawn jointly while the action is kept (default 1)",
+    )
+    parser.add_argument("--dynamics", help="student or teacher, in a world that has both")
     parser.add_argument("--record", metavar="FILE.mp4", help="record an MP4")
     parser.add_argument("--save", metavar="FOLDER", help="append the play to a data set")
     parser.add_argument(
@@ -541,6 +552,8 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             scale=args.scale,
             sampling_steps=args.sampling_steps,
+            speculative_frames=args.speculative_frames,
+            dynamics=args.dynamics,
             record=args.record,
             save=args.save,
             agent=args.agent,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from nfd_env.checkpoint import load_world
 from nfd_env.cli import main
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation import streams
 from nfd_env.evaluation.benchmark import benchmark, format_report
 from nfd_env.evaluation.compare import (
     compare,
@@ -67,6 +69,34 @@ def test_an_agent_sees_the_frames(endless_world: Path) -> None:
         actions = stream.next(observation)
         assert actions.tolist() == (observation[:, 0, 0, 0] % 3).tolist()
         observation = world.step(actions)[0]
+
+
+@pytest.mark.parametrize("shown", ["rgb", "latent"])
+def test_an_agent_sees_what_it_was_trained_on_and_decides_as_often(
+    endless_world: Path, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Trained:
+        spec = SimpleNamespace(obs_type=shown, frame_skip=4)
+
+        def reset(self, n: int, seed: int | None = None) -> None:
+            self.n = n
+
+        def act(self, observations: np.ndarray, first: Any = None) -> np.ndarray:
+            seen.append(observations.shape)
+            return np.full(self.n, len(seen) % 3)
+
+    monkeypatch.setattr(streams, "load_player", lambda agent, env: Trained())
+    world = env(endless_world, 2)
+    stream = ActionStream("agent", world, "agent.zip")
+    observation, _ = world.reset(seed=0)
+    made = []
+    for _ in range(8):
+        made.append(int(stream.next(observation)[0]))
+        observation = world.step(np.array([made[-1]] * 2))[0]
+    assert made == [1] * 4 + [2] * 4
+    assert seen == [(2, 32, 48, 3) if shown == "rgb" else (2, 4, 4, 6)] * 2
 
 
 def test_unknown_streams_and_agents(endless_world: Path) -> None:

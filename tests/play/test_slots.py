@@ -62,3 +62,22 @@ def test_resets_go_on_to_the_next_episode_of_the_seed(world):
     frame, _ = env.reset()
     assert close(slots.step({1: 0})[1].frame, env.step(0)[0])
     assert slots.seed_of(1) == 3
+
+
+def test_speculation_goes_on_from_branch_to_branch(world):
+    slots = Slots(world, 3, "cpu", speculative_frames=3)
+    env = NFDEnv(world, device="cpu", speculative_frames=3, draft_cost=1.0)
+    env.reset(seed=7)
+    slots.reset(0, 1), slots.reset(2, 7)
+    for i, action in enumerate([0, 0, 0, 1, 1, 2, 2, 2, 2, 0]):
+        if i % 3 == 1:
+            slots.draft({0: [0], 2: [0, 1, 2]})
+            outcome = slots.take_drafts({2: action})[2]
+        else:
+            outcome = slots.step({2: action, 0: 0})[2]
+        frame, _, _, _, info = env.step(action)
+        assert close(outcome.frame, frame)
+        counts = info["speculation"]
+        known = max(1, counts["accepted"] + counts["dropped"])
+        assert outcome.info["acceptance"] == pytest.approx(counts["accepted"] / known)
+    assert counts["accepted"] == 5 and counts["dropped"] == 3
