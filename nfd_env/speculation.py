@@ -113,11 +113,12 @@ class SpeculativeState(WorldState):
         self.counts[row, 2] += self.ready[row] - self.used[row]
         self.ready[row] = self.used[row]
 
-    def succeed(self, before: SpeculativeState, rows: Sequence[int]) -> None:
-        """Begin new episodes in the ``rows`` of ``before``: drop their drafts, go on counting."""
+    def succeed(self, before: SpeculativeState, rows: Sequence[int | None]) -> None:
+        """Go on counting where these rows of ``before`` stop; what they drafted is dropped."""
         for place, row in enumerate(rows):
-            before.drop(row)
-            self.counts[place], self.kept[place] = before.counts[row], before.kept[row]
+            if row is not None:
+                before.drop(row)
+                self.counts[place], self.kept[place] = before.counts[row], before.kept[row]
 
     def report(self) -> dict[str, np.ndarray]:
         """Frames drafted, accepted and dropped so far, each int64 (B,)."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 from torch import Tensor
 
 from nfd_env.checkpoint import load_world
@@ -378,24 +379,30 @@ def test_same_seed_same_rollout_and_slots_are_independent(hasty_world: Path, mod
     assert all(v.dtype == np.int64 and v.shape == (3,) for v in report.values())
 
 
-def test_a_new_episode_knows_nothing_of_the_drafts_before(hasty_world: Path) -> None:
+def test_a_new_episode_knows_nothing_of_the_drafts_before(endless_world: Path) -> None:
     env, fresh = (
-        make(hasty_world, 2, speculative_frames=4, autoreset_mode="Disabled") for _ in range(2)
+        make(endless_world, 2, speculative_frames=4, autoreset_mode="Disabled") for _ in range(2)
     )
     env.reset(seed=1)
     env.step([1, 1])
     fresh.reset(seed=9)
-    fresh.step([2, 0])
     env.reset(seed=[9, 10])
-    fresh.reset(seed=[9, 10])
-    for a in ([1, 1], [1, 1]):
+    for a in ([1, 1], [1, 1], [0, 1]):
         one, other = env.step(a), fresh.step(a)
         for x, y in zip(one[:4], other[:4], strict=True):
             assert np.array_equal(x, y)
-        if (one[2] | one[3]).any():
-            break
-    # What waited when the episode was cut short counts as dropped.
-    assert one[4]["speculation"]["dropped"].sum() > 0
+        for name, count in one[4]["speculation"].items():
+            assert np.array_equal(count, other[4]["speculation"][name])
+    # Without a seed the slot goes on counting, and what waited is dropped.
+    env.reset(options={"reset_mask": np.array([True, False])})
+    counts = env.step([0, 1])[4]["speculation"]
+    assert counts["drafted"].tolist() == [9, 3] and counts["accepted"].tolist() == [1, 3]
+    assert counts["dropped"].tolist() == [2 + 3, 0]
+
+
+def test_gymnasiums_check(endless_world: Path) -> None:
+    env = NFDEnv(endless_world, "cpu", speculative_frames=2, draft_cost=1.0)
+    check_env(env, skip_render_check=True)
 
 
 @pytest.mark.parametrize("frames", [2, 4])

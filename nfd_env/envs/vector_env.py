@@ -79,8 +79,8 @@ class NFDVectorEnv(VectorEnv):
     ``ood``, with ``ood=True``: how far the frame is out of the distribution of real frames, float
     (num_envs,); see ``watch_ood``.
     ``speculation``, with ``speculative_frames`` > 1: a dict of int64 (num_envs,) arrays that count
-    the frames of each slot since the env was made: ``drafted`` ahead of their step, ``accepted``
-    (handed out without a transformer pass) and ``dropped``; the rest still waits.
+    the frames of each slot since its seed was last set: ``drafted`` ahead of their step,
+    ``accepted`` (handed out without a transformer pass) and ``dropped``; the rest still waits.
     With ``AutoresetMode.SAME_STEP`` also ``final_obs`` and ``final_info``.
 
     ## Arguments
@@ -469,7 +469,8 @@ class NFDVectorEnv(VectorEnv):
         start = self.model.start if self._speculator is None else self._speculator.start
         state = start(chosen, keys)
         if isinstance(state, SpeculativeState) and isinstance(self._state, SpeculativeState):
-            state.succeed(self._state, rows)
+            # A slot that was seeded anew begins like a new one.
+            state.succeed(self._state, [row if self._episodes[row] else None for row in rows])
         shown = torch.stack([c.latents[-1] for c in chosen]).to(self.model.device, torch.float32)
         if self._state is None:
             self._state, self._shown = state, shown
