@@ -319,7 +319,7 @@ def test_drafting_begins_again_when_the_actions_calm_down(model: WorldModel) -> 
 
 def test_a_change_of_the_machine_is_noticed(model: WorldModel) -> None:
     """Drafts that cost nothing while the machine is idle and much once it is not."""
-    acts = held_actions(1, 3000, seed=1)
+    acts = held_actions(1, 1600, seed=1)
     passes = 0
 
     def changing(rows: int, frames: int) -> float:
