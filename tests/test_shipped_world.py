@@ -1,0 +1,71 @@
+"""The world that comes with the package, as its users meet it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import gymnasium
+import numpy as np
+import pytest
+import yaml
+
+import nfd_env  # noqa: F401  (registers the environments)
+from nfd_env.checkpoint import find_world, shipped_worlds
+from nfd_env.envs.vector_env import NFDVectorEnv
+
+WORLDS = shipped_worlds()
+NOOP, RIGHT, LEFT = 0, 1, 2
+
+
+def test_there_is_one() -> None:
+    assert "doom_take_cover" in WORLDS
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_it_is_small_and_says_where_it_comes_from(world: str) -> None:
+    folder = find_world(world)
+    assert sum(p.stat().st_size for p in Path(folder).iterdir()) <= 25e6
+    provenance = yaml.safe_load((folder / "provenance.yaml").read_text())
+    assert provenance["recordings"]["frames"] >= 200_000
+    for stage in provenance["stages"].values():
+        assert stage["steps"] > 0 and stage["wall_seconds"] > 0 and stage["validation"]
+    assert provenance["configs"]
+
+
+def slide(frames: list[np.ndarray]) -> float:
+    """Median horizontal motion between consecutive frames, pixels a frame, right positive."""
+    window = cv2.createHanningWindow((frames[0].shape[1], frames[0].shape[0]), cv2.CV_32F)
+    grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY).astype(np.float32) for f in frames]
+    pairs = zip(grey, grey[1:], strict=False)
+    return float(np.median([cv2.phaseCorrelate(a, b, window)[0][0] for a, b in pairs]))
+
+
+def test_a_held_key_slides_the_walls_the_right_way() -> None:
+    env = NFDVectorEnv("DoomTakeCover", num_envs=6, sampling_steps=1, precision="fp32")
+    env.reset(seed=list(range(2)) * 3, options={"start": "beginning"})
+    held = np.repeat([NOOP, RIGHT, LEFT], 2)
+    shown: list[np.ndarray] = []
+    for _ in range(24):
+        shown.append(env.step(held)[0])
+    # The player starts from rest, so look at the second half.
+    still, right, left = (
+        np.mean(
+            [slide([frames[row] for frames in shown[12:]]) for row in np.flatnonzero(held == a)]
+        )
+        for a in (NOOP, RIGHT, LEFT)
+    )
+    assert right < -0.3 and left > 0.3  # walking right moves the picture left
+    assert abs(still) < 0.2
+
+
+def test_the_world_of_the_package_steps_as_any_env() -> None:
+    env = gymnasium.make("NFD/DoomTakeCover-v0")
+    frame, _ = env.reset(seed=0)
+    seen = [frame]
+    for _ in range(4):
+        frame, reward, _, _, info = env.step(RIGHT)
+        seen.append(frame)
+        assert reward == pytest.approx(1, abs=0.05)  # the game pays one for each tic
+        assert 0 <= info["hazard"] <= 1
+    assert len({f.tobytes() for f in seen}) == 5
