@@ -30,10 +30,11 @@ from torch import Tensor
 from nfd_env.world_model import Context, Drawn, Transition, WorldModel, WorldState
 
 _PRIOR = 0.9  # share of actions taken to be kept, before anything was seen
-_MEMORY = 16  # steps that the running share of kept actions remembers
+_MEMORY = 32  # steps that the running share of kept actions remembers
 _SAMPLES = 9  # passes whose median is the cost of a pass
 _NEEDED = 3  # passes to measure before anything is decided
 _WARM = 2  # first passes of a kind, which also pay for memory and compilation
+_WORTH = 0.96  # measured cost over what it saves, below which drafts are made: both are guesses
 _PROBE = 128  # passes after which the other kind is measured again
 
 
@@ -300,7 +301,7 @@ class Speculator:
         ahead = np.arange(self.frames)
         decisions = -(-np.maximum(ahead - certain + 1, 0) // self.frame_skip)
         expected = (state.kept[active, None] ** decisions).sum(1)
-        pays = cost * float((fewest / expected).mean()) <= 1
+        pays = cost * float((fewest / expected).mean()) <= (1 if self.draft_cost else _WORTH)
         return (self.frames if pays else fewest), False
 
     def _count_pass(self, width: int, seconds: float) -> None:
