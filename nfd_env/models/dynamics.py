@@ -113,7 +113,7 @@ class Dynamics(nn.Module):
                 row = 6 * layer + place
                 weight[row] *= norm.weight[:, None]
                 bias[row] = (1 + bias[row]) * norm.weight
-                norm.weight = None
+                norm.register_parameter("weight", None)
         bias[-1] += 1
         self.folded = True
 

@@ -410,9 +410,8 @@ class DistillStage:
         metrics["spread"] = float(made.std() / real.std())
         frames, drawn = (x.flatten(2).flatten(0, 1).cpu() for x in (real, made))
         metrics["frechet"] = frechet_distance(frames, drawn)
-        metrics["texture"] = frechet_distance(
-            *(_patches(x) for x in self._follow(network, sampler))
-        )
+        followed, following = self._follow(network, sampler)
+        metrics["texture"] = frechet_distance(_patches(followed), _patches(following))
         return {prefix + name: value for name, value in metrics.items()}
 
     @torch.inference_mode()
