@@ -242,10 +242,12 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
             continue
         folder = Path(getattr(settings, stage))
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        weights = state.get("kept") or {"step": state["step"], "metrics": state["metrics"]}
         stages[stage] = {
             "steps": state["step"],
+            "weights_of_step": weights["step"],
             "wall_seconds": round(state["elapsed"]),
-            "validation": {k: round(float(v), 5) for k, v in state["metrics"].items()},
+            "validation": {k: round(float(v), 5) for k, v in weights["metrics"].items()},
         }
     return {
         "made": time.strftime("%Y-%m-%d"),

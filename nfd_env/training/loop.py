@@ -137,13 +137,14 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
     step = 0
     elapsed, best = 0.0, math.inf
     metrics: dict[str, float] = {}
+    kept: dict[str, Any] = {}
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
         averaged.load_state_dict(state["averaged"])
         optimiser.load_state_dict(state["optimiser"])
         step, elapsed, metrics = state["step"], state["elapsed"], state["metrics"]
-        best = state["best"]
+        best, kept = state["best"], state.get("kept", {})
     loss_of = torch.compile(stage.loss, dynamic=False) if settings.compile else stage.loss
     precision = fastest_precision(device) if settings.precision == "auto" else settings.precision
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -166,6 +167,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
                 "elapsed": elapsed,
                 "metrics": metrics,
                 "best": best,
+                "kept": kept,
             },
             temporary,
         )
@@ -213,6 +215,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
                 metrics = evaluate(stage, averaged.module, writer, step, folder)
                 if settings.keep_best and metrics[settings.keep_best] < best:
                     best = metrics[settings.keep_best]
+                    kept = {"step": step, "metrics": metrics}
                     stage.save(averaged.module, folder / "model.safetensors")
                 bar.write(f"step {step}: {_short(metrics)}")
                 checkpoint()

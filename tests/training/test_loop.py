@@ -221,11 +221,13 @@ def test_keep_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stage.saved) == 2
     assert_same(weights(tmp_path), stage.saved[1])
     assert state(tmp_path)["best"] == 1.0
+    assert state(tmp_path)["kept"] == {"step": 20, "metrics": {"mse": 1.0}}
     # The best is remembered over a restart.
     again = TinyStage()
     monkeypatch.setattr(again, "validate", lambda network: {"mse": 1.2})
     train(again, replace(kept, steps=50), progress=False)
     assert again.saved == []
+    assert state(tmp_path)["kept"]["step"] == 20
 
 
 def test_sample_strips_and_logs(whole: Path) -> None:
