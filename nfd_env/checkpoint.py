@@ -181,20 +181,44 @@ def load_world(
         if precision == "auto":
             precision = fastest_precision(resolved, advantage=2.0)
         loaded = _load(folder, changed, resolved, precision)
-        if dynamics in (None, loaded.dynamics):
-            return loaded
-        has = [loaded.dynamics, *(["teacher"] if loaded.spec.teacher else [])]
+        default = loaded.world
+        if dynamics in (None, default.dynamics):
+            return default
+        has = [default.dynamics, *(["teacher"] if default.spec.teacher else [])]
         if dynamics not in has:
             raise ValueError(
-                f"dynamics={dynamics!r} was asked for, {loaded.spec.name} has: {', '.join(has)}"
+                f"dynamics={dynamics!r} was asked for, {default.spec.name} has: {', '.join(has)}"
             )
-        return _load_teacher(folder, changed, resolved, precision)
+        return loaded.teacher
+
+
+class _Loaded:
+    """A world with its default dynamics, and with its teacher once that is asked for."""
+
+    def __init__(self, world: World, device: torch.device, precision: str) -> None:
+        self.world, self._device, self._precision = world, device, precision
+
+    @functools.cached_property
+    def teacher(self) -> World:
+        """The same world, sharing all but the dynamics."""
+        world = self.world
+        path = world.folder / "teacher.safetensors"
+        dynamics = load_weights(path, Dynamics, DynamicsConfig)
+        mine, other = (
+            (c.latent_shape, c.action_width) for c in (dynamics.config, world.model.dynamics.config)
+        )
+        if mine != other:
+            raise CheckpointError(f"{world.folder}: teacher and student do not fit together")
+        _prepare(dynamics, self._device, self._precision)
+        assert world.spec.teacher is not None
+        model = WorldModel(world.model.tokenizer, dynamics, world.model.heads, world.spec.teacher)
+        return replace(world, model=model, dynamics="teacher")
 
 
 @functools.lru_cache(maxsize=8)
 def _load(
     folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device, precision: str
-) -> World:
+) -> _Loaded:
     spec = read_spec(folder)
     tokenizer = load_weights(folder / "tokenizer.safetensors", Tokenizer, TokenizerConfig)
     dynamics = load_weights(folder / "dynamics.safetensors", Dynamics, DynamicsConfig)
@@ -221,25 +245,8 @@ def _load(
     model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
     starts = _load_starts(folder, shape)
     kind = "student" if spec.sampling.sampler == CONSISTENCY else "flow"
-    return World(folder, spec, model, space, codec, starts, kind)
-
-
-@functools.lru_cache(maxsize=4)
-def _load_teacher(
-    folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device, precision: str
-) -> World:
-    """The same world, sharing all but the dynamics."""
-    world = _load(folder, changed, device, precision)
-    dynamics = load_weights(folder / "teacher.safetensors", Dynamics, DynamicsConfig)
-    mine, other = (
-        (c.latent_shape, c.action_width) for c in (dynamics.config, world.model.dynamics.config)
-    )
-    if mine != other:
-        raise CheckpointError(f"{folder}: teacher and student do not fit together")
-    _prepare(dynamics, device, precision)
-    assert world.spec.teacher is not None
-    model = WorldModel(world.model.tokenizer, dynamics, world.model.heads, world.spec.teacher)
-    return replace(world, model=model, dynamics="teacher")
+    world = World(folder, spec, model, space, codec, starts, kind)
+    return _Loaded(world, device, precision)
 
 
 def _prepare(dynamics: Dynamics, device: torch.device, precision: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,20 +92,30 @@ class Dynamics(nn.Module):
         # The modulation gives scales as deviations from one.
         unit_scales = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
         self.register_buffer("unit_scales", unit_scales, persistent=False)
-        self.folded = False
+        self._trained: dict[str, Tensor] = {}
         _zero(self.output)
+
+    @property
+    def folded(self) -> bool:
+        """Whether ``fold_norms`` was called."""
+        return bool(self._trained)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See torch; the weights as they were trained, also after ``fold_norms``."""
+        state = super().state_dict(*args, **kwargs)
+        state.update({kwargs.get("prefix", "") + k: v for k, v in self._trained.items()})
+        return state
 
     @torch.no_grad()
     def fold_norms(self) -> None:
         """Move the norms' weights and the scales' ones into the adaLN projection, for inference.
 
-        Saves three elementwise operations a block. The network computes the same, but its weights
-        are no longer those that were trained: it is not to be saved or trained on.
+        Saves three elementwise operations a block. The network computes the same and is saved as it
+        was, but is not to be trained on.
         """
-        last = (
-            self.modulation[-1] if isinstance(self.modulation, nn.Sequential) else self.modulation
-        )
+        name, last = list(self.modulation.named_modules(prefix="modulation"))[-1]
         assert isinstance(last, nn.Linear) and not self.folded
+        self._trained = {f"{name}.weight": last.weight.clone(), f"{name}.bias": last.bias.clone()}
         weight = last.weight.unflatten(0, (-1, self.config.width))
         bias = last.bias.unflatten(0, (-1, self.config.width))
         for layer, block in enumerate(self.blocks):
@@ -113,9 +124,8 @@ class Dynamics(nn.Module):
                 row = 6 * layer + place
                 weight[row] *= norm.weight[:, None]
                 bias[row] = (1 + bias[row]) * norm.weight
-                norm.register_parameter("weight", None)
+                norm.folded = True
         bias[-1] += 1
-        self.folded = True
 
     def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
         """Velocities of whole sequences, each frame seeing itself and the frames before it.
