@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,35 @@ _BRIGHT_NOTE = (
 )
 
 
+@dataclass(frozen=True)
+class RealFrames:
+    """What generated frames are compared with.
+
+    Attributes:
+        latents: (n, C, h, w) of random held-out frames.
+        halves: Fréchet distance of one half of them to the other.
+        threshold: luma above which a pixel is bright.
+        bright: share of bright pixels, as the tokenizer decodes the frames.
+        sharpness: of the decoded frames, see ``nfd_env.evaluation.metrics``.
+    """
+
+    latents: Tensor
+    halves: float
+    threshold: float
+    bright: float
+    sharpness: float
+
+    @classmethod
+    def of(cls, model: WorldModel, episodes: list[EpisodeReference], seed: int) -> RealFrames:
+        """Encode frames of ``episodes`` with the tokenizer of ``model``."""
+        latents = _real_latents(model, episodes, 4096, np.random.default_rng(seed))
+        one, other = latents.flatten(1).split((len(latents) // 2, -(-len(latents) // 2)))
+        pictures = model.decode(latents[:256].to(model.device)).cpu().numpy()
+        threshold = float(np.percentile(luminance(pictures), BRIGHT))
+        share = bright_share(pictures, threshold)
+        return cls(latents, frechet_distance(one, other), threshold, share, sharpness(pictures))
+
+
 def evaluate(
     world: World,
     recordings: RecordedDataset,
@@ -47,6 +76,7 @@ def evaluate(
     progress: bool = True,
     speculative_frames: int = 1,
     ends: bool = True,
+    real: RealFrames | None = None,
 ) -> dict[str, Any]:
     """Compare a world with held-out episodes, conditioned on their true actions.
 
@@ -60,6 +90,7 @@ def evaluate(
         progress: show a progress bar.
         speculative_frames: with more than 1, frames are drawn jointly wherever the action is kept.
         ends: also judge the heads, which do not depend on the sampling.
+        real: of the same recordings, tokenizer and seed; None to encode them.
 
     Returns:
         Nested plain values, see ``format_report``.
@@ -67,11 +98,7 @@ def evaluate(
     Raises:
         RecordingError: when the recordings are of another environment or hold too little.
     """
-    if tuple(recordings.spec.frame_shape[:2]) != tuple(world.spec.frame_size):
-        raise RecordingError(
-            f"the recordings' frames are {recordings.spec.frame_shape[:2]}, "
-            f"the world's {tuple(world.spec.frame_size)}"
-        )
+    _check_fits(world, recordings)
     model = world.model
     if sampling_steps is not None:
         model = model.with_sampling(replace(model.sampling, steps=sampling_steps))
@@ -89,20 +116,15 @@ def evaluate(
     stepper: WorldModel | Speculator = model
     if speculative_frames != 1:
         stepper = Speculator(model, speculative_frames, draft_cost=1.0)
-    real = _real_latents(model, episodes, 4096, np.random.default_rng(seed))
-    pictures = model.decode(real[:256].to(model.device)).cpu().numpy()
-    threshold = float(np.percentile(luminance(pictures), BRIGHT))
-    report["bright_threshold"] = threshold
+    real = real or RealFrames.of(model, episodes, seed)
+    report["bright_threshold"] = real.threshold
     report["horizons"] = _short_rollouts(
-        world, model, stepper, episodes, windows, threshold, rng, seed, progress
+        world, model, stepper, episodes, windows, real.threshold, rng, seed, progress
     )
-    half = len(real) // 2
-    report["frechet"] = {
-        "real_halves": frechet_distance(real[:half].flatten(1), real[half:].flatten(1))
-    }
+    report["frechet"] = {"real_halves": real.halves}
     if long_rollouts:
         report["frechet"] |= _drift(
-            world, model, stepper, episodes, real, threshold, long_rollouts, rng, seed, progress
+            world, model, stepper, episodes, real, long_rollouts, rng, seed, progress
         )
     if ends:
         report["ends"] = _ends(world, model, episodes, rng)
@@ -131,6 +153,7 @@ def evaluate_steps(
     """
     if not steps or min(steps) < 1:
         raise ValueError(f"the numbers of steps must be at least 1, got {list(steps)}")
+    _check_fits(world, recordings)
     worlds = [world]
     if world.spec.teacher is not None:
         model = world.model
@@ -138,6 +161,8 @@ def evaluate_steps(
             load_world(world.folder, model.device, model.precision, which)
             for which in ("student", "teacher")
         ]
+    # Student and teacher share the tokenizer.
+    real = RealFrames.of(world.model, recordings.split("validation"), seed)
     rows = [
         evaluate(
             judged,
@@ -149,6 +174,7 @@ def evaluate_steps(
             progress,
             speculative_frames,
             ends=False,
+            real=real,
         )
         for judged in worlds
         for count in steps
@@ -171,6 +197,14 @@ def evaluate_steps(
         "reference": rows.index(reference),
         "rows": rows,
     }
+
+
+def _check_fits(world: World, recordings: RecordedDataset) -> None:
+    if tuple(recordings.spec.frame_shape[:2]) != tuple(world.spec.frame_size):
+        raise RecordingError(
+            f"the recordings' frames are {recordings.spec.frame_shape[:2]}, "
+            f"the world's {tuple(world.spec.frame_size)}"
+        )
 
 
 def _short_rollouts(
@@ -227,8 +261,7 @@ def _drift(
     model: WorldModel,
     stepper: WorldModel | Speculator,
     episodes: list[EpisodeReference],
-    real: Tensor,
-    threshold: float,
+    real: RealFrames,
     count: int,
     rng: np.random.Generator,
     seed: int,
@@ -261,20 +294,18 @@ def _drift(
         if step % 10 == 0:
             frames = model.decode(latents).cpu().numpy()
             when = "early" if step < _EARLY[1] else "late"
-            bright[when].append(bright_share(frames, threshold))
+            bright[when].append(bright_share(frames, real.threshold))
             if when == "late":
                 sharp.append(sharpness(frames))
-    pictures = model.decode(real[:256].to(model.device)).cpu().numpy()
-    share = bright_share(pictures, threshold)
     features = [torch.cat(part).flatten(1).cpu() for part in (early, late)]
-    flat = real.flatten(1)
+    flat = real.latents.flatten(1)
     return {
         "frames_1_100": frechet_distance(flat, features[0]),
         "frames_1900_2000": frechet_distance(flat, features[1]),
-        "late_sharpness_ratio": float(np.mean(sharp)) / sharpness(pictures),
+        "late_sharpness_ratio": float(np.mean(sharp)) / real.sharpness,
         "late_spread_ratio": float(features[1].std() / flat.std()),
-        "early_bright_ratio": _ratio(float(np.mean(bright["early"])), share),
-        "late_bright_ratio": _ratio(float(np.mean(bright["late"])), share),
+        "early_bright_ratio": _ratio(float(np.mean(bright["early"])), real.bright),
+        "late_bright_ratio": _ratio(float(np.mean(bright["late"])), real.bright),
     }
 
 
