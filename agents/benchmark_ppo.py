@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from agents import train_ppo, train_sb3
-from agents.network import ActorCritic, PolicyConfig
 from agents.ppo import Player, gae, ppo_loss, rollout, update
 from agents.train_ppo import TrainPPOConfig
 from agents.train_sb3 import TrainSB3Config
@@ -65,12 +64,7 @@ class NativeRun:
         torch.manual_seed(settings.seed)
         self._settings = settings
         self._env: Any = train_ppo.make_env(world, settings, real=False)
-        spec = train_ppo.AgentSpec.of(self._env, settings.frame_stack)
-        network = ActorCritic(PolicyConfig(spec, settings.channels, settings.width))
-        self._policy = network.to(self._env.model.device)
-        self._optimiser = torch.optim.Adam(
-            self._policy.parameters(), lr=settings.ppo.learning_rate, eps=1e-5
-        )
+        self._policy, self._optimiser = train_ppo.make_policy(self._env, settings)
         self._act, self._loss, self._gae = (
             train_ppo.compiled(function, settings.compile)
             for function in (self._policy.act, ppo_loss, gae)

@@ -60,6 +60,30 @@ class Judge:
         with torch.random.fork_rng():
             return play_episodes(self._env, agent, self._episodes, seed=1_000_000).scores
 
+    def report(
+        self, agent: Agent, decision: int, metrics: dict[str, float], real: bool = False
+    ) -> str:
+        """Play, and put the mean into ``metrics`` as "real_score".
+
+        Args:
+            agent: as it is after ``decision`` decisions of its training.
+            decision: see there.
+            metrics: with the "score" of the training episodes, if there were any.
+            real: the training is in the real game.
+
+        Returns:
+            A line to print.
+        """
+        scores = self.scores(agent)
+        if scores is None:
+            return f"no score of the real game beside the world's: {self.missing}"
+        metrics["real_score"] = float(scores.mean())
+        inside = f"in the world {metrics['score']:.0f}, " if "score" in metrics and not real else ""
+        return (
+            f"decision {decision}: {inside}in the real game {scores.mean():.0f} +- "
+            f"{scores.std():.0f} ({len(scores)} episodes)"
+        )
+
     def close(self) -> None:
         """Stop the games."""
         if self._env is not None:

@@ -106,6 +106,20 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     return NFDVectorEnv(world, autoreset_mode="SameStep", **{**kwargs, **settings.env})
 
 
+def make_policy(
+    env: Any, settings: TrainPPOConfig, real: bool = False
+) -> tuple[ActorCritic, torch.optim.Optimizer]:
+    """A new policy for ``env``, on its device, and what improves it.
+
+    Raises:
+        AgentError: when the policy cannot take the actions or observations of ``env``.
+    """
+    spec = AgentSpec.of(env, settings.frame_stack, "real game" if real else "world")
+    network = ActorCritic(PolicyConfig(spec, settings.channels, settings.width))
+    policy = network.to(env.model.device)
+    return policy, torch.optim.Adam(policy.parameters(), settings.ppo.learning_rate, eps=1e-5)
+
+
 def compiled(function: Any, wanted: bool) -> Any:
     """``function``, through torch.compile if that is ``wanted``."""
     return torch.compile(function, dynamic=False) if wanted else function
@@ -136,10 +150,8 @@ def train(
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     env = make_env(world, settings, real)
-    spec = AgentSpec.of(env, settings.frame_stack, "real game" if real else "world")
-    network = ActorCritic(PolicyConfig(spec, settings.channels, settings.width))
-    policy = network.to(env.model.device)
-    optimiser = torch.optim.Adam(policy.parameters(), lr=settings.ppo.learning_rate, eps=1e-5)
+    policy, optimiser = make_policy(env, settings, real)
+    spec = policy.config.spec
     folder = Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
     state_path, agent_path = folder / "state.pt", folder / "agent.safetensors"
@@ -192,18 +204,10 @@ def train(
 
     def evaluate() -> None:
         nonlocal evaluated
-        scores = judge.scores(NativeAgent(policy))
         evaluated = done
-        if scores is None:
-            bar.write(f"no score of the real game beside the world's: {judge.missing}")
-            return
-        metrics["real_score"] = float(scores.mean())
-        writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
-        inside = f"in the world {metrics['score']:.0f}, " if "score" in metrics and not real else ""
-        bar.write(
-            f"decision {done}: {inside}in the real game {scores.mean():.0f} +- {scores.std():.0f} "
-            f"({len(scores)} episodes)"
-        )
+        bar.write(judge.report(NativeAgent(policy), done, metrics, real))
+        if not judge.missing:
+            writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
 
     # Another seed on every start, so that a resumed run does not repeat its first episodes.
     observation, _ = env.reset(seed=settings.seed + done)

@@ -230,17 +230,9 @@ class Progress(BaseCallback):
             return
         done = self._evaluated = self.model.num_timesteps
         spec = config.from_mapping(AgentSpec, getattr(self.model, SPEC_ATTRIBUTE))
-        scores = self._judge.scores(SB3Agent(self.model, spec))
-        if scores is None:
-            self._bar.write(f"no score of the real game beside the world's: {self._judge.missing}")
-            return
-        self.metrics["real_score"] = float(scores.mean())
-        self.logger.record("evaluation/real_score", self.metrics["real_score"])
-        inside = f"in the world {self.metrics['score']:.0f}, " if "score" in self.metrics else ""
-        self._bar.write(
-            f"decision {done}: {inside}in the real game {scores.mean():.0f} +- {scores.std():.0f} "
-            f"({len(scores)} episodes)"
-        )
+        self._bar.write(self._judge.report(SB3Agent(self.model, spec), done, self.metrics))
+        if not self._judge.missing:
+            self.logger.record("evaluation/real_score", self.metrics["real_score"])
 
     def save(self) -> None:
         """Write the agent, all or nothing."""

@@ -52,12 +52,11 @@ class PolicyPlayer:
     def __init__(self, policies: list[BehaviourPolicy], env: Any) -> None:
         """Play ``env``, a real or learned vector env of frames, one policy an environment."""
         self._policies = policies
-        learned = isinstance(env, NFDVectorEnv)
-        # All that a learned world has to show a policy is its action space.
-        self._envs: list[Any] = [
-            SimpleNamespace(action_space=copy.deepcopy(env.single_action_space)) for _ in policies
-        ]
-        if not learned:
+        if isinstance(env, NFDVectorEnv):
+            # All that a learned world has to show a policy is its action space.
+            spaces = [copy.deepcopy(env.single_action_space) for _ in policies]
+            self._envs: list[Any] = [SimpleNamespace(action_space=space) for space in spaces]
+        else:
             self._envs = env.envs
         self.reset(len(policies))  # what it cannot play shows now
 
