@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(arguments)
+    if os.getcwd() not in sys.path:  # a console script does not look where it is started
+        sys.path.insert(0, os.getcwd())  # for policies, agents and loaders named module:Class
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:

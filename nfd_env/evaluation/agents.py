@@ -6,8 +6,6 @@ import copy
 import importlib
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -336,8 +334,6 @@ def load_player(agent: str, env: Any, greedy: bool = False, loader: str = LOADER
 
 def _import(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a console script does not look where it is started
-        sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -359,8 +355,6 @@ def _load(loader: str, agent: str, env: Any, greedy: bool) -> Any:
 
 
 def _policy(name: str, kwargs: Mapping[str, Any] | None) -> BehaviourPolicy:
-    if ":" in name and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     return make_policy("random_held" if name == "random" else name, dict(kwargs or {}))
 
 
