@@ -18,7 +18,8 @@ from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.rollout import rollout_latents
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import load_weights, save_weights
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.training.history import sample_history_levels
 from nfd_env.training.loop import TrainConfig
 
 
@@ -35,7 +36,10 @@ class FlowTrainingConfig:
         frames: frames a training window.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
+        initial: weights to begin with, of the same sizes as ``model``; "" for random ones.
         history_max_level: in two-copy training the history's levels are uniform up to this.
+        draft_share: in two-copy training the share of history frames that begin a run of frames as
+            noisy as when several are drawn jointly, see ``sample_history_levels``.
         history_level: the history's level when playing, stored with the weights.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
     """
@@ -47,7 +51,9 @@ class FlowTrainingConfig:
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
     frames: int = 16
     history: str = "two_copies"
+    initial: str = ""
     history_max_level: float = 0.4
+    draft_share: float = 0.0
     history_level: float = 0.15
     level_shift: float = 3.0
 
@@ -55,6 +61,8 @@ class FlowTrainingConfig:
         """Check the choices."""
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
+        if not 0 <= self.draft_share <= 1:
+            raise ValueError(f"draft_share must lie in [0, 1], got {self.draft_share}")
 
 
 class FlowStage:
@@ -71,6 +79,14 @@ class FlowStage:
         self._tokenizer = load_weights(settings.tokenizer, Tokenizer, TokenizerConfig)
         torch.manual_seed(settings.train.seed)
         self.network = Dynamics(settings.model)
+        if settings.initial:
+            begun = load_weights(settings.initial, Dynamics, DynamicsConfig)
+            if begun.config != settings.model:
+                raise CheckpointError(
+                    f"{settings.initial}: holds {begun.config}, the config asks for "
+                    f"{settings.model}"
+                )
+            self.network.load_state_dict(begun.state_dict())
         rng = np.random.default_rng(0)
         self._held_out = self._validation.windows(rng, 64, settings.frames)
         self._rollout = self._validation.windows(rng, 8, 4 + 32)
@@ -91,7 +107,13 @@ class FlowStage:
             velocity = network(sample.x, levels, actions)
             error = (velocity.float() - sample.velocity).square().mean((2, 3, 4))
         else:
-            history_levels = torch.rand_like(levels) * self.settings.history_max_level
+            history_levels = sample_history_levels(
+                latents.shape[:2],
+                self.settings.history_max_level,
+                self.settings.draft_share,
+                self.settings.level_shift,
+                self._device,
+            )
             history = interpolate(latents, torch.randn_like(latents), history_levels).x
             velocity = network.forward_two_copies(
                 history, history_levels, sample.x, levels, actions

@@ -141,6 +141,35 @@ def test_flow_with_one_shared_copy(flow_settings: FlowTrainingConfig, tmp_path: 
         replace(flow_settings, history="none")
 
 
+def test_flow_goes_on_from_finished_weights(
+    flow: Trained, flow_settings: FlowTrainingConfig, tmp_path: Path
+) -> None:
+    settings = replace(
+        flow_settings, initial=str(flow.weights), draft_share=0.2, train=run(tmp_path, 1)
+    )
+    stage = FlowStage(settings)
+    finished = load_weights(flow.weights, Dynamics, DynamicsConfig).state_dict()
+    begun = stage.network.state_dict()
+    assert all(torch.equal(begun[name], finished[name]) for name in finished)
+    assert np.isfinite(train(stage, settings.train, progress=False)["flow"])
+
+
+def test_flow_from_weights_of_another_size(
+    flow: Trained, flow_settings: FlowTrainingConfig
+) -> None:
+    larger = replace(flow_settings.model, layers=3)
+    with pytest.raises(CheckpointError, match=r"layers=2.*the config asks for.*layers=3"):
+        FlowStage(replace(flow_settings, initial=str(flow.weights), model=larger))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_impossible_share_of_drafted_history(
+    flow_settings: FlowTrainingConfig, share: float
+) -> None:
+    with pytest.raises(ValueError, match="draft_share must lie in"):
+        replace(flow_settings, draft_share=share)
+
+
 def test_the_flow_loss_starts_at_the_variance_of_the_velocity(
     flow_settings: FlowTrainingConfig,
 ) -> None:
