@@ -128,28 +128,32 @@ def test_compare(distilled_world: Path) -> None:
     report = compare(world, (5, 1), (2,), seconds=0.05)
     rows = report["rows"]
     assert [(r["steps"], r["cache"], r["dynamics"], r["speculative_frames"]) for r in rows] == [
+        (18, "plain fp32", "teacher", 1),
+        (18, "plain bf16", "teacher", 1),
         (18, "refilled", "teacher", 1),
         (5, "ring", "teacher", 1),
         (1, "ring", "student", 1),
         *[(1, "ring", "student", 2)] * 3,
     ]
-    assert [r["sampler"] for r in rows[:3]] == ["euler", "euler", "consistency"]
-    assert [r["stream"] for r in rows[3:]] == ["held keys", "agent", "random"]
+    assert [r["sampler"] for r in rows[2:5]] == ["euler", "euler", "consistency"]
+    assert [r["stream"] for r in rows[5:]] == ["held keys", "agent", "random"]
     # 18 steps and a window against one pass: no machine is noisy enough to hide that.
-    assert rows[2]["over_refilled"] > 3 and rows[0]["over_refilled"] == 1
-    for row in rows[3:]:
+    assert rows[4]["over_refilled"] > 3 and rows[4]["over_plain_refilled"] > 3
+    assert rows[2]["over_refilled"] == 1
+    assert max(r["over_plain_refilled"] for r in rows[:2]) == 1
+    for row in rows[5:]:
         assert 0 <= row["acceptance"] <= 1 and 0 <= row["frames_without_a_pass"] <= 0.5
-        ratio = row["frames_per_second"] / rows[2]["frames_per_second"]
+        ratio = row["frames_per_second"] / rows[4]["frames_per_second"]
         assert row["over_no_speculation"] == pytest.approx(ratio)
     text = format_comparison(report)
     assert text.count("\n| 1 (student, consistency) |") == 4
-    assert "refilled for every frame" in text
+    assert "| plain PyTorch bf16, refilled |" in text and "over plain refilled" in text
     json.dumps(report)
 
 
 def test_compare_in_a_world_with_one_network(endless_world: Path) -> None:
     report = compare(load_world(endless_world, "cpu", "fp32"), (2,), (), seconds=0.01)
-    assert [r["dynamics"] for r in report["rows"]] == ["flow", "flow"]
+    assert [r["dynamics"] for r in report["rows"]] == ["flow"] * 4
     assert "Speculation" not in format_comparison(report)
 
 
