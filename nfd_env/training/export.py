@@ -42,6 +42,8 @@ class ExportConfig:
         dynamics: run folder of the dynamics.
         heads: run folder of the heads.
         configs: the config files behind the runs, copied into the provenance.
+        earlier: provenance file of the world whose weights these runs went on from, copied into the
+            provenance; a run folder that holds weights alone has its stage there. "" for none.
         sampling: the world's default sampling.
         teacher: run folder of the flow model behind a distilled ``dynamics``, to ship both; "" for
             none.
@@ -63,6 +65,7 @@ class ExportConfig:
     dynamics: str
     heads: str
     configs: list[str] = field(default_factory=list)
+    earlier: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     modulation_rank: int = 0
     starts: int = 96
@@ -236,12 +239,16 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         row["return"] += episode.total_reward
     for row in policies.values():
         row["mean_return"] = round(row.pop("return") / row["episodes"], 1)
+    earlier = yaml.safe_load(Path(settings.earlier).read_text()) if settings.earlier else {}
     stages = {}
     for stage in _NETWORKS:
         if not getattr(settings, stage):
             continue
-        folder = Path(getattr(settings, stage))
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        path = Path(getattr(settings, stage)) / "state.pt"
+        if not path.exists() and stage in earlier.get("stages", {}):
+            stages[stage] = {**earlier["stages"][stage], "made": "earlier"}
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=True)
         weights = state.get("kept") or {"step": state["step"], "metrics": state["metrics"]}
         stages[stage] = {
             "steps": state["step"],
@@ -264,4 +271,5 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         "configs": {
             Path(path).name: yaml.safe_load(Path(path).read_text()) for path in settings.configs
         },
+        **({"earlier": earlier} if earlier else {}),
     }

@@ -15,7 +15,7 @@ from nfd_env.data.latents import LatentDataset, encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.solvers import level_grid, sample_euler
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.rollout import rollout_latents
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
@@ -36,7 +36,8 @@ class FlowTrainingConfig:
         frames: frames a training window.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
-        initial: weights to begin with, of the same sizes as ``model``; "" for random ones.
+        initial: weights to begin with, of the same sizes as ``model``, except that a full adaLN
+            projection is brought to ``model.modulation_rank``; "" for random ones.
         history_max_level: in two-copy training the history's levels are uniform up to this.
         draft_share: in two-copy training the share of history frames that begin a run of frames as
             noisy as when several are drawn jointly, see ``sample_history_levels``.
@@ -81,6 +82,9 @@ class FlowStage:
         self.network = Dynamics(settings.model)
         if settings.initial:
             begun = load_weights(settings.initial, Dynamics, DynamicsConfig)
+            rank = settings.model.modulation_rank
+            if rank and not begun.config.modulation_rank:
+                begun, _ = with_low_rank(begun, self._known_actions(), rank)
             if begun.config != settings.model:
                 raise CheckpointError(
                     f"{settings.initial}: holds {begun.config}, the config asks for "
@@ -90,6 +94,12 @@ class FlowStage:
         rng = np.random.default_rng(0)
         self._held_out = self._validation.windows(rng, 64, settings.frames)
         self._rollout = self._validation.windows(rng, 8, 4 + 32)
+
+    def _known_actions(self) -> Tensor:
+        """Encoded actions (n, action_width) of the recordings, and the one before the first."""
+        first = [torch.from_numpy(e.actions[:256]) for e in self._train.episodes[:64]]
+        distinct = torch.unique(torch.cat(first), dim=0)
+        return torch.cat((distinct[:256], torch.zeros(1, distinct.shape[1])))
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
         """Latents (size, frames, C, h, w) and the actions leading into them."""

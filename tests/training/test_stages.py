@@ -154,6 +154,20 @@ def test_flow_goes_on_from_finished_weights(
     assert np.isfinite(train(stage, settings.train, progress=False)["flow"])
 
 
+def test_flow_goes_on_with_a_modulation_of_lower_rank(
+    flow: Trained, flow_settings: FlowTrainingConfig
+) -> None:
+    settings = replace(
+        flow_settings,
+        initial=str(flow.weights),
+        model=replace(flow_settings.model, modulation_rank=16),
+    )
+    stage = FlowStage(settings)
+    assert stage.network.config.modulation_rank == 16
+    before = loss_on_fixed_batches(stage, load_weights(flow.weights, Dynamics, DynamicsConfig))
+    assert loss_on_fixed_batches(stage, stage.network) == pytest.approx(before, rel=1e-3)
+
+
 def test_flow_from_weights_of_another_size(
     flow: Trained, flow_settings: FlowTrainingConfig
 ) -> None:
@@ -315,6 +329,34 @@ def test_exported_weights_make_a_world_that_steps(
         observation, reward, _, _, info = env.step(action)
         assert observation in env.observation_space
         assert -1 <= reward <= 1 and 0 <= info["hazard"] <= 1
+
+
+def test_stages_of_an_earlier_world_stand_in_the_provenance(
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "tokenizer"
+    bare.mkdir()
+    (bare / "model.safetensors").write_bytes(tokenizer.weights.read_bytes())
+    settings = ExportConfig(
+        "Counter",
+        str(tmp_path / "world"),
+        str(recordings),
+        str(bare),
+        str(flow.folder),
+        str(heads.folder),
+        starts=2,
+        beginnings=1,
+        clip_frames=4,
+    )
+    with pytest.raises(FileNotFoundError, match="tokenizer/state.pt"):
+        export(settings)
+    earlier = tmp_path / "provenance.yaml"
+    earlier.write_text(yaml.safe_dump({"stages": {"tokenizer": {"steps": 4000}}}))
+    folder = export(replace(settings, earlier=str(earlier)))
+    provenance = yaml.safe_load((folder / "provenance.yaml").read_text())
+    assert provenance["stages"]["tokenizer"] == {"steps": 4000, "made": "earlier"}
+    assert provenance["stages"]["heads"]["steps"] == 60
+    assert provenance["earlier"]["stages"]["tokenizer"]["steps"] == 4000
 
 
 def test_student_and_teacher_are_exported_together_in_fewer_bytes(
