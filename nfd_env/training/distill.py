@@ -77,7 +77,8 @@ class DistillTrainingConfig:
         train: the loop's settings.
         student: weights to begin with instead of the teacher's, e.g. of an earlier distillation.
         frames: frames a training window.
-        history_max_level: the clean copy's levels are uniform up to this, as in flow training.
+        history_max_level: the clean copy's levels go up to this, as in flow training.
+        history_skew: > 0; more than 1 favours levels near 0, see ``sample_history_levels``.
         draft_share: as in flow training; the teacher must have been trained with it.
         history_level: the history's level when playing.
         discrete_steps: so many steps are discrete-time consistency, cheaper and steadier; the rest
@@ -112,6 +113,7 @@ class DistillTrainingConfig:
     student: str = ""
     frames: int = 16
     history_max_level: float = 0.4
+    history_skew: float = 1.0
     draft_share: float = 0.0
     history_level: float = 0.15
     discrete_steps: int = 0
@@ -139,6 +141,8 @@ class DistillTrainingConfig:
             raise ValueError(
                 "discrete_steps, grid_doublings and tangent_warmup must not be negative"
             )
+        if self.history_skew <= 0:
+            raise ValueError(f"history_skew must be above 0, got {self.history_skew}")
         if not 0 <= self.draft_share <= 1:
             raise ValueError(f"draft_share must lie in [0, 1], got {self.draft_share}")
         if self.weight_bound < 1:
@@ -293,6 +297,7 @@ class DistillStage:
         history_levels = sample_history_levels(
             latents.shape[:2],
             self.settings.history_max_level,
+            self.settings.history_skew,
             self.settings.draft_share,
             self.settings.shift,
             self._device,

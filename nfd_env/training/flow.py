@@ -38,7 +38,8 @@ class FlowTrainingConfig:
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
         initial: weights to begin with, of the same sizes as ``model``, except that a full adaLN
             projection is brought to ``model.modulation_rank``; "" for random ones.
-        history_max_level: in two-copy training the history's levels are uniform up to this.
+        history_max_level: in two-copy training the history's levels go up to this.
+        history_skew: > 0; more than 1 favours levels near 0, see ``sample_history_levels``.
         draft_share: in two-copy training the share of history frames that begin a run of frames as
             noisy as when several are drawn jointly, see ``sample_history_levels``.
         history_level: the history's level when playing, stored with the weights.
@@ -54,6 +55,7 @@ class FlowTrainingConfig:
     history: str = "two_copies"
     initial: str = ""
     history_max_level: float = 0.4
+    history_skew: float = 1.0
     draft_share: float = 0.0
     history_level: float = 0.15
     level_shift: float = 3.0
@@ -62,6 +64,8 @@ class FlowTrainingConfig:
         """Check the choices."""
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
+        if self.history_skew <= 0:
+            raise ValueError(f"history_skew must be above 0, got {self.history_skew}")
         if not 0 <= self.draft_share <= 1:
             raise ValueError(f"draft_share must lie in [0, 1], got {self.draft_share}")
 
@@ -120,6 +124,7 @@ class FlowStage:
             history_levels = sample_history_levels(
                 latents.shape[:2],
                 self.settings.history_max_level,
+                self.settings.history_skew,
                 self.settings.draft_share,
                 self.settings.level_shift,
                 self._device,

@@ -13,6 +13,7 @@ _LONGEST = 4  # drafted frames in a row
 def sample_history_levels(
     shape: tuple[int, int],
     max_level: float,
+    skew: float,
     draft_share: float,
     level_shift: float,
     device: torch.device | None = None,
@@ -26,7 +27,9 @@ def sample_history_levels(
 
     Args:
         shape: (rows, frames).
-        max_level: finished frames' levels are uniform up to this.
+        max_level: the largest level of a finished frame.
+        skew: finished frames' levels are ``max_level`` times u^skew with u uniform in [0, 1]: 1 is
+            uniform, more spends more of the training on history that is nearly clean.
         draft_share: in [0, 1]; 0 for finished frames only.
         level_shift: of the training levels, see ``nfd_env.flow.path.sample_levels``.
         device: of the result.
@@ -34,7 +37,7 @@ def sample_history_levels(
     Returns:
         float32 (rows, frames).
     """
-    levels = torch.rand(shape, device=device) * max_level
+    levels = torch.rand(shape, device=device) ** skew * max_level
     if not draft_share:
         return levels
     drafted = torch.rand(shape, device=device) < draft_share

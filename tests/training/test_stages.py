@@ -176,12 +176,19 @@ def test_flow_from_weights_of_another_size(
         FlowStage(replace(flow_settings, initial=str(flow.weights), model=larger))
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1])
-def test_impossible_share_of_drafted_history(
-    flow_settings: FlowTrainingConfig, share: float
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"draft_share": -0.1}, "draft_share must lie in"),
+        ({"draft_share": 1.1}, "draft_share must lie in"),
+        ({"history_skew": 0.0}, "history_skew must be above 0"),
+    ],
+)
+def test_impossible_history_levels(
+    flow_settings: FlowTrainingConfig, values: dict[str, float], message: str
 ) -> None:
-    with pytest.raises(ValueError, match="draft_share must lie in"):
-        replace(flow_settings, draft_share=share)
+    with pytest.raises(ValueError, match=message):
+        replace(flow_settings, **values)
 
 
 def test_the_flow_loss_starts_at_the_variance_of_the_velocity(
