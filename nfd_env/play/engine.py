@@ -17,6 +17,8 @@ from nfd_env.play.session import Session
 
 log = logging.getLogger(__name__)
 
+_SETTLE = 0.006  # seconds that a picture needs to be compressed, sent and painted
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -56,7 +58,7 @@ class Player:
     def controls(self) -> tuple[Any, ...]:
         """What the HUD shows even when no time passes."""
         s = self.session
-        return (s.paused, s.speed, s.sampling_steps, s.lookahead, s.agent_on)
+        return (s.paused, s.speed, s.sampling, s.lookahead, s.agent_on)
 
     def refresh(self) -> None:
         """Show the current picture again when a control was changed in a pause."""
@@ -77,6 +79,7 @@ class Engine:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._showed = 0.0
         self.error: BaseException | None = None
 
     @property
@@ -160,15 +163,15 @@ class Engine:
             self._tick(due, now)
             return 0.0
         next_due = min((p.due for p in players), default=now + 0.5)
-        if self._draft(players, next_due - now):
-            return 0.0
-        return max(0.0, next_due - time.perf_counter())
+        begin = self._draft(players, now, next_due)
+        return max(0.0, min(begin, next_due) - time.perf_counter())
 
     def _controls(self, player: Player) -> None:
         session = player.session
-        if session.sampling_steps is not None:
-            self.game.set_sampling_steps(player.slot, session.sampling_steps)
+        # Asked first: a reset for other dynamics is wanted after they were chosen.
         reset, seed = session.wants_reset()
+        if session.sampling is not None:
+            self.game.set_sampling(player.slot, session.sampling)
         if reset:
             frame = self.game.reset(player.slot, seed)
             session.began(frame, self.game.seed_of(player.slot))
@@ -218,9 +221,14 @@ class Engine:
                 session.latencies.add(now - session.answering_since)
             session.took(choices[slot], outcome, now - began)
             player.show(outcome.frame, session.answering)
+        self._showed = time.perf_counter()
 
-    def _draft(self, players: list[Player], idle: float) -> bool:
-        """Generate ahead for those who want it, as much as fits into the idle time."""
+    def _draft(self, players: list[Player], now: float, next_due: float) -> float:
+        """Generate ahead for those who want it, as much as fits into the idle time.
+
+        Returns:
+            When to look again.
+        """
         waiting = [
             p
             for p in players
@@ -231,7 +239,7 @@ class Engine:
             and not self.game.has_draft(p.slot)
         ]
         if not waiting:
-            return False
+            return next_due
         period = 1 / self.game.fps
         every = len(waiting[0].session.keymap.all_actions())
         for everything in (True, False):
@@ -240,8 +248,14 @@ class Engine:
                 continue
             # A paused player's frames can be made at leisure.
             running = any(not p.session.paused for p in waiting)
-            room = max(idle, 0.7 * period) if running else 1.0
-            if self.game.cost(rows) <= 0.9 * room:
+            since = max(self._showed, now - _SETTLE)
+            room = max(next_due - since, 0.7 * period) if running else 1.0
+            cost = self.game.cost(rows)
+            if cost <= 0.9 * room:
+                # The pictures just shown are on their way, and need the cores more.
+                begin = self._showed + min(_SETTLE, max(0.0, room - cost) / 2)
+                if begin > now:
+                    return begin
                 self.game.draft({p.slot: p.session.guesses_for_next(everything) for p in waiting})
-                return True
-        return False
+                return now
+        return next_due

@@ -13,6 +13,21 @@ from nfd_env.play.keys import Keymap
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a player's frames are drawn.
+
+    Attributes:
+        steps: denoising steps a frame, at least 1.
+        speculation: several frames are drawn jointly while the action is kept.
+        teacher: by the many-step dynamics that the world's own were distilled from.
+    """
+
+    steps: int
+    speculation: bool = False
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one action brought about.
 
@@ -21,7 +36,7 @@ class Outcome:
         reward: of this step.
         terminated: the episode has ended.
         truncated: the episode was cut off.
-        info: plain values, e.g. "hazard".
+        info: plain values, e.g. "hazard"; "acceptance" is the share of speculative frames used.
         guessed: the frame had been generated before the action was known.
     """
 
@@ -34,7 +49,18 @@ class Outcome:
 
 
 class Game(Protocol):
-    """What an engine plays: ``Slots`` of a learned world, or any Gymnasium env (``EnvGame``)."""
+    """What an engine plays: ``Slots`` of a learned world, or any Gymnasium env (``EnvGame``).
+
+    Attributes:
+        name: of the world.
+        count: players at a time.
+        fps: native frames a second.
+        display_aspect: width / height as shown; 0 for square pixels.
+        keymap: from keys to actions.
+        frame_shape: (H, W, 3).
+        default_sampling: None for a game that is not generated.
+        steps_of: denoising steps of (student, teacher); None where there is no choice.
+    """
 
     name: str
     count: int
@@ -42,7 +68,8 @@ class Game(Protocol):
     display_aspect: float
     keymap: Keymap
     frame_shape: tuple[int, ...]
-    default_sampling_steps: int | None
+    default_sampling: Sampling | None
+    steps_of: tuple[int, int] | None
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """Start an episode; returns its first frame."""
@@ -72,15 +99,16 @@ class Game(Protocol):
         """Expected seconds for a batch."""
         ...
 
-    def set_sampling_steps(self, slot: int, steps: int) -> None:
-        """Denoising steps a frame."""
+    def set_sampling(self, slot: int, sampling: Sampling) -> None:
+        """How a slot's frames are drawn from now on."""
         ...
 
 
 class EnvGame:
     """Any Gymnasium environment with ``render_mode="rgb_array"`` as a game for one player."""
 
-    default_sampling_steps: int | None = None
+    default_sampling: Sampling | None = None
+    steps_of: tuple[int, int] | None = None
 
     def __init__(self, env: gymnasium.Env, keymap: Keymap, fps: float | None = None) -> None:
         """Play ``env``.
@@ -129,7 +157,7 @@ class EnvGame:
         """See ``Game``."""
         return 0.0
 
-    def set_sampling_steps(self, slot: int, steps: int) -> None:
+    def set_sampling(self, slot: int, sampling: Sampling) -> None:
         """A game that is not generated has none."""
 
     def _frame(self) -> np.ndarray:

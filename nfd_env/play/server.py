@@ -36,7 +36,7 @@ from nfd_env.play.agents import load_agent
 from nfd_env.play.engine import Engine, Player, Shown
 from nfd_env.play.game import Game
 from nfd_env.play.keys import key_name
-from nfd_env.play.session import MAX_SAMPLING_STEPS, SPEEDS, ControlError, Session
+from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -390,7 +390,7 @@ class PlayServer:
     def _seat(self, client: _Client, room: _Room, seed: str | None) -> Session | None:
         """Give a client a slot; None when there is none."""
         game = room.game
-        session = Session(game.keymap, game.default_sampling_steps, room.agent)
+        session = Session(game.keymap, game.default_sampling, game.steps_of, room.agent)
         client.history = deque(maxlen=max(1, int(self.limits.replay_seconds * game.fps)))
         number = int(seed) if seed and seed.isdecimal() and int(seed) < 2**32 else None
         player = room.engine.join(session, lambda shown: self._compress(client, shown), number)
@@ -410,8 +410,8 @@ class PlayServer:
             "keys": sorted(game.keymap.keys),
             "buttons": game.keymap.buttons(),
             "speeds": SPEEDS,
-            "max_sampling_steps": MAX_SAMPLING_STEPS,
-            "sampling_steps": game.default_sampling_steps,
+            "steps": sampling_choices(game),
+            "has_teacher": game.steps_of is not None,
             "has_agent": room.agent is not None,
             "replay_seconds": self.limits.replay_seconds,
             "idle_seconds": self.limits.idle_seconds,
@@ -645,8 +645,9 @@ def serve(
         token: whoever knows it may play.
         device: see ``nfd_env.checkpoint.resolve_device``.
         sampling_steps: denoising steps a frame; None for the world's default.
-        speculative_frames: frames drawn jointly while the action is kept.
-        dynamics: "student" or "teacher"; None for the world's default.
+        speculative_frames: frames drawn jointly while the action is kept; with 1 players can still
+            switch to 2.
+        dynamics: "student" or "teacher"; None for the world's default. Players can switch.
         agent: whom players can hand over to, see ``nfd_env.play.agents.load_agent``.
         idle_seconds: a player without any input for so long loses the slot.
         ready: called once the page can be opened.
@@ -714,7 +715,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculative-frames",
         type=int,
         default=1,
-        help="frames drawn jointly while the action is kept (default 1)",
+        help="frames drawn jointly while the action is kept (default 1; the page can switch to 2)",
     )
     parser.add_argument("--dynamics", help="student or teacher, in a world that has both")
     parser.add_argument("--agent", help="whom players can hand over to, as in nfd play")

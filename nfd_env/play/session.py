@@ -6,15 +6,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from nfd_env.play.game import Outcome
+from nfd_env.play.game import Game, Outcome, Sampling
 from nfd_env.play.keys import Choice, KeyLatch, Keymap
 
 SPEEDS = (0.25, 0.5, 1.0, 1.5, 2.0)
-MAX_SAMPLING_STEPS = 16
+MAX_SAMPLING_STEPS = 32
 RESTART_AFTER = 2.0  # seconds that the last frame of an episode is shown for
 
 Agent = Callable[[np.ndarray], Any]
@@ -65,7 +66,8 @@ class Session:
     def __init__(
         self,
         keymap: Keymap,
-        sampling_steps: int | None = None,
+        sampling: Sampling | None = None,
+        steps_of: tuple[int, int] | None = None,
         agent: Agent | None = None,
         drafts: bool = True,
     ) -> None:
@@ -73,7 +75,8 @@ class Session:
 
         Args:
             keymap: of the game.
-            sampling_steps: denoising steps a frame; None for a game that is not generated.
+            sampling: how frames are drawn; None for a game that is not generated.
+            steps_of: denoising steps of (student, teacher); None where there is no choice.
             agent: may take over through the control "agent".
             drafts: whether the game can generate frames ahead.
         """
@@ -81,7 +84,7 @@ class Session:
         self.keys = KeyLatch(keymap.keys)
         self.paused = self.agent_on = self.over = False
         self.speed = 1.0
-        self.sampling_steps = sampling_steps
+        self.sampling, self.steps_of = sampling, steps_of
         self.can_draft = self.lookahead = drafts
         self.seed: int | None = None
         self.episode = self.steps = 0
@@ -132,6 +135,9 @@ class Session:
         seed           a new seed: an int from 0 to 2**32 - 1, or None for a random one
         speed          one of ``SPEEDS``
         sampling_steps 1 to ``MAX_SAMPLING_STEPS``
+        speculation    True, False or None to toggle: draw frames jointly while keys are held
+        teacher        True, False or None to toggle: the many-step dynamics that the world's own
+                       were distilled from; begins an episode
         lookahead      True, False or None to toggle: generate the next frames ahead
         agent          True, False or None to toggle: hand over to the agent
         ============== ============================================================
@@ -140,16 +146,8 @@ class Session:
             ControlError: when there is no such control or it does not take this value.
         """
         self.last_input = time.monotonic()
-        if name in ("pause", "lookahead", "agent"):
-            if value is not None and not isinstance(value, bool):
-                raise ControlError(f"{name} takes true, false or nothing, got {value!r}")
-            attribute = {"pause": "paused", "agent": "agent_on"}.get(name, name)
-            wanted = not getattr(self, attribute) if value is None else value
-            if name == "agent" and wanted and self.agent is None:
-                raise ControlError("no agent was given to hand over to")
-            if name == "lookahead" and wanted and not self.can_draft:
-                raise ControlError("this game cannot be generated ahead")
-            setattr(self, attribute, wanted)
+        if name in ("pause", "lookahead", "agent", "speculation", "teacher"):
+            self._switch(name, value)
         elif name == "step":
             with self._lock:
                 self._single_steps = min(self._single_steps + (1 if self.paused else 0), 8)
@@ -167,15 +165,48 @@ class Session:
                 raise ControlError(f"speed must be one of {SPEEDS}, got {value!r}")
             self.speed = float(value)
         elif name == "sampling_steps":
-            if self.sampling_steps is None:
-                raise ControlError("this game is not generated: it has no sampling steps")
             if not _is_int(value) or not 1 <= value <= MAX_SAMPLING_STEPS:
                 raise ControlError(
                     f"sampling_steps must be from 1 to {MAX_SAMPLING_STEPS}, got {value!r}"
                 )
-            self.sampling_steps = int(value)
+            self.sampling = replace(self._generated(), steps=int(value))
         else:
             raise ControlError(f"unknown control {name!r}")
+
+    def _switch(self, name: str, value: Any) -> None:
+        """A control that is on or off."""
+        if value is not None and not isinstance(value, bool):
+            raise ControlError(f"{name} takes true, false or nothing, got {value!r}")
+        if name in ("speculation", "teacher"):
+            sampling = self._generated()
+            wanted = not getattr(sampling, name) if value is None else value
+            if name == "teacher":
+                self._change_dynamics(wanted)
+            else:
+                self.sampling = replace(sampling, speculation=wanted)
+            return
+        attribute = {"pause": "paused", "agent": "agent_on"}.get(name, name)
+        wanted = not getattr(self, attribute) if value is None else value
+        if name == "agent" and wanted and self.agent is None:
+            raise ControlError("no agent was given to hand over to")
+        if name == "lookahead" and wanted and not self.can_draft:
+            raise ControlError("this game cannot be generated ahead")
+        setattr(self, attribute, wanted)
+
+    def _change_dynamics(self, teacher: bool) -> None:
+        """Student or teacher, each with its own number of steps, from the seed's first frame."""
+        sampling = self._generated()
+        if teacher == sampling.teacher:
+            return
+        if self.steps_of is None:
+            raise ControlError("this world has no teacher")
+        self.sampling = replace(sampling, teacher=teacher, steps=self.steps_of[teacher])
+        self._wanted.append(("reset", self.seed))
+
+    def _generated(self) -> Sampling:
+        if self.sampling is None:
+            raise ControlError("this game is not generated: it has no sampling")
+        return self.sampling
 
     @property
     def reset_pending(self) -> bool:
@@ -185,7 +216,10 @@ class Session:
     def wants_reset(self) -> tuple[bool, int | None]:
         """Whether an episode is to begin now, and with which seed (None: the next episode)."""
         if self._wanted:
-            return True, self._wanted.popleft()[1]
+            _, seed = self._wanted.popleft()
+            if seed is not None:
+                self.seed = None  # its episodes are counted anew
+            return True, seed
         over = self.over and time.monotonic() - self.ended_at >= RESTART_AFTER
         return over and not self.paused, None
 
@@ -262,13 +296,14 @@ class Session:
             "speed": self.speed,
             "fps": round(self.frames.rate(), 1),
             "model_ms": _milliseconds(self.step_times.percentile(50)),
-            "sampling_steps": self.sampling_steps,
+            "sampling_steps": None if self.sampling is None else self.sampling.steps,
+            "speculation": self.sampling is not None and self.sampling.speculation,
+            "teacher": self.sampling is not None and self.sampling.teacher,
             "lookahead": self.lookahead,
             "guessed": None if rate is None or not self.lookahead else round(rate, 3),
             "acceptance": None if acceptance is None else round(float(acceptance), 3),
             "hazard": None if hazard is None else round(float(hazard), 4),
             "agent": self.agent_on,
-            "has_agent": self.agent is not None,
         }
 
     def _input(self, known: bool, seq: int) -> bool:
@@ -278,6 +313,13 @@ class Session:
             if known and self._pressed_at is None:
                 self._pressed_at = time.perf_counter()
         return known
+
+
+def sampling_choices(game: Game) -> list[int]:
+    """Denoising steps worth offering, ascending; none for a game that is not generated."""
+    if game.default_sampling is None:
+        return []
+    return sorted({1, 2, 4, 8, game.default_sampling.steps, *(game.steps_of or ())})
 
 
 def _is_int(value: Any) -> bool:

@@ -9,6 +9,7 @@ that a plain step would have made.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.play.game import Outcome
+from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
 
 
@@ -47,27 +48,40 @@ class Slots:
         speculative_frames: int = 1,
         dynamics: str | None = None,
     ) -> None:
-        """Load the world; see ``NFDVectorEnv`` for the arguments and errors."""
+        """Load the world; see ``NFDVectorEnv`` for the arguments and errors.
+
+        With ``speculative_frames`` = 1 speculation can still be switched on, with 2 frames.
+        """
         self._arguments = {
             "world": world,
             "device": device,
             "max_episode_steps": max_episode_steps,
-            "speculative_frames": speculative_frames,
-            # People hold keys; and branches live too short to measure anything.
-            "draft_cost": 1.0,
-            "dynamics": dynamics,
+            # Room for drafts, whether or not a slot makes them: what one slot saves, another
+            # must be able to take.
+            "speculative_frames": 2 if speculative_frames == 1 else speculative_frames,
             "obs_type": "latent",
             "autoreset_mode": AutoresetMode.DISABLED,
         }
-        self._all = NFDVectorEnv(num_envs=count, sampling_steps=sampling_steps, **self._arguments)
+        self._all = NFDVectorEnv(
+            num_envs=count, sampling_steps=sampling_steps, dynamics=dynamics, **self._arguments
+        )
         self.count = count
         self.spec = self._all.world.spec
         self.name, self.fps = self.spec.name, float(self.spec.fps)
         self.frame_shape: tuple[int, ...] = (*self.spec.frame_size, 3)
         self.display_aspect = self.spec.source.display_aspect
         self.keymap = Keymap.from_source(self.spec.source, self._all.single_action_space)
-        self.default_sampling_steps: int | None = self._all.model.sampling.steps
-        self.sampling_steps = [self._all.model.sampling.steps] * count
+        first = Sampling(
+            self._all.model.sampling.steps,
+            speculation=speculative_frames > 1,
+            teacher=self._all.world.dynamics == "teacher",
+        )
+        self.default_sampling: Sampling | None = first
+        self.steps_of: tuple[int, int] | None = None
+        if self.spec.teacher is not None:
+            student, teacher = self.spec.sampling.steps, self.spec.teacher.steps
+            self.steps_of = (student, first.steps) if first.teacher else (first.steps, teacher)
+        self._sampling = [first] * count
         self._drafts: dict[int, dict[bytes, _Draft]] = {}
         self._costs: dict[int, float] = {}
         self._warm: set[int] = set()
@@ -83,19 +97,23 @@ class Slots:
         if not self._started:
             self._all.reset(seed=np.random.SeedSequence().generate_state(self.count).tolist())
             self._started = True
-        mask = np.arange(self.count) == slot
-        seeds = [seed if s == slot else None for s in range(self.count)]
-        self._all.reset(seed=seeds, options={"reset_mask": mask})
-        return self._decode(self._all.save_state([slot]).shown)[0]
+        # In a branch, because the slot's own dynamics must read the frames that it starts from.
+        branch = self._branch([slot], self._sampling[slot])
+        branch.reset(seed=[seed])
+        self._all.restore_state(branch.save_state(), [slot])
+        return branch.frames()[0].cpu().numpy()
 
     def seed_of(self, slot: int) -> int:
         """The seed of a slot's episodes."""
         return self._all.np_random_seed[slot]
 
-    def set_sampling_steps(self, slot: int, steps: int) -> None:
-        """Denoising steps for each of this slot's frames from now on; at least 1."""
-        if self.sampling_steps[slot] != steps:
-            self.sampling_steps[slot] = steps
+    def set_sampling(self, slot: int, sampling: Sampling) -> None:
+        """How this slot's frames are drawn from now on.
+
+        Reset a slot whose dynamics change: what it remembers was read by the other network.
+        """
+        if self._sampling[slot] != sampling:
+            self._sampling[slot] = sampling
             self._drafts.pop(slot, None)
 
     def has_draft(self, slot: int) -> bool:
@@ -124,8 +142,8 @@ class Slots:
     def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
         """Advance some slots by one action each, in as few batches as their sampling allows."""
         made: dict[int, Outcome] = {}
-        for steps, slots in self._by_steps(actions).items():
-            branch, outcomes = self._branch(slots, [actions[s] for s in slots], steps, False)
+        for sampling, slots in self._by_sampling(actions).items():
+            branch, outcomes = self._step(slots, [actions[s] for s in slots], sampling, False)
             self._all.restore_state(branch.save_state(), slots)
             made.update(zip(slots, outcomes, strict=True))
             for slot in slots:
@@ -137,10 +155,10 @@ class Slots:
 
         The slots themselves stay where they are until ``take_drafts``.
         """
-        for steps, slots in self._by_steps(guesses).items():
+        for sampling, slots in self._by_sampling(guesses).items():
             rows = [slot for slot in slots for _ in guesses[slot]]
             actions = [action for slot in slots for action in guesses[slot]]
-            branch, outcomes = self._branch(rows, actions, steps, True)
+            branch, outcomes = self._step(rows, actions, sampling, True)
             for slot in slots:
                 self._drafts[slot] = {}
             for row, slot in enumerate(rows):
@@ -161,21 +179,33 @@ class Slots:
         self._costs[rows] *= 0.997
         return self._costs[rows]
 
-    def _by_steps(self, slots: Mapping[int, Any]) -> dict[int, list[int]]:
-        groups: dict[int, list[int]] = defaultdict(list)
+    def _by_sampling(self, slots: Mapping[int, Any]) -> dict[Sampling, list[int]]:
+        groups: dict[Sampling, list[int]] = defaultdict(list)
         for slot in slots:
-            groups[self.sampling_steps[slot]].append(slot)
+            groups[self._sampling[slot]].append(slot)
         return groups
 
-    def _branch(
-        self, rows: list[int], actions: list[Any], steps: int, guessed: bool
+    def _branch(self, rows: list[int], sampling: Sampling) -> NFDVectorEnv:
+        """An env with a copy of these slots."""
+        branch = NFDVectorEnv(
+            num_envs=len(rows),
+            sampling_steps=sampling.steps,
+            # People hold keys, so drafting pays; and branches live too short to measure whether.
+            draft_cost=1.0 if sampling.speculation else math.inf,
+            dynamics="teacher" if sampling.teacher else None,
+            **self._arguments,
+        )
+        branch.restore_state(self._all.save_state(rows))
+        return branch
+
+    def _step(
+        self, rows: list[int], actions: list[Any], sampling: Sampling, guessed: bool
     ) -> tuple[NFDVectorEnv, list[Outcome]]:
         began = time.perf_counter()
-        branch = NFDVectorEnv(num_envs=len(rows), sampling_steps=steps, **self._arguments)
-        branch.restore_state(self._all.save_state(rows))
+        branch = self._branch(rows, sampling)
         _, rewards, terminated, truncated, info = branch.step(np.stack(actions))
         frames = branch.frames().cpu().numpy()
-        if "speculation" in info:
+        if sampling.speculation:
             used, lost = (info["speculation"][k] for k in ("accepted", "dropped"))
             info["acceptance"] = used / np.maximum(used + lost, 1)
         outcomes = [
@@ -197,9 +227,6 @@ class Slots:
             self._costs[len(rows)] = min(took, before + 0.2 * (took - before))
         self._warm.add(len(rows))
         return branch, outcomes
-
-    def _decode(self, latents: torch.Tensor) -> np.ndarray:
-        return self._all.model.decode(latents).cpu().numpy()
 
 
 def _key(action: Any) -> bytes:

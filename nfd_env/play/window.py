@@ -16,12 +16,11 @@ from nfd_env.play.agents import load_agent
 from nfd_env.play.engine import Engine, Shown
 from nfd_env.play.game import EnvGame, Game
 from nfd_env.play.keys import Keymap, key_name
-from nfd_env.play.session import SPEEDS, ControlError, Session
+from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
 
 if TYPE_CHECKING:
     from nfd_env.play.recording import PlayRecorder, VideoFile
 
-_STEP_CHOICES = (1, 2, 4, 8)
 _BAR = 74  # pixels of the HUD below the picture, before scaling
 _GROUND, _LINE, _TEXT, _DIM = (13, 15, 20), (38, 43, 54), (232, 236, 243), (128, 138, 156)
 _ACCENT, _WARN, _LIVE = (110, 168, 255), (255, 184, 77), (255, 92, 92)
@@ -38,6 +37,8 @@ _HELP = (
     ("F10 O", "hand over to the agent"),
     ("F11 V", "record an MP4"),
     ("F12 K", "save the play for nfd train"),
+    ("Tab J", "speculation: frames drawn jointly"),
+    ("Bksp M", "student / teacher"),
     ("Esc", "quit"),
 )
 
@@ -116,14 +117,13 @@ class KeyboardPlayer:
         else:
             self.game = game
         space = self.game.keymap.space
-        steps = self.game.default_sampling_steps
         self.session = Session(
             self.game.keymap,
-            sampling_steps=steps,
+            self.game.default_sampling,
+            self.game.steps_of,
             agent=None if agent is None else load_agent(agent, space),
             drafts=self._threaded,
         )
-        self._default_steps = steps
         self.engine = Engine(self.game)
         self._seed, self._scale, self._source = seed, scale, source or {}
         self._record = record
@@ -228,6 +228,8 @@ class KeyboardPlayer:
             ("f10", ("o",), lambda: control("agent")),
             ("f11", ("v",), self._toggle_video),
             ("f12", ("k",), self._toggle_saving),
+            ("tab", ("j",), lambda: control("speculation")),
+            ("backspace", ("m",), lambda: control("teacher")),
             ("escape", (), self.stop),
         ]
         return {
@@ -272,8 +274,8 @@ class KeyboardPlayer:
         self._control("speed", SPEEDS[min(max(place, 0), len(SPEEDS) - 1)])
 
     def _change_sampling(self) -> None:
-        choices = sorted({*_STEP_CHOICES, self._default_steps or 1})
-        now = self.session.sampling_steps or 0
+        choices = sampling_choices(self.game) or [1]
+        now = self.session.sampling.steps if self.session.sampling else 0
         self._control("sampling_steps", next((c for c in choices if c > now), choices[0]))
 
     def _toggle_help(self) -> None:
@@ -399,9 +401,8 @@ class KeyboardPlayer:
         ]
         if hud["sampling_steps"] is not None:
             cells.append(("SAMPLING", str(hud["sampling_steps"])))
-            guessed = hud["acceptance"] if hud["acceptance"] is not None else hud["guessed"]
-            ahead = "off" if not hud["lookahead"] else "-" if guessed is None else f"{guessed:.0%}"
-            cells.append(("AHEAD", ahead))
+            cells.append(("AHEAD", _share(hud["lookahead"], hud["guessed"])))
+            cells.append(("ACCEPTED", _share(hud["speculation"], hud["acceptance"])))
         cell = (width - 24) / len(cells)
         for i, (name, value) in enumerate(cells):
             x = 16 + i * cell
@@ -410,6 +411,7 @@ class KeyboardPlayer:
         marks = [
             (f"x{hud['speed']:g}", _DIM, hud["speed"] != 1.0),
             ("AGENT PLAYS", _ACCENT, hud["agent"]),
+            ("TEACHER", _WARN, hud["teacher"]),
             ("REC", _LIVE, self._video is not None),
             ("SAVING", _WARN, self._recorder is not None),
         ]
@@ -453,6 +455,10 @@ class KeyboardPlayer:
                 self._window.blit(self._fonts[22].render(meaning, True, _DIM), (x + 100, y + 8))
 
 
+def _share(on: bool, share: float | None) -> str:
+    return "off" if not on else "-" if share is None else f"{share:.0%}"
+
+
 def play(
     world: str,
     *,
@@ -477,8 +483,9 @@ def play(
         seed: of the first episode; None for a random one.
         scale: size of the window, 1 for about 480 pixels of height; None to fit the screen.
         sampling_steps: denoising steps a frame; None for the world's default.
-        speculative_frames: frames drawn jointly while the action is kept.
-        dynamics: "student" or "teacher"; None for the world's default.
+        speculative_frames: frames drawn jointly while the action is kept; with 1 a key can still
+            switch to 2.
+        dynamics: "student" or "teacher"; None for the world's default. A key switches.
         record: an MP4 file to write.
         save: folder of a data set to append the play to.
         agent: whom F10 hands over to, see ``nfd_env.play.agents.load_agent``.
@@ -524,7 +531,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculative-frames",
         type=int,
         default=1,
-        help="frames drawn jointly while the action is kept (default 1)",
+        help="frames drawn jointly while the action is kept (default 1; a key can switch to 2)",
     )
     parser.add_argument("--dynamics", help="student or teacher, in a world that has both")
     parser.add_argument("--record", metavar="FILE.mp4", help="record an MP4")

@@ -128,7 +128,9 @@ class Browser:
             "about:blank",
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
+            # A process group to end, but no session: Linux shares cores out among sessions, and a
+            # measurement should run server and browser with one share.
+            preexec_fn=os.setpgrp,
         )
         self._http = aiohttp.ClientSession()
         port_file = Path(self._profile) / "DevToolsActivePort"

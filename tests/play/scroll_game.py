@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.envs.real import SourceConfig
-from nfd_env.play.game import Outcome
+from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
 
 SOURCE = SourceConfig(
@@ -25,7 +25,8 @@ class ScrollGame:
     """Turning right moves the picture to the left by two columns a step, as in a real game."""
 
     name = "Scroll"
-    default_sampling_steps: int | None = 2
+    default_sampling: Sampling | None = Sampling(2)
+    steps_of: tuple[int, int] | None = (2, 6)
 
     def __init__(self, count: int, fps: float = 35.0, fail_at: int | None = None) -> None:
         self.count, self.fps, self.display_aspect = count, fps, 2.6667
@@ -35,7 +36,7 @@ class ScrollGame:
         self.seeds: list[int] = [0] * count
         self.steps_taken = [0] * count
         self.batches: list[int] = []
-        self.sampling_steps = [2] * count
+        self.sampling = [Sampling(2)] * count
         self.drafts: dict[int, dict[Any, Outcome]] = {}
         self.fail_at = fail_at
 
@@ -48,8 +49,8 @@ class ScrollGame:
     def seed_of(self, slot: int) -> int:
         return self.seeds[slot]
 
-    def set_sampling_steps(self, slot: int, steps: int) -> None:
-        self.sampling_steps[slot] = steps
+    def set_sampling(self, slot: int, sampling: Sampling) -> None:
+        self.sampling[slot] = sampling
 
     def has_draft(self, slot: int) -> bool:
         return slot in self.drafts
@@ -58,9 +59,9 @@ class ScrollGame:
         return 1e-3 * rows
 
     def outcome(self, slot: int, action: Any, guessed: bool) -> Outcome:
-        return Outcome(
-            self.frame(self.at[slot] + MOVE[action]), 1.0, False, False, {"hazard": 0.0}, guessed
-        )
+        info = {"hazard": 0.0} | ({"acceptance": 0.5} if self.sampling[slot].speculation else {})
+        frame = self.frame(self.at[slot] + MOVE[action])
+        return Outcome(frame, 1.0, False, False, info, guessed)
 
     def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
         self.batches.append(len(actions))

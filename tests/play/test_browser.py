@@ -80,6 +80,17 @@ def test_the_page_from_start_to_finish():
             await tab.until("nfd.hud.agent")
             await turns(tab, 1)
             await tab.evaluate("document.querySelector('[data-do=agent]').click()")
+            accepted = "document.getElementById('h-accepted').textContent"
+            assert await tab.evaluate(accepted) == "off"
+            await tab.key("j", True)
+            await tab.key("j", False)
+            await tab.until(f"{accepted} == '50 %'")
+            await tab.evaluate("document.querySelector('[data-do=speculation]').click()")
+            await tab.until(f"{accepted} == 'off'")
+            await tab.evaluate("document.querySelector('[data-do=teacher]').click()")
+            await tab.until("nfd.hud.teacher && document.getElementById('sampling').value == '6'")
+            await tab.evaluate("document.querySelector('[data-do=teacher]').click()")
+            await tab.until("!nfd.hud.teacher && nfd.hud.sampling_steps == 2")
             await tab.evaluate("document.querySelector('[data-do=pause]').click()")
             await tab.until("nfd.hud.paused")
             step = await tab.evaluate("nfd.hud.step")

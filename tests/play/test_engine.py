@@ -3,9 +3,11 @@ import time
 import numpy as np
 import pytest
 
+from nfd_env.play import engine as engine_module
 from nfd_env.play import session as session_module
 from nfd_env.play.agents import load_agent
 from nfd_env.play.engine import Engine
+from nfd_env.play.game import Sampling
 from nfd_env.play.session import ControlError, Session
 from tests.play.scroll_game import ScrollGame
 
@@ -16,7 +18,7 @@ class Seat:
     def __init__(self, engine, **kwargs):
         self.engine, self.pictures = engine, []
         game = engine.game
-        self.session = Session(game.keymap, game.default_sampling_steps, **kwargs)
+        self.session = Session(game.keymap, game.default_sampling, game.steps_of, **kwargs)
         self.player = engine.join(self.session, self.pictures.append, seed=3)
 
     def play(self, pictures, seconds=5.0):
@@ -27,14 +29,67 @@ class Seat:
         return self.pictures[goal - pictures : goal]
 
 
-def test_native_rate_and_guesses():
-    seat = Seat(Engine(ScrollGame(1, fps=100)))
-    seat.play(1)
-    began = time.perf_counter()
-    seat.play(50)
-    assert 0.4 < time.perf_counter() - began < 1.5
-    # Every action was generated ahead, but for ticks that this machine was late for.
-    assert seat.pictures[-1].hud["guessed"] > 0.5
+class Clock:
+    """Stands in for the engine's ``time``: moves when it is told to, whatever the machine does."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(engine_module, "time", self)
+
+    def perf_counter(self):
+        return self.now
+
+    def play(self, engine, seconds):
+        """Poll as often as the engine wants."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += engine.poll()
+
+
+class Dear(ScrollGame):
+    """Takes its time, and notes when it generated ahead."""
+
+    def __init__(self, clock, **kwargs):
+        super().__init__(1, **kwargs)
+        self.clock, self.drafted_at = clock, []
+
+    def cost(self, rows):
+        return 0.004
+
+    def draft(self, guesses):
+        self.drafted_at.append(self.clock.now)
+        self.clock.now += 0.004
+        super().draft(guesses)
+
+
+def test_native_rate_and_every_picture_is_a_right_guess(monkeypatch):
+    clock = Clock(monkeypatch)
+    seat = Seat(Engine(ScrollGame(1, fps=40)))
+    clock.play(seat.engine, 2.0)
+    # The first picture is the reset's.
+    assert len(seat.pictures) == pytest.approx(1 + 2 * 40, abs=1)
+    assert seat.pictures[-1].hud["guessed"] == 1.0
+
+
+def test_pictures_are_sent_before_the_next_ones_are_generated(monkeypatch):
+    clock = Clock(monkeypatch)
+    game = Dear(clock, fps=40)
+    shown_at = []
+    engine = Engine(game)
+    engine.join(Session(game.keymap, Sampling(2)), lambda _: shown_at.append(clock.now), 1)
+    clock.play(engine, 1.0)
+    pauses = [min(d - s for s in shown_at if s <= d) for d in game.drafted_at[1:]]
+    assert len(pauses) > 30 and min(pauses) >= 0.006
+    # And they are ready in time all the same.
+    assert np.diff(shown_at).max() < 1.01 / 40
+
+
+def test_no_time_is_lost_when_generating_ahead_takes_all_of_it(monkeypatch):
+    clock = Clock(monkeypatch)
+    game = Dear(clock, fps=1 / 0.0046)
+    seat = Seat(Engine(game))
+    clock.play(seat.engine, 1.0)
+    assert len(game.drafted_at) > 150 and seat.pictures[-1].hud["guessed"] == 1.0
 
 
 def test_without_lookahead_the_pictures_are_the_same():
@@ -111,12 +166,34 @@ def test_pause_single_step_speed_and_reset():
         ("sampling_steps", 1000),
         ("pause", 1),
         ("agent", True),
+        ("teacher", True),
+        ("speculation", "on"),
     ],
 )
 def test_controls_that_cannot_be(name, value):
-    session = Session(ScrollGame(1).keymap, 2)
+    session = Session(ScrollGame(1).keymap, Sampling(2))
     with pytest.raises(ControlError):
         session.control(name, value)
+
+
+def test_speculation_and_the_teacher_are_chosen_while_playing():
+    game = ScrollGame(1, fps=200)
+    seat = Seat(Engine(game))
+    seat.play(3)
+    seat.session.control("speculation", True)
+    seat.play(2)
+    assert game.sampling[0] == Sampling(2, speculation=True)
+    assert seat.pictures[-1].hud["speculation"]
+    seat.session.control("sampling_steps", 4)
+    # Other dynamics begin the seed's first episode again, with their own number of steps.
+    seat.session.control("teacher")
+    seat.play(4)
+    assert game.sampling[0] == Sampling(6, speculation=True, teacher=True)
+    hud = seat.pictures[-1].hud
+    assert hud["teacher"] and (hud["seed"], hud["episode"]) == (3, 1) and hud["step"] < 10
+    seat.session.control("teacher", False)
+    seat.play(2)
+    assert game.sampling[0] == Sampling(2, speculation=True)
 
 
 def test_the_agent_takes_over_and_gives_back():

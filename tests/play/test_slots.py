@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from nfd_env.envs.single_env import NFDEnv
+from nfd_env.play.game import Sampling
 from nfd_env.play.slots import Slots
 from tests.tiny_world import make_tiny_world
 
@@ -48,7 +51,7 @@ def test_a_wrong_guess_leaves_no_trace(world):
 def test_slots_may_sample_differently_in_one_go(world):
     slots = Slots(world, 2, "cpu")
     slots.reset(0, 3), slots.reset(1, 3)
-    slots.set_sampling_steps(1, 4)
+    slots.set_sampling(1, Sampling(4))
     made = slots.step({0: 1, 1: 1})
     assert not np.array_equal(made[0].frame, made[1].frame)
 
@@ -81,3 +84,43 @@ def test_speculation_goes_on_from_branch_to_branch(world):
         known = max(1, counts["accepted"] + counts["dropped"])
         assert outcome.info["acceptance"] == pytest.approx(counts["accepted"] / known)
     assert counts["accepted"] == 5 and counts["dropped"] == 3
+
+
+def test_speculation_is_switched_on_and_off_while_playing(world):
+    slots = Slots(world, 2, "cpu")
+    assert slots.default_sampling == Sampling(slots.default_sampling.steps)
+    env = NFDEnv(world, device="cpu")
+    env.reset(seed=7)
+    slots.reset(0, 7), slots.reset(1, 1)
+    # Off: what an env without speculation draws, although there is room for drafts.
+    for action in (0, 0, 1, 1):
+        outcome = slots.step({0: action, 1: 0})[0]
+        assert "acceptance" not in outcome.info
+        assert close(outcome.frame, env.step(action)[0])
+    slots.set_sampling(0, replace(slots.default_sampling, speculation=True))
+    rates = [slots.step({0: 2, 1: 0})[0].info["acceptance"] for _ in range(6)]
+    assert rates[0] == 0 and rates[-1] == 1
+    slots.set_sampling(0, slots.default_sampling)
+    made = slots.step({0: 2, 1: 0})
+    assert "acceptance" not in made[0].info
+
+
+def test_a_slot_with_the_teacher_is_the_teachers_env_and_leaves_the_others_alone():
+    """The shipped world has both."""
+    slots = Slots("DoomTakeCover", 2, "cpu")
+    steps = slots.steps_of
+    assert steps and steps[0] < steps[1]
+    slots.set_sampling(1, Sampling(2, teacher=True))
+    envs = [
+        NFDEnv("DoomTakeCover", device="cpu", dynamics=name, sampling_steps=count)
+        for name, count in (("student", steps[0]), ("teacher", 2))
+    ]
+    for slot, env in enumerate(envs):
+        frame, _ = env.reset(seed=5)
+        assert close(slots.reset(slot, 5), frame)
+    for action in (1, 1, 0):
+        made = slots.step({0: action, 1: action})
+        for slot, env in enumerate(envs):
+            difference = made[slot].frame.astype(int) - env.step(action)[0]
+            assert np.abs(difference).mean() < 1
+    assert np.abs(made[0].frame.astype(int) - made[1].frame).mean() > 1

@@ -134,11 +134,13 @@ def test_controls_reach_the_world(world):
         6: lambda p: post(pygame.KEYDOWN, pygame.K_F9),
         8: lambda p: post(pygame.KEYDOWN, pygame.K_F1),
         10: lambda p: post(pygame.KEYDOWN, pygame.K_F5),
+        12: lambda p: post(pygame.KEYDOWN, pygame.K_j),
     }
     shown = run(script, 25, game=Slots(world, 1, "cpu"), agent=lambda frame: 2)
     last = shown[-1].hud
     assert last["sampling_steps"] == 4 and last["agent"] and not last["lookahead"]
     assert last["seed"] != 1 and last["action"] == "left"
+    assert last["speculation"] and last["acceptance"] is not None and not last["teacher"]
 
 
 def test_any_gymnasium_env_with_a_keymap():

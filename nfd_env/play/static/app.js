@@ -175,17 +175,18 @@ function show() {
   const rate = recent.length > 1 ? 1000 * (recent.length - 1) / (recent[recent.length - 1] - recent[0]) : 0;
   text("h-fps", hud.paused ? "–" : rate.toFixed(1));
   text("h-latency", latencies.length ? `${percentile(latencies, 50).toFixed(0)} / ${percentile(latencies, 95).toFixed(0)} ms` : "–");
-  const ahead = hud.acceptance ?? hud.guessed;
-  text("h-ahead", !hud.lookahead ? "off" : ahead == null ? "–" : `${Math.round(100 * ahead)} %`);
+  text("h-ahead", share(hud.lookahead, hud.guessed));
+  text("h-accepted", share(hud.speculation, hud.acceptance));
   text("h-steps", hud.sampling_steps ?? "–");
   text("players", hud.players > 1 ? `${hud.players} players` : "");
   pressed("pause", hud.paused);
   document.querySelector('[data-do="pause"] use').setAttribute("href", hud.paused ? "#i-play" : "#i-pause");
-  pressed("lookahead", hud.lookahead);
+  for (const name of ["lookahead", "speculation", "teacher"]) pressed(name, hud[name]);
   pressed("agent", hud.agent);
   if (document.activeElement !== $("speed")) $("speed").value = String(hud.speed);
   if (document.activeElement !== $("sampling")) $("sampling").value = String(hud.sampling_steps);
   $("badge-agent").hidden = !hud.agent;
+  $("badge-teacher").hidden = !hud.teacher;
   $("badge-speed").hidden = hud.speed === 1;
   text("badge-speed", `×${hud.speed}`);
   if (!replay.on && hello && !stopped) {
@@ -226,10 +227,11 @@ function setUp() {
   document.title = `${hello.world} – nfd`;
   document.documentElement.style.setProperty("--aspect", hello.aspect || view.width / view.height);
   $("speed").replaceChildren(...hello.speeds.map((s) => new Option(`× ${s}`, String(s))));
-  const steps = [...new Set([1, 2, 4, 8, hello.sampling_steps])].filter(Boolean).sort((a, b) => a - b);
-  $("sampling").replaceChildren(...steps.map((s) => new Option(`${s} step${s > 1 ? "s" : ""}`, String(s))));
-  $("sampling").closest("label").hidden = hello.sampling_steps == null;
-  document.querySelector('[data-do="agent"]').hidden = !hello.has_agent;
+  $("sampling").replaceChildren(...hello.steps.map((s) => new Option(`${s} step${s > 1 ? "s" : ""}`, String(s))));
+  const generated = hello.steps.length > 0;
+  $("sampling").closest("label").hidden = !generated;
+  const there = { speculation: generated, teacher: hello.has_teacher, agent: hello.has_agent };
+  for (const [name, is] of Object.entries(there)) document.querySelector(`[data-do="${name}"]`).hidden = !is;
   const order = { left: 0, up: 1, down: 2, right: 9 };
   const buttons = [...hello.buttons].sort((a, b) => (order[a.label] ?? 5) - (order[b.label] ?? 5));
   $("pad").replaceChildren(...buttons.map(padButton));
@@ -240,7 +242,7 @@ function setUp() {
     return span;
   }));
   const own = buttons.map((b) => `<kbd>${escapeText(GLYPHS[b.key] || b.key)}</kbd> ${escapeText(b.label)}`);
-  $("hint").innerHTML = `${own.join(" &nbsp; ")} &nbsp;·&nbsp; <kbd>P</kbd> pause &nbsp; <kbd>.</kbd> step &nbsp; <kbd>R</kbd> reset &nbsp; <kbd>N</kbd> new seed &nbsp; <kbd>G</kbd> ahead &nbsp; <kbd>V</kbd> replay`;
+  $("hint").innerHTML = `${own.join(" &nbsp; ")} &nbsp;·&nbsp; <kbd>P</kbd> pause &nbsp; <kbd>.</kbd> step &nbsp; <kbd>R</kbd> reset &nbsp; <kbd>N</kbd> new seed &nbsp; <kbd>G</kbd> ahead &nbsp; <kbd>J</kbd> speculate &nbsp; <kbd>V</kbd> replay`;
 }
 
 function overlay(title, body = "", button = "", act = null) {
@@ -317,7 +319,8 @@ function control(name, value) {
 
 const SHORTCUTS = {
   p: () => control("pause"), ".": () => control("step"), r: () => control("reset"), n: () => control("seed"),
-  o: () => control("agent"), g: () => control("lookahead"), v: () => (replay.on ? closeReplay() : openReplay()),
+  o: () => control("agent"), g: () => control("lookahead"), j: () => control("speculation"),
+  m: () => hello.has_teacher && control("teacher"), v: () => (replay.on ? closeReplay() : openReplay()),
   "-": () => nudge("speed", -1), "+": () => nudge("speed", 1), "=": () => nudge("speed", 1),
   t: () => nudge("sampling", 1, true),
 };
@@ -485,6 +488,9 @@ $("download").onclick = async () => {
 function text(id, words) {
   const element = $(id);
   if (element.textContent !== String(words)) element.textContent = words;
+}
+function share(on, value) {
+  return !on ? "off" : value == null ? "–" : `${Math.round(100 * value)} %`;
 }
 function pressed(name, on) {
   document.querySelector(`[data-do="${name}"]`).setAttribute("aria-pressed", String(Boolean(on)));
