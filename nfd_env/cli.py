@@ -94,23 +94,37 @@ def _parser() -> argparse.ArgumentParser:
     _sampling(sub)
     _dynamics(sub)
     sub.add_argument(
+        "--speculative-frames", type=int, default=1, help="frames drawn jointly (default 1)"
+    )
+    kinds = sub.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--steps",
         type=_numbers,
         help="compare several numbers of sampling steps, student against teacher, e.g. 1,2,4,18",
     )
-    sub.add_argument(
-        "--speculative-frames", type=int, default=1, help="frames drawn jointly (default 1)"
+    kinds.add_argument(
+        "--compare-drafts",
+        type=_numbers,
+        metavar="N,N",
+        help="compare several numbers of jointly drawn frames, e.g. 1,2,4",
     )
     sub.add_argument(
         "--recordings",
         default="runs/doom_take_cover/recordings",
         help="data set with a validation split, as nfd collect writes it",
     )
-    sub.add_argument("--windows", type=int, default=64, help="rollouts of 128 frames")
-    sub.add_argument("--long-rollouts", type=int, default=16, help="rollouts of 2000 frames")
+    sub.add_argument("--windows", type=int, default=64, help="rollouts of 128 frames (default 64)")
+    sub.add_argument(
+        "--long-rollouts", type=int, default=16, help="rollouts of 2000 frames (default 16)"
+    )
+    sub.add_argument(
+        "--long-steps",
+        type=_numbers,
+        help="which of --steps have long rollouts, as those of many steps take long; default: all",
+    )
     sub.add_argument("--seed", type=int, default=0)
     _json(sub)
-    _markdown(sub, "eval or eval-steps")
+    _markdown(sub, "eval, eval-steps or eval-drafts")
 
     sub = command("eval-agent", _eval_agent, "score an agent in a world and in the real game")
     sub.add_argument(
@@ -313,25 +327,37 @@ def _bench(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from nfd_env.checkpoint import load_world
     from nfd_env.data.shards import RecordedDataset
-    from nfd_env.evaluation import evaluate
+    from nfd_env.evaluation import evaluate, reports
+
+    if args.long_steps and args.steps is None:
+        raise ValueError("--long-steps chooses among --steps, which was not given")
+    if args.compare_drafts and args.speculative_frames != 1:
+        raise ValueError("--compare-drafts says itself how many --speculative-frames there are")
 
     def measure() -> dict[str, Any]:
-        function, steps = evaluate.evaluate, args.sampling_steps
+        world = load_world(args.world, args.device, args.precision, args.dynamics)
+        recordings = RecordedDataset(args.recordings)
+        common = {
+            "windows": args.windows,
+            "long_rollouts": args.long_rollouts,
+            "seed": args.seed,
+        }
+        if args.compare_drafts is not None:
+            return evaluate.evaluate_drafts(
+                world, recordings, args.compare_drafts, args.sampling_steps, **common
+            )
+        common["speculative_frames"] = args.speculative_frames
         if args.steps is not None:
-            function, steps = evaluate.evaluate_steps, args.steps
-        return function(
-            load_world(args.world, args.device, args.precision, args.dynamics),
-            RecordedDataset(args.recordings),
-            steps,
-            args.windows,
-            args.long_rollouts,
-            args.seed,
-            speculative_frames=args.speculative_frames,
-        )
+            return evaluate.evaluate_steps(
+                world, recordings, args.steps, long_steps=args.long_steps, **common
+            )
+        return evaluate.evaluate(world, recordings, args.sampling_steps, **common)
 
     if args.steps is not None:
-        return _show_tables(args, "eval-steps", measure, evaluate.format_steps)
-    return _show_tables(args, "eval", measure, evaluate.format_report)
+        return _show_tables(args, "eval-steps", measure, reports.format_rows)
+    if args.compare_drafts is not None:
+        return _show_tables(args, "eval-drafts", measure, reports.format_rows)
+    return _show_tables(args, "eval", measure, reports.format_report)
 
 
 def _eval_agent(args: argparse.Namespace) -> int:

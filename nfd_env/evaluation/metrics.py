@@ -1,6 +1,9 @@
-"""Image and distribution metrics."""
+"""Image and distribution metrics, and how far they can be trusted."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,47 +13,122 @@ from torch import Tensor
 
 def psnr(mean_squared_error: float, peak: float = 255.0) -> float:
     """Peak signal-to-noise ratio in dB; infinite for an error of 0."""
-    return float("inf") if mean_squared_error == 0 else 10 * np.log10(peak**2 / mean_squared_error)
+    if mean_squared_error == 0:
+        return float("inf")
+    return float(10 * np.log10(peak**2 / mean_squared_error))
 
 
-def ssim(real: np.ndarray, made: np.ndarray) -> float:
-    """Mean structural similarity of uint8 frames (..., H, W, 3), frame by frame."""
-    height, width = real.shape[-3:-1]
-    pairs = zip(real.reshape(-1, height, width, 3), made.reshape(-1, height, width, 3), strict=True)
-    return float(np.mean([structural_similarity(a, b, channel_axis=-1) for a, b in pairs]))
+def ssim(real: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Structural similarity of each pair of uint8 frames (n, H, W, 3), float64 (n,)."""
+    pairs = zip(real, made, strict=True)
+    return np.array([structural_similarity(a, b, channel_axis=-1) for a, b in pairs])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of a sample, and its jackknife (Tukey 1958).
+
+    Attributes:
+        value: of the whole sample.
+        without: float64 (g,), the figure without each of g groups in turn, whose members may depend
+            on one another; empty where there is but one group.
+    """
+
+    value: float
+    without: np.ndarray
+
+    @classmethod
+    def jackknife(cls, figure: Callable[[np.ndarray], float], groups: np.ndarray) -> Estimate:
+        """Estimate ``figure`` from samples whose groups are named by ``groups`` (n,).
+
+        ``figure`` is given the samples to use as bool (n,).
+        """
+        names = np.unique(groups)
+        without = [figure(groups != name) for name in names] if len(names) > 1 else []
+        return cls(figure(np.ones(len(groups), bool)), np.array(without))
+
+    @property
+    def error(self) -> float:
+        """Standard error; NaN where there is but one group."""
+        count = len(self.without)
+        return float(np.sqrt((count - 1) * np.var(self.without))) if count else float("nan")
+
+    def over(self, other: Estimate) -> Estimate:
+        """The ratio of two figures of the same groups; what they have in common cancels."""
+        return Estimate(self.value / other.value, self.without / other.without)
+
+
+class FrechetReference:
+    """Fréchet distances of sets of features to one reference set (arXiv 1706.08500).
+
+    Of Gaussians fitted to both: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in the space of the
+    reference's leading principal components, because a covariance of all features would need far
+    more samples.
+    """
+
+    def __init__(self, features: Tensor, dimensions: int = 64) -> None:
+        """Fit the reference.
+
+        Args:
+            features: (n, d), n > ``dimensions``.
+            dimensions: principal components that are kept.
+
+        Raises:
+            ValueError: when there are too few samples.
+        """
+        self.dimensions = min(dimensions, features.shape[1])
+        self._check(features)
+        values = features.double()
+        self._centre = values.mean(0)
+        covariance = torch.cov((values - self._centre).T)
+        self._basis = torch.linalg.eigh(covariance).eigenvectors[:, -self.dimensions :]
+        covariance = self._basis.T @ covariance @ self._basis
+        self._trace = covariance.trace()
+        values, vectors = torch.linalg.eigh(covariance)
+        self._root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (..., d) -> their principal components, float64 (..., ``dimensions``)."""
+        return (features.double() - self._centre) @ self._basis
+
+    def distance(self, projected: Tensor) -> float:
+        """The distance of ``projected`` features (n, ``dimensions``), n > ``dimensions``.
+
+        Raises:
+            ValueError: when there are too few samples.
+        """
+        self._check(projected)
+        covariance = torch.cov(projected.T)
+        # tr (C1 C2)^(1/2) from the symmetric C1^(1/2) C2 C1^(1/2), with the same eigenvalues.
+        product = torch.linalg.eigvalsh(self._root @ covariance @ self._root)
+        mean = projected.mean(0).square().sum()
+        cross = product.clamp_min(0).sqrt().sum()
+        return float(mean + self._trace + covariance.trace() - 2 * cross)
+
+    def estimate(self, projected: Tensor, groups: np.ndarray) -> Estimate:
+        """The distance of stretches (n, frames, ``dimensions``), grouped by ``groups`` (n,)."""
+
+        def figure(used: np.ndarray) -> float:
+            return self.distance(projected[torch.from_numpy(used)].flatten(0, 1))
+
+        return Estimate.jackknife(figure, groups)
+
+    def _check(self, features: Tensor) -> None:
+        if len(features) <= self.dimensions:
+            raise ValueError(
+                f"a Fréchet distance in {self.dimensions} dimensions needs more samples than that, "
+                f"got {len(features)}"
+            )
 
 
 def frechet_distance(first: Tensor, second: Tensor, dimensions: int = 64) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features (arXiv 1706.08500).
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in the space of the ``first`` set's leading
-    principal components, because a covariance of all features would need far more samples.
-
-    Args:
-        first: (n, d) features of the reference, n > ``dimensions``.
-        second: (m, d) features to compare, m > ``dimensions``.
-        dimensions: principal components that are kept.
+    """Fréchet distance of features ``second`` (m, d) to ``first`` (n, d), see ``FrechetReference``.
 
     Raises:
         ValueError: when there are too few samples.
     """
-    dimensions = min(dimensions, first.shape[1])
-    if min(len(first), len(second)) <= dimensions:
-        raise ValueError(
-            f"a Fréchet distance in {dimensions} dimensions needs more samples than that, "
-            f"got {len(first)} and {len(second)}"
-        )
-    a, b = first.double(), second.double()
-    centre = a.mean(0)
-    basis = torch.linalg.eigh(torch.cov((a - centre).T)).eigenvectors[:, -dimensions:]
-    a, b = (a - centre) @ basis, (b - centre) @ basis
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # tr (C1 C2)^(1/2) from the symmetric C1^(1/2) C2 C1^(1/2), which has the same eigenvalues.
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return float(mean + cov_a.trace() + cov_b.trace() - 2 * cross)
+    reference = FrechetReference(first, dimensions)
+    return reference.distance(reference.project(second))
 
 
 def sharpness(frames: np.ndarray) -> float:

@@ -1,49 +1,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
 from nfd_env.checkpoint import load_world
 from nfd_env.cli import main
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation import evaluate as module
-from nfd_env.evaluation.evaluate import evaluate, evaluate_steps, format_report, format_steps
-from nfd_env.evaluation.metrics import bright_share, luminance
-from tests.counter_env import record_counter_episodes
+from nfd_env.evaluation.evaluate import evaluate, evaluate_drafts, evaluate_steps
+from nfd_env.evaluation.reports import format_report, format_rows
+from nfd_env.world_model import Transition, WorldModel
+from tests.counter_env import read
 
+SMALL: dict[str, Any] = {"windows": 4, "long_rollouts": 1, "progress": False}
+QUICK: dict[str, Any] = {**SMALL, "long_rollouts": 0}
 
-@pytest.fixture(scope="module")
-def long_recordings(tmp_path_factory: pytest.TempPathFactory) -> RecordedDataset:
-    folder = tmp_path_factory.mktemp("long")
-    record_counter_episodes(folder, episodes=4, validation_every=2, length=90)
-    return RecordedDataset(folder)
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here depends on rollouts being long."""
-    monkeypatch.setattr(module, "_EARLY", (1, 70))
-    monkeypatch.setattr(module, "_LATE", (90, 160))
-    monkeypatch.setattr(module, "HORIZONS", (1, 8, 32))
-
-
-SMALL: dict[str, Any] = {"windows": 2, "long_rollouts": 1, "progress": False}
-
-
-def test_bright_share() -> None:
-    frames = np.zeros((2, 4, 5, 3), np.uint8)
-    frames[0, 0, 0] = 255
-    frames[1, 2, 3] = (0, 200, 0)
-    assert luminance(frames).shape == (2, 4, 5)
-    assert luminance(frames).max() == pytest.approx(255)
-    assert luminance(frames)[1, 2, 3] == pytest.approx(0.587 * 200)
-    assert bright_share(frames, 200) == 1 / 40
-    assert bright_share(frames, 100) == 2 / 40
-    assert bright_share(frames, 255) == 0
+pytestmark = pytest.mark.usefixtures("short")
 
 
 def test_steps_are_compared_on_the_same_windows(
@@ -58,59 +35,130 @@ def test_steps_are_compared_on_the_same_windows(
         ("teacher", 5),
     ]
     assert report["reference"] == 2
-    assert set(rows[2]["frechet_over_reference"].values()) == {1.0}
-    ratio = rows[0]["frechet"]["frames_1_100"] / rows[2]["frechet"]["frames_1_100"]
-    assert rows[0]["frechet_over_reference"]["frames_1_100"] == pytest.approx(ratio)
+    for when in ("early", "late"):
+        ratio = rows[0][when]["frechet"] / rows[2][when]["frechet"]
+        assert rows[0][when]["over_reference"] == pytest.approx(ratio)
+        assert rows[2][when]["over_reference"] == 1
+    assert rows[0]["early"]["over_reference_error"] > 0 == rows[2]["early"]["over_reference_error"]
+    assert math.isnan(rows[0]["late"]["frechet_error"])  # of a single rollout
     # What does not depend on the model says that the windows are the same.
     for name in ("psnr_frozen", "ssim_frozen"):
         assert len({r["horizons"]["8"][name] for r in rows}) == 1
-    assert len({r["bright_threshold"] for r in rows}) == 1
     assert len({r["horizons"]["8"]["psnr"] for r in rows}) == 3
     alone = evaluate(world, long_recordings, 1, **SMALL)
-    assert alone["horizons"] == rows[0]["horizons"] and alone["frechet"] == rows[0]["frechet"]
-    text = format_steps(report)
-    for name in ("| 1 (student, consistency) |", "| 5 (teacher, euler) |", "(1.00×)"):
-        assert name in text
+    assert alone["horizons"] == rows[0]["horizons"]
+    assert alone["late"]["frechet"] == rows[0]["late"]["frechet"]
+    text = format_rows(report)
+    psnr = rows[0]["horizons"]["8"]
+    cell = f"| {psnr['psnr']:.2f} ± {psnr['psnr_error']:.2f} |"
+    for part in ("| 1 (student, consistency) |", "| 5 (teacher, euler) |", "(1.00×)", cell):
+        assert part in text
     json.dumps(report)
 
 
 def test_a_world_with_one_network(tiny_world: Path, long_recordings: RecordedDataset) -> None:
     world = load_world(tiny_world, "cpu", "fp32")
-    small = {**SMALL, "long_rollouts": 0}
-    report = evaluate_steps(world, long_recordings, [2, 1], **small)
+    report = evaluate_steps(world, long_recordings, [2, 1], **QUICK)
     assert [(r["dynamics"], r["sampling_steps"]) for r in report["rows"]] == [
         ("flow", 2),
         ("flow", 1),
     ]
-    assert report["reference"] == 0 and "Fréchet" not in format_steps(report)
+    assert report["reference"] == 0 and "sharpness" not in format_rows(report)
 
 
-def test_brightness_of_a_world_that_shows_what_is_real(
+def test_long_rollouts_of_some_rows(
     tiny_world: Path, long_recordings: RecordedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frames that are the decoded real ones have as many bright pixels as those, by definition."""
     world = load_world(tiny_world, "cpu", "fp32")
-    report = evaluate(world, long_recordings, 1, **SMALL)
-    before = report["horizons"]["1"]["bright_ratio"]
-    assert before >= 0 and "bright pixels" in format_report(report)
-    # The first is that of all real frames, which only the long rollouts are compared with.
-    shares = iter([0.03, 0.01, 0.04, 0.02, 0.04, 0.02, 0.04])
-    monkeypatch.setattr(module, "bright_share", lambda frames, threshold: next(shares))
-    ratios = evaluate(world, long_recordings, 1, **{**SMALL, "long_rollouts": 0})["horizons"]
-    assert [r["bright_ratio"] for r in ratios.values()] == [0.25, 0.5, 0.5]
+    measured: list[tuple[str, int]] = []
+    for name in ("measure_windows", "measure_drift"):
+        method = getattr(module._Row, name)
+
+        def noted(self: Any, *args: Any, name: str = name, method: Any = method) -> None:
+            measured.append((name, self.model.sampling.steps))
+            method(self, *args)
+
+        monkeypatch.setattr(module._Row, name, noted)
+    report = evaluate_steps(world, long_recordings, [1, 2, 3], long_steps=[1, 2], **SMALL)
+    # What is cheap comes first.
+    assert measured == [
+        *[("measure_windows", n) for n in (1, 2, 3)],
+        *[("measure_drift", n) for n in (1, 2)],
+    ]
+    assert ["late" in row for row in report["rows"]] == [True, True, False]
+    assert report["reference"] == 2  # has no long rollouts for others to be related to
+    assert "over_reference" not in report["rows"][0]["late"]
+    assert "| not run |" in format_rows(report)
+    with pytest.raises(ValueError, match=r"long rollouts were asked for at \[4\] steps"):
+        evaluate_steps(world, long_recordings, [1, 2], long_steps=[1, 4], **SMALL)
 
 
-def test_speculation_is_judged_too(endless_world: Path, long_recordings: RecordedDataset) -> None:
+class Replay(WorldModel):
+    """Shows what was recorded: the latents of the windows' frames, one after the other."""
+
+    frames: torch.Tensor
+
+    def step(self, state: Any, actions: torch.Tensor) -> Transition:
+        frame = state.frame[0]
+        state.frame = [number + 1 for number in state.frame]
+        none = torch.zeros(len(actions))
+        return Transition(self.frames[:, frame - 4], none, none.bool(), none)
+
+
+def test_a_perfect_world_reaches_the_floor(
+    tiny_world: Path, long_recordings: RecordedDataset
+) -> None:
+    world = load_world(tiny_world, "cpu", "fp32")
+    held = module.HeldOut.prepare(world, long_recordings, 5, 0, seed=0)
+    parts = (world.model.tokenizer, world.model.dynamics, world.model.heads, world.model.sampling)
+    replay = Replay(*parts)
+    _, steps = read(held.horizons[1].frames)
+    first = [
+        held.encoded.number(int(e), int(s)) for e, s in zip(held.windows.groups, steps, strict=True)
+    ]
+    replay.frames = torch.stack([held.encoded.latents(range(n, n + 70)) for n in first])
+    row = module._Row(world, replay, 1)
+    row.measure_windows(held, 0, False)
+    early = row.report["early"]
+    assert early["frechet"] == pytest.approx(held.early_floor.value)
+    assert early["frechet_error"] == pytest.approx(held.early_floor.error)
+    assert early["bright_ratio"] == pytest.approx(1)
+    assert all(h["bright_ratio"] == pytest.approx(1) for h in row.report["horizons"].values())
+
+
+def test_jointly_drawn_frames_are_compared(
+    endless_world: Path, long_recordings: RecordedDataset
+) -> None:
     world = load_world(endless_world, "cpu", "fp32")
-    small = {**SMALL, "long_rollouts": 0, "ends": False}
-    plain, drafted = (
-        evaluate(world, long_recordings, 2, speculative_frames=n, **small) for n in (1, 3)
-    )
+    report = evaluate_drafts(world, long_recordings, [1, 3], **QUICK)
+    plain, drafted = report["rows"]
+    assert [r["speculative_frames"] for r in report["rows"]] == [1, 3]
+    assert plain["early"]["over_reference"] == 1
     # The first frame of a joint draw is the one that is drawn alone.
     assert drafted["horizons"]["1"] == pytest.approx(plain["horizons"]["1"], rel=1e-3)
     assert drafted["horizons"]["32"]["psnr"] != plain["horizons"]["32"]["psnr"]
-    assert "ends" not in drafted
-    assert "up to 3 frames drawn jointly" in format_report(drafted)
+    # Actions are held for 1 to 4 frames: many of the frames that may be drawn ahead are not.
+    assert 0.1 < drafted["drawn_ahead"] < 2 / 3 and "drawn_ahead" not in plain
+    text = format_rows(report)
+    assert "| sampling steps | n | drawn ahead |" in text
+    assert f"| 3 | {drafted['drawn_ahead']:.2f} |" in text and "| 1 | 0.00 |" in text
+    for wrong, message in (([], "no numbers"), ([1, 0], "speculative_frames must be")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_drafts(world, long_recordings, wrong, **QUICK)
+
+
+def test_one_report_of_jointly_drawn_frames(
+    endless_world: Path, long_recordings: RecordedDataset
+) -> None:
+    world = load_world(endless_world, "cpu", "fp32")
+    report = evaluate(world, long_recordings, 2, speculative_frames=3, **QUICK)
+    drafts = evaluate_drafts(world, long_recordings, [3], 2, **QUICK)
+    assert report["early"]["frechet"] == drafts["rows"][0]["early"]["frechet"]
+    text = format_report(report)
+    assert "up to 3 frames drawn jointly" in text and "deaths recorded" in text
+    steps = evaluate_steps(world, long_recordings, [2], speculative_frames=3, **QUICK)
+    assert steps["rows"][0]["early"]["frechet"] == report["early"]["frechet"]
+    assert "up to 3 frames drawn jointly" in format_rows(steps)
 
 
 @pytest.mark.parametrize("steps", [[], [0], [2, -1]])
@@ -121,19 +169,44 @@ def test_steps_out_of_range(
         evaluate_steps(load_world(tiny_world, "cpu", "fp32"), long_recordings, steps, **SMALL)
 
 
-def test_the_command(
+def test_the_commands(
     distilled_world: Path,
     long_recordings: RecordedDataset,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     document = tmp_path / "README.md"
-    document.write_text("# Title\n<!-- begin eval-steps -->\n<!-- end eval-steps -->\n")
+    names = ("eval-steps", "eval-drafts")
+    document.write_text("".join(f"<!-- begin {n} -->\n<!-- end {n} -->\n" for n in names))
     command = ["eval", str(distilled_world), "--recordings", str(long_recordings.folder)]
-    command += ["--windows", "1", "--long-rollouts", "0", "--steps", "1,2", "--precision", "fp32"]
-    assert main([*command, "--json", "--markdown-into", str(document)]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+    command += ["--windows", "2", "--long-rollouts", "1", "--precision", "fp32"]
+    command += ["--markdown-into", str(document)]
+    assert main([*command, "--json", "--steps", "1,2", "--long-steps", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert ["late" in row for row in rows] == [True, False, True, False]
     assert "| 2 (teacher, euler) |" in document.read_text()
-    with pytest.raises(SystemExit):
-        main([*command, "--steps", "1,two"])
-    assert "whole numbers with commas, got '1,two'" in capsys.readouterr().err
+    assert main([*command, "--compare-drafts", "1,2"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 1 (student, consistency) | 2 |" in printed and printed.strip() in document.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--long-steps", "1"], "--long-steps chooses among --steps"),
+        (["--compare-drafts", "1,2", "--speculative-frames", "2"], "--compare-drafts says itself"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--steps", "1,two"], ["--steps", "1", "--compare-drafts", "1"]):
+        with pytest.raises(SystemExit):
+            main(["eval", *arguments])
+    message = capsys.readouterr().err
+    assert "whole numbers with commas, got '1,two'" in message and "not allowed with" in message

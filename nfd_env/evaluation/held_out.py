@@ -1,0 +1,300 @@
+"""Held-out recordings as ``nfd eval`` uses them; each frame is encoded and decoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nfd_env.checkpoint import World
+from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+from nfd_env.evaluation.metrics import (
+    Estimate,
+    FrechetReference,
+    bright_share,
+    luminance,
+    psnr,
+    sharpness,
+    ssim,
+)
+from nfd_env.evaluation.progress import progress_bar
+from nfd_env.world_model import Context, WorldModel
+
+HORIZONS = (1, 8, 32, 128)
+EARLY = 100  # frames 1 to EARLY of a window are compared as a distribution
+LONG = 2000  # frames of a long rollout, of which the last EARLY are
+EVERY = 10  # of which so many are one decoded frame
+BRIGHT = 99.5  # percentile of the luma of real frames above which a pixel is bright
+REFERENCE = 4096  # random held-out frames that distributions are compared with
+_FLOOR_SETS = 200
+
+
+class EncodedEpisodes:
+    """Episodes and their latents; a frame is encoded when it is first asked for."""
+
+    def __init__(
+        self, model: WorldModel, episodes: list[EpisodeReference], progress: bool = False
+    ) -> None:
+        """Encode frames of ``episodes`` with the tokenizer of ``model``."""
+        self.episodes, self._model, self._progress = episodes, model, progress
+        self._ends = np.cumsum([len(e) + 1 for e in episodes])
+        # Untouched rows take no memory.
+        self._latents = torch.empty(self.frames, *model.dynamics.config.latent_shape)
+        self._known = np.zeros(self.frames, bool)
+
+    @property
+    def frames(self) -> int:
+        """Frames of all episodes."""
+        return int(self._ends[-1])
+
+    def number(self, episode: int, frame: int) -> int:
+        """Where frame ``frame`` of episode number ``episode`` stands among all frames."""
+        return int(self._ends[episode]) - len(self.episodes[episode]) - 1 + frame
+
+    def pictures(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Recorded frames, uint8 (n, H, W, 3), by their numbers among all frames."""
+        made = []
+        for number in numbers:
+            episode = int(np.searchsorted(self._ends, number, side="right"))
+            made.append(self.episodes[episode].frames[number - self.number(episode, 0)])
+        return np.stack(made)
+
+    def latents(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        """Their latents, float32 (n, C, h, w), on the CPU."""
+        wanted = np.asarray(numbers)
+        missing = np.unique(wanted[~self._known[wanted]])
+        show = self._progress and len(missing) > 1000
+        for begin in progress_bar(range(0, len(missing), 64), "encoding, 64 frames a step", show):
+            chunk = missing[begin : begin + 64]
+            encoded = self._model.encode(torch.from_numpy(self.pictures(chunk)))
+            self._latents[torch.from_numpy(chunk)] = encoded.cpu()
+        self._known[missing] = True
+        return self._latents[torch.from_numpy(wanted)]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What rollouts start from and are driven by.
+
+    Attributes:
+        contexts: one a rollout.
+        actions: encoded, (frames, rollouts, action_width).
+        groups: (rollouts,), rollouts of one group may depend on one another.
+    """
+
+    contexts: list[Context]
+    actions: Tensor
+    groups: np.ndarray
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The recorded frames that a window's frames of one number are compared with.
+
+    Attributes:
+        frames: uint8 (windows, H, W, 3).
+        sharpness: of them all.
+        bright: share of bright pixels as the tokenizer shows the frames: what it loses is not the
+            dynamics' loss.
+        psnr_frozen: of the window's last frame before, which is what a still picture scores.
+        ssim_frozen: likewise.
+    """
+
+    frames: np.ndarray
+    sharpness: float
+    bright: float
+    psnr_frozen: float
+    ssim_frozen: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What generated frames are compared with.
+
+    Attributes:
+        encoded: the held-out episodes.
+        reference: fitted to latents of random frames.
+        spread: standard deviation of these latents.
+        threshold: luma above which a pixel is bright.
+        bright: share of bright pixels in random frames, as the tokenizer decodes them.
+        sharpness: of the same frames.
+        windows: rollouts of max(HORIZONS) frames under recorded actions.
+        horizons: what happened in them.
+        early_bright: share of bright pixels in every EVERY-th of their first EARLY frames, as the
+            tokenizer decodes them.
+        early_floor: Fréchet distance of the windows' recorded frames 1 to EARLY.
+        long: rollouts of LONG frames under held-out actions, one episode after the other; None
+            without any.
+        late_floor: mean and standard deviation of the Fréchet distances of random sets of as many
+            stretches of EARLY consecutive recorded frames as there are long rollouts.
+    """
+
+    encoded: EncodedEpisodes
+    reference: FrechetReference
+    spread: float
+    threshold: float
+    bright: float
+    sharpness: float
+    windows: Rollouts
+    horizons: dict[int, Horizon]
+    early_bright: float
+    early_floor: Estimate
+    long: Rollouts | None
+    late_floor: tuple[float, float] | None
+
+    @classmethod
+    def prepare(
+        cls,
+        world: World,
+        recordings: RecordedDataset,
+        windows: int,
+        long_rollouts: int,
+        seed: int,
+        progress: bool = False,
+    ) -> HeldOut:
+        """Choose windows and long rollouts from the validation split, and encode what they need.
+
+        Which windows are chosen does not depend on the number of long rollouts.
+
+        Raises:
+            ValueError: when there are no windows, or fewer than no long rollouts.
+            RecordingError: when the recordings are of another environment or hold too little.
+        """
+        if windows < 1 or long_rollouts < 0:
+            raise ValueError(
+                f"evaluation needs windows >= 1 and long_rollouts >= 0, got {windows} and "
+                f"{long_rollouts}"
+            )
+        _check_fits(world, recordings)
+        model = world.model
+        encoded = EncodedEpisodes(model, recordings.split("validation"), progress)
+        random, window, drift = np.random.default_rng(seed).spawn(3)
+        chosen = random.permutation(encoded.frames)[:REFERENCE]
+        latents = encoded.latents(chosen)
+        reference = FrechetReference(latents.flatten(1))
+        pictures = model.decode(latents[:256].to(model.device)).cpu().numpy()
+        threshold = float(np.percentile(luminance(pictures), BRIGHT))
+        # The floor of the long rollouts is drawn from more stretches than one such set.
+        keep = model.dynamics.config.window
+        moments = _moments(encoded, max(windows, 4 * long_rollouts), keep, window)
+        first = np.array([encoded.number(*moment) for moment in moments])
+        real = encoded.latents((first[:, None] + np.arange(1, EARLY + 1)).ravel())
+        projected = reference.project(real.flatten(1)).unflatten(0, (len(moments), EARLY))
+        shown = real.unflatten(0, (len(moments), EARLY))[:windows, EVERY - 1 :: EVERY]
+        groups = np.array([episode for episode, _ in moments[:windows]])
+        return cls(
+            encoded,
+            reference,
+            float(latents.std()),
+            threshold,
+            bright_share(pictures, threshold),
+            sharpness(pictures),
+            _windows(world, encoded, moments[:windows]),
+            _horizons(model, encoded, first[:windows], threshold),
+            float(np.mean([_bright(model, part, threshold) for part in shown.unbind(1)])),
+            reference.estimate(projected[:windows], groups),
+            _long(world, encoded, long_rollouts, drift) if long_rollouts else None,
+            _floor(reference, projected, long_rollouts, drift) if long_rollouts else None,
+        )
+
+
+def _check_fits(world: World, recordings: RecordedDataset) -> None:
+    if tuple(recordings.spec.frame_shape[:2]) != tuple(world.spec.frame_size):
+        raise RecordingError(
+            f"the recordings' frames are {recordings.spec.frame_shape[:2]}, "
+            f"the world's {tuple(world.spec.frame_size)}"
+        )
+    if not recordings.split("validation"):
+        raise RecordingError(f"{recordings.folder} has no validation episodes")
+
+
+def _moments(
+    encoded: EncodedEpisodes, count: int, keep: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Random (episode, frame) with ``keep`` frames up to there and a window of frames behind."""
+    length = max(*HORIZONS, EARLY)
+    room = np.array([max(0, len(e) - keep - length) for e in encoded.episodes])
+    if not room.any():
+        raise RecordingError(f"no held-out episode has {keep + length} transitions")
+    ends = np.cumsum(room)
+    made = []
+    for index in rng.integers(0, ends[-1], count):
+        episode = int(np.searchsorted(ends, index, side="right"))
+        made.append((episode, int(index - ends[episode] + room[episode]) + keep - 1))
+    return made
+
+
+def _windows(
+    world: World, encoded: EncodedEpisodes, moments: Sequence[tuple[int, int]]
+) -> Rollouts:
+    length = max(*HORIZONS, EARLY)
+    actions = [encoded.episodes[e].actions[frame : frame + length] for e, frame in moments]
+    return Rollouts(
+        [recorded_context(world, encoded, *moment) for moment in moments],
+        torch.stack([world.codec.encode(torch.from_numpy(part)) for part in actions], 1),
+        np.array([episode for episode, _ in moments]),
+    )
+
+
+def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Generator) -> Rollouts:
+    keep = world.model.dynamics.config.window
+    usable = [i for i, e in enumerate(encoded.episodes) if len(e) > keep]
+    contexts, streams = [], []
+    for episode in rng.choice(usable, count):
+        frame = int(rng.integers(keep - 1, len(encoded.episodes[episode])))
+        contexts.append(recorded_context(world, encoded, int(episode), frame))
+        order = rng.permutation(usable)
+        joined = np.concatenate([encoded.episodes[i].actions for i in order])
+        joined = np.resize(joined, (LONG, *joined.shape[1:]))
+        streams.append(world.codec.encode(torch.from_numpy(joined)))
+    return Rollouts(contexts, torch.stack(streams, 1), np.arange(count))
+
+
+def recorded_context(world: World, encoded: EncodedEpisodes, episode: int, last: int) -> Context:
+    """A window's recorded frames up to and including number ``last``, as a start."""
+    first = max(0, last - world.model.dynamics.config.window + 1)
+    actions = torch.zeros(last - first + 1, world.codec.width)
+    into = encoded.episodes[episode].actions[max(0, first - 1) : last]
+    if len(into):
+        actions[-len(into) :] = world.codec.encode(torch.from_numpy(into))
+    begin = encoded.number(episode, first)
+    return Context(encoded.latents(np.arange(begin, begin + len(actions))), actions)
+
+
+def _horizons(
+    model: WorldModel, encoded: EncodedEpisodes, first: np.ndarray, threshold: float
+) -> dict[int, Horizon]:
+    last = encoded.pictures(first)
+    made = {}
+    for horizon in HORIZONS:
+        real = encoded.pictures(first + horizon)
+        made[horizon] = Horizon(
+            real,
+            sharpness(real),
+            _bright(model, encoded.latents(first + horizon), threshold),
+            psnr(float(squared_error(real, last).mean())),
+            float(ssim(real, last).mean()),
+        )
+    return made
+
+
+def squared_error(real: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Mean squared error of each pair of uint8 frames (n, H, W, 3), (n,)."""
+    return np.square(real.astype(np.float32) - made).mean((1, 2, 3))
+
+
+def _bright(model: WorldModel, latents: Tensor, threshold: float) -> float:
+    return bright_share(model.decode(latents.to(model.device)).cpu().numpy(), threshold)
+
+
+def _floor(
+    reference: FrechetReference, stretches: Tensor, count: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    distances = []
+    for _ in range(_FLOOR_SETS):
+        chosen = torch.from_numpy(rng.permutation(len(stretches))[:count])
+        distances.append(reference.distance(stretches[chosen].flatten(0, 1)))
+    return float(np.mean(distances)), float(np.std(distances))

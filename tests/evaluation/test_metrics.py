@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nfd_env.evaluation.metrics import (
+    Estimate,
+    FrechetReference,
+    bright_share,
+    frechet_distance,
+    luminance,
+    ssim,
+)
+
+
+def test_bright_share() -> None:
+    frames = np.zeros((2, 4, 5, 3), np.uint8)
+    frames[0, 0, 0] = 255
+    frames[1, 2, 3] = (0, 200, 0)
+    assert luminance(frames).shape == (2, 4, 5)
+    assert luminance(frames).max() == pytest.approx(255)
+    assert luminance(frames)[1, 2, 3] == pytest.approx(0.587 * 200)
+    assert bright_share(frames, 200) == 1 / 40
+    assert bright_share(frames, 100) == 2 / 40
+    assert bright_share(frames, 255) == 0
+
+
+def test_structural_similarity_is_of_each_frame() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
+    made = real.copy()
+    made[1] = 255 - made[1]
+    values = ssim(real, made)
+    assert values.shape == (3,) and values[0] == values[2] == 1 and values[1] < 0.2
+
+
+def test_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+
+    def mean(used: np.ndarray) -> float:
+        return float(values[used].mean())
+
+    estimate = Estimate.jackknife(mean, np.arange(20))
+    assert estimate.value == values.mean()
+    assert estimate.error == pytest.approx(values.std(ddof=1) / np.sqrt(20))
+
+
+def test_copies_within_a_group_add_no_certainty() -> None:
+    values = np.random.default_rng(0).normal(size=10)
+    copied = values.repeat(5)
+    one = Estimate.jackknife(lambda used: float(values[used].mean()), np.arange(10))
+    five = Estimate.jackknife(lambda used: float(copied[used].mean()), np.arange(10).repeat(5))
+    assert five.error == pytest.approx(one.error)
+    alone = Estimate.jackknife(lambda used: float(copied[used].mean()), np.zeros(50))
+    assert np.isnan(alone.error)
+
+
+def test_what_two_figures_share_cancels_in_their_ratio() -> None:
+    common = np.random.default_rng(0).normal(10, 3, size=30)
+    groups = np.arange(30)
+    one, other = (
+        Estimate.jackknife(lambda used, f=factor: float(f * common[used].mean()), groups)
+        for factor in (1.2, 1.0)
+    )
+    ratio = one.over(other)
+    assert ratio.value == pytest.approx(1.2)
+    assert ratio.error < 1e-6 < 0.01 < other.error
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    """Closed form: |m|^2 + sum (s1 - s2)^2 for diagonal covariances."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(200_000, 3, generator=generator) * torch.tensor([1.0, 2.0, 3.0])
+    second = torch.randn(200_000, 3, generator=generator) * torch.tensor([2.0, 2.0, 1.0])
+    distance = frechet_distance(first, second + torch.tensor([0.0, 3.0, 0.0]))
+    assert distance == pytest.approx(9 + 1 + 0 + 4, rel=0.02)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_only_the_leading_components_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([5.0, 4.0, 0.1, 0.1])
+    features = torch.randn(500, 4, generator=generator) * scale
+    shifted = features + torch.tensor([0.0, 0.0, 3.0, 0.0])
+    assert frechet_distance(features, shifted, dimensions=2) < 0.01
+    assert frechet_distance(features, shifted, dimensions=4) == pytest.approx(9, rel=0.01)
+
+
+def test_too_few_samples() -> None:
+    features = torch.randn(100, 80)
+    with pytest.raises(ValueError, match="64 dimensions needs more samples than that, got 64"):
+        FrechetReference(features[:64])
+    reference = FrechetReference(features)
+    with pytest.raises(ValueError, match="got 10"):
+        reference.distance(reference.project(features[:10]))
