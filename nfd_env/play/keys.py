@@ -118,7 +118,7 @@ class Keymap:
         self.keys = frozenset(k for b in self.bindings for k in b.keys)
         for binding in self.bindings:
             action = self._add([binding]) if additive else binding.value
-            if not _contains(space, action):
+            if not self.contains(action):
                 raise KeymapError(
                     f"keys {'+'.join(sorted(binding.keys))} mean {action!r}, which does not lie "
                     f"in {space}"
@@ -202,6 +202,12 @@ class Keymap:
 
         best = max(active, key=rank)
         return Choice(best.value, best.label, best.keys)
+
+    def contains(self, action: Any) -> bool:
+        """Whether ``action`` lies in the action space."""
+        if isinstance(self.space, spaces.Discrete):
+            return self.space.contains(action)
+        return self.space.contains(np.asarray(action, self.space.dtype))
 
     def label(self, action: Any) -> str:
         """What a person calls ``action``."""
@@ -321,9 +327,3 @@ def _entries(space: spaces.Space) -> list[Any]:
         finite = [(max(low, -1e3), min(high, 1e3)) for low, high in ends]
         return [(i, end) for i, pair in enumerate(finite) for end in pair]
     raise KeymapError(f"no keymap is known for {space}")
-
-
-def _contains(space: spaces.Space, action: Any) -> bool:
-    if isinstance(space, spaces.Discrete):
-        return space.contains(action)
-    return space.contains(np.asarray(action, space.dtype))

@@ -62,6 +62,9 @@ _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 FULL, IDLE, BAD_MESSAGE, TOO_FAST, FAILED, GOING = 4001, 4002, 4003, 4004, 4005, 4006
 
 
+_GOODBYE_SECONDS = 2.0  # that a client has to take note of the end
+
+
 class ServeError(RuntimeError):
     """The server cannot be started; the message says what to do."""
 
@@ -213,8 +216,8 @@ class PlayServer:
         """Say goodbye to everybody and free everything."""
         if self._janitor is not None:
             self._janitor.cancel()
-        for client in list(self._clients):
-            await client.socket.close(code=GOING, message=b"the server is stopping")
+        goodbye = "the server is stopping"
+        await asyncio.gather(*(_bye(c.socket, GOING, goodbye) for c in self._clients))
         if self._runner is not None:
             await self._runner.cleanup()
         rooms, self._rooms = list(self._rooms.values()), {}
@@ -259,11 +262,10 @@ class PlayServer:
         async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
             # A page of another site must neither open our socket nor, by rebinding its name to
             # 127.0.0.1, pass for ours.
-            host = urlsplit(f"//{request.host}").hostname or ""
-            if self.loopback and host not in _LOOPBACK_NAMES:
+            if self.loopback and _host_name(request.host) not in _LOOPBACK_NAMES:
                 raise web.HTTPForbidden(text="this server answers to localhost only\n")
             origin = request.headers.get("Origin")
-            if origin is not None and urlsplit(origin).netloc != request.host:
+            if origin not in (None, f"http://{request.host}", f"https://{request.host}"):
                 raise web.HTTPForbidden(text="requests from other sites are refused\n")
             if self._token is not None and not self._knows_token(request):
                 given = request.query.get("token", "")
@@ -344,6 +346,7 @@ class PlayServer:
         socket = web.WebSocketResponse(
             max_msg_size=self.limits.message_bytes,
             heartbeat=self.limits.heartbeat_seconds,
+            timeout=_GOODBYE_SECONDS,
             compress=False,
         )
         await socket.prepare(request)
@@ -392,8 +395,9 @@ class PlayServer:
         game = room.game
         session = Session(game.keymap, game.default_sampling, game.steps_of, room.agent)
         client.history = deque(maxlen=max(1, int(self.limits.replay_seconds * game.fps)))
-        number = int(seed) if seed and seed.isdecimal() and int(seed) < 2**32 else None
-        player = room.engine.join(session, lambda shown: self._compress(client, shown), number)
+        player = room.engine.join(
+            session, lambda shown: self._compress(client, shown), _seed_number(seed)
+        )
         if player is None:
             return None
         client.session, client.player = session, player
@@ -499,28 +503,33 @@ class PlayServer:
             pass
 
     def _encode(self, client: _Client) -> None:
+        """On the encoder's thread, as long as there are pictures."""
         while True:
             with client.lock:
                 shown, client.raw = client.raw, None
                 if shown is None:
                     client.encoding = False
                     return
-            jpeg = _jpeg(shown.frame)
-            client.history.append(jpeg)
-            header = {
-                **shown.hud,
-                "n": shown.number,
-                "seq": shown.seq,
-                "players": len(self._clients),
-                "dropped": client.dropped,
-            }
-            text = json.dumps(header, separators=(",", ":")).encode()
-            packet = struct.pack("<I", len(text)) + text + jpeg
+            packet = self._packet(client, shown)
             assert self._loop is not None
             try:
                 self._loop.call_soon_threadsafe(self._offer, client, shown.number, packet)
             except RuntimeError:  # the loop has just been closed
                 return
+
+    def _packet(self, client: _Client, shown: Shown) -> bytes:
+        """A picture as it goes over the wire."""
+        jpeg = _jpeg(shown.frame)
+        client.history.append(jpeg)
+        header = {
+            **shown.hud,
+            "n": shown.number,
+            "seq": shown.seq,
+            "players": len(self._clients),
+            "dropped": client.dropped,
+        }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return struct.pack("<I", len(text)) + text + jpeg
 
     def _offer(self, client: _Client, number: int, packet: bytes) -> None:
         if client.newest is not None:
@@ -759,9 +768,29 @@ def _same(given: str, secret: str) -> bool:
 
 
 async def _bye(socket: web.WebSocketResponse, code: int, why: str) -> None:
-    if not socket.closed:
-        await socket.send_json({"t": "bye", "code": code, "why": why})
-        await socket.close(code=code, message=why.encode()[:120])
+    """Part from a client, which may have gone already, or have stopped reading."""
+    try:
+        if not socket.closed:
+            message = {"t": "bye", "code": code, "why": why}
+            await asyncio.wait_for(socket.send_json(message), _GOODBYE_SECONDS)
+            await socket.close(code=code, message=why.encode()[:120])
+    except (ConnectionError, RuntimeError, asyncio.TimeoutError):
+        pass
+
+
+def _host_name(address: str) -> str:
+    """The host of a Host header, "" where it is malformed."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _seed_number(text: str | None) -> int | None:
+    """A seed from an address; None where there is none, or none that can be used."""
+    if not text or len(text) > 10 or not text.isdecimal():
+        return None
+    return int(text) if int(text) < 2**32 else None
 
 
 def _number(message: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,8 @@ import numpy as np
 
 from nfd_env.play.game import Game, Outcome, Sampling
 from nfd_env.play.keys import Choice, KeyLatch, Keymap
+
+log = logging.getLogger(__name__)
 
 SPEEDS = (0.25, 0.5, 1.0, 1.5, 2.0)
 MAX_SAMPLING_STEPS = 32
@@ -100,7 +103,8 @@ class Session:
         self.last_choice: Choice | None = None
         self.last_input = time.monotonic()
         self.recorder: Any = None
-        self._wanted: deque[tuple[str, Any]] = deque(maxlen=64)
+        self._reset_wanted = False
+        self._seed_wanted: int | None = None
         self._single_steps = 0
         self._pressed_at: float | None = None
         self._seq = 0
@@ -153,13 +157,13 @@ class Session:
                 self._single_steps = min(self._single_steps + (1 if self.paused else 0), 8)
             self.paused = True
         elif name == "reset":
-            self._wanted.append(("reset", None))
+            self._want_reset(None)
         elif name == "seed":
             if value is None:
                 value = int(np.random.SeedSequence().generate_state(1)[0])
             if not _is_int(value) or not 0 <= value < 2**32:
                 raise ControlError(f"seed must be from 0 to {2**32 - 1}, got {value!r}")
-            self._wanted.append(("reset", int(value)))
+            self._want_reset(int(value))
         elif name == "speed":
             if isinstance(value, bool) or value not in SPEEDS:
                 raise ControlError(f"speed must be one of {SPEEDS}, got {value!r}")
@@ -201,7 +205,7 @@ class Session:
         if self.steps_of is None:
             raise ControlError("this world has no teacher")
         self.sampling = replace(sampling, teacher=teacher, steps=self.steps_of[teacher])
-        self._wanted.append(("reset", self.seed))
+        self._want_reset(self.seed)
 
     def _generated(self) -> Sampling:
         if self.sampling is None:
@@ -211,12 +215,20 @@ class Session:
     @property
     def reset_pending(self) -> bool:
         """Whether a reset was asked for and has not happened yet."""
-        return bool(self._wanted)
+        return self._reset_wanted
+
+    def _want_reset(self, seed: int | None) -> None:
+        """Resets that are asked for faster than they happen become one, with the latest seed."""
+        with self._lock:
+            self._reset_wanted = True
+            self._seed_wanted = self._seed_wanted if seed is None else seed
 
     def wants_reset(self) -> tuple[bool, int | None]:
         """Whether an episode is to begin now, and with which seed (None: the next episode)."""
-        if self._wanted:
-            _, seed = self._wanted.popleft()
+        with self._lock:
+            wanted, self._reset_wanted = self._reset_wanted, False
+            seed, self._seed_wanted = self._seed_wanted, None
+        if wanted:
             if seed is not None:
                 self.seed = None  # its episodes are counted anew
             return True, seed
@@ -241,10 +253,21 @@ class Session:
             self._pressed_at = None
         choice = self.keys.consume(self.keymap)
         if self.agent_on and self.agent is not None and self.frame is not None:
-            action = self.agent(self.frame)
-            choice = Choice(action, self.keymap.label(action), frozenset())
+            choice = self._ask_agent(self.agent, self.frame) or choice
         self.last_choice = choice
         return choice
+
+    def _ask_agent(self, agent: Agent, frame: np.ndarray) -> Choice | None:
+        """What the agent chooses; one that fails gives back to the person, who plays on."""
+        try:
+            action = agent(frame)
+            if not self.keymap.contains(action):
+                raise ValueError(f"it chose {action!r}, which is not in {self.keymap.space}")
+            return Choice(action, self.keymap.label(action), frozenset())
+        except Exception:
+            log.exception("the agent failed; its player plays on")
+            self.agent_on = False
+            return None
 
     def guesses_for_next(self, everything: bool) -> list[Any]:
         """Actions to assume for the next step, the likeliest first."""

@@ -209,6 +209,28 @@ def test_the_agent_takes_over_and_gives_back():
     assert seat.pictures[-1].hud["action"] == "noop"
 
 
+@pytest.mark.parametrize("agent", [lambda frame: 1 // 0, lambda frame: 99])
+def test_an_agent_that_fails_gives_back_and_the_play_goes_on(agent):
+    game = ScrollGame(1, fps=200)
+    seat = Seat(Engine(game), agent=load_agent(agent, game.keymap.space))
+    seat.session.control("agent", True)
+    seat.session.press("left")
+    seat.play(4)
+    hud = seat.pictures[-1].hud
+    assert hud["action"] == "left" and hud["step"] >= 2 and not hud["agent"]
+
+
+def test_resets_asked_for_at_once_are_one():
+    game = ScrollGame(1, fps=200)
+    seat = Seat(Engine(game))
+    seat.play(2)
+    for _ in range(50):
+        seat.session.control("seed", 9)
+        seat.session.control("reset")
+    assert [p.hud["step"] for p in seat.play(5)] == [0, 1, 2, 3, 4]
+    assert game.seeds == [9]
+
+
 def test_agents_by_name():
     space = ScrollGame(1).keymap.space
     chosen = {load_agent("random", space)(np.zeros((4, 4, 3), np.uint8)) for _ in range(3)}

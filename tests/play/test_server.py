@@ -4,6 +4,7 @@ import gc
 import json
 import resource
 import struct
+import threading
 import time
 
 import numpy as np
@@ -224,6 +225,70 @@ def test_other_sites_and_other_names_are_refused():
                     assert answer.status == 404
             async with http.get(server.url) as answer:
                 assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+    run(main)
+
+
+def test_malformed_addresses_are_refused_and_odd_seeds_ignored():
+    async def main():
+        async with Running() as (server, http):
+            for headers in ({"Host": "["}, {"Origin": "http://["}, {"Origin": "null"}):
+                async with http.get(server.url, headers=headers) as answer:
+                    assert answer.status == 403
+            for seed in ("9" * 5000, "-1", "4294967296", "٣x"):
+                async with Client(server, http, seed=seed) as client:
+                    await client.pictures(2)
+
+    run(main)
+
+
+def test_clients_that_stopped_reading_hold_up_neither_the_others_nor_the_end():
+    async def main():
+        limits = Limits(clients=8, idle_seconds=1.5)
+        server = PlayServer({"Scroll": ScrollGame}, port=0, limits=limits)
+        await server.start()
+        async with aiohttp.ClientSession() as http:
+            # These answer nothing, not even the closing handshake.
+            dead = [await http.ws_connect(server.url + "ws", autoping=False) for _ in range(5)]
+            async with Client(server, http) as alive:
+                await alive.pictures(2)
+                began = time.monotonic()
+                await asyncio.wait_for(alive.task, 6)
+                assert alive.bye["code"] == server_module.IDLE
+                assert time.monotonic() - began < 4
+            dead += [await http.ws_connect(server.url + "ws", autoping=False) for _ in range(2)]
+            began = time.monotonic()
+            await server.stop()
+            assert time.monotonic() - began < 6
+            assert server.counts()["clients"] == 0
+            for socket in dead:
+                await socket.close()
+
+    run(main)
+
+
+def test_a_client_that_vanishes_while_its_world_is_loaded_leaves_no_slot_taken():
+    loading = threading.Event()
+
+    def slow(count):
+        loading.wait(10)
+        return ScrollGame(count)
+
+    async def main():
+        limits = Limits(clients=1)
+        async with Running({"Slow": slow}, limits=limits) as (server, http):
+            socket = await http.ws_connect(server.url + "ws")
+            assert (await socket.receive_json())["t"] == "loading"
+            assert server.counts()["clients"] == 1
+            socket._response.connection.transport.abort()
+            loading.set()
+            for _ in range(100):
+                if not server.counts()["clients"]:
+                    break
+                await asyncio.sleep(0.05)
+            assert server.counts()["clients"] == server.counts()["seats"] == 0
+            async with Client(server, http) as client:
+                await client.pictures(2)
 
     run(main)
 

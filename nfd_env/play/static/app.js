@@ -52,7 +52,7 @@ function connect() {
   mine.onmessage = (event) => {
     if (mine !== socket) return;
     if (typeof event.data === "string") receive(JSON.parse(event.data));
-    else picture(event.data);
+    else picture(event.data, mine);
   };
   mine.onclose = () => { if (mine === socket) closed(); };
 }
@@ -108,19 +108,20 @@ function again() {
 
 // ---- pictures ------------------------------------------------------------------------------
 
-function picture(buffer) {
+function picture(buffer, from) {
   const arrived = performance.now();
   const length = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
   const blob = new Blob([new Uint8Array(buffer, 4 + length)], { type: "image/jpeg" });
   // One after the other, so that pictures never change places.
-  drawing = drawing.then(() => draw(header, blob, arrived)).catch(() => {});
+  drawing = drawing.then(() => draw(header, blob, arrived, from)).catch(() => {});
 }
 
-async function draw(header, blob, arrived) {
+async function draw(header, blob, arrived, from) {
   const image = await createImageBitmap(blob);
-  if (!replay.on) paint(image);
+  if (from === socket && !replay.on) paint(image);
   image.close();
+  if (from !== socket) return; // of a connection that has been replaced meanwhile
   const now = performance.now();
   send({ t: "ack", n: header.n });
   keep(blob, header, now);
@@ -349,6 +350,14 @@ window.addEventListener("blur", letGo);
 document.addEventListener("visibilitychange", () => (document.hidden ? hide() : unhide()));
 window.addEventListener("pagehide", () => { letGo(); if (socket) socket.close(); });
 window.addEventListener("pageshow", (event) => { if (event.persisted) connect(); });
+
+// Somebody who watches, the agent's play for one, is there too: it takes a move of the mouse.
+let awakeAt = 0;
+window.addEventListener("pointermove", () => {
+  if (performance.now() - awakeAt < 10000) return;
+  awakeAt = performance.now();
+  send({ t: "awake" });
+});
 
 function hide() {
   letGo();
