@@ -45,6 +45,7 @@ class Client:
     def __init__(self, server, http, **params):
         self.server, self.http, self.params = server, http, params
         self.headers, self.jpeg = [], b""
+        self.gaps, self.arrived = [], 0.0
         self.hello = self.bye = None
         self.seq, self.sent_at, self.latencies = 0, {}, []
         self.answer = True
@@ -80,7 +81,11 @@ class Client:
                 continue
             (length,) = struct.unpack_from("<I", message.data)
             header = json.loads(message.data[4 : 4 + length])
+            now = time.perf_counter()
+            if self.headers and not self.headers[-1]["over"]:
+                self.gaps.append(now - self.arrived)
             self.headers.append(header)
+            self.arrived = now
             self.jpeg = message.data[4 + length :]
             if header["over"] or not header["step"]:
                 self.sent_at.clear()

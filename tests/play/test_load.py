@@ -1,0 +1,99 @@
+"""Sixteen clients on loopback against a real server process with the shipped world."""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp")
+
+from nfd_env.play import server as server_module  # noqa: E402
+from tests.play.test_server import Client, run  # noqa: E402
+
+CLIENTS = 16
+SERVE = "import sys; from nfd_env.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+class ServerProcess:
+    """``async with ServerProcess() as server``: where it is, and what it used and said."""
+
+    async def __aenter__(self):
+        arguments = f"serve DoomTakeCover --device cpu --port 0 --max-clients {CLIENTS}".split()
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", SERVE, *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        self.url = (await self.process.stdout.readline()).split()[2].decode()
+        return self
+
+    async def __aexit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+
+    def memory(self):
+        """Resident bytes."""
+        with open(f"/proc/{self.process.pid}/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    async def stop(self):
+        """Exit status, and what was written to stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = await asyncio.wait_for(self.process.communicate(), 10)
+        return self.process.returncode, errors.decode()
+
+
+async def play(clients, seconds):
+    """Keys go down and up, at other times for each quarter of the clients."""
+    end = time.perf_counter() + seconds
+    i = 0
+    while time.perf_counter() < end:
+        for client in clients[i % 4 :: 4]:
+            await client.key("left" if i % 16 < 8 else "right", i // 4 % 2 == 0)
+        i += 1
+        await asyncio.sleep(0.06)
+
+
+def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is_queued():
+    async def main():
+        async with ServerProcess() as server, aiohttp.ClientSession() as http:
+            clients = [Client(server, http, seed=i) for i in range(CLIENTS)]
+            for client in clients:
+                await client.__aenter__()
+            await play(clients, 2)
+            for client in clients:
+                client.latencies.clear(), client.gaps.clear()
+            memory = server.memory()
+            await play(clients, 5)
+            grown = server.memory() - memory
+            status, said = await server.stop()
+            for client in clients:
+                await asyncio.wait_for(client.task, 5)
+                assert client.socket.close_code == server_module.GOING
+                await client.__aexit__()
+            assert status == 0 and "Traceback" not in said, said
+            return clients, grown
+
+    clients, grown = run(main, 60)
+    # Episodes end, and their last picture stays for a while: that is no tick.
+    rates = np.array([1 / np.mean(c.gaps) for c in clients])
+    latencies = np.concatenate([c.latencies for c in clients])
+    ticks = np.concatenate([c.gaps for c in clients])
+    tick, latency = np.percentile(ticks, 95), np.percentile(latencies, 95)
+    print(
+        f"{CLIENTS} players: {rates.min():.1f} to {rates.max():.1f} frames/s each, "
+        f"{rates.sum():.0f} in all; grown by {grown / 2**20:.1f} MiB; tick p50 / p95 "
+        f"{1000 * np.median(ticks):.0f} / {1000 * tick:.0f} ms, input to frame "
+        f"{1000 * np.median(latencies):.0f} / {1000 * latency:.0f} ms"
+    )
+    assert rates.min() > 0.8 * rates.max(), rates
+    assert grown < 40 * 2**20, grown
+    # An input waits for the tick under way and is answered by the next, however busy the machine.
+    assert latency < 2 * tick + 0.05, (latency, tick)
