@@ -243,7 +243,10 @@ def _load(
         tokenizer.to(torch.bfloat16)
     _prepare(dynamics, device, precision)
     model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
-    starts = _load_starts(folder, shape)
+    starts = [
+        replace(start, latents=start.latents.float(), actions=start.actions.float())
+        for start in load_starts(folder / "starts.safetensors", shape, codec.width)
+    ]
     kind = "student" if spec.sampling.sampler == CONSISTENCY else "flow"
     world = World(folder, spec, model, space, codec, starts, kind)
     return _Loaded(world, device, precision)
@@ -290,18 +293,43 @@ def make_real(world: str | os.PathLike[str], **kwargs: Any) -> gymnasium.Env:
     return make_source(read_spec(find_world(world)).source, **kwargs)
 
 
-def _load_starts(folder: Path, shape: tuple[int, int, int]) -> list[Context]:
-    path = folder / "starts.safetensors"
+def load_starts(path: str | os.PathLike[str], shape: tuple[int, ...], width: int) -> list[Context]:
+    """The recorded moments in a file of ``save_starts``, such as a world's starts.safetensors.
+
+    Args:
+        path: the file.
+        shape: (C, h, w) of a latent of the world that is to start from them.
+        width: of its encoded actions.
+
+    Returns:
+        Contexts as they are stored, in half precision.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged or of another world.
+    """
     try:
         tensors = load_file(path)
-        latents, actions = tensors["latents"].float(), tensors["actions"].float()
+        latents, actions = tensors["latents"], tensors["actions"]
         # Worlds written before there was a choice start at beginnings only.
         beginning = tensors.get("beginning", torch.ones(len(latents))).bool().tolist()
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error})") from None
-    if tuple(latents.shape[2:]) != shape or not len(latents) == len(actions) == len(beginning):
+    fits = latents.shape[2:] == shape and actions.shape == (*latents.shape[:2], width)
+    if not (fits and len(latents) == len(beginning) and latents.numel()):
         raise CheckpointError(f"{path}: holds start frames of another world")
     return [Context(*start) for start in zip(latents, actions, beginning, strict=True)]
+
+
+def save_starts(path: str | os.PathLike[str], starts: list[Context]) -> None:
+    """Write contexts of equal length for ``load_starts``, in half precision."""
+    save_file(
+        {
+            "latents": torch.stack([s.latents for s in starts]).half().contiguous(),
+            "actions": torch.stack([s.actions for s in starts]).half().contiguous(),
+            "beginning": torch.tensor([s.beginning for s in starts], dtype=torch.uint8),
+        },
+        path,
+    )
 
 
 def save_world(
@@ -342,14 +370,7 @@ def save_world(
         if network is not None:
             path = temporary / f"{name}.safetensors"
             save_weights(path, network, network.config, torch.float16, name in int8)
-    save_file(
-        {
-            "latents": torch.stack([s.latents for s in starts]).half().contiguous(),
-            "actions": torch.stack([s.actions for s in starts]).half().contiguous(),
-            "beginning": torch.tensor([s.beginning for s in starts], dtype=torch.uint8),
-        },
-        temporary / "starts.safetensors",
-    )
+    save_starts(temporary / "starts.safetensors", starts)
     for name, values in (("world", config.to_dict(spec)), ("provenance", dict(provenance))):
         (temporary / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     if folder.exists():

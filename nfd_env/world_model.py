@@ -237,37 +237,54 @@ class WorldModel:
             seeds: one (environment seed, episode number) a row, both >= 0.
             frames: most frames that are drawn or pending at a time, see ``draw``.
         """
-        rows = [self._start_one(c, s, frames) for c, s in zip(contexts, seeds, strict=True)]
+        keep = self.dynamics.config.window
+        groups: dict[int, list[int]] = {}  # rows with equally many frames share one pass
+        for row, context in enumerate(contexts):
+            groups.setdefault(min(len(context.latents), keep), []).append(row)
+        parts = [
+            self._start_group([contexts[r] for r in rows], [seeds[r] for r in rows], count, frames)
+            for count, rows in groups.items()
+        ]
         state = WorldState(
-            new_cache(self.dynamics, len(rows), frames, frames),
-            torch.cat([r.remembered for r in rows]),
-            torch.cat([r.action for r in rows]),
-            torch.cat([r.memory for r in rows]),
-            [r.seeds[0] for r in rows],
-            [r.frame[0] for r in rows],
+            new_cache(self.dynamics, len(contexts), frames, frames),
+            torch.cat([p.remembered for p in parts]),
+            torch.cat([p.action for p in parts]),
+            torch.cat([p.memory for p in parts]),
+            [seed for p in parts for seed in p.seeds],
+            [frame for p in parts for frame in p.frame],
         )
-        for index, row in enumerate(rows):
-            state.cache.put(torch.tensor([index], device=self.device), row.cache)
+        for part, rows in zip(parts, groups.values(), strict=True):
+            state.put(rows, part)
         return state
 
-    def _start_one(self, context: Context, seed: tuple[int, int], frames: int) -> WorldState:
-        keep = self.dynamics.config.window
-        latents = context.latents[None, -keep:].to(self.device, torch.float32)
-        actions = context.actions[None, -keep:].to(self.device, torch.float32)
-        count = latents.shape[1]
-        level = self.sampling.history_level
-        noise = torch.stack([self._draw(seed, k)[1] for k in range(count)])[None]
-        remembered = torch.lerp(latents, noise.to(self.device), level)
-        cache = new_cache(self.dynamics, 1, frames, frames)
+    def _start_group(
+        self,
+        contexts: Sequence[Context],
+        seeds: Sequence[tuple[int, int]],
+        count: int,
+        frames: int,
+    ) -> WorldState:
+        """``start`` from the last ``count`` frames of each context."""
+        latents, actions = (
+            torch.stack(part).to(self.device, torch.float32)
+            for part in (
+                [c.latents[-count:] for c in contexts],
+                [c.actions[-count:] for c in contexts],
+            )
+        )
+        level, batch = self.sampling.history_level, len(contexts)
+        noise = torch.stack([self._draw(seed, k)[1] for seed in seeds for k in range(count)])
+        remembered = torch.lerp(latents, noise.view_as(latents).to(self.device), level)
+        cache = new_cache(self.dynamics, batch, frames, frames)
+        memory = self.heads.initial_state(batch)
         if count > 1:
-            levels = latents.new_full((1, count - 1), level)
+            levels = latents.new_full((batch, count - 1), level)
             self.dynamics.stream(
                 cache, remembered[:, :-1], levels, actions[:, :-1], commit=count - 1
             )
-        memory = self.heads.initial_state(1)
-        if count > 1:
             _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
-        return WorldState(cache, remembered[:, -1:], actions[:, -1:], memory, [seed], [count - 1])
+        last = [count - 1] * batch
+        return WorldState(cache, remembered[:, -1:], actions[:, -1:], memory, list(seeds), last)
 
     @torch.inference_mode()
     def step(self, state: WorldState, actions: Tensor) -> Transition:

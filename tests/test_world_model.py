@@ -137,6 +137,16 @@ def test_noise_and_uniform_numbers_have_their_distributions(model: WorldModel) -
     assert 0.45 < uniform.mean() < 0.55 and uniform.min() < 0.01 and uniform.max() > 0.99
 
 
+def test_rows_of_different_lengths_start_as_they_would_alone(model: WorldModel) -> None:
+    contexts = [context(count, seed) for seed, count in enumerate((3, 1, 9, 3))]
+    whole, acts = model.start(contexts, SEEDS), actions(4, 6)
+    assert whole.seeds == SEEDS and whole.frame == [2, 0, 4, 2]  # the window is 5
+    rolled = roll(model, whole, acts)
+    for row, (one, seed) in enumerate(zip(contexts, SEEDS, strict=True)):
+        alone = model.start([one], [seed])
+        torch.testing.assert_close(rolled[:, [row]], roll(model, alone, acts[:, [row]]), **CLOSE)
+
+
 def test_each_part_of_the_start_matters(model: WorldModel) -> None:
     acts = actions(1, 3)
     base = roll(model, model.start([context(3)], [(1, 0)]), acts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
+from nfd_env.world_model import Context
 
 
 class NFDEnv(gymnasium.Env):
@@ -41,6 +43,7 @@ class NFDEnv(gymnasium.Env):
         speculative_frames: int = 1,
         draft_cost: float | None = None,
         dynamics: str | None = None,
+        starts: Sequence[Context] | str | PathLike[str] | None = None,
     ) -> None:
         """See ``NFDVectorEnv``."""
         self.vector = NFDVectorEnv(
@@ -61,6 +64,7 @@ class NFDEnv(gymnasium.Env):
             speculative_frames=speculative_frames,
             draft_cost=draft_cost,
             dynamics=dynamics,
+            starts=starts,
         )
         self.world = self.vector.world
         self.render_mode = render_mode

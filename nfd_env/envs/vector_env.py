@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from nfd_env.checkpoint import World, load_world
+from nfd_env.checkpoint import World, load_starts, load_world
 from nfd_env.speculation import SpeculativeState, Speculator, check_frames
 from nfd_env.world_model import Context, WorldState, mix
 
@@ -67,8 +67,8 @@ class NFDVectorEnv(VectorEnv):
     float32 with ``output="torch"``.
 
     ## Starting State
-    Recorded moments that come with the world, chosen by seed and episode; or, per reset, frames of
-    the caller's own through ``options``.
+    Recorded moments that come with the world, or those of ``starts``, chosen by seed and episode;
+    or, per reset, frames of the caller's own through ``options``.
 
     ## Episode End
     Termination: the model predicts each frame's probability of ending the episode, and it is drawn.
@@ -109,6 +109,10 @@ class NFDVectorEnv(VectorEnv):
     ood: report ``info["ood"]``, at the cost of decoding and encoding each frame once.
     dynamics: "student" or "teacher" in a distilled world that comes with both, the teacher with
         its own number of sampling steps; None for the world's default.
+    starts: recorded moments that episodes start from: a sequence of ``Context``, or a file of
+        ``nfd_env.checkpoint.save_starts``; None for those that come with the world. With thousands
+        of them and a small ``max_episode_steps``, what is generated stays close to what was
+        recorded. They are kept as they are given, and go to the device when they are used.
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
@@ -144,12 +148,13 @@ class NFDVectorEnv(VectorEnv):
         speculative_frames: int = 1,
         draft_cost: float | None = None,
         dynamics: str | None = None,
+        starts: Sequence[Context] | str | PathLike[str] | None = None,
     ) -> None:
         """See the class.
 
         Raises:
-            ValueError: on an argument out of range.
-            CheckpointError: when the world cannot be loaded.
+            ValueError: on an argument out of range, or starts of another world.
+            CheckpointError: when the world, or a file of starts, cannot be loaded.
             DeviceError: when the device is not there.
         """
         super().__init__()
@@ -169,6 +174,7 @@ class NFDVectorEnv(VectorEnv):
             ) from None
         self.world: World = load_world(world, device, precision, dynamics)
         self.model = self.world.model
+        self.starts = self._check_starts(starts)
         if sampling_steps is not None:
             _check_at_least_one("sampling_steps", sampling_steps)
         changed = {
@@ -461,7 +467,7 @@ class NFDVectorEnv(VectorEnv):
         self, rows: list[int], contexts: list[Context | None], beginning: bool = False
     ) -> None:
         keys = [(self._seeds[row], self._episodes[row]) for row in rows]
-        starts = [s for s in self.world.starts if s.beginning or not beginning]
+        starts = [s for s in self.starts if s.beginning] if beginning else self.starts
         chosen = [
             context or starts[mix(*key, _START) % len(starts)]
             for context, key in zip(contexts, keys, strict=True)
@@ -489,6 +495,28 @@ class NFDVectorEnv(VectorEnv):
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(self.model.device)
+
+    def _check_starts(
+        self, starts: Sequence[Context] | str | PathLike[str] | None
+    ) -> Sequence[Context]:
+        if starts is None:
+            return self.world.starts
+        shape, width = self.model.dynamics.config.latent_shape, self.world.codec.width
+        if isinstance(starts, str | PathLike):
+            return load_starts(starts, shape, width)
+        if not len(starts):
+            raise ValueError("starts must hold at least one recorded moment, or be None")
+        for number, start in enumerate(starts):
+            if not isinstance(start, Context):
+                raise ValueError(f"starts must be a file or Contexts, got {start!r}")
+            mine = tuple(start.latents.shape[1:]), tuple(start.actions.shape)
+            if not len(start.latents) or mine != (shape, (len(start.latents), width)):
+                raise ValueError(
+                    f"start {number} does not fit this world: it needs latents (K, "
+                    f"{', '.join(map(str, shape))}) and actions (K, {width}), K >= 1, got "
+                    f"{tuple(start.latents.shape)} and {tuple(start.actions.shape)}"
+                )
+        return starts
 
     def _check_seeds(self, seed: Any) -> list[int | None]:
         if seed is None:
@@ -528,17 +556,16 @@ class NFDVectorEnv(VectorEnv):
         if given is not None and start is not None:
             raise ValueError("give either the reset option context or start, not both")
         if isinstance(start, str) and start == "beginning":
-            if not any(s.beginning for s in self.world.starts):
-                raise ValueError("none of this world's starts is the beginning of an episode")
+            if not any(s.beginning for s in self.starts):
+                raise ValueError("none of the starts is the beginning of an episode")
             return [None] * len(rows)
         if start is not None:
-            known = isinstance(start, int | np.integer) and 0 <= start < len(self.world.starts)
+            known = isinstance(start, int | np.integer) and 0 <= start < len(self.starts)
             if not known:
                 raise ValueError(
-                    f'start must be from 0 to {len(self.world.starts) - 1} or "beginning", '
-                    f"got {start!r}"
+                    f'start must be from 0 to {len(self.starts) - 1} or "beginning", got {start!r}'
                 )
-            return [self.world.starts[int(start)]] * len(rows)
+            return [self.starts[int(start)]] * len(rows)
         if given is None:
             return [None] * len(rows)
         if not isinstance(given, Mapping | Sequence):

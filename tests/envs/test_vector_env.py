@@ -5,14 +5,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 
+import nfd_env  # noqa: F401  # registers the ids
+from nfd_env.checkpoint import CheckpointError, save_starts
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.world_model import Context
 
 MODES = list(AutoresetMode)
 
@@ -882,3 +886,75 @@ def test_a_long_episode_stays_finite(endless_world: Path) -> None:
     shown = np.stack([s[0] for s in steps])
     assert np.isfinite(shown).all()
     assert len({x.tobytes() for x in shown}) == 150
+
+
+# ----------------------------------------------------------------------------------- given starts
+
+
+def other_starts(count: int = 9, frames: int = 4, width: int = 3) -> list[Context]:
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn((count, frames, 4, 4, 6), generator=generator).half()
+    return [Context(x, torch.zeros(frames, width), i == 2) for i, x in enumerate(latents)]
+
+
+@pytest.mark.parametrize("kind", ["contexts", "file"])
+def test_episodes_start_from_given_moments(hasty_world: Path, tmp_path: Path, kind: str) -> None:
+    given: Any = other_starts()
+    known = [c.latents[-1].float().numpy() for c in given]
+    if kind == "file":
+        save_starts(tmp_path / "starts.safetensors", given)
+        given = tmp_path / "starts.safetensors"
+    env = make(hasty_world, starts=given, autoreset_mode=AutoresetMode.SAME_STEP)
+    assert all(start.latents.dtype == torch.float16 for start in env.starts)
+    first, _ = env.reset(seed=0)
+    seen = [first]
+    for acts in actions(3, 40):
+        observation, _, terminated, *_ = env.step(acts)
+        seen.append(observation[terminated])
+    numbers = [[same(row, k) for k in known].index(True) for row in np.concatenate(seen)]
+    assert len(set(numbers)) > 5
+    again, _ = make(hasty_world, starts=given).reset(seed=0)
+    assert same(again, first)
+    alone, _ = NFDEnv(
+        hasty_world, device="cpu", precision="fp32", obs_type="latent", starts=given
+    ).reset(seed=1)
+    assert same(alone, first[1])
+    beginning, _ = env.reset(options={"start": "beginning"})
+    assert all(same(row, known[2]) for row in beginning)
+    numbered, _ = env.reset(options={"start": 8})
+    assert all(same(row, known[8]) for row in numbered)
+    with pytest.raises(ValueError, match="from 0 to 8"):
+        env.reset(options={"start": 9})
+
+
+def test_given_moments_through_gymnasium(tiny_world: Path) -> None:
+    given = other_starts()
+    kwargs: dict[str, Any] = {"world": str(tiny_world), "device": "cpu", "obs_type": "latent"}
+    env = gymnasium.make("NFD/World-v0", starts=given, **kwargs)
+    batch: Any = gymnasium.make_vec("NFD/World-v0", num_envs=2, starts=given, **kwargs)
+    assert same(env.reset(seed=4)[0], batch.reset(seed=4)[0][0])
+    assert len(batch.unwrapped.starts) == 9
+
+
+@pytest.mark.parametrize(
+    ("starts", "error", "message"),
+    [
+        ([], ValueError, "at least one recorded moment"),
+        ([3], ValueError, "a file or Contexts, got 3"),
+        (other_starts(width=2), ValueError, r"start 0 does not fit .*actions \(K, 3\)"),
+        ([Context(torch.zeros(2, 4, 4, 5), torch.zeros(2, 3))], ValueError, "start 0 does not fit"),
+        ([Context(torch.zeros(0, 4, 4, 6), torch.zeros(0, 3))], ValueError, "K >= 1"),
+        ("nowhere.safetensors", CheckpointError, "nowhere.safetensors: missing or damaged"),
+    ],
+)
+def test_starts_that_do_not_fit(
+    tiny_world: Path, starts: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(tiny_world, starts=starts)
+
+
+def test_a_file_of_starts_of_another_world(tiny_world: Path, tmp_path: Path) -> None:
+    save_starts(tmp_path / "starts.safetensors", other_starts(width=5))
+    with pytest.raises(CheckpointError, match="start frames of another world"):
+        make(tiny_world, starts=tmp_path / "starts.safetensors")
