@@ -35,6 +35,8 @@ def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
         frame_skip=settings.frame_skip,
         frame_stack=settings.frame_stack,
         max_episode_frames=settings.max_episode_frames,
+        starts=settings.starts,
+        horizon_frames=settings.horizon_frames,
         env=settings.env,
         channels=settings.channels,
         width=settings.width,

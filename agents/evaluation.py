@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from agents.load import Agent
 from nfd_env.checkpoint import World
 from nfd_env.envs.real import SourceError
 from nfd_env.envs.real_vector import RealVectorEnv
-from nfd_env.evaluation.agents import play_episodes
+from nfd_env.evaluation.agents import Episodes, play_episodes
 
 
 def describe(metrics: Mapping[str, float], real: bool, missing: str) -> dict[str, str]:
     """The metrics that may be shown: a world's score never without the real game's beside it.
 
     Args:
-        metrics: "score" of the training episodes and "real_score", as far as they are known.
+        metrics: "score" or "deaths_per_1000_frames" of the training episodes and "real_score", as
+            far as they are known.
         real: the training is in the real game.
         missing: why the real game cannot be played; "" where it can.
     """
     if real or missing or "real_score" in metrics:
         return {name: f"{value:.4g}" for name, value in metrics.items()}
     return {}
+
+
+def _inside(metrics: Mapping[str, float]) -> str:
+    parts = []
+    if "score" in metrics:
+        parts.append(f"{metrics['score']:.0f}")
+    if "deaths_per_1000_frames" in metrics:
+        parts.append(f"{metrics['deaths_per_1000_frames']:.2f} deaths in 1,000 frames")
+    return f"in the world {', '.join(parts)}; " if parts else ""
 
 
 class Judge:
@@ -39,8 +48,8 @@ class Judge:
         self._env: RealVectorEnv | None = None
         self.missing = ""
 
-    def scores(self, agent: Agent) -> np.ndarray | None:
-        """Real scores (episodes,), always with the same seeds; None without the real game."""
+    def play(self, agent: Agent) -> Episodes | None:
+        """Real episodes, always with the same seeds; None without the real game."""
         if self.missing:
             return None
         if self._env is None:
@@ -58,30 +67,34 @@ class Judge:
                 self.missing = str(error)
                 return None
         with torch.random.fork_rng():
-            return play_episodes(self._env, agent, self._episodes, seed=1_000_000).scores
+            return play_episodes(self._env, agent, self._episodes, seed=1_000_000)
 
     def report(
         self, agent: Agent, decision: int, metrics: dict[str, float], real: bool = False
     ) -> str:
-        """Play, and put the mean into ``metrics`` as "real_score".
+        """Play; puts "real_score" (the mean) and "real_deaths_per_1000_frames" into ``metrics``.
 
         Args:
             agent: as it is after ``decision`` decisions of its training.
             decision: see there.
-            metrics: with the "score" of the training episodes, if there were any.
+            metrics: with "deaths_per_1000_frames" of the training episodes, and their "score" where
+                those are whole episodes.
             real: the training is in the real game.
 
         Returns:
             A line to print.
         """
-        scores = self.scores(agent)
-        if scores is None:
+        played = self.play(agent)
+        if played is None:
             return f"no score of the real game beside the world's: {self.missing}"
+        scores, frames = played.scores, int(played.steps.sum()) * agent.spec.frame_skip
         metrics["real_score"] = float(scores.mean())
-        inside = f"in the world {metrics['score']:.0f}, " if "score" in metrics and not real else ""
+        metrics["real_deaths_per_1000_frames"] = 1000 * float((~played.truncated).sum()) / frames
+        inside = "" if real else _inside(metrics)
         return (
             f"decision {decision}: {inside}in the real game {scores.mean():.0f} +- "
-            f"{scores.std():.0f} ({len(scores)} episodes)"
+            f"{scores.std():.0f} ({len(scores)} episodes), "
+            f"{metrics['real_deaths_per_1000_frames']:.2f} deaths in 1,000 frames"
         )
 
     def close(self) -> None:

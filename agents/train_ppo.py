@@ -25,9 +25,11 @@ from agents.load import NativeAgent
 from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env import config
+from nfd_env.checkpoint import load_world
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.models.weights import save_weights
+from nfd_env.training.starts import StartsConfig, recorded_starts
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class TrainPPOConfig:
         obs_type: "latent" or "rgb".
         frame_skip: frames for which each action is repeated.
         frame_stack: observations that a decision is based on; one shows no velocity.
-        max_episode_frames: episodes are truncated there; 0 for never.
+        max_episode_frames: whole episodes are truncated there; 0 for never.
+        starts: recorded moments that the episodes in the learned world start from; None for those
+            that come with it.
+        horizon_frames: truncate the episodes in the learned world so early, with the value of what
+            would follow; 0 for whole episodes. With ``starts``, the policy learns on frames that
+            are never far from recorded ones: a world is the less true, the longer it runs on its
+            own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
         channels: of the policy's convolutions.
         width: of the policy's fully connected layer.
@@ -62,6 +70,8 @@ class TrainPPOConfig:
     frame_skip: int = 4
     frame_stack: int = 3
     max_episode_frames: int = 0
+    starts: StartsConfig | None = None
+    horizon_frames: int = 0
     env: dict[str, Any] = field(default_factory=dict)
     channels: int = 32
     width: int = 256
@@ -87,8 +97,18 @@ class TrainPPOConfig:
 
     @property
     def max_episode_steps(self) -> int | None:
-        """The truncation in steps."""
+        """The truncation of whole episodes in steps."""
         return math.ceil(self.max_episode_frames / self.frame_skip) or None
+
+    @property
+    def horizon_steps(self) -> int | None:
+        """The truncation of episodes in the learned world in steps."""
+        return math.ceil(self.horizon_frames / self.frame_skip) or self.max_episode_steps
+
+    @property
+    def branched(self) -> bool:
+        """Whether training episodes are only parts of whole ones."""
+        return bool(self.starts or self.horizon_frames)
 
 
 def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
@@ -99,11 +119,13 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
         "frame_skip": settings.frame_skip,
         "obs_type": settings.obs_type,
         "output": "torch",
-        "max_episode_steps": settings.max_episode_steps,
     }
     if real:
-        return RealVectorEnv(world, **kwargs)
-    return NFDVectorEnv(world, autoreset_mode="SameStep", **{**kwargs, **settings.env})
+        return RealVectorEnv(world, max_episode_steps=settings.max_episode_steps, **kwargs)
+    kwargs |= {"max_episode_steps": settings.horizon_steps, "autoreset_mode": "SameStep"}
+    if settings.starts is not None:
+        kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
+    return NFDVectorEnv(world, **{**kwargs, **settings.env})
 
 
 def make_policy(
@@ -137,8 +159,9 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        The last metrics: ``score`` of the latest training episodes and, where the real game is
-        installed and evaluations are on, ``real_score``.
+        The last metrics: ``deaths_per_1000_frames`` of the latest training episodes and, where
+        those are whole, their ``score``; where the real game is installed and evaluations are on,
+        also ``real_deaths_per_1000_frames`` and ``real_score``.
 
     Raises:
         AgentError: when the folder holds a run of another world, or the policy cannot take the
@@ -181,6 +204,7 @@ def train(
     bar = tqdm(total=settings.decisions, initial=done, disable=not progress, miniters=1)
     bar.set_description("PPO in the real game" if real else f"PPO in {spec.world}")
     finished: deque[float] = deque(maxlen=100)
+    hazards: deque[float] = deque(maxlen=8)
     started = saved = time.monotonic()
 
     def checkpoint() -> None:
@@ -228,9 +252,16 @@ def train(
                     f"again (it goes on from {state_path})"
                 )
             done += batch.numel()
+            hazards.append(float(batch["hazard"].mean()) / settings.frame_skip)
+            metrics["deaths_per_1000_frames"] = 1000 * float(np.mean(hazards))
+            values["rollout/deaths_per_1000_frames"] = metrics["deaths_per_1000_frames"]
             finished.extend(batch["score"][batch["ended"]].tolist())
             if finished:
-                metrics["score"] = values["rollout/score"] = float(np.mean(finished))
+                mean = float(np.mean(finished))
+                if real or not settings.branched:
+                    metrics["score"] = values["rollout/score"] = mean
+                else:
+                    values["rollout/return_to_horizon"] = mean
             values["time/rollout_decisions_per_second"] = batch.numel() / (middle - begin)
             values["time/decisions_per_second"] = batch.numel() / (time.monotonic() - begin)
             for name, value in values.items():

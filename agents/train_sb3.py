@@ -10,11 +10,13 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from tqdm import tqdm
@@ -23,7 +25,9 @@ from agents.evaluation import Judge, describe
 from agents.load import SPEC_ATTRIBUTE, SB3Agent
 from agents.network import AgentError, AgentSpec, Trunk
 from nfd_env import config
+from nfd_env.checkpoint import load_world
 from nfd_env.sb3 import make_vec_env
+from nfd_env.training.starts import StartsConfig, recorded_starts
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
 from stable_baselines3.common.callbacks import BaseCallback  # isort: skip
@@ -43,7 +47,9 @@ class TrainSB3Config:
         obs_type: "latent" or "rgb".
         frame_skip: frames for which each action is repeated.
         frame_stack: observations that a decision is based on; one shows no velocity.
-        max_episode_frames: episodes are truncated there; 0 for never.
+        max_episode_frames: whole episodes are truncated there; 0 for never.
+        starts: see ``TrainPPOConfig``.
+        horizon_frames: see ``TrainPPOConfig``.
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
         policy: "trunk" for the network of the native PPO, "CnnPolicy" (rgb only) or "MlpPolicy".
         channels: of the trunk's convolutions.
@@ -64,6 +70,8 @@ class TrainSB3Config:
     frame_skip: int = 4
     frame_stack: int = 3
     max_episode_frames: int = 0
+    starts: StartsConfig | None = None
+    horizon_frames: int = 0
     env: dict[str, Any] = field(default_factory=dict)
     policy: str = "trunk"
     channels: int = 32
@@ -88,8 +96,13 @@ class TrainSB3Config:
 
     @property
     def max_episode_steps(self) -> int | None:
-        """The truncation in steps."""
+        """The truncation of whole episodes in steps."""
         return math.ceil(self.max_episode_frames / self.frame_skip) or None
+
+    @property
+    def horizon_steps(self) -> int | None:
+        """The truncation of episodes in the learned world in steps."""
+        return math.ceil(self.horizon_frames / self.frame_skip) or self.max_episode_steps
 
 
 class TrunkExtractor(BaseFeaturesExtractor):
@@ -127,14 +140,16 @@ class ScaleReward(VecEnvWrapper):
 
 def make_env(world: str, settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
     """The monitored and stacked VecEnv to train in, and the spec of its agents."""
-    env_kwargs = {
+    env_kwargs: dict[str, Any] = {
         "world": world,
         "device": settings.device,
         "frame_skip": settings.frame_skip,
         "obs_type": settings.obs_type,
-        "max_episode_steps": settings.max_episode_steps,
+        "max_episode_steps": settings.horizon_steps,
         **settings.env,
     }
+    if settings.starts is not None:
+        env_kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
     venv = make_vec_env("NFD/World-v0", settings.num_envs, settings.seed, env_kwargs=env_kwargs)
     spec = AgentSpec.of(venv.unwrapped.env, settings.frame_stack)  # type: ignore[attr-defined]
     order = "first" if settings.obs_type == "latent" else "last"
@@ -188,6 +203,7 @@ class Progress(BaseCallback):
         super().__init__()
         self._settings, self._judge, self._path = settings, judge, path
         self._progress = progress
+        self._hazards: deque[float] = deque(maxlen=8 * settings.ppo.get("n_steps", 2048))
         self.metrics: dict[str, float] = {}
 
     def _on_training_start(self) -> None:
@@ -201,6 +217,8 @@ class Progress(BaseCallback):
         self._saved, self._evaluated = time.monotonic(), self.model.num_timesteps
 
     def _on_step(self) -> bool:
+        hazards = [info["hazard"] for info in self.locals["infos"]]
+        self._hazards.append(float(np.mean(hazards)) / self._settings.frame_skip)
         return True
 
     def _on_rollout_start(self) -> None:
@@ -208,8 +226,12 @@ class Progress(BaseCallback):
         done = self.model.num_timesteps
         self._bar.update(done - self._bar.n)
         infos = self.model.ep_info_buffer
-        if infos:
+        whole = self._settings.starts is None and not self._settings.horizon_frames
+        if infos and whole:
             self.metrics["score"] = float(sum(info["r"] for info in infos) / len(infos))
+        if self._hazards:
+            deaths = self.metrics["deaths_per_1000_frames"] = 1000 * float(np.mean(self._hazards))
+            self.logger.record("rollout/deaths_per_1000_frames", deaths)
         every = self._settings.evaluate_every
         if every and done // every > self._evaluated // every:
             self.evaluate()
@@ -246,8 +268,7 @@ def train(world: str, settings: TrainSB3Config, progress: bool = True) -> dict[s
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
 
     Returns:
-        The last metrics: ``score`` of the latest training episodes and, where the real game is
-        installed and evaluations are on, ``real_score``.
+        The last metrics, see ``agents.train_ppo.train``.
 
     Raises:
         AgentError: when the folder holds a run of another world, or PPO cannot take the settings.

@@ -21,12 +21,16 @@ from agents.ppo import PPOConfig
 from agents.train_ppo import TrainPPOConfig
 from nfd_env import config
 from nfd_env.checkpoint import load_world
+from nfd_env.data.latents import encode_recordings
+from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import play_episodes
 from nfd_env.spaces import ActionCodec
+from nfd_env.training.starts import StartsConfig
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+METRICS = {"deaths_per_1000_frames", "real_deaths_per_1000_frames", "real_score"}
 SPEC = {"obs_type": "latent", "frame_skip": 2}  # of the trained agents below
 
 
@@ -55,7 +59,7 @@ def trained(counter_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         settings(folder, evaluate_every=32, evaluate_episodes=3),
         progress=False,
     )
-    assert metrics.keys() == {"score", "real_score"}
+    assert metrics.keys() == METRICS | {"score"}
     return folder
 
 
@@ -154,9 +158,45 @@ def test_without_the_real_game_it_says_so(
     monkeypatch.setitem(sys.modules, "tests.counter_env", None)  # which registers the game
     plan = settings(tmp_path, evaluate_every=32, evaluate_episodes=2)
     metrics = train_ppo.train(str(counter_world), plan, progress=True)
-    assert metrics.keys() == {"score"}
+    assert metrics.keys() == {"score", "deaths_per_1000_frames"}
     printed = "".join(capsys.readouterr())
     assert printed.count("no score of the real game beside the world's") == 1
+
+
+@pytest.fixture
+def branched(
+    counter_world: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Settings of branched rollouts in the counter world."""
+    monkeypatch.setattr("nfd_env.training.starts._STRANGE", np.inf)  # its own starts are noise
+    latents = tmp_path / "latents"
+    encode_recordings(RecordedDataset(recordings), counter_world / "tokenizer.safetensors", latents)
+    starts = StartsConfig(str(recordings), str(latents), count=40, frames=3, margin=5)
+    return {"starts": starts, "horizon_frames": 8}
+
+
+@pytest.mark.parametrize("trainer", ["native", "sb3"])
+def test_branched_rollouts(
+    counter_world: Path, tmp_path: Path, branched: dict[str, Any], trainer: str
+) -> None:
+    plan: Any = settings(tmp_path / "run", evaluate_every=32, evaluate_episodes=2, **branched)
+    if trainer == "native":
+        env = train_ppo.make_env(str(counter_world), plan, real=False)
+        metrics = train_ppo.train(str(counter_world), plan, progress=False)
+    else:
+        pytest.importorskip("stable_baselines3")
+        from agents import train_sb3
+        from agents.benchmark_ppo import as_sb3
+
+        plan = as_sb3(plan)
+        plan = replace(plan, evaluate_every=32, evaluate_episodes=2)
+        env = train_sb3.make_env(str(counter_world), plan)[0].unwrapped.env  # type: ignore
+        metrics = train_sb3.train(str(counter_world), plan, progress=False)
+    assert len(env.starts) == 40 and env.max_episode_steps == 4  # of two frames
+    # What an episode of 8 frames pays is no score, and real episodes are not cut off there.
+    assert metrics.keys() == METRICS
+    assert metrics["real_deaths_per_1000_frames"] == pytest.approx(1000 / 12)
+    assert 0 < metrics["deaths_per_1000_frames"] < 1000
 
 
 def test_no_score_of_a_world_without_the_real_one() -> None:
@@ -171,8 +211,9 @@ def test_the_judge_always_asks_the_same(trained: Path, counter_world: Path) -> N
     agent = load_agent(trained / "agent.safetensors")
     judge = Judge(load_world(counter_world, **CPU), 3, 8, "cpu")
     state = torch.get_rng_state()
-    first, second = judge.scores(agent), judge.scores(agent)
-    assert first is not None and second is not None and np.array_equal(first, second)
+    first, second = judge.play(agent), judge.play(agent)
+    assert first is not None and second is not None
+    assert np.array_equal(first.scores, second.scores)
     assert torch.equal(torch.get_rng_state(), state)
     judge.close()
 
@@ -306,7 +347,7 @@ def test_sb3_trains_and_plays(
     from agents import train_sb3
 
     metrics = train_sb3.train(str(counter_world), plan, progress=False)
-    assert metrics.keys() == {"score", "real_score"}
+    assert metrics.keys() == METRICS | {"score"}
     for real in (False, True):
         env = make(counter_world, real=real, obs_type=obs_type)
         agent = load_agent(tmp_path / "agent.zip", env)

@@ -1,0 +1,102 @@
+"""Thousands of recorded moments for episodes to start from, out of recordings encoded already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nfd_env.checkpoint import World
+from nfd_env.data.latents import LatentDataset, LatentEpisode
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.world_model import Context
+
+_CHECKED = 64  # frames that the tokenizer is tried on
+_STRANGE = 2.0  # times the re-encoding error of the world's own starts
+
+
+@dataclass(frozen=True)
+class StartsConfig:
+    """Recorded moments to draw.
+
+    Attributes:
+        recordings: the data-set folder.
+        latents: folder of its latents, as the training stages left them.
+        count: moments, drawn evenly from all training frames.
+        frames: frames that each of them brings along.
+        margin: frames that the recorded episode still went on for, so that nothing starts where
+            the end cannot be averted any more.
+        seed: of the draw.
+    """
+
+    recordings: str
+    latents: str
+    count: int = 4096
+    frames: int = 8
+    margin: int = 35
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if min(self.count, self.frames, self.margin) < 1:
+            raise ValueError("starts.count, starts.frames and starts.margin must be at least 1")
+
+
+def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
+    """Draw moments without repetition from the training split; half-precision, on the CPU.
+
+    Args:
+        settings: which and how many.
+        world: whose tokenizer has made the latents.
+
+    Returns:
+        ``settings.count`` contexts for ``NFDVectorEnv(starts=...)``.
+
+    Raises:
+        RecordingError: when the recordings cannot be read.
+        ValueError: when there are not as many moments, or the latents are those of another
+            tokenizer.
+    """
+    dataset = LatentDataset(RecordedDataset(settings.recordings), settings.latents, "train")
+    # Places for the first frame, so that margin frames follow the last one.
+    lost = settings.frames + settings.margin - 1
+    room = np.array([max(0, len(e.latents) - lost) for e in dataset.episodes])
+    ends = np.cumsum(room)
+    if ends[-1] < settings.count:
+        raise ValueError(
+            f"starts.count is {settings.count}, but {settings.recordings} has only {ends[-1]} "
+            f"moments with {settings.frames} frames before and {settings.margin} after them"
+        )
+    rng = np.random.default_rng(settings.seed)
+    starts = []
+    for place in np.sort(rng.choice(ends[-1], settings.count, replace=False)):
+        number = int(np.searchsorted(ends, place, side="right"))
+        first = int(place - (ends[number] - room[number]))
+        starts.append(_context(dataset.episodes[number], first, settings.frames))
+    _check_tokenizer(starts, settings, world)
+    return starts
+
+
+def _context(episode: LatentEpisode, first: int, frames: int) -> Context:
+    actions = np.zeros((frames, episode.actions.shape[1]), np.float16)
+    into = episode.actions[max(0, first - 1) : first + frames - 1]
+    actions[frames - len(into) :] = into
+    latents = episode.latents[first : first + frames].copy()  # not all of the episode is kept
+    return Context(torch.from_numpy(latents), torch.from_numpy(actions), first == 0)
+
+
+def _check_tokenizer(starts: list[Context], settings: StartsConfig, world: World) -> None:
+    """Latents of another tokenizer do not survive decoding and encoding."""
+
+    def error(contexts: list[Context]) -> float:
+        picked = contexts[:: -(-len(contexts) // _CHECKED)]
+        latents = torch.stack([c.latents[-1] for c in picked]).to(world.model.device, torch.float32)
+        return float(world.model.reencoding_error(latents, world.model.decode(latents)).mean())
+
+    shape = world.model.dynamics.config.latent_shape
+    if starts[0].latents.shape[1:] != shape or error(starts) > _STRANGE * error(world.starts):
+        raise ValueError(
+            f"{settings.latents} does not hold latents of the tokenizer of {world.spec.name}: name "
+            "the folder that its own training left, or the recordings' folder of this world"
+        )
