@@ -5,7 +5,7 @@ Every row of the batch (every environment) has its own length and can be reset a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,9 @@ class StreamView:
 class FrameCache:
     """Keys and values of the last frames of each environment, at absolute frame positions.
 
-    A finished frame with number n stands in slot n modulo ``ring``, so it falls out when frame
-    n + ``ring`` is finished. Behind the ring are scratch slots for the unfinished frames of the
-    pass under way, which the next pass overwrites.
+    Frame number n stands in slot n modulo ``ring``. Unfinished frames of the pass under way stand
+    behind the finished ones, in slots of frames that nothing sees any more, until the next pass
+    overwrites them.
     """
 
     def __init__(
@@ -53,17 +53,15 @@ class FrameCache:
             tokens: tokens a frame.
             window: frames that a frame may see, itself included.
             drafts: most unfinished frames in one pass.
-            commits: most frames finished in one pass. The ring holds that many frames beyond the
-                window - 1 before a frame, so that the first finished frame of a pass still finds
-                everything it may see after the last one has been written.
+            commits: most frames finished in one pass. The ring holds as many frames as a pass may
+                have beyond the window - 1 before a frame, so that the first frame of a pass still
+                finds everything it may see after the last one has been written.
             device: of the buffers.
             dtype: of the buffers.
         """
-        self.window, self.ring = window, window - 1 + commits
+        self.window, self.ring = window, window - 1 + commits + drafts
         self.drafts, self.commits, self.tokens = drafts, commits, tokens
-        # Rows may finish different numbers of frames; where fewer, more slots behind are written.
-        scratch = drafts + commits - 1
-        shape = (layers, batch, heads, self.ring + scratch, tokens, head_width)
+        shape = (layers, batch, heads, self.ring, tokens, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -104,7 +102,8 @@ class FrameCache:
         commits = [commit] if isinstance(commit, int) else list(commit)
         fewest, largest = min(commits), max(commits)
         # Nothing is pushed out of an empty ring, so it takes a whole context at once.
-        most = self.commits if largest <= self.commits or self.length.any() else self.ring
+        empty = largest > self.commits and not self.length.any()
+        most = self.ring - self.drafts if empty else self.commits
         if not 0 <= fewest <= largest <= min(count, most) or count - largest > self.drafts:
             raise ValueError(
                 f"a pass may finish at most {most} frames and draft {self.drafts}, "
@@ -114,41 +113,52 @@ class FrameCache:
         frames = self.length[:, None] + torch.arange(count, device=device)
         uneven = fewest < largest
         self.length = self.length + (torch.tensor(commits, device=device) if uneven else fewest)
-        # The newest frame number that each slot holds once this pass's commits are written.
-        newest = self.length[:, None] - 1
-        held = newest - (newest - torch.arange(self.ring, device=device)) % self.ring
-        slots, scattered, unfinished = frames[:, :fewest] % self.ring, fewest, frames[:, fewest:]
-        if uneven:  # no frame is unfinished in every row, so each one has a slot of its own
-            behind = frames - self.length[:, None]
-            slots = torch.where(behind < 0, frames % self.ring, self.ring + behind)
-            scattered = count
-            unfinished = self.length[:, None] + torch.arange(count - fewest, device=device)
-        key_frames = torch.cat((held, unfinished), 1)
-        mask = sees(frames[:, :, None], key_frames[:, None, :], self.window)
-        mask = (mask & (key_frames >= 0)[:, None]).repeat_interleave(self.tokens, 1)
-        hidden = ~mask.repeat_interleave(self.tokens, 2)[:, None]
-        additive = torch.zeros(hidden.shape, device=device, dtype=self.keys.dtype)
-        additive = additive.masked_fill(hidden, -torch.inf)
-        rows = torch.arange(self.batch, device=device)[:, None]
-        last = self.ring + count - fewest
+        mask = self._mask(frames)
+        write = self._writer(frames % self.ring)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            for buffer, new in ((keys, k), (values, v)):
-                new = new.transpose(2, 3)  # B F heads P c
-                if scattered:
-                    buffer[rows, :, slots] = new[:, :scattered]
-                if scattered < count:
-                    buffer[:, :, self.ring : last] = new[:, scattered:].transpose(1, 2)
-            out = attend_packed(
-                q.flatten(1, 2).transpose(1, 2),
-                keys[:, :, :last].flatten(2, 3),
-                values[:, :, :last].flatten(2, 3),
-                additive,
-            )
-            return out.transpose(1, 2).reshape(q.shape)
+            write(keys, k)
+            write(values, v)
+            seen = mask[:, :, -q.shape[1] * self.tokens :]
+            return attend_packed(q, keys.flatten(2, 3), values.flatten(2, 3), seen)
 
         return StreamView(frames, attend)
+
+    def _mask(self, frames: Tensor) -> Tensor:
+        """What ``frames`` (B, F) may see of the ring once they are in it.
+
+        Returns:
+            (B, heads, F * tokens, ring * tokens), to add to the scores.
+        """
+        newest = frames[:, -1:]
+        # A slot of a draft that was dropped is taken for a frame that fell out of the window.
+        held = newest - (newest - torch.arange(self.ring, device=frames.device)) % self.ring
+        seen = sees(frames[:, :, None], held[:, None], self.window) & (held >= 0)[:, None]
+        mask = torch.zeros(seen.shape, device=frames.device, dtype=self.keys.dtype)
+        mask = mask.masked_fill(~seen, -torch.inf).repeat_interleave(self.tokens, 1)
+        mask = mask.repeat_interleave(self.tokens, 2)[:, None]
+        return mask.expand(-1, self.keys.shape[2], -1, -1).contiguous()
+
+    def _writer(self, slots: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """A function that writes (B, F, tokens, heads, c) to the ``slots`` (B, F) of a layer."""
+        if slots.device.type == "cpu" and bool((slots == slots[0]).all()):
+            first, count = int(slots[0, 0]), slots.shape[1]
+            before = min(count, self.ring - first)  # the rest goes on at the ring's beginning
+
+            def write(buffer: Tensor, new: Tensor) -> None:
+                new = new.permute(0, 3, 1, 2, 4)
+                buffer[:, :, first : first + before] = new[:, :, :before]
+                if before < count:
+                    buffer[:, :, : count - before] = new[:, :, before:]
+
+            return write
+        rows = torch.arange(self.batch, device=slots.device)[:, None]
+
+        def scatter(buffer: Tensor, new: Tensor) -> None:
+            buffer[rows, :, slots] = new.transpose(2, 3).to(buffer.dtype)
+
+        return scatter
 
 
 def sees(query: Tensor, key: Tensor, window: int) -> Tensor:

@@ -140,7 +140,8 @@ class Dynamics(nn.Module):
         """
         frames = torch.arange(latents.shape[1], device=latents.device)
         mask = sees(frames[:, None], frames[None, :], self.config.window)
-        return self._run(latents, levels, actions, frames[None], self._masked(mask))
+        rotation = self.rotation(frames[None]).unsqueeze(-4)
+        return self._run(latents, levels, actions, rotation, self._masked(mask))
 
     def forward_two_copies(
         self,
@@ -171,7 +172,7 @@ class Dynamics(nn.Module):
             torch.cat((history, latents), 1),
             torch.cat((history_levels, levels), 1),
             torch.cat((actions, actions), 1),
-            torch.cat((frames, frames))[None],
+            self.rotation(torch.cat((frames, frames))[None]).unsqueeze(-4),
             self._two_copies(frames),
         )
         return velocity[:, count:]
@@ -196,10 +197,19 @@ class Dynamics(nn.Module):
                 number, or one for each row.
 
         Returns:
-            Velocities (B, F, C, h, w).
+            Velocities (B, F - c, C, h, w), without those of the first c frames that are finished in
+            every row.
         """
-        view = cache.begin(latents.shape[1], commit)
-        return self._run(latents, levels, actions, view.frames, view.attend)
+        count = latents.shape[1]
+        view = cache.begin(count, commit)
+        finished = commit if isinstance(commit, int) else min(commit)
+        # Queries carry the softmax's scale in their rotation.
+        scale = (self.config.width // self.config.heads) ** -0.5
+        rotation = self.rotation(view.frames)
+        rotation = torch.stack((scale * rotation, rotation), -4)
+        skip = min(finished, count - 1)
+        velocity = self._run(latents, levels, actions, rotation, view.attend, skip)
+        return velocity[:, finished - skip :]
 
     def _masked(self, mask: Tensor) -> Attend:
         tokens = self.config.tokens
@@ -207,9 +217,9 @@ class Dynamics(nn.Module):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             shape = q.shape
-            q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+            q, k, v = (x.to(v.dtype).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=full)
-            return out.transpose(1, 2).reshape(shape)
+            return out.transpose(1, 2).reshape(shape).flatten(-2)
 
         return attend
 
@@ -226,7 +236,7 @@ class Dynamics(nn.Module):
         )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = q * q.shape[-1] ** -0.5
+            q, k = q.to(v.dtype) * q.shape[-1] ** -0.5, k.to(v.dtype)
             old, new = (
                 [x[:, part].flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
                 for part in (slice(count), slice(count, None))
@@ -242,13 +252,20 @@ class Dynamics(nn.Module):
             own_weights = weights[..., -tokens:].unflatten(2, (count, tokens)).transpose(1, 2)
             noisy = noisy + (own_weights @ frame_v).transpose(1, 2).flatten(2, 3)
             out = torch.cat((history, noisy), 2).transpose(1, 2)
-            return out.unflatten(1, (2 * count, tokens))
+            return out.unflatten(1, (2 * count, tokens)).flatten(-2)
 
         return attend
 
     def _run(
-        self, latents: Tensor, levels: Tensor, actions: Tensor, frames: Tensor, attend: Attend
+        self,
+        latents: Tensor,
+        levels: Tensor,
+        actions: Tensor,
+        rotation: Tensor,
+        attend: Attend,
+        skip: int = 0,
     ) -> Tensor:
+        """Velocities of all but the first ``skip`` frames."""
         dtype = self.embed.weight.dtype
         x = self.embed(self._patchify(latents.to(dtype)))
         condition = self.embed_level(sinusoid(levels).to(dtype))
@@ -259,10 +276,11 @@ class Dynamics(nn.Module):
         if not self.folded:
             per_block = per_block + self.unit_scales
         per_block = per_block.unbind(-3)
-        rotation = self.rotation(frames)
+        last = self.config.layers - 1
         for layer, block in enumerate(self.blocks):
-            x = block(layer, x, per_block[layer], rotation, attend)
-        shift, scale = modulation[..., -2, :], modulation[..., -1, :]
+            skipped = skip if layer == last else 0
+            x = block(layer, x, per_block[layer], rotation, attend, skipped)
+        shift, scale = modulation[:, skip:, ..., -2, :], modulation[:, skip:, ..., -1, :]
         scale = scale if self.folded else 1 + scale
         velocity = self.output(torch.addcmul(shift, self.norm(x), scale))
         return self._unpatchify(velocity).to(latents.dtype)

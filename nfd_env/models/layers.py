@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries, keys, values), each (B, F, P, heads, head width) -> attended, the same shape."""
+"""(layer, queries, keys, values), each (B, F, P, heads, head width) -> (B, F, P, d).
+
+Queries and keys come in float32, values in the network's number format. There may be fewer frames
+of queries; then they are the last frames'.
+"""
 
 
 def sinusoid(level: Tensor, width: int = 256, period: float = 10_000.0) -> Tensor:
@@ -68,13 +72,18 @@ class FrameRotation(nn.Module):
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate (..., heads, head width) by ``FrameRotation``'s cosines and sines."""
+    return rotate_float(x, rotation).to(x.dtype)
+
+
+def rotate_float(x: Tensor, rotation: Tensor) -> Tensor:
+    """``rotate`` whose result is float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # fuses better than complex arithmetic, which wins in eager
         (first, second), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return turned.flatten(-2).to(x.dtype)
+    return turned.flatten(-2)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -84,33 +93,68 @@ class RMSNorm(nn.RMSNorm):
     """
 
     folded = False
+    root: Tensor
+    floor: Tensor
+
+    def __init__(self, width: int, eps: float, elementwise_affine: bool = True) -> None:
+        """Build for ``width`` channels."""
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+        # Tensors because torch takes no plain numbers there, or two operations for one.
+        self.register_buffer("root", torch.tensor(math.sqrt(width)), persistent=False)
+        self.register_buffer("floor", torch.tensor(math.sqrt(width * eps)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         weight = None if self.folded else self.weight
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return functional.rms_norm(x, self.normalized_shape, weight, self.eps)
-        width = x.shape[-1]
-        assert self.eps is not None
         # sqrt(|x|^2 + d eps) = sqrt(d) * root mean square
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        length = torch.hypot(length, length.new_tensor(math.sqrt(width * self.eps)))
-        x = x * (math.sqrt(width) / length)
+        x = x * (self.root / torch.hypot(length, self.floor))
         return x if weight is None else x * weight
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of (B, heads, n, c) queries with an additive ``mask``.
+class SwiGLU(nn.Linear):
+    """silu(first half) * second half of a linear layer's outputs."""
 
-    For batches of few queries torch's fused CPU kernel takes twice as long as plain products. Its
-    softmax looks for the largest score first; here scores saturate at +-60 instead, where their
-    exponentials still fit, and the few outputs are normalised rather than the many weights.
+    def __init__(self, width: int, hidden: int) -> None:
+        """Build from ``width`` to ``hidden`` channels."""
+        super().__init__(width, 2 * hidden, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., width) -> (..., hidden)."""
+        gate, up = super().forward(input).chunk(2, -1)
+        return functional.silu(gate) * up
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention without a scale: that is in the queries already.
+
+    For few queries torch's fused CPU kernel takes longer than plain products. Its softmax looks for
+    the largest score first; here scores saturate at 60 instead, where their exponentials still fit,
+    and the few outputs are normalised rather than the many weights.
+
+    Args:
+        q: (B, F, P, heads, c), of any number format.
+        k: (B, heads, n, c).
+        v: like ``k``.
+        mask: (B, heads, F * P, n), added to the scores; -inf hides.
+
+    Returns:
+        (B, F, P, heads * c), in the format of ``v``.
     """
-    if q.device.type == "cpu" and len(q) > 2 and not torch.is_grad_enabled():
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        weights = scores.clamp_(-60, 60).add_(mask).exp_()
-        return (weights @ v).div_(weights.sum(-1, keepdim=True))
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    batch, frames, tokens, heads, width = q.shape
+    queries = q.permute(0, 3, 1, 2, 4).to(k.dtype, memory_format=torch.contiguous_format)
+    queries = queries.reshape(batch, heads, frames * tokens, width)
+    if q.device.type != "cpu" or torch.is_grad_enabled():
+        out = functional.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=1.0)
+    else:
+        queries, k, v, mask = (x.flatten(0, 1) for x in (queries, k, v, mask))
+        weights = torch.baddbmm(mask, queries, k.mT).clamp_(max=60).exp_()
+        total = weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny)
+        out = torch.bmm(weights, v).div_(total)
+    out = out.view(batch, heads, frames, tokens, width).permute(0, 2, 3, 1, 4)
+    return out.flatten(-2)
 
 
 class Block(nn.Module):
@@ -125,23 +169,40 @@ class Block(nn.Module):
         self.norm_mlp = RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.gate_up = SwiGLU(width, hidden)
         self.down = nn.Linear(hidden, width, bias=False)
         self.qk_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
 
     def forward(
-        self, layer: int, x: Tensor, modulation: Tensor, rotation: Tensor, attend: Attend
+        self,
+        layer: int,
+        x: Tensor,
+        modulation: Tensor,
+        rotation: Tensor,
+        attend: Attend,
+        skip: int = 0,
     ) -> Tensor:
-        """Tokens (B, F, P, d) with modulation (B, F, 1, 6, d) -> tokens (B, F, P, d)."""
+        """Tokens (B, F, P, d) -> tokens (B, F - skip, P, d).
+
+        Args:
+            layer: number of this block, for ``attend``.
+            x: (B, F, P, d).
+            modulation: (B, F, 1, 6, d).
+            rotation: (B, F, P, 2 or 1, 1, head width / 2, 2), of queries and keys.
+            attend: the attention.
+            skip: of so many first frames only keys and values are wanted.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(-2)
         h = torch.addcmul(shift1, self.norm_attention(x), scale1)
         qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))
         qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
-        q, k = rotate(qk, rotation.unsqueeze(-4)).unbind(-3)
-        attended = attend(layer, q, k, v).flatten(-2)
-        x = torch.addcmul(x, gate1, self.project(attended))
+        q, k = rotate_float(qk, rotation).unbind(-3)
+        if skip:
+            q, x, gate1, shift2, scale2, gate2 = (
+                part[:, skip:] for part in (q, x, gate1, shift2, scale2, gate2)
+            )
+        x = torch.addcmul(x, gate1, self.project(attend(layer, q, k, v)))
         h = torch.addcmul(shift2, self.norm_mlp(x), scale2)
-        gate, up = self.gate_up(h).chunk(2, -1)
-        return torch.addcmul(x, gate2, self.down(functional.silu(gate) * up))
+        return torch.addcmul(x, gate2, self.down(self.gate_up(h)))

@@ -72,14 +72,13 @@ def denoise(
     def first(x: Tensor, levels: Tensor) -> Tensor:
         held = x.new_full((batch, commit), history_level)
         if min(counts) == commit:
-            out = network.stream(
+            return network.stream(
                 cache,
                 torch.cat((pending, x), 1),
                 torch.cat((held, levels), 1),
                 torch.cat((pending_actions, actions), 1),
                 commit=commit,
             )
-            return out[:, commit:]
         rows = torch.arange(batch, device=x.device)[:, None]
         new = torch.arange(x.shape[1], device=x.device)
         places = torch.tensor(counts, device=x.device)[:, None] + new
@@ -96,7 +95,7 @@ def denoise(
             behind(pending_actions, actions),
             commit=counts,
         )
-        return out[rows, places]
+        return out[rows, places - min(counts)]
 
     def velocity(x: Tensor, level: float) -> Tensor:
         nonlocal fused

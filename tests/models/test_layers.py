@@ -29,19 +29,24 @@ def test_rms_norm(affine: bool, scale: float) -> None:
 @pytest.mark.parametrize("size", [1.0, 2.5])
 def test_attend_packed(batch: int, size: float) -> None:
     torch.manual_seed(0)
-    q, k, v = (size * torch.randn(batch, 2, n, 16) for n in (4, 9, 9))
+    k, v = (size * torch.randn(batch, 2, 9, 16) for _ in range(2))
+    q = size / 4 * torch.randn(batch, 2, 2, 2, 16)  # B F P heads c
     hidden = torch.rand(batch, 1, 4, 9) < 0.4
     hidden[..., 0] = False
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-    expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).repeat(1, 2, 1, 1)
+    expected = functional.scaled_dot_product_attention(
+        q.flatten(1, 2).transpose(1, 2), k, v, attn_mask=~hidden, scale=1.0
+    )
+    expected = expected.transpose(1, 2).reshape(batch, 2, 2, 32)
+    torch.testing.assert_close(attend_packed(q, k, v, mask), expected, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(attend_packed(q, k, v, mask), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_stays_finite_whatever_the_scores() -> None:
-    q, k, v = (1e4 * torch.randn(3, 2, n, 16) for n in (4, 9, 9))
+    q, k, v = 1e4 * torch.randn(3, 2, 2, 2, 16), *(1e4 * torch.randn(2, 3, 2, 9, 16))
     with torch.inference_mode():
-        assert attend_packed(q, k, v, torch.zeros(3, 1, 4, 9)).isfinite().all()
+        assert attend_packed(q, k, v, torch.zeros(3, 2, 4, 9)).isfinite().all()
 
 
 def test_sinusoid_tells_levels_apart() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
-from nfd_env.models.packing import PackedLinear, pack_linears
+from nfd_env.models.packing import PackedLinear, PackedSwiGLU, pack_linears
 from nfd_env.models.weights import load_weights, save_weights
 from tests.models.small import random_frames, small_dynamics
 
@@ -33,7 +33,8 @@ def test_packing_a_network_changes_nothing_but_its_speed(tmp_path: Path) -> None
     network = small_dynamics()
     packed = copy.deepcopy(network)
     pack_linears(packed.blocks, rows=12)
-    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 2 * 4
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 2 * 3
+    assert sum(isinstance(m, PackedSwiGLU) for m in packed.modules()) == 2
     inputs = random_frames(2, 5)
     with torch.inference_mode():
         torch.testing.assert_close(packed(*inputs), network(*inputs), rtol=1e-4, atol=1e-5)
