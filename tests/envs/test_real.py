@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,3 +169,46 @@ def test_doom_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="pip install vizdoom"):
         make_source(DOOM)
+
+
+GAME = """
+import os, signal, subprocess, sys, time
+import gymnasium
+from nfd_env.envs.real import make_source
+from tests.counter_env import CounterEnv, source
+
+class Game(CounterEnv):
+    def reset(self, **kwargs):
+        if not hasattr(self, "process"):
+            self.process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+            print(self.process.pid, flush=True)
+        return super().reset(**kwargs)
+
+gymnasium.register("tests/Game-v0", Game)
+kind = source()
+env = make_source(type(kind)(**{**vars(kind), "env_id": "tests/Game-v0"}))
+env.reset(seed=0)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("end", ["killed", "forgotten"])
+def test_games_do_not_outlive_who_started_them(end: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GAME, end], stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    game = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while _runs(game) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _runs(game)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
