@@ -136,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     _sampling(sub)
+    _dynamics(sub)
+    for name in ("history-level", "temperature"):
+        sub.add_argument(f"--{name}", type=float, help="of the learned world; default: its own")
     sub.add_argument("--episodes", type=int, default=100, help="on each side (default 100)")
     sub.add_argument("--seed", type=int, default=0, help="of the first episode")
     sub.add_argument("--num-envs", type=int, default=25, help="worlds stepped together")
@@ -386,6 +389,9 @@ def _eval_agent(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         obs_type=args.obs_type,
         frame_skip=args.frame_skip,
+        dynamics=args.dynamics,
+        history_level=args.history_level,
+        temperature=args.temperature,
         greedy=args.greedy,
         through_tokenizer=args.through_tokenizer,
         real_only=args.real_only,

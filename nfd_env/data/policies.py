@@ -28,6 +28,8 @@ class BehaviourPolicy(Protocol):
 class RandomHeld:
     """Uniformly random actions, each held for a random number of steps, as a person holds keys."""
 
+    needs_frames = False  # so that a learned world need not draw them
+
     def __init__(self, low: int = 1, high: int = 20) -> None:
         """Hold each action for ``low`` to ``high`` steps (both inclusive)."""
         if not 1 <= low <= high:

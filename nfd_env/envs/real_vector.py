@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,11 +146,26 @@ class RealVectorEnv(VectorEnv):
             return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
         return observation, reward, terminated, truncated, infos
 
-    def frames(self) -> np.ndarray:
-        """The current frames, uint8 (num_envs, H, W, 3), whatever ``obs_type`` is."""
+    def frames(self, rows: Sequence[int] | None = None) -> np.ndarray:
+        """The current frames, uint8 (num_envs, H, W, 3), or of some environments only."""
         if self._shown is None:
             raise gymnasium.error.ResetNeeded("call reset() before frames()")
-        return self._shown.copy()
+        return self._shown.copy() if rows is None else self._shown[list(rows)]
+
+    def take(self, rows: Sequence[int]) -> RealVectorEnv:
+        """An env of some of these games, in this order, that goes on where they are.
+
+        The games are shared: step one of the two only. They are closed by this one.
+        """
+        if self._shown is None:
+            raise gymnasium.error.ResetNeeded("call reset() before take()")
+        taken, listed = copy.copy(self), list(rows)
+        taken.num_envs, taken.envs = len(listed), [self.envs[row] for row in listed]
+        taken.observation_space = batch_space(self.single_observation_space, len(listed))
+        taken.action_space = batch_space(self.single_action_space, len(listed))
+        taken._shown, taken._steps = self._shown[listed], self._steps[listed]
+        taken.closed = True
+        return taken
 
     def _step_one(self, row: int, action: Any) -> tuple[np.ndarray, np.ndarray, float, bool, bool]:
         """The frame to go on from, the last frame of this step, reward, terminated, truncated."""

@@ -344,13 +344,29 @@ class NFDVectorEnv(VectorEnv):
             return None
         return tuple(self.frames().cpu().numpy())
 
-    def frames(self) -> Tensor:
-        """The current frames, uint8 (num_envs, H, W, 3), whatever ``obs_type`` is."""
+    def frames(self, rows: Sequence[int] | None = None) -> Tensor:
+        """The current frames, uint8 (num_envs, H, W, 3), whatever ``obs_type`` is.
+
+        Args:
+            rows: of these environments only, which costs less.
+        """
         if self._shown is None:
             raise gymnasium.error.ResetNeeded("call reset() before render()")
+        if self._decoded is None and rows is not None:
+            return self.model.decode(self._shown[list(rows)])
         if self._decoded is None:
             self._decoded = self.model.decode(self._shown)
-        return self._decoded.clone()
+        return self._decoded.clone() if rows is None else self._decoded[list(rows)]
+
+    def take(self, rows: Sequence[int]) -> NFDVectorEnv:
+        """An env of some of these environments, in this order, that goes on from where they are."""
+        state = self.save_state(rows)
+        taken = copy.copy(self)
+        taken.num_envs = len(state.seeds)
+        taken.observation_space = batch_space(self.single_observation_space, taken.num_envs)
+        taken.action_space = batch_space(self.single_action_space, taken.num_envs)
+        taken.restore_state(state)
+        return taken
 
     def save_state(self, rows: Sequence[int] | None = None) -> EnvState:
         """An independent copy of everything that the future depends on.

@@ -6,8 +6,9 @@ import copy
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,7 +116,8 @@ def play_episodes(
     """Play ``episodes`` whole episodes, number i with the environment seed ``seed`` + i.
 
     Args:
-        env: a real or learned vector env with SAME_STEP autoreset and episodes that end.
+        env: a real or learned vector env with SAME_STEP autoreset and episodes that end. When most
+            of its environments have no more to do, only the others go on (``take``).
         player: chooses the actions.
         episodes: how many.
         seed: of the first episode, and of the player.
@@ -127,40 +129,72 @@ def play_episodes(
     count = env.num_envs
     scores, steps = np.zeros(episodes), np.zeros(episodes, np.int64)
     truncations = np.zeros(episodes, bool)
-    # An environment whose work is done plays on unscored (-1), so that shapes stay.
-    playing = np.where(np.arange(count) < episodes, np.arange(count), -1)
+    seats = np.arange(count)  # which of the player's environments each row of ``env`` is
+    # An environment whose work is done plays on unscored (-1) until the batch shrinks.
+    playing = np.where(seats < episodes, seats, -1)
     waiting = iter(range(count, episodes))
     observation, _ = env.reset(seed=seed, options=dict(options or {}))
     player.reset(count, seed)
+    shown, first = observation, None  # for the player, one a seat
 
     def picture() -> np.ndarray:
-        return torch.as_tensor(env.frames()[0]).cpu().numpy()
+        return torch.as_tensor(env.frames([0])[0]).cpu().numpy()
 
     filmed = [picture()] if film else []
-    first: np.ndarray | None = None
-    with tqdm(total=episodes, desc=progress, disable=not progress, unit="episode") as bar:
+    with _bar(episodes, progress) as bar:
         while (playing >= 0).any():
-            actions = player.act(see(observation) if see else observation, first)
+            shown = _put(shown, seats, observation)
+            actions = player.act(see(shown) if see else shown, first)[seats]
             observation, *outcome, _ = env.step(actions)
             reward, terminated, truncated = (torch.as_tensor(x).cpu().numpy() for x in outcome)
-            first, active = terminated | truncated, playing >= 0
+            ended, active = terminated | truncated, playing >= 0
+            first = np.zeros(count, bool)
+            first[seats] = ended
             scores[playing[active]] += reward[active]
             steps[playing[active]] += 1
             truncations[playing[active]] = (truncated & ~terminated)[active]
-            if playing[0] == 0 and not first[0] and len(filmed) < film:
+            if playing[0] == 0 and not ended[0] and len(filmed) < film:
                 filmed.append(picture())
-            seeds: list[int | None] = [None] * count
-            for row in np.flatnonzero(first & active):
+            seeds: list[int | None] = [None] * len(seats)
+            for row in np.flatnonzero(ended & active):
                 playing[row] = next(waiting, -1)
                 if playing[row] >= 0:
                     seeds[row] = seed + int(playing[row])
-                bar.update()
+            bar.set_postfix(decisions=int(steps.sum()), refresh=False)
+            bar.update(int((ended & active).sum()))
             again = np.array([s is not None for s in seeds])
             if again.any():
                 observation, _ = env.reset(
                     seed=seeds, options={**(options or {}), "reset_mask": again}
                 )
+            rows = np.flatnonzero(playing >= 0)
+            if 0 < len(rows) <= len(seats) // 2:
+                env, observation = env.take(rows), observation[rows]
+                seats, playing = seats[rows], playing[rows]
     return Episodes(scores, steps, truncations, filmed)
+
+
+def _put(shown: Any, seats: np.ndarray, observation: Any) -> Any:
+    """``shown`` with these rows in place of its own, which a player may have kept."""
+    if len(seats) == len(shown):
+        return observation
+    shown = shown.clone() if isinstance(shown, torch.Tensor) else shown.copy()
+    shown[seats] = observation
+    return shown
+
+
+def _bar(episodes: int, label: str) -> tqdm[Any]:
+    """A bar that moves between ends of episodes too, and does not flood a log."""
+    seconds = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=episodes,
+        desc=label,
+        disable=not label,
+        unit="episode",
+        miniters=0,
+        mininterval=seconds,
+        maxinterval=seconds,
+    )
 
 
 def evaluate_agent(
@@ -179,6 +213,9 @@ def evaluate_agent(
     threshold: float = 750.0,
     obs_type: str | None = None,
     frame_skip: int | None = None,
+    dynamics: str | None = None,
+    history_level: float | None = None,
+    temperature: float | None = None,
     greedy: bool = False,
     through_tokenizer: bool = False,
     real_only: bool = False,
@@ -209,6 +246,9 @@ def evaluate_agent(
         threshold: the share of scores above it is reported; 750 counts as solving TakeCover.
         obs_type: "rgb" or "latent"; None for what the agent's file says, or "rgb".
         frame_skip: frames an action is repeated for; None for what the agent's file says, or 1.
+        dynamics: of the learned world, see ``NFDVectorEnv``; so are the next two.
+        history_level: see there.
+        temperature: see there.
         greedy: take the most probable action, where the agent would draw one.
         through_tokenizer: show the agent real frames as the world's tokenizer renders them, which
             is how generated frames look.
@@ -245,6 +285,8 @@ def evaluate_agent(
         "frame_skip": frame_skip,
         "max_episode_steps": math.ceil(max_frames / frame_skip),
     }
+    # What does not look at frames (random keys) spares the learned world drawing them.
+    sees = is_file or getattr(_policy(agent, agent_kwargs), "needs_frames", True)
     loaded = load_world(world, device, precision)
     fps = loaded.spec.fps / frame_skip
     film = round(60 * fps) if folder is not None else 0
@@ -286,10 +328,14 @@ def evaluate_agent(
                 world,
                 min(num_envs, episodes),
                 sampling_steps=sampling_steps,
+                dynamics=dynamics,
+                history_level=history_level,
+                temperature=temperature,
                 autoreset_mode="SameStep",
-                **common,
+                **{**common, "obs_type": obs_type if sees else "latent"},
             )
-            report["sampling_steps"] = envs["learned"].model.sampling.steps
+            report["dynamics"] = envs["learned"].world.dynamics
+            report["sampling"] = asdict(envs["learned"].model.sampling)
         # Whatever the agent cannot play is found out before anything is played.
         players = {side: player(env) for side, env in envs.items()}
         played = {
@@ -309,7 +355,7 @@ def evaluate_agent(
         for env in envs.values():
             env.close()
     for side, made in played.items():
-        report[side] = _summary(made, threshold)
+        report[side] = _summary(made, frame_skip, threshold)
     if len(played) == 2:
         report["gap"] = _gap(report["learned"], report["real"])
     if folder is not None:
@@ -358,8 +404,10 @@ def _policy(name: str, kwargs: Mapping[str, Any] | None) -> BehaviourPolicy:
     return make_policy("random_held" if name == "random" else name, dict(kwargs or {}))
 
 
-def _summary(played: Episodes, threshold: float) -> dict[str, Any]:
+def _summary(played: Episodes, frame_skip: int, threshold: float) -> dict[str, Any]:
     scores = played.scores
+    ends = int((~played.truncated).sum())
+    frames = int(played.steps.sum()) * frame_skip
     sd = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
     return {
         "mean": float(scores.mean()),
@@ -370,6 +418,8 @@ def _summary(played: Episodes, threshold: float) -> dict[str, Any]:
         "max": float(scores.max()),
         "share_above_threshold": float((scores > threshold).mean()),
         "truncated": int(played.truncated.sum()),
+        "ends_per_1000_frames": 1000 * ends / frames,
+        "ends_standard_error": 1000 * math.sqrt(ends) / frames,  # of a Poisson process
         "decisions": int(played.steps.sum()),
         "scores": scores.tolist(),
     }
@@ -411,8 +461,9 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{report['seed']}, {report['obs_type']} observations, frame skip "
         f"{report['frame_skip']}, at most {report['max_frames']} frames an episode",
         "",
-        f"| | mean ± s.e. | sd | median | min | max | above {report['threshold']:g} |",
-        "|---|---|---|---|---|---|---|",
+        f"| | mean ± s.e. | sd | median | min | max | above {report['threshold']:g} | "
+        "ends in 1,000 frames |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for side, label in _LABELS.items():
         row = report[side]
@@ -420,7 +471,8 @@ def format_report(report: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {label} | {row['mean']:.4g} ± {row['standard_error']:.2g} | {row['sd']:.3g} | "
                 f"{row['median']:.4g} | {row['min']:.4g} | {row['max']:.4g} | "
-                f"{row['share_above_threshold']:.0%} |"
+                f"{row['share_above_threshold']:.0%} | {row['ends_per_1000_frames']:.2f} ± "
+                f"{row['ends_standard_error']:.2g} |"
             )
     lines.append("")
     if "gap" in report:

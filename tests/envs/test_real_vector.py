@@ -94,3 +94,19 @@ def test_without_the_real_game(counter_world: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "tests.counter_env", None)  # which registers the game
     with pytest.raises(SourceError, match="pip install tests"):
         RealVectorEnv(counter_world, 2, **CPU)
+
+
+def test_some_of_the_games_go_on(counter_world: Path) -> None:
+    env = RealVectorEnv(counter_world, 3, **CPU)
+    env.reset(seed=0)
+    frames = env.step([0, 1, 2])[0]
+    taken = env.take([2, 0])
+    assert taken.num_envs == 2 and np.array_equal(taken.frames(), frames[[2, 0]])
+    assert np.array_equal(env.frames([1]), frames[[1]])
+    counters, steps = read(taken.step([1, 1])[0])
+    assert counters.tolist() == read(frames)[0][[2, 0]].tolist() and steps.tolist() == [2, 2]
+    assert taken.observation_space.shape == (2, 32, 48, 3)
+    taken.close()
+    del taken
+    assert env.step([0, 0, 0])[0].shape == (3, 32, 48, 3)  # neither its games nor threads are gone
+    env.close()

@@ -888,6 +888,20 @@ def test_a_long_episode_stays_finite(endless_world: Path) -> None:
     assert len({x.tobytes() for x in shown}) == 150
 
 
+def test_some_of_the_environments_go_on(hasty_world: Path) -> None:
+    kwargs: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP, "obs_type": "rgb"}
+    env, acts = make(hasty_world, **kwargs), actions(3, 12)
+    env.reset(seed=0)
+    play(env, acts[:3])
+    taken = env.take([2, 0])
+    assert taken.num_envs == 2 and taken.observation_space.shape == (2, 32, 48, 3)
+    assert same(taken.frames([1]), env.frames([0]))
+    whole, some = play(env, acts[3:]), play(taken, acts[3:][:, [2, 0]])
+    for left, right in zip(whole, some, strict=True):
+        assert np.abs(left[0][[2, 0]].astype(int) - right[0]).max() <= 1
+        assert close(left[1][[2, 0]], right[1]) and np.array_equal(left[2][[2, 0]], right[2])
+
+
 # ----------------------------------------------------------------------------------- given starts
 
 

@@ -103,6 +103,51 @@ def test_an_episode_does_not_depend_on_those_beside_it(world: Path) -> None:
     assert len(few.film) == few.steps[0] and few.film[0].shape == (32, 48, 3)
 
 
+def test_only_environments_with_work_left_are_stepped(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    original = NFDVectorEnv.step
+
+    def step(self: NFDVectorEnv, actions: Any) -> Any:
+        assert len(actions) == self.num_envs
+        batches.append(self.num_envs)
+        return original(self, actions)
+
+    monkeypatch.setattr(NFDVectorEnv, "step", step)
+    env = NFDVectorEnv(world, 8, autoreset_mode="SameStep", max_episode_steps=30, **CPU)
+    played = play_episodes(env, Always(), 8, seed=3, options={"start": "beginning"})
+    assert batches[0] == 8 and batches[-1] < 4 and sorted(batches, reverse=True) == batches
+    alone = [play_episodes(env, Always(), 1, s, {"start": "beginning"}) for s in range(3, 11)]
+    assert played.steps.tolist() == [int(one.steps[0]) for one in alone]
+    assert np.allclose(played.scores, [one.scores[0] for one in alone], atol=1e-3)
+
+
+def test_random_keys_need_no_pictures(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*args: Any) -> Any:
+        raise AssertionError("a frame was decoded for a player that does not look")
+
+    monkeypatch.setattr("nfd_env.world_model.WorldModel.decode", decode)
+    report = evaluate_agent("random", str(world), 2, **CPU, max_frames=9, progress=False)
+    assert len(report["learned"]["scores"]) == 2
+
+
+def test_the_sampling_of_the_learned_world(world: Path, distilled_world: Path) -> None:
+    common: dict[str, Any] = {**CPU, "max_frames": 5, "progress": False}
+    report = evaluate_agent("random", str(world), 1, temperature=1.5, history_level=0.4, **common)
+    assert report["sampling"]["temperature"] == 1.5 and report["sampling"]["history_level"] == 0.4
+    report = evaluate_agent("random", str(distilled_world), 1, dynamics="teacher", **common)
+    assert report["dynamics"] == "teacher" and report["sampling"]["steps"] == 3
+
+
+def test_ends_in_a_thousand_frames(world: Path) -> None:
+    report = evaluate_agent("random", str(world), 4, **CPU, progress=False, frame_skip=2)
+    assert report["real"]["ends_per_1000_frames"] == pytest.approx(1000 / 12)
+    assert report["real"]["ends_standard_error"] == pytest.approx(1000 / 12 / 2)
+    cut = evaluate_agent("random", str(world), 4, **CPU, progress=False, max_frames=5)
+    assert cut["real"]["ends_per_1000_frames"] == 0 and cut["real"]["truncated"] == 4
+
+
 def test_truncation_and_frame_skip_are_the_same_on_both_sides(world: Path) -> None:
     for make in (RealVectorEnv, NFDVectorEnv):
         kwargs = {"autoreset_mode": "SameStep"} if make is NFDVectorEnv else {}
