@@ -215,7 +215,8 @@ class _Row:
         model: with the sampling to judge.
         speculative_frames: 1 for none drawn jointly.
         report: plain values.
-        frechet: "early" and "late" distances, as they are measured.
+        frechet: distances of "early" and "late" frames to random ones, and "paired" ones of early
+            frames to those recorded in the same windows, as they are measured.
     """
 
     world: World
@@ -257,7 +258,9 @@ class _Row:
                 horizons[str(frame)] = _errors(horizon, made, held.threshold, rollouts.groups)
             if sampled:
                 shares.append(bright_share(made, held.threshold))
-        self._keep("early", held, early, rollouts.groups)
+        features = torch.stack(early, 1).flatten(2)
+        self._relate("early", held, features, rollouts.groups, None)
+        self._relate("paired", held, features, rollouts.groups, held.early)
         self.report["early"]["bright_ratio"] = _ratio(float(np.mean(shares)), held.early_bright)
         if self.speculative_frames > 1:
             drafted = state.report()["accepted"].sum() / (len(seeds) * len(steps))
@@ -281,19 +284,20 @@ class _Row:
                 made = self.model.decode(latents).cpu().numpy()
                 shares.append(bright_share(made, held.threshold))
                 sharp.append(sharpness(made))
-        features = self._keep("late", held, late, rollouts.groups)
+        features = torch.stack(late, 1).flatten(2)
+        self._relate("late", held, features, rollouts.groups, None)
         self.report["late"] |= {
             "bright_ratio": _ratio(float(np.mean(shares)), held.bright),
             "sharpness_ratio": float(np.mean(sharp)) / held.sharpness,
             "spread_ratio": float(features.std()) / held.spread,
         }
 
-    def _keep(self, when: str, held: HeldOut, frames: list[Tensor], groups: np.ndarray) -> Tensor:
-        features = torch.stack(frames, 1).flatten(2)
-        estimate = held.reference.estimate(held.reference.project(features), groups)
-        self.frechet[when] = estimate
-        self.report[when] = _figures(estimate)
-        return features
+    def _relate(
+        self, name: str, held: HeldOut, features: Tensor, groups: np.ndarray, real: Tensor | None
+    ) -> None:
+        projected = held.reference.project(features)
+        self.frechet[name] = held.reference.estimate(projected, groups, real)
+        self.report[name] = _figures(self.frechet[name])
 
     def _name(self) -> str:
         steps = f"{self.model.sampling.steps} steps of the {self.world.dynamics}"

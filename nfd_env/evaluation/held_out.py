@@ -125,7 +125,8 @@ class HeldOut:
         horizons: what happened in them.
         early_bright: share of bright pixels in every EVERY-th of their first EARLY frames, as the
             tokenizer decodes them.
-        early_floor: Fréchet distance of the windows' recorded frames 1 to EARLY.
+        early: recorded frames 1 to EARLY of the windows, projected, (windows, EARLY, dimensions).
+        early_floor: their Fréchet distance to the reference.
         long: rollouts of LONG frames under held-out actions, one episode after the other; None
             without any.
         late_floor: mean and standard deviation of the Fréchet distances of random sets of as many
@@ -141,6 +142,7 @@ class HeldOut:
     windows: Rollouts
     horizons: dict[int, Horizon]
     early_bright: float
+    early: Tensor
     early_floor: Estimate
     long: Rollouts | None
     late_floor: tuple[float, float] | None
@@ -195,6 +197,7 @@ class HeldOut:
             _windows(world, encoded, moments[:windows]),
             _horizons(model, encoded, first[:windows], threshold),
             float(np.mean([_bright(model, part, threshold) for part in shown.unbind(1)])),
+            projected[:windows],
             reference.estimate(projected[:windows], groups),
             _long(world, encoded, long_rollouts, drift) if long_rollouts else None,
             _floor(reference, projected, long_rollouts, drift) if long_rollouts else None,

@@ -58,12 +58,35 @@ class Estimate:
         return Estimate(self.value / other.value, self.without / other.without)
 
 
-class FrechetReference:
-    """Fréchet distances of sets of features to one reference set (arXiv 1706.08500).
+@dataclass(frozen=True)
+class _Gaussian:
+    mean: Tensor
+    covariance: Tensor
 
-    Of Gaussians fitted to both: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in the space of the
-    reference's leading principal components, because a covariance of all features would need far
-    more samples.
+    @classmethod
+    def fit(cls, features: Tensor) -> _Gaussian:
+        if len(features) <= features.shape[1]:
+            raise ValueError(
+                f"a Fréchet distance in {features.shape[1]} dimensions needs more samples than "
+                f"that, got {len(features)}"
+            )
+        return cls(features.mean(0), torch.cov(features.T))
+
+    def distance(self, other: _Gaussian) -> float:
+        """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
+        # tr (C1 C2)^(1/2) from the symmetric C1^(1/2) C2 C1^(1/2), with the same eigenvalues.
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        cross = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp_min(0).sqrt().sum()
+        mean = (self.mean - other.mean).square().sum()
+        return float(mean + self.covariance.trace() + other.covariance.trace() - 2 * cross)
+
+
+class FrechetReference:
+    """Fréchet distances between Gaussians fitted to sets of features (arXiv 1706.08500).
+
+    In the space of a reference set's leading principal components, because a covariance of all
+    features would need far more samples.
     """
 
     def __init__(self, features: Tensor, dimensions: int = 64) -> None:
@@ -76,49 +99,42 @@ class FrechetReference:
         Raises:
             ValueError: when there are too few samples.
         """
-        self.dimensions = min(dimensions, features.shape[1])
-        self._check(features)
         values = features.double()
         self._centre = values.mean(0)
         covariance = torch.cov((values - self._centre).T)
-        self._basis = torch.linalg.eigh(covariance).eigenvectors[:, -self.dimensions :]
-        covariance = self._basis.T @ covariance @ self._basis
-        self._trace = covariance.trace()
-        values, vectors = torch.linalg.eigh(covariance)
-        self._root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        dimensions = min(dimensions, features.shape[1])
+        self._basis = torch.linalg.eigh(covariance).eigenvectors[:, -dimensions:]
+        self._gaussian = _Gaussian.fit(self.project(features))
 
     def project(self, features: Tensor) -> Tensor:
         """Features (..., d) -> their principal components, float64 (..., ``dimensions``)."""
         return (features.double() - self._centre) @ self._basis
 
     def distance(self, projected: Tensor) -> float:
-        """The distance of ``projected`` features (n, ``dimensions``), n > ``dimensions``.
+        """The distance of ``projected`` features (n, ``dimensions``) to the reference.
 
         Raises:
             ValueError: when there are too few samples.
         """
-        self._check(projected)
-        covariance = torch.cov(projected.T)
-        # tr (C1 C2)^(1/2) from the symmetric C1^(1/2) C2 C1^(1/2), with the same eigenvalues.
-        product = torch.linalg.eigvalsh(self._root @ covariance @ self._root)
-        mean = projected.mean(0).square().sum()
-        cross = product.clamp_min(0).sqrt().sum()
-        return float(mean + self._trace + covariance.trace() - 2 * cross)
+        return self._gaussian.distance(_Gaussian.fit(projected))
 
-    def estimate(self, projected: Tensor, groups: np.ndarray) -> Estimate:
-        """The distance of stretches (n, frames, ``dimensions``), grouped by ``groups`` (n,)."""
+    def estimate(
+        self, stretches: Tensor, groups: np.ndarray, real: Tensor | None = None
+    ) -> Estimate:
+        """The distance of projected stretches to the reference, or to ``real`` ones.
+
+        Args:
+            stretches: (n, frames, ``dimensions``).
+            groups: (n,), see ``Estimate.jackknife``.
+            real: like ``stretches``; a group is left out of both.
+        """
 
         def figure(used: np.ndarray) -> float:
-            return self.distance(projected[torch.from_numpy(used)].flatten(0, 1))
+            rows = torch.from_numpy(used)
+            target = self._gaussian if real is None else _Gaussian.fit(real[rows].flatten(0, 1))
+            return target.distance(_Gaussian.fit(stretches[rows].flatten(0, 1)))
 
         return Estimate.jackknife(figure, groups)
-
-    def _check(self, features: Tensor) -> None:
-        if len(features) <= self.dimensions:
-            raise ValueError(
-                f"a Fréchet distance in {self.dimensions} dimensions needs more samples than that, "
-                f"got {len(features)}"
-            )
 
 
 def frechet_distance(first: Tensor, second: Tensor, dimensions: int = 64) -> float:

@@ -35,7 +35,7 @@ def test_steps_are_compared_on_the_same_windows(
         ("teacher", 5),
     ]
     assert report["reference"] == 2
-    for when in ("early", "late"):
+    for when in ("early", "paired", "late"):
         ratio = rows[0][when]["frechet"] / rows[2][when]["frechet"]
         assert rows[0][when]["over_reference"] == pytest.approx(ratio)
         assert rows[2][when]["over_reference"] == 1
@@ -122,6 +122,7 @@ def test_a_perfect_world_reaches_the_floor(
     early = row.report["early"]
     assert early["frechet"] == pytest.approx(held.early_floor.value)
     assert early["frechet_error"] == pytest.approx(held.early_floor.error)
+    assert row.report["paired"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert early["bright_ratio"] == pytest.approx(1)
     assert all(h["bright_ratio"] == pytest.approx(1) for h in row.report["horizons"].values())
 

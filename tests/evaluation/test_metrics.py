@@ -87,6 +87,19 @@ def test_only_the_leading_components_count() -> None:
     assert frechet_distance(features, shifted, dimensions=4) == pytest.approx(9, rel=0.01)
 
 
+def test_paired_stretches_are_left_out_of_both_sides() -> None:
+    """Stretches far from one another, each with a made one that is off by the same."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(6, 50, 4, generator=generator).double()
+    real += 10 * torch.randn(6, 1, 4, generator=generator)
+    reference = FrechetReference(torch.randn(100, 4, generator=generator) * 10)
+    made, groups = real + 0.5, np.array([0, 0, 1, 2, 3, 4])
+    paired = reference.estimate(made, groups, real)
+    assert paired.value == pytest.approx(4 * 0.5**2)
+    assert paired.without == pytest.approx([1.0] * 5) and paired.error < 1e-6
+    assert reference.estimate(made, groups).error > 1
+
+
 def test_too_few_samples() -> None:
     features = torch.randn(100, 80)
     with pytest.raises(ValueError, match="64 dimensions needs more samples than that, got 64"):
