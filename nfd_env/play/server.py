@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import hmac
 import io
 import ipaddress
 import json
 import logging
+import os
 import secrets
 import struct
 import sys
@@ -155,11 +157,13 @@ class PlayServer:
             encoders: threads that compress pictures.
 
         Raises:
-            ServeError: when a token is required, or aiohttp is not installed.
+            ServeError: when a token is required, the port is none, or aiohttp is not installed.
         """
         import_aiohttp()
         if not games:
             raise ServeError("there is no world to serve")
+        if not 0 <= port <= 65535:
+            raise ServeError(f"a port is from 1 to 65535, or 0 for a free one, got {port}")
         self.loopback = is_loopback(host)
         if not self.loopback and not token:
             raise ServeError(
@@ -205,10 +209,7 @@ class PlayServer:
             await site.start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ServeError(
-                f"cannot listen on {self.host} port {self.port} ({error.strerror or error}); "
-                "choose another with --port"
-            ) from None
+            raise ServeError(_cannot_listen(error, self.host, self.port)) from None
         self.port = self._runner.addresses[0][1]
         self._janitor = asyncio.create_task(self._clean_up())
 
@@ -776,6 +777,14 @@ async def _bye(socket: web.WebSocketResponse, code: int, why: str) -> None:
             await socket.close(code=code, message=why.encode()[:120])
     except (ConnectionError, RuntimeError, asyncio.TimeoutError):
         pass
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> str:
+    """What is the matter, in the system's words, and which option helps."""
+    system = error.errno is not None and error.errno > 0
+    what = os.strerror(error.errno) if system else error.strerror or error
+    option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+    return f"cannot listen on {host} port {port} ({what}); choose another with {option}"
 
 
 def _host_name(address: str) -> str:

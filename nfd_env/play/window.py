@@ -60,6 +60,22 @@ def import_pygame() -> Any:
     return pygame
 
 
+def open_display() -> None:
+    """Connect to the display; once is enough.
+
+    Raises:
+        WindowError: when pygame is missing or there is no display.
+    """
+    pygame = import_pygame()
+    try:
+        pygame.display.init()
+    except pygame.error as error:
+        raise WindowError(
+            f"no window can be opened here ({error}). Without a screen use `nfd serve` and a "
+            "browser; in tests set SDL_VIDEODRIVER=dummy"
+        ) from None
+
+
 class KeyboardPlayer:
     """A window in which a person plays a game with the keyboard.
 
@@ -191,13 +207,7 @@ class KeyboardPlayer:
 
     def _open(self) -> None:
         pygame = self._pygame
-        try:
-            pygame.display.init()
-        except pygame.error as error:
-            raise WindowError(
-                f"no window can be opened here ({error}). Without a screen use `nfd serve` and a "
-                "browser; in tests set SDL_VIDEODRIVER=dummy"
-            ) from None
+        open_display()
         pygame.font.init()
         from nfd_env.play.recording import display_size
 
@@ -504,8 +514,12 @@ def play(
     """
     import_pygame()
     from nfd_env import config
+    from nfd_env.checkpoint import find_world
     from nfd_env.play.slots import Slots
 
+    # What fails fast comes before the world is loaded.
+    find_world(world)
+    open_display()
     slots = Slots(world, 1, device, sampling_steps, max_episode_steps, speculative_frames, dynamics)
     player = KeyboardPlayer(
         slots,

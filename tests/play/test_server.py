@@ -407,6 +407,14 @@ def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
     assert run(main) == 2
     said = capsys.readouterr().err
     assert "choose another with --port" in said and said.count("\n") == 1
+    for wrong, meant in (
+        (["--port", "70000"], "65535"),
+        (["--port", "0", "--host", "203.0.113.7"], "choose another with --host"),
+        (["--port", "0", "--max-clients", "0"], "max_clients"),
+    ):
+        assert server_module.run(parser.parse_args([world, "--device", "cpu", *wrong])) == 2
+        said = capsys.readouterr().err
+        assert meant in said and said.count("\n") == 1
 
 
 def _memory():
