@@ -32,7 +32,7 @@ from nfd_env import config
 from nfd_env.envs.real import SourceConfig, make_source
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.packing import pack_linears
+from nfd_env.models.packing import keep_freed_memory, pack_convolutions, pack_linears
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.precision import fastest_precision
@@ -241,6 +241,9 @@ def _load(
         network.to(device).requires_grad_(False)
     if precision == "bf16":
         tokenizer.to(torch.bfloat16)
+    pack_convolutions(tokenizer)
+    if device.type == "cpu":
+        keep_freed_memory()
     _prepare(dynamics, device, precision)
     model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
     starts = [
@@ -258,8 +261,8 @@ def _prepare(dynamics: Dynamics, device: torch.device, precision: str) -> None:
     dynamics.fold_norms()
     if precision == "bf16":
         dynamics.to(torch.bfloat16)
-    pack_linears(dynamics.blocks, rows=2 * dynamics.config.tokens)
     pack_linears(dynamics.modulation, rows=2)
+    pack_linears(dynamics, rows=2 * dynamics.config.tokens)
 
 
 def read_spec(folder: Path) -> WorldSpec:

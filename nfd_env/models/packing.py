@@ -6,15 +6,20 @@ few rows of a streaming pass costs as much as the product itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.models.layers import SwiGLU
+from nfd_env.models.tokenizer import ResidualBlock, Tokenizer
 
 # From so many rows on, two products that finish their own outputs are faster than one product and
 # two passes over its outputs.
 _MANY_ROWS = 96
+# So many frames are worth laying the weights out anew, for their number.
+_MANY_FRAMES = 16
 
 
 class PackedLinear(nn.Linear):
@@ -49,6 +54,86 @@ class PackedSwiGLU(SwiGLU):
             return functional.silu(gate).mul_(up)
         gate = _linear(input, self._gate, None, "swish")
         return torch.ops.mkldnn._linear_pointwise.binary(input, gate, self._up, None, "mul")
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution for inference only, see ``PackedLinear``."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        """Pack ``layer`` when it is first called, for the size of the picture that comes."""
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            device="meta",
+        )
+        self.weight, self.bias = layer.weight, layer.bias
+        self._packed: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W')."""
+        if len(input) >= _MANY_FRAMES:
+            return super().forward(input)
+        return self.pointwise(input)
+
+    def pointwise(self, input: Tensor, activation: str = "none") -> Tensor:
+        """The convolution followed by an activation."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            input, *self._arguments(input), activation, [], ""
+        )
+
+    def added(self, input: Tensor, other: Tensor) -> Tensor:
+        """The convolution plus ``other``."""
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            input, other, *self._arguments(input), "add", None, None, [], None
+        )
+
+    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
+        shape = (self.padding, self.stride, self.dilation, self.groups)
+        if self._packed is None:
+            self._packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                self.weight.detach().to_mkldnn(), *shape, list(input.shape)
+            )
+        return self._packed, self.bias, *shape
+
+
+class PackedResidualBlock(ResidualBlock):
+    """``ResidualBlock`` for inference only; few frames take three operations instead of five."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        """Pack ``block``."""
+        nn.Module.__init__(self)
+        self.first, self.second = PackedConv2d(block.first), PackedConv2d(block.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same shape."""
+        if len(x) >= _MANY_FRAMES:
+            return super().forward(x)
+        h = self.first.pointwise(functional.silu(x), "swish")
+        return self.second.added(h, x)
+
+
+def pack_convolutions(tokenizer: Tokenizer) -> None:
+    """Replace the tokenizer's layers by packed ones, where this torch has them."""
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return
+    packed = {nn.Conv2d: PackedConv2d, ResidualBlock: PackedResidualBlock}
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        for name, child in part.named_children():
+            if type(child) in packed and next(child.parameters()).device.type == "cpu":
+                setattr(part, name, packed[type(child)](child))
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory be used again without the operating system clearing it anew.
+
+    glibc gives large blocks back at once, and every operation on a large batch then waits for fresh
+    pages. It stops once a block of nearly 32 MiB, its upper bound, was freed (mallopt(3),
+    M_MMAP_THRESHOLD); such a block costs nothing, since nobody writes to it.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)
 
 
 def pack_linears(module: nn.Module, rows: int) -> None:

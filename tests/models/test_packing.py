@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import platform
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,16 @@ import torch
 from torch import nn
 
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
-from nfd_env.models.packing import PackedLinear, PackedSwiGLU, pack_linears
+from nfd_env.models.layers import SwiGLU
+from nfd_env.models.packing import (
+    PackedConv2d,
+    PackedLinear,
+    PackedSwiGLU,
+    keep_freed_memory,
+    pack_convolutions,
+    pack_linears,
+)
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights, save_weights
 from tests.models.small import random_frames, small_dynamics
 
@@ -58,3 +69,49 @@ def test_folded_norms_change_nothing_but_the_speed(rank: int) -> None:
         expected = network(*inputs)
         torch.testing.assert_close(folded(*inputs), expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_packed_convolutions_change_nothing_but_the_speed(count: int) -> None:
+    torch.manual_seed(0)
+    config = TokenizerConfig(encoder_channels=[8, 16], decoder_channels=[8, 16], latent_channels=5)
+    tokenizer = Tokenizer(config).eval().requires_grad_(False)
+    for parameter in tokenizer.parameters():  # residual blocks start as the identity
+        torch.nn.init.normal_(parameter, std=0.2)
+    packed = copy.deepcopy(tokenizer)
+    pack_convolutions(packed)
+    assert sum(isinstance(m, PackedConv2d) for m in packed.modules()) == 2 * (2 * 3 + 1)
+    frames, latents = torch.rand(count, 3, 12, 20), torch.randn(count, 5, 3, 5)
+    with torch.inference_mode():
+        for size in (1, 2):  # another size than the one that it was packed for
+            frames, latents = frames.repeat(1, 1, 1, size), latents.repeat(1, 1, 1, size)
+            torch.testing.assert_close(
+                packed.encode(frames), tokenizer.encode(frames), rtol=1e-4, atol=1e-4
+            )
+            torch.testing.assert_close(
+                packed.decode(latents), tokenizer.decode(latents), rtol=1e-4, atol=1e-4
+            )
+    assert tokenizer.decode(latents).std() > 0.1
+    for name, tensor in tokenizer.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("rows", [5, 200])
+def test_a_packed_swiglu_computes_the_same(rows: int) -> None:
+    torch.manual_seed(0)
+    layer = SwiGLU(24, 40)
+    packed = PackedSwiGLU(layer, rows=5)
+    x = torch.randn(2, rows, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
+def test_large_batches_take_no_fresh_memory() -> None:
+    keep_freed_memory()
+    for _ in range(3):  # the last time nothing is new
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        parts = [torch.zeros(2**20, dtype=torch.uint8) for _ in range(16)]
+        del parts
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults * resource.getpagesize() < 2**20
