@@ -24,6 +24,7 @@ from agents.evaluation import Judge, describe
 from agents.load import NativeAgent
 from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
+from agents.threaded import ThreadedVectorEnv
 from nfd_env import config
 from nfd_env.checkpoint import load_world
 from nfd_env.envs.real_vector import RealVectorEnv
@@ -61,6 +62,8 @@ class TrainPPOConfig:
         evaluate_episodes: real episodes each time.
         checkpoint_seconds: time between checkpoints.
         threads: CPU threads; 0 leaves torch's default.
+        workers: threads that step environments of the learned world, ``num_envs / workers`` each
+            and beside each other. On a CPU, as many as it has cores; on a GPU, 1.
     """
 
     folder: str
@@ -83,12 +86,15 @@ class TrainPPOConfig:
     evaluate_episodes: int = 8
     checkpoint_seconds: float = 60.0
     threads: int = 0
+    workers: int = 1
 
     def __post_init__(self) -> None:
         """Check that minibatches fill a batch."""
         batch = self.num_envs * self.ppo.rollout_steps
         if self.decisions < 1 or self.frame_stack < 1:
             raise ValueError("decisions and frame_stack must be at least 1")
+        if self.workers < 1 or self.num_envs % self.workers:
+            raise ValueError(f"workers {self.workers} does not divide num_envs {self.num_envs}")
         if batch % self.ppo.minibatch_size:
             raise ValueError(
                 f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the batch of "
@@ -114,18 +120,25 @@ class TrainPPOConfig:
 def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     """The vector env of tensors to train in: the learned world, or the real game behind it."""
     kwargs: dict[str, Any] = {
-        "num_envs": settings.num_envs,
         "device": settings.device,
         "frame_skip": settings.frame_skip,
         "obs_type": settings.obs_type,
         "output": "torch",
     }
     if real:
-        return RealVectorEnv(world, max_episode_steps=settings.max_episode_steps, **kwargs)
+        steps = settings.max_episode_steps
+        return RealVectorEnv(world, settings.num_envs, max_episode_steps=steps, **kwargs)
     kwargs |= {"max_episode_steps": settings.horizon_steps, "autoreset_mode": "SameStep"}
     if settings.starts is not None:
         kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
-    return NFDVectorEnv(world, **{**kwargs, **settings.env})
+    kwargs |= settings.env
+
+    def make(num_envs: int) -> NFDVectorEnv:
+        return NFDVectorEnv(world, num_envs, **kwargs)
+
+    if settings.workers == 1:
+        return make(settings.num_envs)
+    return ThreadedVectorEnv(make, settings.num_envs, settings.workers)
 
 
 def make_policy(

@@ -186,8 +186,8 @@ class NFDVectorEnv(VectorEnv):
             )
             if value is not None
         }
-        if changed:
-            self.model = self.model.with_sampling(replace(self.model.sampling, **changed))
+        # A model of its own, of shared networks: envs may be stepped by threads beside each other.
+        self.model = self.model.with_sampling(replace(self.model.sampling, **changed))
         check_frames(speculative_frames, self.model.dynamics.config.window)
         if draft_cost is not None and not draft_cost > 0:
             raise ValueError(f"draft_cost must be above 0, or None to measure it, got {draft_cost}")
