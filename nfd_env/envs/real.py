@@ -196,7 +196,10 @@ for pid, started in games.items():
         new = _children().items() - before.items()
         if new:
             with self._lock:
-                pipe = self._start().stdin
+                process = self._start()
+                # Another thread may have started the guard itself in the meantime.
+                new = {(pid, started) for pid, started in new if pid != process.pid}
+                pipe = process.stdin
                 assert pipe is not None
                 pipe.writelines(f"{pid} {started}\n" for pid, started in new)
                 pipe.flush()
