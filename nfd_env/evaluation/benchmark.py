@@ -106,17 +106,21 @@ def matmul_rate(
 
 
 def step_gflop(model: WorldModel) -> float:
-    """Arithmetic of one env step in the transformer, in GFLOP, with a full window."""
+    """Arithmetic of one env step in the transformer, in GFLOP, with a full window.
+
+    Only what is really computed counts: of the finished frame, the last block's keys and values.
+    """
     c = model.dynamics.config
     hidden = -(-(8 * c.width) // (3 * 256)) * 256
-    inputs = c.latent_channels * c.patch**2
-    per_token = c.layers * (4 * c.width**2 + 3 * c.width * hidden) + 2 * inputs * c.width
-    frames = 1 + model.sampling.steps
+    ends = c.latent_channels * c.patch**2 * c.width  # the embedding's products, or the output's
+    attention = 2 * c.tokens * c.window * c.width
+    block = 4 * c.width**2 + 3 * c.width * hidden + attention
     modulated, rank = (6 * c.layers + 2) * c.width, c.modulation_rank
     per_frame = rank * (c.width + modulated) if rank else c.width * modulated
     per_frame += 2 * c.width**2 + (256 + c.action_width) * c.width
-    attention = 2 * 2 * c.tokens * c.tokens * c.window * c.width * c.layers
-    return frames * (2 * c.tokens * per_token + 2 * per_frame + attention) / 1e9
+    unfinished = c.tokens * (c.layers * block + 2 * ends) + per_frame
+    finished = c.tokens * ((c.layers - 1) * block + 2 * c.width**2 + ends) + per_frame
+    return 2 * (finished + model.sampling.steps * unfinished) / 1e9
 
 
 def _env(

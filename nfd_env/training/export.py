@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from dataclasses import dataclass, field
@@ -42,6 +43,9 @@ class ExportConfig:
         dynamics: run folder of the dynamics.
         heads: run folder of the heads.
         configs: the config files behind the runs, copied into the provenance.
+        hazard_odds: > 0, factor on the odds of the termination head's hazard. Heads are trained on
+            recorded frames, and see an end coming less surely in generated ones; choose it so that
+            a hit kills as often in the world as in the game.
         earlier: provenance file of the world whose weights these runs went on from, copied into the
             provenance; a run folder that holds weights alone has its stage there. "" for none.
         sampling: the world's default sampling.
@@ -65,6 +69,7 @@ class ExportConfig:
     dynamics: str
     heads: str
     configs: list[str] = field(default_factory=list)
+    hazard_odds: float = 1.0
     earlier: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     modulation_rank: int = 0
@@ -85,6 +90,8 @@ class ExportConfig:
             raise ValueError(f"int8 knows {', '.join(_NETWORKS)}, got {sorted(unknown)[0]!r}")
         if "teacher" in self.int8 and not self.teacher:
             raise ValueError("int8 names the teacher, but there is none")
+        if not 0 < self.hazard_odds < math.inf:
+            raise ValueError(f"hazard_odds must be above 0 and finite, got {self.hazard_odds}")
         if self.starts < 1 or self.start_frames < 1 or self.start_margin < 1:
             raise ValueError("starts, start_frames and start_margin must be at least 1")
         if not 0 <= self.beginnings <= self.starts:
@@ -103,6 +110,8 @@ def export(settings: ExportConfig) -> Path:
     )
     dynamics = load_weights(Path(settings.dynamics) / "model.safetensors", Dynamics, DynamicsConfig)
     heads = load_weights(Path(settings.heads) / "model.safetensors", Heads, HeadsConfig)
+    with torch.no_grad():
+        heads.output.bias[0] += math.log(settings.hazard_odds)
     teacher = None
     if settings.teacher:
         path = Path(settings.teacher) / "model.safetensors"
@@ -121,7 +130,7 @@ def export(settings: ExportConfig) -> Path:
     space = space_from_dict(recordings.spec.action_space)
     space.seed(0)
     codec = ActionCodec(space)
-    provenance = _provenance(settings, recordings)
+    provenance = _provenance(settings, recordings) | {"hazard_odds": settings.hazard_odds}
     if settings.modulation_rank:
         examples = torch.from_numpy(np.stack([np.asarray(space.sample()) for _ in range(64)]))
         encoded = torch.cat((codec.encode(examples), torch.zeros(1, codec.width)))

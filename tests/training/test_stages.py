@@ -366,6 +366,33 @@ def test_stages_of_an_earlier_world_stand_in_the_provenance(
     assert provenance["earlier"]["stages"]["tokenizer"]["steps"] == 4000
 
 
+def test_hazard_odds(
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+) -> None:
+    settings = ExportConfig(
+        "Counter",
+        str(tmp_path / "plain"),
+        str(recordings),
+        str(tokenizer.folder),
+        str(flow.folder),
+        str(heads.folder),
+        starts=2,
+        beginnings=1,
+        clip_frames=4,
+    )
+    latents, actions = torch.randn(3, 4, 4, 6), torch.eye(3)
+    odds = []
+    for factor, name in ((1.0, "plain"), (3.0, "deadlier")):
+        folder = export(replace(settings, folder=str(tmp_path / name), hazard_odds=factor))
+        exported = load_weights(folder / "heads.safetensors", Heads, HeadsConfig)
+        output = exported.step(latents, actions, exported.initial_state(3))
+        odds.append(output.hazard / (1 - output.hazard))
+        assert yaml.safe_load((folder / "provenance.yaml").read_text())["hazard_odds"] == factor
+    assert torch.allclose(odds[1], 3 * odds[0], rtol=1e-2)
+    with pytest.raises(ValueError, match="hazard_odds must be above 0"):
+        replace(settings, hazard_odds=0.0)
+
+
 def test_student_and_teacher_are_exported_together_in_fewer_bytes(
     tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
 ) -> None:
