@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,9 +36,9 @@ class ThreadedVectorEnv:
         self.single_observation_space = first.single_observation_space
         self.single_action_space = first.single_action_space
         threads = torch.get_num_threads()
-        # A number of threads holds for the thread that sets it, and for those that begin later.
-        self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        list(self._pool.map(lambda env: env.num_envs, self.envs))
+        self._pool = ThreadPoolExecutor(workers, initializer=_compute_alone)
+        everyone = threading.Barrier(workers)  # so that every thread exists before the next line
+        list(self._pool.map(lambda _: everyone.wait(), self.envs))
         torch.set_num_threads(threads)
 
     def reset(self, *, seed: int) -> tuple[Tensor, dict[str, Any]]:
@@ -66,6 +67,12 @@ class ThreadedVectorEnv:
         self._pool.shutdown()
         for env in self.envs:
             env.close()
+
+
+def _compute_alone() -> None:
+    torch.set_num_threads(1)
+    # A thread takes its number over when it first asks, and later changes leave it alone.
+    torch.get_num_threads()
 
 
 def _final(infos: Sequence[dict[str, Tensor]], observations: Sequence[Tensor]) -> Tensor:

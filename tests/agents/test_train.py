@@ -257,6 +257,7 @@ def test_the_shipped_configs_fit() -> None:
     expected = as_sb3(native)
     assert {**expected.ppo, **sb3.ppo} == expected.ppo
     same = ("num_envs", "frame_skip", "frame_stack", "obs_type", "channels", "reward_scale")
+    same += ("starts", "horizon_frames", "max_episode_frames", "width")
     assert all(getattr(sb3, name) == getattr(expected, name) for name in same)
 
 
