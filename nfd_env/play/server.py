@@ -781,8 +781,8 @@ async def _bye(socket: web.WebSocketResponse, code: int, why: str) -> None:
 
 def _cannot_listen(error: OSError, host: str, port: int) -> str:
     """What is the matter, in the system's words, and which option helps."""
-    system = error.errno is not None and error.errno > 0
-    what = os.strerror(error.errno) if system else error.strerror or error
+    number = error.errno or 0  # negative: a failed name lookup's, which strerror does not know
+    what = os.strerror(number) if number > 0 else error.strerror or error
     option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
     return f"cannot listen on {host} port {port} ({what}); choose another with {option}"
 

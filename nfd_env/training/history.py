@@ -11,7 +11,7 @@ _LONGEST = 4  # drafted frames in a row
 
 
 def sample_history_levels(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     max_level: float,
     skew: float,
     draft_share: float,

@@ -18,9 +18,7 @@ def test_without_drafts_all_history_is_almost_clean() -> None:
 
 def test_drafted_runs() -> None:
     torch.manual_seed(0)
-    levels = sample_history_levels(
-        (4000, 40), 0.0, 1.0, 0.05, 3.0
-    )
+    levels = sample_history_levels((4000, 40), 0.0, 1.0, 0.05, 3.0)
     drafted = levels > 0
     # Every row's drafted frames share one level, and in half of the rows it is pure noise.
     row = levels.amax(1)
