@@ -120,7 +120,10 @@ def test_a_slot_with_the_teacher_is_the_teachers_env_and_leaves_the_others_alone
         assert close(slots.reset(slot, 5), frame)
     for action in (1, 1, 0):
         made = slots.step({0: action, 1: action})
+        own, other = np.empty(2), np.empty(2)
         for slot, env in enumerate(envs):
-            difference = made[slot].frame.astype(int) - env.step(action)[0]
-            assert np.abs(difference).mean() < 1
-    assert np.abs(made[0].frame.astype(int) - made[1].frame).mean() > 1
+            frame = env.step(action)[0].astype(int)
+            own[slot] = np.abs(frame - made[slot].frame).mean()
+            other[slot] = np.abs(frame - made[1 - slot].frame).mean()
+        assert own.max() < 0.3, own
+    assert other.min() > 2 * own.max(), (own, other)

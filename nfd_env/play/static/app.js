@@ -75,6 +75,7 @@ function receive(message) {
     state("live", "live");
     if (document.hidden) hide();
   } else if (message.t === "bye") {
+    if (message.code === 4006) return; // the server may be started again: see closed()
     stopped = message.code;
     if (message.code === 4001) {
       state("down", "full");
