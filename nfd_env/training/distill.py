@@ -34,7 +34,7 @@ from nfd_env.models.layers import sinusoid
 from nfd_env.models.rollout import Sampler, rollout_latents
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.training.history import sample_history_levels
+from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 
 STEPS = (1, 2, 4)
@@ -77,9 +77,8 @@ class DistillTrainingConfig:
         train: the loop's settings.
         student: weights to begin with instead of the teacher's, e.g. of an earlier distillation.
         frames: frames a training window.
-        history_max_level: the clean copy's levels go up to this, as in flow training.
-        history_skew: > 0; more than 1 favours levels near 0, see ``sample_history_levels``.
-        draft_share: as in flow training; the teacher must have been trained with it.
+        history_levels: levels of the clean copy. With a ``draft_share``, the teacher must have been
+            trained with one too.
         history_level: the history's level when playing.
         discrete_steps: so many steps are discrete-time consistency, cheaper and steadier; the rest
             is continuous-time (sCM). 0 and ``train.steps`` leave only one of the two.
@@ -112,9 +111,7 @@ class DistillTrainingConfig:
     train: TrainConfig
     student: str = ""
     frames: int = 16
-    history_max_level: float = 0.4
-    history_skew: float = 1.0
-    draft_share: float = 0.0
+    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
     history_level: float = 0.15
     discrete_steps: int = 0
     solver: str = "midpoint"
@@ -141,10 +138,6 @@ class DistillTrainingConfig:
             raise ValueError(
                 "discrete_steps, grid_doublings and tangent_warmup must not be negative"
             )
-        if self.history_skew <= 0:
-            raise ValueError(f"history_skew must be above 0, got {self.history_skew}")
-        if not 0 <= self.draft_share <= 1:
-            raise ValueError(f"draft_share must lie in [0, 1], got {self.draft_share}")
         if self.weight_bound < 1:
             raise ValueError(f"weight_bound must be at least 1, got {self.weight_bound}")
         if self.coarsest_grid < 1 or self.rollouts < 3:
@@ -294,13 +287,8 @@ class DistillStage:
         """Consistency of the student along the teacher's flow, given almost clean history."""
         assert isinstance(network, Distiller)
         latents, actions = batch.latents.to(self._device), batch.actions.to(self._device)
-        history_levels = sample_history_levels(
-            latents.shape[:2],
-            self.settings.history_max_level,
-            self.settings.history_skew,
-            self.settings.draft_share,
-            self.settings.shift,
-            self._device,
+        history_levels = self.settings.history_levels.sample(
+            latents.shape[:2], self.settings.shift, self._device
         )
         history = interpolate(latents, torch.randn_like(latents), history_levels).x
 

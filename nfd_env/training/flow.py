@@ -19,7 +19,7 @@ from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.rollout import rollout_latents
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.training.history import sample_history_levels
+from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 
 
@@ -38,10 +38,7 @@ class FlowTrainingConfig:
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
         initial: weights to begin with, of the same sizes as ``model``, except that a full adaLN
             projection is brought to ``model.modulation_rank``; "" for random ones.
-        history_max_level: in two-copy training the history's levels go up to this.
-        history_skew: > 0; more than 1 favours levels near 0, see ``sample_history_levels``.
-        draft_share: in two-copy training the share of history frames that begin a run of frames as
-            noisy as when several are drawn jointly, see ``sample_history_levels``.
+        history_levels: levels of the history copy in two-copy training.
         history_level: the history's level when playing, stored with the weights.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
     """
@@ -54,9 +51,7 @@ class FlowTrainingConfig:
     frames: int = 16
     history: str = "two_copies"
     initial: str = ""
-    history_max_level: float = 0.4
-    history_skew: float = 1.0
-    draft_share: float = 0.0
+    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
     history_level: float = 0.15
     level_shift: float = 3.0
 
@@ -64,10 +59,6 @@ class FlowTrainingConfig:
         """Check the choices."""
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
-        if self.history_skew <= 0:
-            raise ValueError(f"history_skew must be above 0, got {self.history_skew}")
-        if not 0 <= self.draft_share <= 1:
-            raise ValueError(f"draft_share must lie in [0, 1], got {self.draft_share}")
 
 
 class FlowStage:
@@ -121,13 +112,8 @@ class FlowStage:
             velocity = network(sample.x, levels, actions)
             error = (velocity.float() - sample.velocity).square().mean((2, 3, 4))
         else:
-            history_levels = sample_history_levels(
-                latents.shape[:2],
-                self.settings.history_max_level,
-                self.settings.history_skew,
-                self.settings.draft_share,
-                self.settings.level_shift,
-                self._device,
+            history_levels = self.settings.history_levels.sample(
+                latents.shape[:2], self.settings.level_shift, self._device
             )
             history = interpolate(latents, torch.randn_like(latents), history_levels).x
             velocity = network.forward_two_copies(

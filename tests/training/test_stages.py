@@ -23,6 +23,7 @@ from nfd_env.models.weights import load_weights
 from nfd_env.training.export import ExportConfig, export
 from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig, reward_values
+from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import Stage, TrainConfig, train
 from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
 from nfd_env.video import read_mp4
@@ -145,7 +146,10 @@ def test_flow_goes_on_from_finished_weights(
     flow: Trained, flow_settings: FlowTrainingConfig, tmp_path: Path
 ) -> None:
     settings = replace(
-        flow_settings, initial=str(flow.weights), draft_share=0.2, train=run(tmp_path, 1)
+        flow_settings,
+        initial=str(flow.weights),
+        history_levels=HistoryLevels(draft_share=0.2),
+        train=run(tmp_path, 1),
     )
     stage = FlowStage(settings)
     finished = load_weights(flow.weights, Dynamics, DynamicsConfig).state_dict()
@@ -174,21 +178,6 @@ def test_flow_from_weights_of_another_size(
     larger = replace(flow_settings.model, layers=3)
     with pytest.raises(CheckpointError, match=r"layers=2.*the config asks for.*layers=3"):
         FlowStage(replace(flow_settings, initial=str(flow.weights), model=larger))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"draft_share": -0.1}, "draft_share must lie in"),
-        ({"draft_share": 1.1}, "draft_share must lie in"),
-        ({"history_skew": 0.0}, "history_skew must be above 0"),
-    ],
-)
-def test_impossible_history_levels(
-    flow_settings: FlowTrainingConfig, values: dict[str, float], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(flow_settings, **values)
 
 
 def test_the_flow_loss_starts_at_the_variance_of_the_velocity(
