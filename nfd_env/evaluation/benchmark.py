@@ -17,6 +17,9 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.streams import ActionStream
 from nfd_env.world_model import WorldModel
 
+_MATMUL_SIZE = 1024
+_MATMUL_GFLOP = 2 * _MATMUL_SIZE**3 / 1e9
+
 
 def benchmark(
     world: World,
@@ -53,7 +56,6 @@ def benchmark(
         "sampling_steps": model.sampling.steps,
         "speculative_frames": speculative_frames,
         "precision": model.precision,
-        "matmul_gflops": matmul_rate(device, model.precision),
         "envs": {},
     }
     for count in batches:
@@ -67,11 +69,12 @@ def benchmark(
                 "env_steps_per_second": count * len(times) / times.sum(),
                 **{f"p{p}_ms": float(np.percentile(times, p) * 1e3) for p in (50, 95, 99)},
             }
-        transformer = _transformer_seconds(world, model, count, seconds / 2)
+        transformer, matmul = _transformer_and_matmul(world, model, count, seconds)
         gflop = step_gflop(model) * count
         row["transformer_gflop"] = gflop
         row["transformer_gflops"] = gflop / transformer
-        row["matmul_share"] = row["transformer_gflops"] / report["matmul_gflops"]
+        row["matmul_gflops"] = _MATMUL_GFLOP / matmul
+        row["matmul_share"] = row["transformer_gflops"] / row["matmul_gflops"]
         report["envs"][str(count)] = row
     if long_frames:
         report["late_frame"] = _late_frame(world, sampling_steps, long_frames)
@@ -88,21 +91,6 @@ def describe_device(device: torch.device) -> str:
         return f"{names[0]}, {len(names)} cores"
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
-
-
-def matmul_rate(
-    device: torch.device, precision: str, size: int = 1024, seconds: float = 1.0
-) -> float:
-    """This machine's matrix product rate in GFLOP/s: the best of many size^3 products."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        _synchronise(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best / 1e9
 
 
 def step_gflop(model: WorldModel) -> float:
@@ -168,30 +156,46 @@ def acceptance_rate(accepted: float, dropped: float) -> float:
     return float(accepted / (accepted + dropped)) if accepted + dropped else 0.0
 
 
-def _transformer_seconds(world: World, model: WorldModel, count: int, seconds: float) -> float:
-    """Median time of one env step's transformer passes alone, in seconds."""
-    dynamics = model.dynamics
+def _transformer_and_matmul(
+    world: World, model: WorldModel, count: int, seconds: float
+) -> tuple[float, float]:
+    """What an env step's transformer passes and a large matrix product take.
+
+    They take turns, so that whatever slows the machine slows both, and of both the median counts.
+
+    Returns:
+        Seconds of the passes, and of one ``_MATMUL_SIZE``^3 product in the model's number format.
+    """
+    dynamics, device = model.dynamics, model.device
     state = model.start([world.starts[0]] * count, [(0, i) for i in range(count)])
-    spent: list[float] = []
+    passes: list[float] = []
+    products: list[float] = []
     stream = dynamics.stream
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         out = stream(*args, **kwargs)
-        _synchronise(model.device)
-        spent[-1] += time.perf_counter() - begin
+        _synchronise(device)
+        passes[-1] += time.perf_counter() - begin
         return out
 
-    action = torch.zeros(count, world.codec.width, device=model.device)
+    action = torch.zeros(count, world.codec.width, device=device)
+    size = (_MATMUL_SIZE, _MATMUL_SIZE)
+    a, b = (torch.randn(size, device=device).to(dynamics.embed.weight.dtype) for _ in range(2))
     dynamics.stream = timed  # type: ignore[method-assign]
     try:
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(spent) < 2 * dynamics.config.window:
-            spent.append(0.0)
+        while time.perf_counter() < end or len(passes) < 2 * dynamics.config.window:
+            passes.append(0.0)
             model.step(state, action)
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            _synchronise(device)
+            products.append(time.perf_counter() - begin)
     finally:
         del dynamics.stream
-    return float(np.median(spent[dynamics.config.window :]))
+    full = slice(dynamics.config.window, None)
+    return float(np.median(passes[full])), float(np.median(products[full]))
 
 
 def _late_frame(world: World, sampling_steps: int | None, frames: int) -> dict[str, float]:
@@ -231,12 +235,11 @@ def format_report(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
         f"{report['world']} on {report['device']}: {report['sampling_steps']} sampling steps, "
-        f"torch {report['torch']}, {report['threads']} threads, {report['precision']} matrix "
-        f"products at {report['matmul_gflops']:.0f} GFLOP/s",
+        f"torch {report['torch']}, {report['threads']} threads, {report['precision']}",
         "",
         "| envs | env steps/s | p50 / p95 / p99 ms | without decoding | transformer GFLOP/s "
-        "| share of the matmul rate |",
-        "|---|---|---|---|---|---|",
+        f"| {_MATMUL_SIZE}³ matrix product GFLOP/s, in turn | share of it |",
+        "|---|---|---|---|---|---|---|",
     ]
     for count, row in report["envs"].items():
         rgb, latent = row["rgb"], row["latent"]
@@ -244,7 +247,7 @@ def format_report(report: dict[str, Any]) -> str:
             f"| {count} | {rgb['env_steps_per_second']:.0f} | "
             f"{rgb['p50_ms']:.1f} / {rgb['p95_ms']:.1f} / {rgb['p99_ms']:.1f} | "
             f"{latent['env_steps_per_second']:.0f} | {row['transformer_gflops']:.0f} | "
-            f"{row['matmul_share']:.2f} |"
+            f"{row['matmul_gflops']:.0f} | {row['matmul_share']:.2f} |"
         )
     if report["speculative_frames"] > 1:
         rates = ", ".join(f"{r['acceptance']:.2f} ({n})" for n, r in report["envs"].items())

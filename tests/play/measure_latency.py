@@ -4,6 +4,7 @@
 
 The server runs in a process of its own. Without --browser a client on loopback stands in for the
 page (latency up to the received picture); with it a headless Chromium measures on its canvas.
+The rest between two episodes counts neither as frame time nor as latency.
 Prints one JSON line a setting.
 """
 
@@ -13,7 +14,6 @@ import json
 import os
 import random
 import sys
-import time
 
 import aiohttp
 import numpy as np
@@ -34,12 +34,12 @@ async def by_client(url, presses, ahead):
         await client.send(t="control", do="lookahead", value=ahead)
         await client.pictures(60, 120)
         client.latencies.clear()
-        rng, first, began = random.Random(0), len(client.headers), time.perf_counter()
+        client.gaps.clear()
+        rng = random.Random(0)
         for i in range(presses):
             await client.key("left" if i % 4 < 2 else "right", i % 2 == 0)
             await asyncio.sleep(rng.uniform(0.06, 0.2))
-        took = time.perf_counter() - began
-        rate = (len(client.headers) - first) / took
+        rate = len(client.gaps) / sum(client.gaps)
         return rate, [1000 * x for x in client.latencies], client.headers[-1]
 
 
@@ -51,7 +51,7 @@ async def by_browser(url, presses, ahead):
         if not ahead:
             await tab.evaluate("document.querySelector('[data-do=lookahead]').click()")
         await asyncio.sleep(1)
-        await tab.evaluate("nfd.latencies.length = 0")
+        await tab.evaluate("nfd.latencies.length = nfd.gaps.length = 0")
         rng = random.Random(0)
         for i in range(presses):
             await tab.key("left" if i % 4 < 2 else "right", i % 2 == 0)

@@ -28,7 +28,13 @@ class ScrollGame:
     default_sampling: Sampling | None = Sampling(2)
     steps_of: tuple[int, int] | None = (2, 6)
 
-    def __init__(self, count: int, fps: float = 35.0, fail_at: int | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        fps: float = 35.0,
+        fail_at: int | None = None,
+        end_at: int | None = None,
+    ) -> None:
         self.count, self.fps, self.display_aspect = count, fps, 2.6667
         self.frame_shape: tuple[int, ...] = (96, WIDTH, 3)
         self.keymap = Keymap.from_source(SOURCE, spaces.Discrete(3))
@@ -38,7 +44,7 @@ class ScrollGame:
         self.batches: list[int] = []
         self.sampling = [Sampling(2)] * count
         self.drafts: dict[int, dict[Any, Outcome]] = {}
-        self.fail_at = fail_at
+        self.fail_at, self.end_at = fail_at, end_at
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         self.at[slot] = self.steps_taken[slot] = 0
@@ -61,7 +67,8 @@ class ScrollGame:
     def outcome(self, slot: int, action: Any, guessed: bool) -> Outcome:
         info = {"hazard": 0.0} | ({"acceptance": 0.5} if self.sampling[slot].speculation else {})
         frame = self.frame(self.at[slot] + MOVE[action])
-        return Outcome(frame, 1.0, False, False, info, guessed)
+        ended = self.steps_taken[slot] + 1 == self.end_at
+        return Outcome(frame, 1.0, ended, False, info, guessed)
 
     def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
         self.batches.append(len(actions))

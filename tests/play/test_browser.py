@@ -29,8 +29,9 @@ HELD = "nfd.held.join()"
 LIVE = "window.nfd && nfd.hello && nfd.hud.step > 3 && nfd.frames > 3"
 
 
-async def serving(port=0, **kwargs):
-    server = PlayServer({"Scroll": lambda count: ScrollGame(count)}, port=port, **kwargs)
+async def serving(port=0, end_at=None, **kwargs):
+    game = {"Scroll": lambda count: ScrollGame(count, end_at=end_at)}
+    server = PlayServer(game, port=port, **kwargs)
     await server.start()
     return server
 
@@ -153,6 +154,21 @@ def test_touch_buttons_on_a_phone_and_a_full_server():
             assert tab.errors == other.errors == []
             await browser.close_tab(tab)
             await other.until(LIVE, 30)
+        await server.stop()
+
+    run(main, 90)
+
+
+def test_the_rest_between_two_episodes_is_no_frame_time():
+    async def main():
+        server = await serving(end_at=40)
+        async with Browser(CHROMIUM) as browser:
+            tab = await browser.tab(server.url)
+            title = "document.getElementById('overlay-title')?.textContent"
+            await tab.until(f"{title} == 'Episode over'", 30)
+            await tab.until("nfd.hud.episode == 2 && nfd.hud.step > 20", 30)
+            assert await tab.evaluate("nfd.gaps.length") > 40
+            assert await tab.evaluate("Math.max(...nfd.gaps)") < 1000
         await server.stop()
 
     run(main, 90)

@@ -13,7 +13,8 @@ let socket = null, hello = null, hud = {}, retry = 0, retryTimer = 0, stopped = 
 let seq = 0, hiddenPause = false, drawing = Promise.resolve();
 const down = new Map();          // source of a press -> key name
 const waiting = new Map();       // input number -> when it happened
-const latencies = [], arrivals = [], gaps = [];
+const latencies = [], gaps = [];
+let lastArrival = 0;            // of the picture before, while play goes on; else 0
 let frames = [], frameBytes = 0; // the last minute: {blob, at, hud}
 const replay = { on: false, playing: false, timer: 0, frames: [] };
 
@@ -68,7 +69,7 @@ function receive(message) {
     hello = message;
     retry = 0;
     waiting.clear();
-    latencies.length = arrivals.length = gaps.length = 0;
+    latencies.length = gaps.length = lastArrival = 0;
     forgetFrames();
     setUp();
     overlay();
@@ -131,8 +132,9 @@ async function draw(header, blob, arrived, from) {
     waiting.delete(number);
     if (!header.paused && !header.over) push(latencies, now - since, 120);
   }
-  if (arrivals.length) push(gaps, arrived - arrivals[arrivals.length - 1], 160);
-  push(arrivals, arrived, 160);
+  // The rest between two episodes and a pause are no frame times.
+  if (lastArrival) push(gaps, arrived - lastArrival, 160);
+  lastArrival = header.over || header.paused ? 0 : arrived;
   hud = header;
   show();
 }
@@ -173,9 +175,7 @@ function show() {
   text("h-reward", hud.step ? (hud.reward >= 0 ? "+" : "") + hud.reward.toFixed(2) : "–");
   text("h-return", String(Math.round(hud.return * 10) / 10));
   text("h-step", String(hud.step));
-  const recent = arrivals.filter((t) => now - t < 2000);
-  const rate = recent.length > 1 ? 1000 * (recent.length - 1) / (recent[recent.length - 1] - recent[0]) : 0;
-  text("h-fps", hud.paused ? "–" : rate.toFixed(1));
+  text("h-fps", hud.paused ? "–" : rate(gaps.slice(-70)).toFixed(1));
   text("h-latency", latencies.length ? `${percentile(latencies, 50).toFixed(0)} / ${percentile(latencies, 95).toFixed(0)} ms` : "–");
   text("h-ahead", share(hud.lookahead, hud.guessed));
   text("h-accepted", share(hud.speculation, hud.acceptance));
@@ -513,6 +513,9 @@ function percentile(list, q) {
   const sorted = [...list].sort((a, b) => a - b);
   return sorted[Math.min(sorted.length - 1, Math.floor(q / 100 * sorted.length))];
 }
+function rate(list) {
+  return list.length ? 1000 * list.length / list.reduce((sum, gap) => sum + gap, 0) : 0;
+}
 function escapeText(words) {
   const span = document.createElement("span");
   span.textContent = words;
@@ -521,8 +524,8 @@ function escapeText(words) {
 
 // For tests and the curious.
 window.nfd = {
-  get hud() { return hud; }, get hello() { return hello; }, latencies, gaps, arrivals,
+  get hud() { return hud; }, get hello() { return hello; }, latencies, gaps,
   get held() { return [...down.values()]; }, get frames() { return frames.length; },
-  get fps() { return arrivals.length > 1 ? 1000 * (arrivals.length - 1) / (arrivals[arrivals.length - 1] - arrivals[0]) : 0; },
+  get fps() { return rate(gaps); },
 };
 start();
