@@ -89,6 +89,12 @@ def _digest(network: Tokenizer) -> str:
     return digest.hexdigest()
 
 
+def check_share(share: float) -> None:
+    """Refuse an ``ending_share`` outside [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"ending_share must lie in [0, 1], got {share}")
+
+
 class LatentDataset:
     """The episodes of one split as latents, in memory."""
 
@@ -125,14 +131,25 @@ class LatentDataset:
         if not self.episodes:
             raise ValueError(f"{recordings.folder} has no {split} episodes")
         self._lengths = np.array([len(e.actions) for e in self.episodes])
+        self._ends = np.array([bool(e.terminated[-1]) for e in self.episodes])
 
     @property
     def transitions(self) -> int:
         """Transitions in all episodes."""
         return int(self._lengths.sum())
 
-    def windows(self, rng: np.random.Generator, count: int, frames: int) -> tuple[Tensor, Tensor]:
+    def windows(
+        self, rng: np.random.Generator, count: int, frames: int, ending_share: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Random windows of ``frames`` frames within episodes.
+
+        Args:
+            rng: the randomness.
+            count: windows.
+            frames: frames each.
+            ending_share: in [0, 1], the probability that a window lies at the end of an episode
+                that terminated, at most ``frames`` - 1 frames before its last. What ends episodes
+                is rare, and all windows alike hardly show it.
 
         Returns:
             float32 latents (count, frames, C, h, w), and encoded actions
@@ -141,11 +158,15 @@ class LatentDataset:
         room = np.maximum(self._lengths + 2 - frames, 0)
         if not room.any():
             raise ValueError(f"no episode has {frames} frames")
-        ends = np.cumsum(room)
+        ends, ended = np.cumsum(room), np.flatnonzero(self._ends & (room > 0))
         latents, actions = [], []
         for index in rng.integers(0, ends[-1], count):
             number = int(np.searchsorted(ends, index, side="right"))
             start = int(index - (ends[number] - room[number]))
+            # No draw without a share, so that batches stay what they were.
+            if ending_share and len(ended) and rng.random() < ending_share:
+                number = int(rng.choice(ended))
+                start = int(room[number] - 1 - rng.integers(min(frames, room[number])))
             episode = self.episodes[number]
             latents.append(episode.latents[start : start + frames])
             into = episode.actions[max(0, start - 1) : start + frames - 1]

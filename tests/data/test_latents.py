@@ -96,6 +96,27 @@ def test_the_action_into_a_windows_first_frame(recordings: Path, latents: Path) 
         assert np.array_equal(into[0], expected)
 
 
+def test_windows_at_the_ends_of_episodes_that_terminated(recordings: Path, latents: Path) -> None:
+    data = LatentDataset(RecordedDataset(recordings), latents, "train")
+    last = [e.latents[-1].astype(np.float32).tobytes() for e in data.episodes]
+    data._ends[:] = False
+    data._ends[[1, 4]] = True
+    latents_of = [{z.astype(np.float32).tobytes() for z in e.latents} for e in data.episodes]
+    near = {z.astype(np.float32).tobytes() for i in (1, 4) for z in data.episodes[i].latents[-15:]}
+    rng = np.random.default_rng(0)
+    windows, actions = data.windows(rng, 200, 8, ending_share=1.0)
+    assert actions.shape == (200, 8, 3)
+    keys = [[z.tobytes() for z in window] for window in windows.numpy()]
+    assert all(key in near for window in keys for key in window)
+    assert {i for window in keys for i in (1, 4) if window[0] in latents_of[i]} == {1, 4}
+    assert {last[1], last[4]} <= {window[-1] for window in keys}
+    some = data.windows(rng, 400, 8, ending_share=0.5)[0].numpy()
+    assert 150 < sum(window[0].tobytes() in near for window in some) < 280
+    # Where nothing terminated, the share asks for nothing.
+    data._ends[:] = False
+    assert data.windows(rng, 4, 8, ending_share=1.0)[0].shape[0] == 4
+
+
 def test_splits(recordings: Path, latents: Path) -> None:
     train, validation = (
         LatentDataset(RecordedDataset(recordings), latents, s) for s in ("train", "validation")
