@@ -24,7 +24,6 @@ from agents.evaluation import Judge, describe
 from agents.load import NativeAgent
 from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
-from agents.threaded import ThreadedVectorEnv
 from nfd_env import config
 from nfd_env.checkpoint import load_world
 from nfd_env.envs.real_vector import RealVectorEnv
@@ -62,8 +61,6 @@ class TrainPPOConfig:
         evaluate_episodes: real episodes each time.
         checkpoint_seconds: time between checkpoints.
         threads: CPU threads; 0 leaves torch's default.
-        workers: threads that step environments of the learned world, ``num_envs / workers`` each
-            and beside each other. On a CPU, as many as it has cores; on a GPU, 1.
     """
 
     folder: str
@@ -86,15 +83,12 @@ class TrainPPOConfig:
     evaluate_episodes: int = 8
     checkpoint_seconds: float = 60.0
     threads: int = 0
-    workers: int = 1
 
     def __post_init__(self) -> None:
         """Check that minibatches fill a batch."""
         batch = self.num_envs * self.ppo.rollout_steps
         if self.decisions < 1 or self.frame_stack < 1:
             raise ValueError("decisions and frame_stack must be at least 1")
-        if self.workers < 1 or self.num_envs % self.workers:
-            raise ValueError(f"workers {self.workers} does not divide num_envs {self.num_envs}")
         if batch % self.ppo.minibatch_size:
             raise ValueError(
                 f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the batch of "
@@ -132,13 +126,7 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     if settings.starts is not None:
         kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
     kwargs |= settings.env
-
-    def make(num_envs: int) -> NFDVectorEnv:
-        return NFDVectorEnv(world, num_envs, **kwargs)
-
-    if settings.workers == 1:
-        return make(settings.num_envs)
-    return ThreadedVectorEnv(make, settings.num_envs, settings.workers)
+    return NFDVectorEnv(world, settings.num_envs, **kwargs)
 
 
 def make_policy(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nfd_env.checkpoint import World, load_world
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.evaluation.endings import replay_endings
 from nfd_env.evaluation.held_out import (
     EARLY,
     EVERY,
@@ -71,7 +72,8 @@ def evaluate(
     if held.long is not None:
         row.measure_drift(held, seed, progress)
     ends = _ends(world, row.model, held.encoded, np.random.default_rng(seed))
-    return _about(world, held) | row.report | {"ends": ends}
+    replayed = replay_endings(world, row.model, held.encoded, seed)
+    return _about(world, held) | row.report | {"ends": ends, "replayed": replayed}
 
 
 def evaluate_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nfd_env.evaluation.endings import EARLIER, LATER
 from nfd_env.evaluation.held_out import BRIGHT, EARLY, HORIZONS, LONG, REFERENCE
 from nfd_env.evaluation.tables import table
 
@@ -62,7 +63,31 @@ def format_report(report: dict[str, Any]) -> str:
         }
         ends = [[labels[name], f"{value:.3f}"] for name, value in report["ends"].items()]
         lines += ["", table(["reward and termination on held-out frames", ""], ends)]
+    if report.get("replayed", {}).get("episodes"):
+        lines += ["", *_replayed(report["replayed"])]
     return "\n".join(lines)
+
+
+def _replayed(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            ahead,
+            f"{row['there']:.2f}",
+            f"{row['recorded_there']:.2f}",
+            f"{row['before']:.2f}",
+            f"{row['recorded_before']:.2f}",
+        ]
+        for ahead, row in report.items()
+        if ahead != "episodes"
+    ]
+    header = ["frames before the end", "ends there", "heads on recorded frames", "ends before"]
+    return [
+        f"Ends of {report['episodes']} held-out episodes played again in the world, with the "
+        f"actions taken: probabilities that it ends them there, from {EARLIER} frames before to "
+        f"{LATER} after, or before.",
+        "",
+        table([*header, "heads on recorded frames"], rows),
+    ]
 
 
 def _frechet(report: dict[str, Any]) -> list[list[str]]:
