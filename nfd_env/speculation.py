@@ -246,6 +246,9 @@ class Speculator:
 
     def _draw(self, state: SpeculativeState, actions: Tensor, rows: list[int], width: int) -> None:
         """Replace the blocks of ``rows``; nothing of the new ones is used yet."""
+        # Measured with the moving of rows, which only drafts make necessary: rows of a batch then
+        # run out of drafts at different times.
+        begin = self._now()
         for row in rows:
             state.drop(row)
         everything = len(rows) == state.batch
@@ -262,9 +265,7 @@ class Speculator:
             part.seeds,
             part.frame,
         )
-        begin = self._now()
         drawn = self.model.draw(history, chosen, width, part.used)
-        self._count_pass(width, (self._now() - begin) / len(rows))
         part.keep(self._padded(drawn))
         part.action = chosen[:, None]
         ended = drawn.terminated.cpu().numpy()
@@ -276,6 +277,7 @@ class Speculator:
             part.counts[row] += (width - 1, 0, width - part.ready[row])
         if part is not state:
             state.put(rows, part)
+        self._count_pass(width, (self._now() - begin) / len(rows))
 
     def _padded(self, drawn: Drawn) -> Drawn:
         missing = self.frames - drawn.reward.shape[1]
