@@ -25,9 +25,17 @@ class Dodger:
 
     real_kwargs = {"objects_info_enabled": True}  # what ``nfd eval-agent`` makes the game with
 
-    def __init__(self, caution: float = 14.0, replan: int = 3) -> None:
-        """Keep ``caution`` map units away from fireballs; decide anew every ``replan`` steps."""
-        self._caution, self._replan = caution, replan
+    def __init__(self, caution: float = 14.0, replan: int = 3, memory: int | None = None) -> None:
+        """Dodge.
+
+        Args:
+            caution: map units to keep away from fireballs.
+            replan: decide anew every so many steps.
+            memory: know of no fireball that has been out of the picture for more than so many
+                tics (looked at whenever it decides), to tell what a player of the picture could
+                do; None to know of all.
+        """
+        self._caution, self._replan, self._memory = caution, replan, memory
         plans = itertools.product((_NOOP, _RIGHT, _LEFT), (4, 9, 16, 28), (_NOOP, _RIGHT, _LEFT))
         self._plans = np.array(
             [[first] * n + [second] * (_HORIZON - n) for first, n, second in plans]
@@ -37,6 +45,7 @@ class Dodger:
         """Begin an episode of ``VizdoomTakeCover-v1`` made with ``objects_info_enabled=True``."""
         self._game_env: Any = env.unwrapped
         self._rng, self._left, self._action = rng, 0, _NOOP
+        self._tic, self._seen = 0, dict[int, int]()
         self._favourite = rng.uniform(120, 650)
 
     def act(self, observation: np.ndarray) -> int:
@@ -44,7 +53,17 @@ class Dodger:
         if self._left == 0:
             self._action, self._left = self._plan(), self._replan
         self._left -= 1
+        self._tic += 1
         return self._action
+
+    def _knows(self, ball: Any, player: Any) -> bool:
+        if self._memory is None:
+            return True
+        # The picture shows 45 degrees to either side.
+        aside = abs(ball.position_y - player.position_y)
+        if aside < ball.position_x - player.position_x:
+            self._seen[ball.id] = self._tic
+        return self._tic - self._seen.get(ball.id, -(10**9)) <= self._memory
 
     def _plan(self) -> int:
         objects = self._game_env.state.objects
@@ -63,7 +82,7 @@ class Dodger:
         cost += 2e-4 * (np.diff(self._plans, axis=1) != 0).sum(1) + 1e-6 * self._rng.random(len(y))
         tics = np.arange(1, _HORIZON + 1)
         for ball in objects:
-            if "Ball" not in ball.name or ball.velocity_x >= 0:
+            if "Ball" not in ball.name or ball.velocity_x >= 0 or not self._knows(ball, player):
                 continue
             x = ball.position_x + ball.velocity_x * tics
             near = np.abs(x - player.position_x) < _TOUCH + 6
