@@ -277,7 +277,9 @@ class Speculator:
             part.counts[row] += (width - 1, 0, width - part.ready[row])
         if part is not state:
             state.put(rows, part)
-        self._count_pass(width, (self._now() - begin) / len(rows))
+        # Without drafts all rows are drawn together, so only such passes tell what that costs.
+        if everything or width == self.frames:
+            self._count_pass(width, (self._now() - begin) / len(rows))
 
     def _padded(self, drawn: Drawn) -> Drawn:
         missing = self.frames - drawn.reward.shape[1]
@@ -294,9 +296,8 @@ class Speculator:
         if cost is None:
             for width in (self.frames, fewest):
                 known = self._costs[width]
-                if len(known.seconds) < _NEEDED:
-                    return width, False
-                if self._passes - known.latest >= _PROBE:
+                unknown = len(known.seconds) < _NEEDED
+                if unknown or self._passes - known.latest >= _PROBE:
                     # Without drafts all rows are drawn together: measure just that.
                     return width, width == fewest
             cost = self._costs[self.frames].median() / self._costs[fewest].median()
