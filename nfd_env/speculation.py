@@ -305,7 +305,10 @@ class Speculator:
         decisions = -(-np.maximum(ahead - certain + 1, 0) // self.frame_skip)
         expected = (state.kept[active, None] ** decisions).sum(1)
         pays = cost * float((fewest / expected).mean()) <= (1 if self.draft_cost else _WORTH)
-        return (self.frames if pays else fewest), False
+        if pays:
+            return self.frames, False
+        # Parts of a batch cost more to draw than they save: drop what drafts some rows still have.
+        return fewest, self.draft_cost is None
 
     def _count_pass(self, width: int, seconds: float) -> None:
         self._passes += 1

@@ -300,6 +300,18 @@ def test_erratic_actions_cost_next_to_nothing(model: WorldModel, rows: int, fram
     assert priced.drafting < 0.05 * len(acts)
 
 
+def test_parts_of_a_batch_that_cost_more_do_not_make_drafts_look_cheap(model: WorldModel) -> None:
+    """Only drafts leave parts of a batch to draw; without them it is drawn whole."""
+
+    def moving(rows: int, frames: int) -> float:
+        return price(rows, frames) + (0 if rows == 8 else 24)
+
+    acts = random_actions(8, 1500)
+    took, priced = seconds(model, moving, acts, 4)
+    assert took <= 1.05 * price(8, 1) * len(acts)
+    assert priced.drafting < 0.05 * len(acts)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_kept_actions_are_drafted_for(model: WorldModel, rows: int) -> None:
     acts = held_actions(rows, 600, seed=0, longest=30)
