@@ -232,8 +232,10 @@ class Speculator:
         hits = active & same & waiting
         missed = active & ~hits
         if missed.any():
-            width, whole = self._width(state, certain, active)
-            if whole:
+            width = self._width(state, certain, active)
+            if width < self.frames:
+                # Parts of a batch cost more to draw than they save: without drafts all rows are
+                # drawn together, and what drafts some still have is dropped.
                 hits, missed = np.zeros_like(hits), active
             self._draw(state, actions, [int(r) for r in np.flatnonzero(missed)], width)
         state.counts[hits, 1] += 1
@@ -277,9 +279,7 @@ class Speculator:
             part.counts[row] += (width - 1, 0, width - part.ready[row])
         if part is not state:
             state.put(rows, part)
-        # Without drafts all rows are drawn together, so only such passes tell what that costs.
-        if everything or width == self.frames:
-            self._count_pass(width, (self._now() - begin) / len(rows))
+        self._count_pass(width, (self._now() - begin) / len(rows))
 
     def _padded(self, drawn: Drawn) -> Drawn:
         missing = self.frames - drawn.reward.shape[1]
@@ -287,28 +287,24 @@ class Speculator:
             return drawn
         return drawn.map(lambda x: torch.cat((x, x.new_zeros((len(x), missing, *x.shape[2:]))), 1))
 
-    def _width(self, state: SpeculativeState, certain: int, active: np.ndarray) -> tuple[int, bool]:
-        """How many frames the next pass draws, and whether it is to be for all active rows."""
+    def _width(self, state: SpeculativeState, certain: int, active: np.ndarray) -> int:
+        """How many frames the next pass draws."""
         fewest = min(certain, self.frames)
         if fewest == self.frames:
-            return self.frames, False
+            return self.frames
         cost = self.draft_cost
         if cost is None:
             for width in (self.frames, fewest):
                 known = self._costs[width]
                 unknown = len(known.seconds) < _NEEDED
                 if unknown or self._passes - known.latest >= _PROBE:
-                    # Without drafts all rows are drawn together: measure just that.
-                    return width, width == fewest
+                    return width
             cost = self._costs[self.frames].median() / self._costs[fewest].median()
         ahead = np.arange(self.frames)
         decisions = -(-np.maximum(ahead - certain + 1, 0) // self.frame_skip)
         expected = (state.kept[active, None] ** decisions).sum(1)
         pays = cost * float((fewest / expected).mean()) <= (1 if self.draft_cost else _WORTH)
-        if pays:
-            return self.frames, False
-        # Parts of a batch cost more to draw than they save: drop what drafts some rows still have.
-        return fewest, self.draft_cost is None
+        return self.frames if pays else fewest
 
     def _count_pass(self, width: int, seconds: float) -> None:
         self._passes += 1
