@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class AgentSpec:
     def check(self, env: Any) -> None:
         """Raise AgentError when the agent cannot play ``env``."""
         here = AgentSpec.of(env, self.frame_stack)
-        for field, what, remedy in (
+        for name, what, remedy in (
             ("world", "for the world", "load an agent of this world"),
             ("action_space", "for the action space", "load an agent of this action space"),
             (
@@ -77,8 +77,8 @@ class AgentSpec:
             ),
             ("encoder", "on latents of the tokenizer", "train an agent on the present tokenizer"),
         ):
-            mine, its = getattr(self, field), getattr(here, field)
-            if mine != its and not (field == "world" and not mine):
+            mine, its = getattr(self, name), getattr(here, name)
+            if mine != its and not (name == "world" and not mine):
                 raise AgentError(f"the agent was trained {what} {mine}, this is {its}: {remedy}")
 
 
@@ -100,11 +100,28 @@ class PolicyConfig:
         spec: what it sees and does.
         channels: of the convolutions.
         width: of the fully connected layer.
+        frame_offsets: which observations of the stack it looks at, in decisions back from the
+            latest (0); empty for all. A few that lie further and further apart remember long and
+            cost little.
     """
 
     spec: AgentSpec
     channels: int = 32
     width: int = 256
+    frame_offsets: list[int] = field(default_factory=list)
+
+    @property
+    def offsets(self) -> list[int]:
+        """The observations that it looks at, in decisions back, oldest first."""
+        return sorted(set(self.frame_offsets or range(self.spec.frame_stack)), reverse=True)
+
+    def __post_init__(self) -> None:
+        """Check that the stack holds what the network looks at."""
+        if self.offsets[0] >= self.spec.frame_stack or self.offsets[-1] < 0:
+            raise ValueError(
+                f"frame_offsets must lie from 0 to frame_stack - 1 = {self.spec.frame_stack - 1}, "
+                f"got {self.frame_offsets}"
+            )
 
 
 class Trunk(nn.Module):
@@ -168,7 +185,8 @@ class ActorCritic(nn.Module):
             )
         if spec.obs_type == "rgb":
             shape = [shape[2], shape[0], shape[1]]
-        stacked = (spec.frame_stack * shape[0], shape[1], shape[2])
+        self.looks_at = [-1 - back for back in config.offsets]
+        stacked = (len(self.looks_at) * shape[0], shape[1], shape[2])
         self.trunk = Trunk(spec.obs_type, stacked, config.channels, config.width)
         self.actor = nn.Linear(config.width, sum(self.sizes))
         self.critic = nn.Linear(config.width, 1)
@@ -178,6 +196,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """(B, frame_stack, *observation_shape) -> logits (B, sum of sizes), value (B,)."""
+        stack = stack[:, self.looks_at]
         if self.config.spec.obs_type == "rgb":
             stack = stack.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
         hidden = self.trunk(stack.flatten(1, 2))

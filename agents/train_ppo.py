@@ -42,7 +42,8 @@ class TrainPPOConfig:
         num_envs: environments stepped together.
         obs_type: "latent" or "rgb".
         frame_skip: frames for which each action is repeated.
-        frame_stack: observations that a decision is based on; one shows no velocity.
+        frame_stack: latest observations that a decision can be based on; one shows no velocity.
+        frame_offsets: those of them that it is based on, in decisions back; empty for all.
         max_episode_frames: whole episodes are truncated there; 0 for never.
         starts: recorded moments that the episodes in the learned world start from; None for those
             that come with it.
@@ -69,6 +70,7 @@ class TrainPPOConfig:
     obs_type: str = "latent"
     frame_skip: int = 4
     frame_stack: int = 3
+    frame_offsets: list[int] = field(default_factory=list)
     max_episode_frames: int = 0
     starts: StartsConfig | None = None
     horizon_frames: int = 0
@@ -138,7 +140,8 @@ def make_policy(
         AgentError: when the policy cannot take the actions or observations of ``env``.
     """
     spec = AgentSpec.of(env, settings.frame_stack, "real game" if real else "world")
-    network = ActorCritic(PolicyConfig(spec, settings.channels, settings.width))
+    sizes = settings.channels, settings.width, settings.frame_offsets
+    network = ActorCritic(PolicyConfig(spec, *sizes))
     policy = network.to(env.model.device)
     return policy, torch.optim.Adam(policy.parameters(), settings.ppo.learning_rate, eps=1e-5)
 

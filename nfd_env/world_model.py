@@ -237,7 +237,7 @@ class WorldModel:
             seeds: one (environment seed, episode number) a row, both >= 0.
             frames: most frames that are drawn or pending at a time, see ``draw``.
         """
-        keep = self.dynamics.config.window
+        keep = self.dynamics.config.sight.reach
         groups: dict[int, list[int]] = {}  # rows with equally many frames share one pass
         for row, context in enumerate(contexts):
             groups.setdefault(min(len(context.latents), keep), []).append(row)

@@ -32,9 +32,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     committing: list[int] = []
     begin, forward = FrameCache.begin, Block.forward
 
-    def counted_begin(self, count, commit):
+    def counted_begin(self, count, commit, numbers=None):
         committing.append(commit)
-        return begin(self, count, commit)
+        return begin(self, count, commit, numbers)
 
     def counted_forward(self, layer, x, *args):
         if layer == 0:

@@ -158,7 +158,12 @@ def test_after_a_mismatch_everything_equals_a_run_that_never_drafted(model: Worl
         mine, other = state.cache, reference.state.cache
         assert mine.length[row] == other.length[0] == state.frame[row]
         length = state.frame[row]
-        seen = torch.arange(max(0, length - mine.window + 1), length) % mine.ring
+        sight = mine.sight
+        seen = torch.arange(max(0, length - sight.window + 1), length) % mine.ring
+        far = torch.arange(max(0, length - sight.reach + 1), length)
+        far = far[far % sight.stride == 0] // sight.stride % mine.far_ring
+        assert len(far)
+        seen = torch.cat((seen, mine.ring + far))
         for ours, theirs in ((mine.keys, other.keys), (mine.values, other.values)):
             torch.testing.assert_close(ours[:, row, :, seen], theirs[:, 0, :, seen], **CLOSE)
     # A first draft was right six times, and then every one of three was wrong.

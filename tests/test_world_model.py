@@ -138,9 +138,14 @@ def test_noise_and_uniform_numbers_have_their_distributions(model: WorldModel) -
 
 
 def test_rows_of_different_lengths_start_as_they_would_alone(model: WorldModel) -> None:
-    contexts = [context(count, seed) for seed, count in enumerate((3, 1, 9, 3))]
+    contexts = [context(count, seed) for seed, count in enumerate((3, 1, 14, 3))]
     whole, acts = model.start(contexts, SEEDS), actions(4, 6)
-    assert whole.seeds == SEEDS and whole.frame == [2, 0, 4, 2]  # the window is 5
+    assert whole.seeds == SEEDS and whole.frame == [
+        2,
+        0,
+        10,
+        2,
+    ]  # no more than 11 frames can be seen
     rolled = roll(model, whole, acts)
     for row, (one, seed) in enumerate(zip(contexts, SEEDS, strict=True)):
         alone = model.start([one], [seed])
@@ -168,9 +173,9 @@ def test_each_part_of_the_start_matters(model: WorldModel) -> None:
 
 
 def test_only_what_the_model_can_see_of_a_long_context_is_used(model: WorldModel) -> None:
-    window = model.dynamics.config.window
-    long = context(window + 4)
-    last = Context(long.latents[-window:], long.actions[-window:])
+    reach = model.dynamics.config.sight.reach
+    long = context(reach + 4)
+    last = Context(long.latents[-reach:], long.actions[-reach:])
     acts = actions(1, 3)
     one, other = (roll(model, model.start([c], [(1, 0)]), acts) for c in (long, last))
     assert torch.equal(one, other)

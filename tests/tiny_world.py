@@ -24,6 +24,7 @@ def make_tiny_world(
     action_space: dict[str, Any] | None = None,
     hazard_bias: float = -3.0,
     window: int = 5,
+    keyframes: int = 2,
     starts: int = 6,
     seed: int = 0,
     distilled: bool = False,
@@ -49,6 +50,8 @@ def make_tiny_world(
             layers=2,
             heads=2,
             window=window,
+            keyframes=keyframes,
+            keyframe_stride=3,
         )
     ).eval()
     heads = Heads(

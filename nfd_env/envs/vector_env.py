@@ -619,7 +619,7 @@ class NFDVectorEnv(VectorEnv):
                 f"two, got {len(actions)}"
             )
         # Only what the model can still see, to encode no more than needed.
-        keep = self.model.dynamics.config.window
+        keep = self.model.dynamics.config.sight.reach
         frames, actions = frames[-keep:], actions[-keep:] if len(frames) > keep else actions
         into = torch.zeros(len(frames), codec.width)
         if len(actions):

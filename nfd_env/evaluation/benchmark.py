@@ -101,7 +101,7 @@ def step_gflop(model: WorldModel) -> float:
     c = model.dynamics.config
     hidden = -(-(8 * c.width) // (3 * 256)) * 256
     ends = c.latent_channels * c.patch**2 * c.width  # the embedding's products, or the output's
-    attention = 2 * c.tokens * c.window * c.width
+    attention = 2 * c.tokens * c.sight.frames * c.width
     block = 4 * c.width**2 + 3 * c.width * hidden + attention
     modulated, rank = (6 * c.layers + 2) * c.width, c.modulation_rank
     per_frame = rank * (c.width + modulated) if rank else c.width * modulated
@@ -138,7 +138,7 @@ def _step_times(env: NFDVectorEnv, seconds: float) -> tuple[np.ndarray, float]:
     """Seconds of each env step, and the share of drafted frames that were accepted."""
     stream = ActionStream("held keys" if env.speculative_frames > 1 else "random", env)
     actions = [stream.next(None).copy() for _ in range(512)]
-    for i in range(env.model.dynamics.config.window + 2):
+    for i in range(env.model.dynamics.config.sight.reach + 2):
         env.step(actions[i])
     times: list[float] = []
     info: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def _transformer_and_matmul(
     dynamics.stream = timed  # type: ignore[method-assign]
     try:
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(passes) < 2 * dynamics.config.window:
+        while time.perf_counter() < end or len(passes) < 2 * dynamics.config.sight.reach:
             passes.append(0.0)
             model.step(state, action)
             begin = time.perf_counter()
@@ -194,7 +194,7 @@ def _transformer_and_matmul(
             products.append(time.perf_counter() - begin)
     finally:
         del dynamics.stream
-    full = slice(dynamics.config.window, None)
+    full = slice(dynamics.config.sight.reach, None)
     return float(np.median(passes[full])), float(np.median(products[full]))
 
 

@@ -54,7 +54,7 @@ class Runner:
         self._observation, self._info = env.reset(seed=0)
         self._ended: np.ndarray | None = None
         self.times: list[float] = []
-        for _ in range(env.model.dynamics.config.window + 2):
+        for _ in range(env.model.dynamics.config.sight.reach + 2):
             self.step()
         self._before, self.times = self._counts(), []
 

@@ -55,7 +55,7 @@ def demo(
     real = read_mp4(clip)
     actions = load_file(loaded.folder / "clip.safetensors")["actions"].numpy()
     env = NFDVectorEnv(world, device=device, sampling_steps=sampling_steps, precision=precision)
-    keep = env.model.dynamics.config.window
+    keep = env.model.dynamics.config.sight.reach
     first = keep - 1
 
     def join(frame: int, new_seed: int | None) -> np.ndarray:

@@ -42,7 +42,7 @@ def replay_endings(
         be.
     """
     hidden_end = not world.spec.source.terminal_frame
-    longest = max(AHEAD) + model.dynamics.config.window
+    longest = max(AHEAD) + model.dynamics.config.sight.reach
     last = {
         index: len(episode) - int(hidden_end)
         for index, episode in enumerate(encoded.episodes)

@@ -180,7 +180,7 @@ class HeldOut:
         pictures = model.decode(latents[:256].to(model.device)).cpu().numpy()
         threshold = float(np.percentile(luminance(pictures), BRIGHT))
         # The floor of the long rollouts is drawn from more stretches than one such set.
-        keep = model.dynamics.config.window
+        keep = model.dynamics.config.sight.reach
         moments = _moments(encoded, max(windows, 4 * long_rollouts), keep, window)
         first = np.array([encoded.number(*moment) for moment in moments])
         real = encoded.latents((first[:, None] + np.arange(1, EARLY + 1)).ravel())
@@ -243,7 +243,7 @@ def _windows(
 
 
 def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Generator) -> Rollouts:
-    keep = world.model.dynamics.config.window
+    keep = world.model.dynamics.config.sight.reach
     usable = [i for i, e in enumerate(encoded.episodes) if len(e) > keep]
     contexts, streams = [], []
     for episode in rng.choice(usable, count):
@@ -257,8 +257,8 @@ def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Gen
 
 
 def recorded_context(world: World, encoded: EncodedEpisodes, episode: int, last: int) -> Context:
-    """A window's recorded frames up to and including number ``last``, as a start."""
-    first = max(0, last - world.model.dynamics.config.window + 1)
+    """The recorded frames that the model still sees after number ``last``, as a start."""
+    first = max(0, last - world.model.dynamics.config.sight.reach + 1)
     actions = torch.zeros(last - first + 1, world.codec.width)
     into = encoded.episodes[episode].actions[max(0, first - 1) : last]
     if len(into):

@@ -102,14 +102,16 @@ class PlainDynamics(nn.Module):
         levels: Tensor,
         actions: Tensor,
         past: Sequence[KeysValues] | None = None,
+        numbers: Tensor | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Velocities of the F frames that follow the ``past``; all of them fit one window.
+        """Velocities of F frames, of which the last sees all that there are.
 
         Args:
             latents: (B, F, C, h, w).
             levels: (B, F) in [0, 1].
             actions: (B, F, action_width).
             past: keys and values of each block for the frames before; None when there are none.
+            numbers: int (F,), ascending, the frames' numbers; None for those right behind the past.
 
         Returns:
             Velocities (B, F, C, h, w), and each block's keys and values of these frames.
@@ -120,9 +122,10 @@ class PlainDynamics(nn.Module):
         condition = self.embed_level(sinusoid(levels).to(dtype))
         condition = condition + self.embed_action(actions.to(dtype))
         condition = condition.repeat_interleave(tokens, 1)
-        frames = torch.arange(before, before + count, device=latents.device)
-        rotation = self.rotation(frames[None]).flatten(1, 2)
-        mask = _block_causal(frames, before, tokens) if count > 1 else None
+        if numbers is None:
+            numbers = torch.arange(before, before + count, device=latents.device)
+        rotation = self.rotation(numbers[None]).flatten(1, 2)
+        mask = self._mask(numbers, before) if count > 1 else None
         made = []
         for layer, block in enumerate(self.blocks):
             x, kept = block(x, condition, rotation, None if past is None else past[layer], mask)
@@ -130,6 +133,13 @@ class PlainDynamics(nn.Module):
         shift, scale = self.modulation(condition).chunk(2, -1)
         velocity = self.output(modulate(self.norm(x), shift, scale))
         return _unpatchify(velocity, self.config).to(latents.dtype), made
+
+    def _mask(self, numbers: Tensor, before: int) -> Tensor:
+        """Whether each token sees each key, of ``before`` earlier frames and of ``numbers``."""
+        seen = self.config.sight.sees(numbers[:, None], numbers[None])
+        seen = functional.pad(seen, (before, 0), value=True)
+        tokens = self.config.tokens
+        return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
 class PlainModel(RefilledModel):
@@ -141,22 +151,23 @@ class PlainModel(RefilledModel):
         self.plain = PlainDynamics(model.dynamics, dtype)
 
     def _refilled(
-        self, past: Tensor, into: Tensor, actions: Tensor, noise: Tensor, sampler: Sampler
+        self,
+        past: Tensor,
+        into: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        sampler: Sampler,
+        numbers: Tensor,
     ) -> Tensor:
         levels = past.new_full(past.shape[:2], self.sampling.history_level)
-        _, cache = self.plain(past, levels, into)
+        _, cache = self.plain(past, levels, into, None, numbers)
+        following = numbers[-1:] + 1
 
         def velocity(x: Tensor, level: float) -> Tensor:
-            return self.plain(x, x.new_full(x.shape[:2], level), actions, cache)[0]
+            at = x.new_full(x.shape[:2], level)
+            return self.plain(x, at, actions, cache, following)[0]
 
         return sampler(velocity, noise)
-
-
-def _block_causal(frames: Tensor, before: int, tokens: int) -> Tensor:
-    """Whether each token sees each key, of ``before`` earlier frames and of ``frames``."""
-    keys = torch.arange(before + len(frames), device=frames.device)
-    seen = keys[None] <= frames[:, None]
-    return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
 def _patchify(latents: Tensor, patch: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The cache as the paper's lineage keeps it: refilled from the whole window for every new frame.
 
-A baseline for ``nfd bench --compare``, not for playing. Each frame costs one pass over the window's
-finished frames at the history level, which fills the keys and values, and then one pass a denoising
-step over the new frame alone. Everything else is ``WorldModel``'s.
+A baseline for ``nfd bench --compare``, not for playing. Each frame costs one pass over the finished
+frames that it sees, at the history level, which fills the keys and values, and then one pass a
+denoising step over the new frame alone. Everything else is ``WorldModel``'s.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nfd_env.world_model import Context, Transition, WorldModel, WorldState
 class RefilledModel(WorldModel):
     """Steps like ``model``, without keys and values that outlive a frame.
 
-    In its states ``remembered`` and ``action`` hold the last window - 1 frames, (B, window - 1,
-    ...), younger histories at the end; the cache is scratch.
+    In its states ``remembered`` and ``action`` hold all frames back to the farthest that the next
+    one can see, (B, reach - 1, ...), younger histories at the end; the cache is scratch.
     """
 
     def __init__(self, model: WorldModel) -> None:
@@ -34,11 +34,11 @@ class RefilledModel(WorldModel):
     ) -> WorldState:
         """See ``WorldModel.start``."""
         state = super().start(contexts, seeds, frames)
-        kept, level = self.dynamics.config.window - 1, self.sampling.history_level
+        kept, level = self.dynamics.config.sight.reach - 1, self.sampling.history_level
         past = state.remembered.new_zeros((state.batch, kept, *self.dynamics.config.latent_shape))
         into = state.action.new_zeros((state.batch, kept, state.action.shape[-1]))
         for row, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
-            # As ``WorldModel`` does, frames are numbered from the first that its window holds.
+            # As ``WorldModel`` does, frames are numbered from the first that can be seen.
             latents = context.latents[-(kept + 1) :].to(past)
             noise = torch.stack([self._draw(seed, k)[1] for k in range(len(latents))]).to(past)
             history = torch.lerp(latents, noise, level)[-kept:]
@@ -66,27 +66,38 @@ class RefilledModel(WorldModel):
         pending_counts: Sequence[int] | None,
     ) -> Tensor:
         assert pending_counts is None, "the baseline neither drafts nor commits"
-        by_length: dict[int, list[int]] = defaultdict(list)
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for row, frame in enumerate(state.frame):
-            by_length[min(frame + 1, state.remembered.shape[1])].append(row)
-        if len(by_length) == 1:
-            length = next(iter(by_length))
-            past, into = state.remembered[:, -length:], state.action[:, -length:]
-            return self._refilled(past, into, actions, noise, sampler)
-        # Rows whose window is not yet full have passes of their own.
+            groups[self._seen(frame + 1)].append(row)
+        # Rows that see frames of other numbers have passes of their own.
         made = torch.empty_like(noise)
-        for length, listed in by_length.items():
-            rows = torch.tensor(listed, device=noise.device)
-            past, into = state.remembered[rows, -length:], state.action[rows, -length:]
-            made[rows] = self._refilled(past, into, actions[rows], noise[rows], sampler)
+        for back, listed in groups.items():
+            rows = slice(None) if len(groups) == 1 else torch.tensor(listed, device=noise.device)
+            places = [-b for b in back]
+            past, into = state.remembered[rows][:, places], state.action[rows][:, places]
+            numbers = torch.tensor([back[0] - b for b in back], device=noise.device)
+            made[rows] = self._refilled(past, into, actions[rows], noise[rows], sampler, numbers)
         return made
 
+    def _seen(self, frame: int) -> tuple[int, ...]:
+        """How far back the frames lie that frame number ``frame`` sees, the farthest first."""
+        numbers = torch.arange(frame)
+        seen = numbers[self.dynamics.config.sight.sees(torch.tensor(frame), numbers)]
+        return tuple((frame - seen).tolist())
+
     def _refilled(
-        self, past: Tensor, into: Tensor, actions: Tensor, noise: Tensor, sampler: Sampler
+        self,
+        past: Tensor,
+        into: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        sampler: Sampler,
+        numbers: Tensor,
     ) -> Tensor:
+        """Draw frames behind the ``past`` (B, F, C, h, w), which has the frame ``numbers`` (F,)."""
         cache = new_cache(self.dynamics, len(past))
         levels = past.new_full(past.shape[:2], self.sampling.history_level)
-        self.dynamics.stream(cache, past, levels, into, commit=past.shape[1])
+        self.dynamics.stream(cache, past, levels, into, past.shape[1], numbers)
 
         def velocity(x: Tensor, level: float) -> Tensor:
             at = x.new_full(x.shape[:2], level)

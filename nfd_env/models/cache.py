@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nfd_env.models.layers import Attend, attend_packed
+from nfd_env.models.sight import Sight
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class FrameCache:
 
     Frame number n stands in slot n modulo ``ring``. Unfinished frames of the pass under way stand
     behind the finished ones, in slots of frames that nothing sees any more, until the next pass
-    overwrites them.
+    overwrites them. Key frames (see ``Sight``) stand in a second ring behind the first as well, key
+    frame number k in its slot k modulo ``far_ring``, and are seen there once they are no longer
+    among the latest.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class FrameCache:
         heads: int,
         head_width: int,
         tokens: int,
-        window: int,
+        sight: Sight,
         drafts: int = 1,
         commits: int = 1,
         device: torch.device | None = None,
@@ -51,17 +55,21 @@ class FrameCache:
             heads: attention heads.
             head_width: channels of a head.
             tokens: tokens a frame.
-            window: frames that a frame may see, itself included.
+            sight: which frames a frame may see.
             drafts: most unfinished frames in one pass.
-            commits: most frames finished in one pass. The ring holds as many frames as a pass may
-                have beyond the window - 1 before a frame, so that the first frame of a pass still
-                finds everything it may see after the last one has been written.
+            commits: most frames finished in one pass. The rings hold as many frames as a pass may
+                have beyond those that a frame sees, so that the first frame of a pass still finds
+                everything it may see after the last one has been written.
             device: of the buffers.
             dtype: of the buffers.
         """
-        self.window, self.ring = window, window - 1 + commits + drafts
+        self.sight, self.ring, self.far_ring = sight, sight.window - 1 + commits + drafts, 0
+        if sight.keyframes:
+            # A pass of commits + drafts frames, and the window that hides its first frame's past.
+            hidden = sight.window - 1 + commits + drafts
+            self.far_ring = sight.keyframes + -(-hidden // sight.stride)
         self.drafts, self.commits, self.tokens = drafts, commits, tokens
-        shape = (layers, batch, heads, self.ring, tokens, head_width)
+        shape = (layers, batch, heads, self.ring + self.far_ring, tokens, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -93,7 +101,9 @@ class FrameCache:
         """An independent copy."""
         return self.take(torch.arange(self.batch, device=self.length.device))
 
-    def begin(self, count: int, commit: int | Sequence[int]) -> StreamView:
+    def begin(
+        self, count: int, commit: int | Sequence[int], numbers: Tensor | None = None
+    ) -> StreamView:
         """Prepare a pass over ``count`` frames that follow the ring's; see ``Dynamics.stream``.
 
         Raises:
@@ -101,40 +111,78 @@ class FrameCache:
         """
         commits = [commit] if isinstance(commit, int) else list(commit)
         fewest, largest = min(commits), max(commits)
+        uneven = fewest < largest
         # Nothing is pushed out of an empty ring, so it takes a whole context at once.
-        empty = largest > self.commits and not self.length.any()
-        most = self.ring - self.drafts if empty else self.commits
+        whole = largest > self.commits or numbers is not None
+        empty = whole and not uneven and not self.length.any()
+        if numbers is not None and not (empty and largest == count == len(numbers)):
+            raise ValueError("only a finished context in an empty cache can have frame numbers")
+        most = count if empty else self.commits
         if not 0 <= fewest <= largest <= min(count, most) or count - largest > self.drafts:
             raise ValueError(
                 f"a pass may finish at most {most} frames and draft {self.drafts}, "
                 f"got {largest} and {count - largest}"
             )
         device = self.length.device
-        frames = self.length[:, None] + torch.arange(count, device=device)
-        uneven = fewest < largest
-        self.length = self.length + (torch.tensor(commits, device=device) if uneven else fewest)
+        if numbers is None:
+            frames = self.length[:, None] + torch.arange(count, device=device)
+            self.length = self.length + (torch.tensor(commits, device=device) if uneven else fewest)
+        else:
+            frames = numbers.to(device).expand(self.batch, -1)
+            self.length = frames[:, -1] + 1
+        if empty:
+            return StreamView(frames, self._take_in(frames))
         mask = self._mask(frames)
-        write = self._writer(frames % self.ring)
+        write, write_far = self._writer(frames % self.ring), self._far_writer(frames)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            write(keys, k)
-            write(values, v)
+            for buffer, new in ((keys, k), (values, v)):
+                write(buffer, new)
+                write_far(buffer, new)
             seen = mask[:, :, -q.shape[1] * self.tokens :]
             return attend_packed(q, keys.flatten(2, 3), values.flatten(2, 3), seen)
 
         return StreamView(frames, attend)
 
+    def _take_in(self, frames: Tensor) -> Attend:
+        """Attention among the ``frames`` (B, F) of a whole context, which keeps the last ones."""
+        numbers = frames[0]
+        mask = self.sight.sees(numbers[:, None], numbers[None])
+        mask = mask.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+        kept = int(self.sight.near(numbers[-1] + 1, numbers).sum())
+        write = self._writer(frames[:, -kept:] % self.ring)
+        write_far = self._far_writer(frames)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
+                write(buffer, new[:, -kept:])
+                write_far(buffer, new)
+            q, k, v = (x.to(v.dtype).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+            seen = mask[-q.shape[2] :]
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0)
+            return out.transpose(1, 2).unflatten(1, (-1, self.tokens)).flatten(-2)
+
+        return attend
+
     def _mask(self, frames: Tensor) -> Tensor:
-        """What ``frames`` (B, F) may see of the ring once they are in it.
+        """What ``frames`` (B, F) may see of the rings once they are in them.
 
         Returns:
-            (B, heads, F * tokens, ring * tokens), to add to the scores.
+            (B, heads, F * tokens, slots * tokens), to add to the scores.
         """
-        newest = frames[:, -1:]
-        # A slot of a draft that was dropped is taken for a frame that fell out of the window.
-        held = newest - (newest - torch.arange(self.ring, device=frames.device)) % self.ring
-        seen = sees(frames[:, :, None], held[:, None], self.window) & (held >= 0)[:, None]
+        newest, query = frames[:, -1:], frames[:, :, None]
+
+        # A slot of a draft that was dropped is taken for a frame that is too far back to be seen.
+        def held(newest: Tensor, ring: int) -> Tensor:
+            return (newest - (newest - torch.arange(ring, device=frames.device)) % ring)[:, None]
+
+        latest = held(newest, self.ring)
+        seen = self.sight.near(query, latest) & (latest >= 0)
+        if self.far_ring:
+            stride = self.sight.stride
+            marked = stride * held(newest // stride, self.far_ring)
+            seen = torch.cat((seen, self.sight.far(query, marked) & (marked >= 0)), -1)
         mask = torch.zeros(seen.shape, device=frames.device, dtype=self.keys.dtype)
         mask = mask.masked_fill(~seen, -torch.inf).repeat_interleave(self.tokens, 1)
         mask = mask.repeat_interleave(self.tokens, 2)[:, None]
@@ -160,7 +208,17 @@ class FrameCache:
 
         return scatter
 
+    def _far_writer(self, frames: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """A function that writes those of (B, F, tokens, heads, c) that are key frames."""
+        marked = frames % self.sight.stride == 0 if self.far_ring else frames < 0
+        # Of a long context only as many as the ring holds.
+        marked = marked & (frames > frames[:, -1:] - self.sight.stride * self.far_ring)
+        rows, places = marked.nonzero(as_tuple=True)
+        if not len(rows):
+            return lambda buffer, new: None
+        slots = self.ring + frames[rows, places] // self.sight.stride % self.far_ring
 
-def sees(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """Whether frame ``query`` attends to frame ``key``: itself and ``window`` - 1 before it."""
-    return (key <= query) & (key > query - window)
+        def scatter(buffer: Tensor, new: Tensor) -> None:
+            buffer[rows, :, slots] = new[rows, places].transpose(1, 2).to(buffer.dtype)
+
+        return scatter

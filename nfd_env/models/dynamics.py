@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.models.cache import FrameCache, sees
+from nfd_env.models.cache import FrameCache
 from nfd_env.models.layers import Attend, Block, FrameRotation, RMSNorm, sinusoid
+from nfd_env.models.sight import Sight
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class DynamicsConfig:
         width: token width d.
         layers: transformer blocks.
         heads: attention heads.
-        window: a frame attends to itself and to at most ``window`` - 1 frames before it.
+        window: a frame attends to itself and to at most ``window`` - 1 frames right before it.
+        keyframes: it also attends to so many frames before those ...
+        keyframe_stride: ... that lie this many frames apart, see ``Sight``.
         qk_norm: normalise queries and keys.
         modulation_rank: rank of the adaLN projection; 0 for a full matrix. See ``with_low_rank``.
     """
@@ -41,6 +44,8 @@ class DynamicsConfig:
     layers: int = 6
     heads: int = 4
     window: int = 16
+    keyframes: int = 0
+    keyframe_stride: int = 8
     qk_norm: bool = False
     modulation_rank: int = 0
 
@@ -50,8 +55,12 @@ class DynamicsConfig:
             raise ValueError("patch must divide latent_height and latent_width")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError("width / heads must be a multiple of 4")
-        if self.window < 2:
-            raise ValueError("window must be at least 2 frames")
+        _ = self.sight  # checks what is seen
+
+    @property
+    def sight(self) -> Sight:
+        """Which frames a frame attends to."""
+        return Sight(self.window, self.keyframes, self.keyframe_stride)
 
     @property
     def tokens(self) -> int:
@@ -127,19 +136,23 @@ class Dynamics(nn.Module):
                 norm.folded = True
         bias[-1] += 1
 
-    def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, levels: Tensor, actions: Tensor, numbers: Tensor | None = None
+    ) -> Tensor:
         """Velocities of whole sequences, each frame seeing itself and the frames before it.
 
         Args:
             latents: (B, T, C, h, w), frame t at noise level ``levels[:, t]``.
             levels: (B, T) in [0, 1].
             actions: (B, T, action_width); ``actions[:, t]`` is the action leading into frame t.
+            numbers: int (T,), ascending, of the frames; None for consecutive ones.
 
         Returns:
             (B, T, C, h, w).
         """
         frames = torch.arange(latents.shape[1], device=latents.device)
-        mask = sees(frames[:, None], frames[None, :], self.config.window)
+        frames = frames if numbers is None else numbers
+        mask = self.config.sight.sees(frames[:, None], frames[None, :])
         rotation = self.rotation(frames[None]).unsqueeze(-4)
         return self._run(latents, levels, actions, rotation, self._masked(mask))
 
@@ -184,6 +197,7 @@ class Dynamics(nn.Module):
         levels: Tensor,
         actions: Tensor,
         commit: int | Sequence[int],
+        numbers: Tensor | None = None,
     ) -> Tensor:
         """One pass over a few frames that follow the cached ones.
 
@@ -195,13 +209,15 @@ class Dynamics(nn.Module):
             commit: the first ``commit`` frames are finished: their keys and values go into the
                 ring. The others see them and one another block-causally, and leave no trace. One
                 number, or one for each row.
+            numbers: int (F,), ascending: the frames' numbers where they are the first of an empty
+                cache and some that nothing sees are left out; None for consecutive ones.
 
         Returns:
             Velocities (B, F - c, C, h, w), without those of the first c frames that are finished in
             every row.
         """
         count = latents.shape[1]
-        view = cache.begin(count, commit)
+        view = cache.begin(count, commit, numbers)
         finished = commit if isinstance(commit, int) else min(commit)
         # Queries carry the softmax's scale in their rotation.
         scale = (self.config.width // self.config.heads) ** -0.5
@@ -224,34 +240,62 @@ class Dynamics(nn.Module):
         return attend
 
     def _two_copies(self, frames: Tensor) -> Attend:
-        """Attention of [history | noisy] frames without the half of the mask that is empty.
+        """Attention of [history | noisy] frames without the parts of the mask that are empty.
 
-        Written with plain softmax: forward-mode differentiation has no rule for fused kernels.
+        Frames are cut into chunks as long as the window, so that the latest frames of any frame are
+        in its own chunk and the one before. Written with plain softmax: forward-mode
+        differentiation has no rule for fused kernels.
         """
-        count, tokens = len(frames), self.config.tokens
-        seen = sees(frames[:, None], frames[None, :], self.config.window)
-        before = seen & (frames[:, None] != frames[None, :])
-        seen, before = (
-            m.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for m in (seen, before)
+        count, tokens, sight = len(frames), self.config.tokens, self.config.sight
+        chunk = min(count, sight.window)
+        missing = -count % chunk
+        # Queries in chunks (n, chunk), and the numbers of the keys that each chunk may see.
+        numbers = functional.pad(frames, (0, missing), value=-1).unflatten(0, (-1, chunk))
+        close = _and_before(numbers, -1)
+        marked = frames[:: sight.stride] if sight.keyframes and count > chunk else frames[:0]
+        query = numbers[..., None]
+        near = sight.near(query, close[:, None]) & (close >= 0)[:, None]
+        far = sight.far(query, marked)
+        old_mask = torch.cat((near, far), -1)
+        new_mask = torch.cat((near & (close[:, None] != query), far), -1)
+        # What pads the last chunk sees something, so that its softmax is finite; it is cut off.
+        old_mask = old_mask | (query < 0)
+        old_mask, new_mask = (
+            m.repeat_interleave(tokens, -1).repeat_interleave(tokens, -2)
+            for m in (old_mask, new_mask)
         )
+        new_mask = torch.cat((new_mask, new_mask.new_ones((*new_mask.shape[:2], tokens))), -1)
+
+        def chunks(x: Tensor) -> Tensor:
+            """(B, T, P, heads, c) -> (B, heads, n, chunk * P, c)."""
+            x = functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunk))
+            return x.permute(0, 4, 1, 2, 3, 5).flatten(3, 4)
+
+        def seen(x: Tensor) -> Tensor:
+            """History (B, T, P, heads, c) -> what each chunk sees (B, heads, n, keys, c)."""
+            around = _and_before(chunks(x), 0, 2, 3)
+            if not len(marked):
+                return around
+            keys = x[:, :: sight.stride].flatten(1, 2).transpose(1, 2)[:, :, None]
+            return torch.cat((around, keys.expand(-1, -1, around.shape[2], -1, -1)), 3)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = q.to(v.dtype) * q.shape[-1] ** -0.5, k.to(v.dtype)
-            old, new = (
-                [x[:, part].flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
-                for part in (slice(count), slice(count, None))
+            keys, values = seen(k[:, :count]), seen(v[:, :count])
+            history = _softmax(chunks(q[:, :count]) @ keys.mT, old_mask) @ values
+            # Each noisy frame's own tokens: (B, heads, n, chunk, P, P) scores.
+            noisy_q, frame_k, frame_v = (
+                chunks(x[:, count:]).unflatten(3, (chunk, tokens)) for x in (q, k, v)
             )
-            history = _softmax(old[0] @ old[1].mT, seen) @ old[2]
-            # Each noisy frame's own tokens: (B, T, heads, P, P) scores.
-            frame_q, frame_k, frame_v = (x[:, count:].transpose(2, 3) for x in (q, k, v))
-            own = (frame_q @ frame_k.mT).transpose(1, 2).flatten(2, 3)
-            scores = torch.cat((new[0] @ old[1].mT, own), -1)
-            mask = torch.cat((before, before.new_ones(len(before), tokens)), -1)
-            weights = _softmax(scores, mask)
-            noisy = weights[..., :-tokens] @ old[2]
-            own_weights = weights[..., -tokens:].unflatten(2, (count, tokens)).transpose(1, 2)
-            noisy = noisy + (own_weights @ frame_v).transpose(1, 2).flatten(2, 3)
-            out = torch.cat((history, noisy), 2).transpose(1, 2)
+            own = (noisy_q @ frame_k.mT).flatten(3, 4)
+            scores = torch.cat((noisy_q.flatten(3, 4) @ keys.mT, own), -1)
+            weights = _softmax(scores, new_mask)
+            noisy = weights[..., :-tokens] @ values
+            own_weights = weights[..., -tokens:].unflatten(3, (chunk, tokens))
+            noisy = noisy + (own_weights @ frame_v).flatten(3, 4)
+            out = torch.cat(
+                [x.flatten(2, 3)[:, :, : count * tokens] for x in (history, noisy)], 2
+            ).transpose(1, 2)
             return out.unflatten(1, (2 * count, tokens)).flatten(-2)
 
         return attend
@@ -297,6 +341,15 @@ class Dynamics(nn.Module):
         x = tokens.unflatten(-1, (c.latent_channels, p, p))
         x = x.unflatten(2, (c.latent_height // p, c.latent_width // p))  # B F h w C p p
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+
+def _and_before(chunks: Tensor, fill: int, dim: int = 0, along: int = 1) -> Tensor:
+    """Each chunk behind the one before it, joined ``along`` an axis; ``fill`` before the first."""
+    if chunks.shape[dim] == 1:
+        return chunks
+    first = torch.full_like(chunks.narrow(dim, 0, 1), fill)
+    before = torch.cat((first, chunks.narrow(dim, 0, chunks.shape[dim] - 1)), dim)
+    return torch.cat((before, chunks), along)
 
 
 def _modulation(width: int, outputs: int, rank: int) -> nn.Module:

@@ -26,7 +26,7 @@ def new_cache(network: Dynamics, batch: int, drafts: int = 1, commits: int = 1) 
         c.heads,
         c.width // c.heads,
         c.tokens,
-        c.window,
+        c.sight,
         drafts,
         commits,
         device=weight.device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 
+_SIGHT = ("window", "keyframes", "keyframe_stride")  # what weights do not depend on
+
 
 @dataclass(frozen=True)
 class FlowTrainingConfig:
@@ -36,8 +38,9 @@ class FlowTrainingConfig:
         frames: frames a training window.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
-        initial: weights to begin with, of the same sizes as ``model``, except that a full adaLN
-            projection is brought to ``model.modulation_rank``; "" for random ones.
+        initial: weights to begin with, of the same sizes as ``model``; "" for random ones. They may
+            have seen other frames (``window``, ``keyframes``), and a full adaLN projection is
+            brought to ``model.modulation_rank``.
         history_levels: levels of the history copy in two-copy training.
         history_level: the history's level when playing, stored with the weights.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
@@ -83,7 +86,8 @@ class FlowStage:
             rank = settings.model.modulation_rank
             if rank and not begun.config.modulation_rank:
                 begun, _ = with_low_rank(begun, self._known_actions(), rank)
-            if begun.config != settings.model:
+            same = replace(settings.model, **{name: getattr(begun.config, name) for name in _SIGHT})
+            if begun.config != same:
                 raise CheckpointError(
                     f"{settings.initial}: holds {begun.config}, the config asks for "
                     f"{settings.model}"

@@ -633,7 +633,7 @@ def test_start_option(endless_world: Path) -> None:
     assert not close(step[0][0], step[0][1])  # each has its own noise
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 9])
+@pytest.mark.parametrize("count", [1, 2, 5, 14])
 def test_context_option(endless_world: Path, count: int) -> None:
     env = make(endless_world)
     context = frames_and_actions(count)
@@ -646,14 +646,13 @@ def test_context_option(endless_world: Path, count: int) -> None:
     first = play(env, acts)
     env.reset(seed=0, options={"context": context})
     assert same(play(env, acts), first)
-    # Of a longer context, what the model can see counts: the last window frames and the actions
-    # into them.
-    window = env.model.dynamics.config.window
+    # Of a longer context, what the model can see counts: the last frames and the actions into them.
+    reach = env.model.dynamics.config.sight.reach
     changed = {k: v.copy() for k, v in context.items()}
-    if count > window:
+    if count > reach:
         changed["frames"][0] = 0
         changed["actions"][0] = (changed["actions"][0] + 1) % 3
-        if count - window > 1:
+        if count - reach > 1:
             env.reset(seed=0, options={"context": changed})
             assert same(play(env, acts), first)
     elif count > 1:

@@ -79,7 +79,7 @@ def test_it_draws_the_frames_of_the_refilled_model(endless_world: Path) -> None:
     ]
     models = (RefilledModel(model), PlainModel(model, torch.float32))
     states = [m.start(contexts, [(0, 0), (1, 0)]) for m in models]
-    for t in range(8):  # from unequal windows that are not full to full ones
+    for t in range(14):  # from unequal histories that are not full to full ones
         action = torch.eye(3)[[t % 3, 1]]
         one, other = (m.step(s, action) for m, s in zip(models, states, strict=True))
         torch.testing.assert_close(other.latents, one.latents, rtol=1e-3, atol=1e-3)
@@ -90,9 +90,10 @@ def test_it_costs_a_window_and_a_pass_a_step(
 ) -> None:
     model = load_world(endless_world, "cpu", "fp32").model
     plain = PlainModel(model.with_sampling(SamplingConfig(4, "euler")), torch.float32)
-    state = plain.start([Context(torch.randn(5, 4, 4, 6), torch.randn(5, 3))], [(0, 0)])
+    state = plain.start([Context(torch.randn(11, 4, 4, 6), torch.randn(11, 3))], [(0, 0)])
     frames: list[int] = []
     plain.plain.register_forward_hook(lambda _, args, out: frames.append(args[0].shape[1]))
     monkeypatch.setattr(model.dynamics, "stream", None)  # nothing else may be run
     plain.step(state, torch.eye(3)[[1]])
-    assert frames == [4] + [1] * 4
+    # The latest four frames and two key frames.
+    assert frames == [6] + [1] * 4

@@ -14,7 +14,7 @@ from nfd_env.models.dynamics import Dynamics
 from nfd_env.world_model import Context, SamplingConfig, WorldModel
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-WINDOW = 5
+WINDOW, SEEN = 5, 7  # the latest frames, and with two key frames
 ONE_HOT = torch.eye(3)
 
 
@@ -56,16 +56,19 @@ def test_every_frame_sees_its_window_and_nothing_else(model: WorldModel) -> None
     into = list(context.actions)
     for t in range(12):
         action = ONE_HOT[t % 3]
-        past, before = torch.stack(history)[-WINDOW + 1 :], torch.stack(into)[-WINDOW + 1 :]
+        new = torch.tensor(len(history))
+        seen = model.dynamics.config.sight.sees(new, torch.arange(len(history)))
+        past, before = torch.stack(history)[seen], torch.stack(into)[seen]
+        numbers = torch.cat((torch.arange(len(history))[seen], new[None]))
 
         def velocity(
-            x: torch.Tensor, at: float, past=past, before=before, action=action
+            x: torch.Tensor, at: float, past=past, before=before, action=action, numbers=numbers
         ) -> torch.Tensor:
             levels = torch.full((1, len(past) + 1), level)
             levels[:, -1] = at
             frames = torch.cat((past[None], x), 1)
             actions = torch.cat((before, action[None]))[None]
-            return model.dynamics(frames, levels, actions)[:, -1:]
+            return model.dynamics(frames, levels, actions, numbers)[:, -1:]
 
         expected = sample_euler(velocity, draws[t + 3][0][None, None], level_grid(3))[0, 0]
         made = refilled.step(state, action[None]).latents[0]
@@ -80,18 +83,18 @@ def test_it_costs_a_window_and_a_pass_a_step(
     passes: list[tuple[int, int]] = []
     stream = Dynamics.stream
 
-    def counted(self, cache, latents, levels, actions, commit):
+    def counted(self, cache, latents, levels, actions, commit, numbers=None):
         passes.append((latents.shape[1], commit))
-        return stream(self, cache, latents, levels, actions, commit)
+        return stream(self, cache, latents, levels, actions, commit, numbers)
 
     env = NFDVectorEnv(endless_world, 2, "cpu", sampling_steps=4, precision="fp32")
     env.model = RefilledModel(env.model)
     env.reset(seed=0)
-    for _ in range(WINDOW):
+    for _ in range(env.model.dynamics.config.sight.reach):
         env.step([0, 1])
     monkeypatch.setattr(Dynamics, "stream", counted)
     env.step([0, 1])
-    assert passes == [(WINDOW - 1, WINDOW - 1)] + [(1, 0)] * 4
+    assert passes == [(SEEN - 1, SEEN - 1)] + [(1, 0)] * 4
 
 
 def test_it_plays_through_resets(make_world: Callable[..., Path]) -> None:

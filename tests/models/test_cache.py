@@ -11,10 +11,12 @@ from torch import Tensor
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.rollout import new_cache
-from tests.models.small import WINDOW, random_frames, small_dynamics
+from tests.models import small
+from tests.models.small import WINDOW, random_frames
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 LONG = 6 * WINDOW + 1
+STRIDE, KEYFRAMES = 3, 2
 
 
 def stream(
@@ -36,10 +38,15 @@ def mode(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=[0, KEYFRAMES], ids=["window", "keyframes"])
+def network(request: pytest.FixtureRequest) -> Dynamics:
+    """It sees the latest frames, or key frames before them too."""
+    return small.small_dynamics(keyframes=request.param, keyframe_stride=STRIDE)
+
+
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("commits", [1, 2, 3])
-def test_streaming_equals_the_windowed_forward(commits: int, batch: int) -> None:
-    network = small_dynamics()
+def test_streaming_equals_the_windowed_forward(network: Dynamics, commits: int, batch: int) -> None:
     inputs = random_frames(batch, LONG)
     cache = new_cache(network, batch, commits, commits)
     made = []
@@ -53,9 +60,8 @@ def test_streaming_equals_the_windowed_forward(commits: int, batch: int) -> None
 
 @pytest.mark.parametrize(("commits", "drafts"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_drafts_see_the_history_and_one_another_and_leave_no_trace(
-    commits: int, drafts: int
+    network: Dynamics, commits: int, drafts: int
 ) -> None:
-    network = small_dynamics()
     history = random_frames(2, LONG, 0)
     draft = random_frames(2, LONG + drafts, 1)
     cache = new_cache(network, 2, drafts, commits)
@@ -76,22 +82,21 @@ def test_drafts_see_the_history_and_one_another_and_leave_no_trace(
         torch.testing.assert_close(again, made, **CLOSE)
 
 
-def test_a_context_is_taken_in_one_pass() -> None:
-    network = small_dynamics()
-    inputs = random_frames(2, WINDOW + 3)
+@pytest.mark.parametrize("count", [2, WINDOW, LONG])
+def test_a_context_is_taken_in_one_pass(network: Dynamics, count: int) -> None:
+    inputs = random_frames(2, count + 2 * LONG)
     at_once, one_by_one = new_cache(network, 2), new_cache(network, 2)
-    network.stream(at_once, *(x[:, :WINDOW] for x in inputs), commit=WINDOW)
-    stream(network, one_by_one, inputs, 0, WINDOW)
+    network.stream(at_once, *(x[:, :count] for x in inputs), commit=count)
+    stream(network, one_by_one, inputs, 0, count)
     torch.testing.assert_close(
-        stream(network, at_once, inputs, WINDOW, WINDOW + 3),
-        stream(network, one_by_one, inputs, WINDOW, WINDOW + 3),
+        stream(network, at_once, inputs, count, count + 2 * LONG),
+        stream(network, one_by_one, inputs, count, count + 2 * LONG),
         **CLOSE,
     )
 
 
 @pytest.mark.parametrize("at", [2, 2 * WINDOW + 1])
-def test_masked_reset(at: int) -> None:
-    network = small_dynamics()
+def test_masked_reset(network: Dynamics, at: int) -> None:
     inputs = random_frames(3, at + 2 * WINDOW)
     stop = at + 2 * WINDOW
     cache, untouched, fresh = (new_cache(network, 3) for _ in range(3))
@@ -107,8 +112,7 @@ def test_masked_reset(at: int) -> None:
     assert cache.length.tolist() == [stop, stop - at, stop]
 
 
-def test_rows_at_different_places() -> None:
-    network = small_dynamics()
+def test_rows_at_different_places(network: Dynamics) -> None:
     inputs = random_frames(2, LONG)
     cache = new_cache(network, 2)
     ahead = new_cache(network, 1)
@@ -121,8 +125,7 @@ def test_rows_at_different_places() -> None:
     torch.testing.assert_close(made[1], whole[1, :8], **CLOSE)
 
 
-def test_take_and_clone_are_independent_copies() -> None:
-    network = small_dynamics()
+def test_take_and_clone_are_independent_copies(network: Dynamics) -> None:
     inputs = random_frames(2, 12)
     cache = new_cache(network, 2)
     stream(network, cache, inputs, 0, 6)
@@ -138,8 +141,7 @@ def test_take_and_clone_are_independent_copies() -> None:
     torch.testing.assert_close(made, expected[order], **CLOSE)
 
 
-def test_put_leaves_the_other_rows_and_the_source_alone() -> None:
-    network = small_dynamics()
+def test_put_leaves_the_other_rows_and_the_source_alone(network: Dynamics) -> None:
     inputs = random_frames(3, 10)
     cache, source = new_cache(network, 3), new_cache(network, 1)
     stream(network, cache, inputs, 0, 5)
@@ -151,10 +153,12 @@ def test_put_leaves_the_other_rows_and_the_source_alone() -> None:
     assert source.length.tolist() == [0] and not source.keys.any()
 
 
-def test_the_buffers_do_not_grow() -> None:
-    network = small_dynamics()
+def test_the_buffers_do_not_grow(network: Dynamics) -> None:
     cache = new_cache(network, 1, drafts=2, commits=2)
-    shape = (2, 1, 2, WINDOW - 1 + 2 + 2, network.config.tokens, 16)
+    slots = WINDOW - 1 + 2 + 2
+    if network.config.keyframes:
+        slots += KEYFRAMES + 3  # a pass of four frames and the three before its first
+    shape = (2, 1, 2, slots, network.config.tokens, 16)
     assert cache.keys.shape == cache.values.shape == shape
     stream(network, cache, random_frames(1, LONG), 0, LONG)
     assert cache.keys.shape == cache.values.shape == shape
@@ -163,8 +167,7 @@ def test_the_buffers_do_not_grow() -> None:
 @pytest.mark.parametrize(
     ("count", "commit"), [(2, 2), (3, 1), (1, 2), (1, -1), (WINDOW + 2, WINDOW + 1)]
 )
-def test_more_frames_than_there_is_room_for(count: int, commit: int) -> None:
-    network = small_dynamics()
+def test_more_frames_than_there_is_room_for(network: Dynamics, count: int, commit: int) -> None:
     cache = new_cache(network, 1)
     stream(network, cache, random_frames(1, 1), 0, 1)
     with pytest.raises(ValueError, match="a pass may finish at most"):
@@ -172,8 +175,7 @@ def test_more_frames_than_there_is_room_for(count: int, commit: int) -> None:
     assert cache.length.tolist() == [1]
 
 
-def test_rows_may_finish_different_numbers_of_frames() -> None:
-    network = small_dynamics()
+def test_rows_may_finish_different_numbers_of_frames(network: Dynamics) -> None:
     commits, drafts, batch = 3, 2, 3
     history, draft = random_frames(batch, LONG, 0), random_frames(batch, LONG + drafts, 1)
     cache = new_cache(network, batch, drafts, commits)
