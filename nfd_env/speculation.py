@@ -13,6 +13,9 @@ A draft is stored beside the history and never in it: the ring, the heads' memor
 counter move only when a frame is handed out or committed, so dropping one is forgetting it. Its
 noise is a function of (seed, episode, frame number), so that a frame which is drawn again has the
 same.
+
+Drafts need a ring with room for them, in which every pass costs a little more. While they do not
+pay, the state is narrow: it has the plain ring, and a step is ``WorldModel.draw`` and hardly more.
 """
 
 from __future__ import annotations
@@ -34,19 +37,21 @@ _MEMORY = 32  # steps that the running share of kept actions remembers
 _SAMPLES = 9  # passes whose median is the cost of a pass
 _NEEDED = 3  # passes to measure before anything is decided
 _WARM = 2  # first passes of a kind, which also pay for memory and compilation
-_WORTH = 0.96  # measured cost over what it saves, below which drafts are made: both are guesses
-_PROBE = 128  # passes after which the other kind is measured again
+_WORTH = 0.96  # measured cost over what it saves, below which drafts begin: both are guesses
+_PROBE = 128  # passes after which the other kind is measured again, ...
+_LONGEST_PROBE = 2048  # ... twice as many after each time that changed nothing, up to so many
 
 
 @dataclass
 class SpeculativeState(WorldState):
     """A ``WorldState`` with the frames of each row's last pass, the unused ones being drafts.
 
-    ``remembered`` and ``memory`` are those of ``block``, (B, n, ...), and ``action`` (B, 1,
+    ``remembered`` and ``memory`` are those of ``block``, (B, room, ...), and ``action`` (B, 1,
     action_width) led into all of its frames.
 
     Attributes:
-        block: the frames of the last pass; rows that drew fewer than n are padded.
+        frames: n, most frames that are drawn jointly.
+        block: the frames of the last pass; rows that drew fewer than there is room for are padded.
         used: how many of them were handed out, 1 to n; these are pending.
         ready: how many can be handed out: all of them, or those up to the one that ends the
             episode.
@@ -55,12 +60,36 @@ class SpeculativeState(WorldState):
         acted: bool (B,), whether there was a step in this episode.
     """
 
+    frames: int
     block: Drawn
     used: list[int]
     ready: list[int]
     counts: np.ndarray
     kept: np.ndarray
     acted: np.ndarray
+
+    @property
+    def speculative_frames(self) -> int:
+        """See ``WorldState``."""
+        return self.frames
+
+    @property
+    def room(self) -> int:
+        """Frames of a pass that there is room for: n, or 1 while nothing is drafted."""
+        return self.cache.drafts
+
+    def widen(self) -> None:
+        """Make room for drafts."""
+        if self.room < self.frames:
+            self.cache = self.cache.resized(self.frames, self.frames)
+            self.keep(padded(self.block, self.frames))
+
+    def narrow(self) -> None:
+        """Take the room for drafts away, after a pass of one frame in every row."""
+        assert set(self.used) <= {0, 1} and set(self.ready) == {1}
+        if self.room > 1:
+            self.cache = self.cache.resized(1, 1)
+            self.keep(self.block.map(lambda part: part[:, :1]))
 
     @torch.inference_mode()
     def take(self, rows: Sequence[int]) -> SpeculativeState:
@@ -75,6 +104,7 @@ class SpeculativeState(WorldState):
             block.memory,
             [self.seeds[r] for r in listed],
             [self.frame[r] for r in listed],
+            self.frames,
             block,
             [self.used[r] for r in listed],
             [self.ready[r] for r in listed],
@@ -88,6 +118,11 @@ class SpeculativeState(WorldState):
         """See ``WorldState.put``."""
         assert isinstance(other, SpeculativeState)
         listed = list(rows)
+        if self.room < other.room:
+            self.widen()
+        elif self.room > other.room:
+            other = other.take(range(other.batch))
+            other.widen()
         index = torch.as_tensor(listed, device=self.action.device)
         self.cache.put(index, other.cache)
         self.action = self.action.index_copy(0, index, other.action)
@@ -129,14 +164,20 @@ class SpeculativeState(WorldState):
 
 @dataclass
 class _Cost:
-    """Seconds a row of the latest passes over some number of frames."""
+    """What the latest passes over some number of frames took: (seconds a row, rows) each."""
 
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    taken: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     passes: int = 0
     latest: int = 0
 
     def median(self) -> float:
-        return float(np.median(self.seconds))
+        """Seconds a row; passes of few rows, which cost more a row, count for few."""
+        half = sum(rows for _, rows in self.taken) / 2
+        for seconds, rows in sorted(self.taken):
+            half -= rows
+            if half <= 0:
+                return seconds
+        raise AssertionError("nothing was measured")
 
 
 class Speculator:
@@ -172,15 +213,25 @@ class Speculator:
         check_frames(frames, model.dynamics.config.window)
         self.model, self.frames, self.frame_skip = model, frames, frame_skip
         self.draft_cost, self._clock = draft_cost, clock
+        # After so many certain frames, by how many kept actions each frame of a draft is used.
+        ahead = np.arange(frames)
+        self._decisions = {
+            certain: -(-np.maximum(ahead - certain + 1, 0) // frame_skip)
+            for certain in range(1, frame_skip + 1)
+        }
+        # A frame skip has more than one frame to draw jointly in any case.
+        self._narrows = frame_skip == 1
         self._costs: dict[int, _Cost] = defaultdict(_Cost)
         self._passes = 0
+        self._usual = 0  # the width that was decided for last
+        self._interval, self._probing = _PROBE, False
 
     @torch.inference_mode()
     def start(
         self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]]
     ) -> SpeculativeState:
         """See ``WorldModel.start``."""
-        plain = self.model.start(contexts, seeds, self.frames)
+        plain = self.model.start(contexts, seeds)
         batch, device = plain.batch, self.model.device
         scalar = torch.zeros(batch, 1, device=device)
         first = Drawn(
@@ -193,6 +244,7 @@ class Speculator:
         )
         state = SpeculativeState(
             **vars(plain),
+            frames=self.frames,
             block=first,
             used=[1] * batch,
             ready=[1] * batch,
@@ -200,7 +252,7 @@ class Speculator:
             kept=np.full(batch, _PRIOR),
             acted=np.zeros(batch, bool),
         )
-        state.keep(self._padded(first))
+        state.keep(first)
         return state
 
     @torch.inference_mode()
@@ -222,22 +274,30 @@ class Speculator:
         """
         batch = state.batch
         active = np.ones(batch, bool) if active is None else active
+        width = 0  # not decided yet
         actions = actions.to(self.model.device, torch.float32)
         same = (actions == state.action[:, 0]).all(1).cpu().numpy()
         if certain == self.frame_skip:
             seen = active & state.acted
             state.kept[seen] += (same[seen] - state.kept[seen]) / _MEMORY
             state.acted |= active
+        if state.room == 1:
+            width = self._width(state, certain, active)
+            if width == 1:
+                return self._draw_narrow(state, actions)
+            state.widen()
         waiting = np.array(state.ready) > state.used
         hits = active & same & waiting
         missed = active & ~hits
         if missed.any():
-            width = self._width(state, certain, active)
+            width = width or self._width(state, certain, active)
             if width < self.frames:
                 # Parts of a batch cost more to draw than they save: without drafts all rows are
                 # drawn together, and what drafts some still have is dropped.
                 hits, missed = np.zeros_like(hits), active
             self._draw(state, actions, [int(r) for r in np.flatnonzero(missed)], width)
+            if self._narrows and width == 1 and missed.all():
+                state.narrow()
         state.counts[hits, 1] += 1
         for row in np.flatnonzero(active):
             state.used[row] += 1
@@ -245,6 +305,23 @@ class Speculator:
         index = torch.tensor(state.used, device=actions.device) - 1
         rows = torch.arange(batch, device=actions.device)
         return Transition(*(part[rows, index] for part in state.block.outcome()))
+
+    def _draw_narrow(self, state: SpeculativeState, actions: Tensor) -> Transition:
+        """Advance every row of a narrow state, as ``WorldModel.step`` does."""
+        begin = self._now()
+        history = WorldState(
+            state.cache,
+            state.remembered,
+            state.action,
+            state.memory[:, 0],
+            state.seeds,
+            state.frame,
+        )
+        state.keep(self.model.draw(history, actions))
+        state.action = actions[:, None]
+        state.frame = [frame + 1 for frame in state.frame]
+        self._count_pass(1, self._now() - begin, state.batch)
+        return Transition(*(part[:, 0] for part in state.block.outcome()))
 
     def _draw(self, state: SpeculativeState, actions: Tensor, rows: list[int], width: int) -> None:
         """Replace the blocks of ``rows``; nothing of the new ones is used yet."""
@@ -268,7 +345,7 @@ class Speculator:
             part.frame,
         )
         drawn = self.model.draw(history, chosen, width, part.used)
-        part.keep(self._padded(drawn))
+        part.keep(padded(drawn, part.room))
         part.action = chosen[:, None]
         ended = drawn.terminated.cpu().numpy()
         for row in range(len(rows)):
@@ -279,39 +356,47 @@ class Speculator:
             part.counts[row] += (width - 1, 0, width - part.ready[row])
         if part is not state:
             state.put(rows, part)
-        self._count_pass(width, (self._now() - begin) / len(rows))
-
-    def _padded(self, drawn: Drawn) -> Drawn:
-        missing = self.frames - drawn.reward.shape[1]
-        if not missing:
-            return drawn
-        return drawn.map(lambda x: torch.cat((x, x.new_zeros((len(x), missing, *x.shape[2:]))), 1))
+        if width > 1 or not self._narrows:
+            self._count_pass(width, self._now() - begin, len(rows))
 
     def _width(self, state: SpeculativeState, certain: int, active: np.ndarray) -> int:
         """How many frames the next pass draws."""
         fewest = min(certain, self.frames)
         if fewest == self.frames:
             return self.frames
-        cost = self.draft_cost
+        cost, worth = self.draft_cost, 1.0
         if cost is None:
-            for width in (self.frames, fewest):
-                known = self._costs[width]
-                unknown = len(known.seconds) < _NEEDED
-                if unknown or self._passes - known.latest >= _PROBE:
-                    return width
+            tried = self._to_measure(fewest)
+            if tried:
+                return tried
             cost = self._costs[self.frames].median() / self._costs[fewest].median()
-        ahead = np.arange(self.frames)
-        decisions = -(-np.maximum(ahead - certain + 1, 0) // self.frame_skip)
-        expected = (state.kept[active, None] ** decisions).sum(1)
-        pays = cost * float((fewest / expected).mean()) <= (1 if self.draft_cost else _WORTH)
-        return self.frames if pays else fewest
+            worth = 1.0 if self._usual == self.frames else _WORTH
+        expected = (state.kept[active, None] ** self._decisions[certain]).sum(1)
+        width = self.frames if cost * float((fewest / expected).mean()) <= worth else fewest
+        if width != self._usual:
+            self._usual, self._interval = width, _PROBE
+        elif self._probing:
+            self._interval = min(2 * self._interval, _LONGEST_PROBE)
+        self._probing = False
+        return width
 
-    def _count_pass(self, width: int, seconds: float) -> None:
+    def _to_measure(self, fewest: int) -> int:
+        """The width of a pass whose cost is not known yet or not any more, or 0."""
+        for width in (fewest, self.frames):
+            known = self._costs[width]
+            if len(known.taken) < _NEEDED:
+                return width
+            if self._passes - known.latest >= self._interval:
+                self._probing = True
+                return width
+        return 0
+
+    def _count_pass(self, width: int, seconds: float, rows: int) -> None:
         self._passes += 1
         cost = self._costs[width]
         cost.passes, cost.latest = cost.passes + 1, self._passes
         if cost.passes > _WARM:
-            cost.seconds.append(seconds)
+            cost.taken.append((seconds / rows, rows))
 
     def _now(self) -> float:
         if self.draft_cost is not None:
@@ -319,6 +404,14 @@ class Speculator:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return self._clock()
+
+
+def padded(drawn: Drawn, room: int) -> Drawn:
+    """``drawn`` with zeros behind its frames, so that there are ``room``."""
+    missing = room - drawn.reward.shape[1]
+    if not missing:
+        return drawn
+    return drawn.map(lambda x: torch.cat((x, x.new_zeros((len(x), missing, *x.shape[2:]))), 1))
 
 
 def check_frames(frames: Any, window: int) -> None:

@@ -122,6 +122,11 @@ class WorldState:
         """Number of rows."""
         return len(self.seeds)
 
+    @property
+    def speculative_frames(self) -> int:
+        """Most frames that are drawn jointly."""
+        return self.cache.drafts
+
     @torch.inference_mode()
     def take(self, rows: Sequence[int]) -> WorldState:
         """An independent copy of some rows, in the given order; a row may be taken repeatedly."""

@@ -420,10 +420,11 @@ class NFDVectorEnv(VectorEnv):
             self._seeds[row], self._episodes[row] = seed, episode
 
     def _check_fits(self, state: EnvState) -> None:
-        if state.world.cache.drafts != self.speculative_frames:
+        if state.world.speculative_frames != self.speculative_frames:
             raise ValueError(
-                f"the state was saved with speculative_frames={state.world.cache.drafts}, this env "
-                f"has speculative_frames={self.speculative_frames}; use the same for both"
+                "the state was saved with speculative_frames="
+                f"{state.world.speculative_frames}, this env has speculative_frames="
+                f"{self.speculative_frames}; use the same for both"
             )
 
     def _advance(self, actions: Tensor, skip: np.ndarray) -> tuple[Tensor, np.ndarray, Tensor]:

@@ -101,6 +101,35 @@ class FrameCache:
         """An independent copy."""
         return self.take(torch.arange(self.batch, device=self.length.device))
 
+    def resized(self, drafts: int, commits: int) -> FrameCache:
+        """A copy with room for other numbers of ``drafts`` and ``commits``."""
+        layers, batch, heads, _, tokens, width = self.keys.shape
+        copy = FrameCache(
+            batch,
+            layers,
+            heads,
+            width,
+            tokens,
+            self.sight,
+            drafts,
+            commits,
+            self.keys.device,
+            self.keys.dtype,
+        )
+        copy.length = self.length.clone()
+        rows, newest = torch.arange(batch, device=self.length.device)[:, None], self.length - 1
+        back = torch.arange(self.sight.window - 1, device=rows.device)
+        numbers = newest[:, None] - back
+        source, target = numbers % self.ring, numbers % copy.ring
+        if self.far_ring:
+            back = torch.arange(min(self.far_ring, copy.far_ring), device=rows.device)
+            numbers = newest[:, None] // self.sight.stride - back
+            source = torch.cat((source, self.ring + numbers % self.far_ring), 1)
+            target = torch.cat((target, copy.ring + numbers % copy.far_ring), 1)
+        for mine, its in ((self.keys, copy.keys), (self.values, copy.values)):
+            its[:, rows, :, target] = mine[:, rows, :, source]
+        return copy
+
     def begin(
         self, count: int, commit: int | Sequence[int], numbers: Tensor | None = None
     ) -> StreamView:

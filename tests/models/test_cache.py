@@ -153,6 +153,26 @@ def test_put_leaves_the_other_rows_and_the_source_alone(network: Dynamics) -> No
     assert source.length.tolist() == [0] and not source.keys.any()
 
 
+@pytest.mark.parametrize("at", [1, 3, LONG])
+@pytest.mark.parametrize("sizes", [((1, 1), (3, 4)), ((4, 3), (1, 1))])
+def test_a_resized_cache_goes_on_alike(
+    network: Dynamics, at: int, sizes: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
+    inputs = random_frames(2, at + LONG)
+    cache = new_cache(network, 2, *sizes[0])
+    ahead = new_cache(network, 1, *sizes[0])
+    stream(network, cache, inputs, 0, at)
+    stream(network, ahead, tuple(x[:1] for x in inputs), 0, 5)
+    cache.put(torch.tensor([0]), ahead)  # rows at different places
+    other = cache.resized(*sizes[1])
+    assert (other.drafts, other.commits) == sizes[1]
+    torch.testing.assert_close(
+        stream(network, other, inputs, at, at + LONG),
+        stream(network, cache, inputs, at, at + LONG),
+        **CLOSE,
+    )
+
+
 def test_the_buffers_do_not_grow(network: Dynamics) -> None:
     cache = new_cache(network, 1, drafts=2, commits=2)
     slots = WINDOW - 1 + 2 + 2
