@@ -40,6 +40,7 @@ _WARM = 2  # first passes of a kind, which also pay for memory and compilation
 _WORTH = 0.96  # measured cost over what it saves, below which drafts begin: both are guesses
 _PROBE = 128  # passes after which the other kind is measured again, ...
 _LONGEST_PROBE = 2048  # ... twice as many after each time that changed nothing, up to so many
+_JUDGED = 4  # frames handed out while drafting, times n and rows, after which the time is judged
 
 
 @dataclass
@@ -186,7 +187,9 @@ class Speculator:
     Drafts pay when a pass with them, shared by the frames of it that will be used, costs less than
     the passes that it saves. How many will be used follows from each row's running share of kept
     actions, which is seen on every step, drafts or not. What a pass costs is measured; so that the
-    machine's whims are noticed, the kind that is not in use is measured again now and then.
+    machine's whims are noticed, the kind that is not in use is measured again now and then. That is
+    a forecast; while drafts are made, what a frame takes in the end is compared with a step without
+    drafts, and where it is more, there are none for a while, each time for longer.
     """
 
     def __init__(
@@ -225,6 +228,11 @@ class Speculator:
         self._passes = 0
         self._usual = 0  # the width that was decided for last
         self._interval, self._probing = _PROBE, False
+        self._spent, self._handed = (
+            0.0,
+            0,
+        )  # seconds of steps with room for drafts, and rows of them
+        self._refused_until, self._refusal = 0, _PROBE
 
     @torch.inference_mode()
     def start(
@@ -272,8 +280,31 @@ class Speculator:
             active: bool (B,), the rows to advance; what is returned for the others means nothing.
                 None for all.
         """
+        active = np.ones(state.batch, bool) if active is None else active
+        if state.room == 1 or not self._narrows or self.draft_cost is not None:
+            return self._advance(state, actions, certain, active)
+        begin = self._now()
+        made = self._advance(state, actions, certain, active)
+        self._judge(self._now() - begin, int(active.sum()), state.batch)
+        return made
+
+    def _judge(self, seconds: float, rows: int, batch: int) -> None:
+        """Refuse drafts for a while where frames take longer with them than without."""
+        self._spent, self._handed = self._spent + seconds, self._handed + rows
+        if self._handed < _JUDGED * self.frames * batch:
+            return
+        if self._spent > self._handed * self._costs[1].median():
+            self._refused_until = self._passes + self._refusal
+            self._refusal = min(2 * self._refusal, _LONGEST_PROBE)
+        else:
+            self._refusal = _PROBE
+        self._spent, self._handed = 0.0, 0
+
+    def _advance(
+        self, state: SpeculativeState, actions: Tensor, certain: int, active: np.ndarray
+    ) -> Transition:
+        """``step`` without a look at the clock."""
         batch = state.batch
-        active = np.ones(batch, bool) if active is None else active
         width = 0  # not decided yet
         actions = actions.to(self.model.device, torch.float32)
         same = (actions == state.action[:, 0]).all(1).cpu().numpy()
@@ -372,7 +403,8 @@ class Speculator:
             cost = self._costs[self.frames].median() / self._costs[fewest].median()
             worth = 1.0 if self._usual == self.frames else _WORTH
         expected = (state.kept[active, None] ** self._decisions[certain]).sum(1)
-        width = self.frames if cost * float((fewest / expected).mean()) <= worth else fewest
+        pays = cost * float((fewest / expected).mean()) <= worth
+        width = self.frames if pays and self._passes >= self._refused_until else fewest
         if width != self._usual:
             self._usual, self._interval = width, _PROBE
         elif self._probing:

@@ -371,6 +371,20 @@ def test_parts_of_a_batch_that_cost_more_do_not_make_drafts_look_cheap(model: Wo
     assert priced.drafting < 0.05 * len(acts)
 
 
+def test_drafts_that_promise_more_than_they_keep_are_refused(model: WorldModel) -> None:
+    """Cheap while all rows draw together, and dear once they run out at different times."""
+
+    def scattered(rows: int, frames: int) -> float:
+        return price(rows, frames) / (1.5 if frames > 1 and rows == 8 else 1) + 4 * (rows < 8)
+
+    acts = held_actions(8, 2000, seed=0, longest=20)
+    took, priced = seconds(model, scattered, acts, 4)
+    assert took <= 1.05 * price(8, 1) * len(acts)
+    assert priced.drafting > 5
+    always_drafting, _ = seconds(model, scattered, acts, 4, cost=1.0)
+    assert always_drafting > 1.2 * price(8, 1) * len(acts)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_kept_actions_are_drafted_for(model: WorldModel, rows: int) -> None:
     acts = held_actions(rows, 600, seed=0, longest=30)
