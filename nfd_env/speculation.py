@@ -290,6 +290,8 @@ class Speculator:
 
     def _judge(self, seconds: float, rows: int, batch: int) -> None:
         """Refuse drafts for a while where frames take longer with them than without."""
+        if len(self._costs[self.frames].taken) < _SAMPLES:
+            return  # the first passes also pay for memory, and for finding out
         self._spent, self._handed = self._spent + seconds, self._handed + rows
         if self._handed < _JUDGED * self.frames * batch:
             return
