@@ -40,6 +40,7 @@ _WARM = 2  # first passes of a kind, which also pay for memory and compilation
 _WORTH = 0.96  # measured cost over what it saves, below which drafts begin: both are guesses
 _PROBE = 128  # passes after which the other kind is measured again, ...
 _LONGEST_PROBE = 2048  # ... twice as many after each time that changed nothing, up to so many
+_JUDGED_ROWS = 64  # fewest rows of steps while drafting after which their time is judged
 _JUDGED = 4  # frames handed out while drafting, times n and rows, after which the time is judged
 
 
@@ -293,7 +294,7 @@ class Speculator:
         if len(self._costs[self.frames].taken) < _SAMPLES:
             return  # the first passes also pay for memory, and for finding out
         self._spent, self._handed = self._spent + seconds, self._handed + rows
-        if self._handed < _JUDGED * self.frames * batch:
+        if self._handed < max(_JUDGED * self.frames * batch, _JUDGED_ROWS):
             return
         if self._spent > self._handed * self._costs[1].median():
             self._refused_until = self._passes + self._refusal
