@@ -229,10 +229,8 @@ class Speculator:
         self._passes = 0
         self._usual = 0  # the width that was decided for last
         self._interval, self._probing = _PROBE, False
-        self._spent, self._handed = (
-            0.0,
-            0,
-        )  # seconds of steps with room for drafts, and rows of them
+        # Seconds of steps with room for drafts, and rows that they advanced.
+        self._spent, self._handed = 0.0, 0
         self._refused_until, self._refusal = 0, _PROBE
 
     @torch.inference_mode()
@@ -278,8 +276,8 @@ class Speculator:
             state: as ``start`` made it.
             actions: encoded, (B, action_width).
             certain: frames, this one included, for which the actions are certain to be kept.
-            active: bool (B,), the rows to advance; what is returned for the others means nothing.
-                None for all.
+            active: bool (B,), the rows to advance; what is returned for the others means nothing,
+                and while nothing is drafted they advance too. None for all.
         """
         active = np.ones(state.batch, bool) if active is None else active
         if state.room == 1 or not self._narrows or self.draft_cost is not None:
@@ -306,7 +304,7 @@ class Speculator:
     def _advance(
         self, state: SpeculativeState, actions: Tensor, certain: int, active: np.ndarray
     ) -> Transition:
-        """``step`` without a look at the clock."""
+        """See ``step``."""
         batch = state.batch
         width = 0  # not decided yet
         actions = actions.to(self.model.device, torch.float32)
@@ -453,10 +451,11 @@ def check_frames(frames: Any, window: int) -> None:
     """Check a number of frames that one pass is to draw.
 
     Raises:
-        ValueError: when it is below 1, or beyond the ``window`` - 1 frames that the ring keeps.
+        ValueError: when it is below 1, or beyond the ``window`` - 1 frames that a frame sees right
+            before it.
     """
     if not isinstance(frames, int | np.integer) or not 1 <= frames <= window - 1:
         raise ValueError(
             f"speculative_frames must be a whole number from 1 (no speculation) to {window - 1}, "
-            f"the number of past frames that this world keeps, got {frames!r}"
+            f"the number of frames right before it that a frame of this world sees, got {frames!r}"
         )

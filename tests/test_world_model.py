@@ -140,12 +140,8 @@ def test_noise_and_uniform_numbers_have_their_distributions(model: WorldModel) -
 def test_rows_of_different_lengths_start_as_they_would_alone(model: WorldModel) -> None:
     contexts = [context(count, seed) for seed, count in enumerate((3, 1, 14, 3))]
     whole, acts = model.start(contexts, SEEDS), actions(4, 6)
-    assert whole.seeds == SEEDS and whole.frame == [
-        2,
-        0,
-        10,
-        2,
-    ]  # no more than 11 frames can be seen
+    assert whole.seeds == SEEDS
+    assert whole.frame == [2, 0, 10, 2]  # no more than 11 frames can be seen
     rolled = roll(model, whole, acts)
     for row, (one, seed) in enumerate(zip(contexts, SEEDS, strict=True)):
         alone = model.start([one], [seed])

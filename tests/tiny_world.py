@@ -24,7 +24,6 @@ def make_tiny_world(
     action_space: dict[str, Any] | None = None,
     hazard_bias: float = -3.0,
     window: int = 5,
-    keyframes: int = 2,
     starts: int = 6,
     seed: int = 0,
     distilled: bool = False,
@@ -50,7 +49,7 @@ def make_tiny_world(
             layers=2,
             heads=2,
             window=window,
-            keyframes=keyframes,
+            keyframes=2,
             keyframe_stride=3,
         )
     ).eval()

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.evaluation.refilled import RefilledModel
+from nfd_env.evaluation.refilled import Following, RefilledModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
-from nfd_env.models.layers import FrameRotation, rotate, sinusoid
-from nfd_env.models.rollout import Sampler
+from nfd_env.models.layers import FrameRotation, by_token, rotate, sinusoid
 from nfd_env.world_model import WorldModel
 
 KeysValues = tuple[Tensor, Tensor]
@@ -137,9 +136,7 @@ class PlainDynamics(nn.Module):
     def _mask(self, numbers: Tensor, before: int) -> Tensor:
         """Whether each token sees each key, of ``before`` earlier frames and of ``numbers``."""
         seen = self.config.sight.sees(numbers[:, None], numbers[None])
-        seen = functional.pad(seen, (before, 0), value=True)
-        tokens = self.config.tokens
-        return seen.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return by_token(functional.pad(seen, (before, 0), value=True), self.config.tokens)
 
 
 class PlainModel(RefilledModel):
@@ -150,24 +147,10 @@ class PlainModel(RefilledModel):
         super().__init__(model)
         self.plain = PlainDynamics(model.dynamics, dtype)
 
-    def _refilled(
-        self,
-        past: Tensor,
-        into: Tensor,
-        actions: Tensor,
-        noise: Tensor,
-        sampler: Sampler,
-        numbers: Tensor,
-    ) -> Tensor:
-        levels = past.new_full(past.shape[:2], self.sampling.history_level)
+    def _filled(self, past: Tensor, levels: Tensor, into: Tensor, numbers: Tensor) -> Following:
         _, cache = self.plain(past, levels, into, None, numbers)
-        following = numbers[-1:] + 1
-
-        def velocity(x: Tensor, level: float) -> Tensor:
-            at = x.new_full(x.shape[:2], level)
-            return self.plain(x, at, actions, cache, following)[0]
-
-        return sampler(velocity, noise)
+        new = numbers[-1:] + 1
+        return lambda x, at, actions: self.plain(x, at, actions, cache, new)[0]
 
 
 def _patchify(latents: Tensor, patch: int) -> Tensor:

@@ -8,13 +8,16 @@ denoising step over the new frame alone. Everything else is ``WorldModel``'s.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nfd_env.models.rollout import Sampler, new_cache
 from nfd_env.world_model import Context, Transition, WorldModel, WorldState
+
+Following = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Velocities of frames behind a filled cache, of (latents, levels, actions)."""
 
 
 class RefilledModel(WorldModel):
@@ -76,7 +79,16 @@ class RefilledModel(WorldModel):
             places = [-b for b in back]
             past, into = state.remembered[rows][:, places], state.action[rows][:, places]
             numbers = torch.tensor([back[0] - b for b in back], device=noise.device)
-            made[rows] = self._refilled(past, into, actions[rows], noise[rows], sampler, numbers)
+            levels = past.new_full(past.shape[:2], self.sampling.history_level)
+            following = self._filled(past, levels, into, numbers)
+            chosen = actions[rows]
+
+            def velocity(
+                x: Tensor, level: float, following: Following = following, chosen: Tensor = chosen
+            ) -> Tensor:
+                return following(x, x.new_full(x.shape[:2], level), chosen)
+
+            made[rows] = sampler(velocity, noise[rows])
         return made
 
     def _seen(self, frame: int) -> tuple[int, ...]:
@@ -85,22 +97,8 @@ class RefilledModel(WorldModel):
         seen = numbers[self.dynamics.config.sight.sees(torch.tensor(frame), numbers)]
         return tuple((frame - seen).tolist())
 
-    def _refilled(
-        self,
-        past: Tensor,
-        into: Tensor,
-        actions: Tensor,
-        noise: Tensor,
-        sampler: Sampler,
-        numbers: Tensor,
-    ) -> Tensor:
-        """Draw frames behind the ``past`` (B, F, C, h, w), which has the frame ``numbers`` (F,)."""
+    def _filled(self, past: Tensor, levels: Tensor, into: Tensor, numbers: Tensor) -> Following:
+        """Fill a cache with the ``past`` (B, F, C, h, w), which has the frame ``numbers`` (F,)."""
         cache = new_cache(self.dynamics, len(past))
-        levels = past.new_full(past.shape[:2], self.sampling.history_level)
         self.dynamics.stream(cache, past, levels, into, past.shape[1], numbers)
-
-        def velocity(x: Tensor, level: float) -> Tensor:
-            at = x.new_full(x.shape[:2], level)
-            return self.dynamics.stream(cache, x, at, actions, commit=0)
-
-        return sampler(velocity, noise)
+        return lambda x, at, actions: self.dynamics.stream(cache, x, at, actions, commit=0)

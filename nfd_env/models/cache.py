@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from nfd_env.models.layers import Attend, attend_packed
+from nfd_env.models.layers import Attend, attend_masked, attend_packed, by_token
 from nfd_env.models.sight import Sight
 
 
@@ -177,8 +176,7 @@ class FrameCache:
     def _take_in(self, frames: Tensor) -> Attend:
         """Attention among the ``frames`` (B, F) of a whole context, which keeps the last ones."""
         numbers = frames[0]
-        mask = self.sight.sees(numbers[:, None], numbers[None])
-        mask = mask.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+        mask = by_token(self.sight.sees(numbers[:, None], numbers[None]), self.tokens)
         kept = int(self.sight.near(numbers[-1] + 1, numbers).sum())
         write = self._writer(frames[:, -kept:] % self.ring)
         write_far = self._far_writer(frames)
@@ -187,10 +185,7 @@ class FrameCache:
             for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
                 write(buffer, new[:, -kept:])
                 write_far(buffer, new)
-            q, k, v = (x.to(v.dtype).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-            seen = mask[-q.shape[2] :]
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0)
-            return out.transpose(1, 2).unflatten(1, (-1, self.tokens)).flatten(-2)
+            return attend_masked(q, k, v, mask, scale=1.0)
 
         return attend
 
@@ -213,8 +208,7 @@ class FrameCache:
             marked = stride * held(newest // stride, self.far_ring)
             seen = torch.cat((seen, self.sight.far(query, marked) & (marked >= 0)), -1)
         mask = torch.zeros(seen.shape, device=frames.device, dtype=self.keys.dtype)
-        mask = mask.masked_fill(~seen, -torch.inf).repeat_interleave(self.tokens, 1)
-        mask = mask.repeat_interleave(self.tokens, 2)[:, None]
+        mask = by_token(mask.masked_fill(~seen, -torch.inf), self.tokens)[:, None]
         return mask.expand(-1, self.keys.shape[2], -1, -1).contiguous()
 
     def _writer(self, slots: Tensor) -> Callable[[Tensor, Tensor], None]:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.models.cache import FrameCache
-from nfd_env.models.layers import Attend, Block, FrameRotation, RMSNorm, sinusoid
+from nfd_env.models.layers import (
+    Attend,
+    Block,
+    FrameRotation,
+    RMSNorm,
+    attend_masked,
+    by_token,
+    sinusoid,
+)
 from nfd_env.models.sight import Sight
 
 
@@ -228,16 +236,8 @@ class Dynamics(nn.Module):
         return velocity[:, finished - skip :]
 
     def _masked(self, mask: Tensor) -> Attend:
-        tokens = self.config.tokens
-        full = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            shape = q.shape
-            q, k, v = (x.to(v.dtype).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=full)
-            return out.transpose(1, 2).reshape(shape).flatten(-2)
-
-        return attend
+        full = by_token(mask, self.config.tokens)
+        return lambda layer, q, k, v: attend_masked(q, k, v, full)
 
     def _two_copies(self, frames: Tensor) -> Attend:
         """Attention of [history | noisy] frames without the parts of the mask that are empty.
@@ -260,10 +260,7 @@ class Dynamics(nn.Module):
         new_mask = torch.cat((near & (close[:, None] != query), far), -1)
         # What pads the last chunk sees something, so that its softmax is finite; it is cut off.
         old_mask = old_mask | (query < 0)
-        old_mask, new_mask = (
-            m.repeat_interleave(tokens, -1).repeat_interleave(tokens, -2)
-            for m in (old_mask, new_mask)
-        )
+        old_mask, new_mask = by_token(old_mask, tokens), by_token(new_mask, tokens)
         new_mask = torch.cat((new_mask, new_mask.new_ones((*new_mask.shape[:2], tokens))), -1)
 
         def chunks(x: Tensor) -> Tensor:

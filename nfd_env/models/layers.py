@@ -127,6 +127,33 @@ class SwiGLU(nn.Linear):
         return functional.silu(gate) * up
 
 
+def by_token(seen: Tensor, tokens: int) -> Tensor:
+    """What frames see of frames (..., F, n) -> what their tokens see (..., F * P, n * P)."""
+    return seen.repeat_interleave(tokens, -2).repeat_interleave(tokens, -1)
+
+
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention of the last frames among frames that are all at hand.
+
+    Args:
+        q: (B, F, P, heads, c), of any number format.
+        k: (B, n, P, heads, c), n >= F.
+        v: like ``k``.
+        mask: bool (n * P, n * P), whether each token sees each other.
+        scale: of the scores; None for 1 / sqrt(c).
+
+    Returns:
+        (B, F, P, heads * c), in the format of ``v``.
+    """
+    tokens = q.shape[2]
+    q, k, v = (x.to(v.dtype).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    seen = mask[-q.shape[2] :]
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return out.transpose(1, 2).unflatten(1, (-1, tokens)).flatten(-2)
+
+
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention without a scale: that is in the queries already.
 

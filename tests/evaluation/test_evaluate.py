@@ -102,9 +102,8 @@ class Replay(WorldModel):
         frame = state.frame[0]
         state.frame = [number + 1 for number in state.frame]
         none = torch.zeros(len(actions))
-        return Transition(
-            self.frames[:, frame + 1 - self.dynamics.config.sight.reach], none, none.bool(), none
-        )
+        shown = self.frames[:, frame + 1 - self.dynamics.config.sight.reach]
+        return Transition(shown, none, none.bool(), none)
 
 
 def test_a_perfect_world_reaches_the_floor(
