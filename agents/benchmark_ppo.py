@@ -25,7 +25,13 @@ from nfd_env import config
 
 
 def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
-    """The same training for Stable-Baselines3."""
+    """The same training for Stable-Baselines3.
+
+    Raises:
+        ValueError: when the native policy leaves out some of the stack, which its cannot.
+    """
+    if settings.frame_offsets:
+        raise ValueError("Stable-Baselines3 has no frame_offsets: compare without them")
     ppo = settings.ppo
     return TrainSB3Config(
         folder=settings.folder,
@@ -78,7 +84,9 @@ class NativeRun:
         """Roll out and update ``updates`` times."""
         ppo = self._settings.ppo
         for _ in range(updates):
-            batch, self._player = rollout(self._env, self._act, self._player, ppo.rollout_steps)
+            batch, self._player = rollout(
+                self._env, self._act, self._player, ppo.rollout_steps, self._policy.look
+            )
             logs = update(self._policy, self._optimiser, batch, ppo, self._loss, self._gae)
             float(logs["surrogate"])  # waits for the device
 

@@ -73,7 +73,7 @@ class NativeAgent:
         else:
             mask = None if first is None else torch.as_tensor(first, device=self._device)
             self._stack = push(self._stack, tensor, mask)
-        action, *_ = self.policy.act(self._stack, self._greedy, self._generator)
+        action, *_ = self.policy.act(self.policy.look(self._stack), self._greedy, self._generator)
         return action if isinstance(observations, Tensor) else action.cpu().numpy()
 
 

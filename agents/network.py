@@ -185,8 +185,7 @@ class ActorCritic(nn.Module):
             )
         if spec.obs_type == "rgb":
             shape = [shape[2], shape[0], shape[1]]
-        self.looks_at = [-1 - back for back in config.offsets]
-        stacked = (len(self.looks_at) * shape[0], shape[1], shape[2])
+        stacked = (len(config.offsets) * shape[0], shape[1], shape[2])
         self.trunk = Trunk(spec.obs_type, stacked, config.channels, config.width)
         self.actor = nn.Linear(config.width, sum(self.sizes))
         self.critic = nn.Linear(config.width, 1)
@@ -194,9 +193,13 @@ class ActorCritic(nn.Module):
             nn.init.orthogonal_(head.weight, gain)
             nn.init.zeros_(head.bias)
 
+    def look(self, stack: Tensor) -> Tensor:
+        """Of a stack (B, frame_stack, *observation_shape) the k observations that it looks at."""
+        places = [-1 - back for back in self.config.offsets]
+        return stack if len(places) == stack.shape[1] else stack[:, places]
+
     def forward(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, frame_stack, *observation_shape) -> logits (B, sum of sizes), value (B,)."""
-        stack = stack[:, self.looks_at]
+        """What ``look`` gives (B, k, *observation_shape) -> logits (B, all sizes), value (B,)."""
         if self.config.spec.obs_type == "rgb":
             stack = stack.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
         hidden = self.trunk(stack.flatten(1, 2))
@@ -208,7 +211,7 @@ class ActorCritic(nn.Module):
         """Choose actions.
 
         Args:
-            stack: (B, frame_stack, *observation_shape).
+            stack: (B, k, *observation_shape), see ``look``.
             greedy: take the most probable ones instead of drawing them.
             generator: where the drawing's random numbers come from.
 

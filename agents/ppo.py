@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from agents.network import ActorCritic, new_stack, push
 
 Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Look = Callable[[Tensor], Tensor]
 Loss = Callable[[ActorCritic, TensorDict, "PPOConfig"], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -83,33 +84,39 @@ class Player:
 
 
 @torch.no_grad()
-def rollout(env: Any, act: Act, player: Player, steps: int) -> tuple[TensorDict, Player]:
+def rollout(
+    env: Any, act: Act, player: Player, steps: int, look: Look | None = None
+) -> tuple[TensorDict, Player]:
     """Play ``steps`` decisions in every environment.
 
     Args:
         env: a vector env of tensors that resets in the step that ends an episode, as made with
             ``output="torch"`` and ``autoreset_mode="SameStep"``.
-        act: stack -> actions, log-probabilities, values.
+        act: what is looked at -> actions, log-probabilities, values.
         player: where to go on.
         steps: T.
+        look: stack -> what is looked at of it, all that the batch keeps, see ``ActorCritic.look``;
+            None for the whole stack.
 
     Returns:
         A batch of size (T, B) and where to go on. ``next_value`` is the value of what the action
         led to, the end of an episode included; ``hazard`` is the probability with which it could
         have terminated; ``score`` is the episode's whole reward where one ended, else NaN.
     """
+    look = look or (lambda stack: stack)
     rows: list[dict[str, Tensor]] = []
     for _ in range(steps):
-        action, log_prob, value = act(player.stack)
+        seen = look(player.stack)
+        action, log_prob, value = act(seen)
         observation, reward, terminated, truncated, info = env.step(action)
         ended = terminated | truncated
         final_value = torch.zeros_like(value)
         if "final_obs" in info:
-            final_value = act(push(player.stack, info["final_obs"]))[2]
+            final_value = act(look(push(player.stack, info["final_obs"])))[2]
         score = player.score + reward
         rows.append(
             {
-                "observation": player.stack,
+                "observation": seen,
                 "action": action,
                 "log_prob": log_prob,
                 "value": value,
@@ -126,7 +133,7 @@ def rollout(env: Any, act: Act, player: Player, steps: int) -> tuple[TensorDict,
         {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
         batch_size=(steps, len(player.score)),
     )
-    values = torch.cat([batch["value"][1:], act(player.stack)[2][None]])
+    values = torch.cat([batch["value"][1:], act(look(player.stack))[2][None]])
     batch["next_value"] = torch.where(batch["ended"], batch["final_value"], values)
     return batch, player
 

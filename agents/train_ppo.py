@@ -246,7 +246,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             begin = time.monotonic()
-            batch, player = rollout(env, act, player, settings.ppo.rollout_steps)
+            batch, player = rollout(env, act, player, settings.ppo.rollout_steps, policy.look)
             middle = time.monotonic()
             logs = update(policy, optimiser, batch, settings.ppo, loss_of, advantage_of)
             values = {f"train/{name}": float(value) for name, value in logs.items()}

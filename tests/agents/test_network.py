@@ -69,11 +69,11 @@ def test_only_the_chosen_observations_are_looked_at() -> None:
     network = ActorCritic(PolicyConfig(spec(frame_stack=6), 8, 16, frame_offsets=[0, 1, 4]))
     assert network.config.offsets == [4, 1, 0]
     stack = torch.randn(2, 6, 4, 4, 6)
-    base = network(stack)[1]
+    base = network(network.look(stack))[1]
     for back in range(6):
         other = stack.clone()
         other[:, -1 - back] += 1
-        assert torch.equal(network(other)[1], base) == (back not in (0, 1, 4))
+        assert torch.equal(network(network.look(other))[1], base) == (back not in (0, 1, 4))
     for wrong in ([0, 6], [-1, 0]):
         with pytest.raises(ValueError, match="frame_offsets must lie from 0 to frame_stack - 1"):
             PolicyConfig(spec(frame_stack=6), frame_offsets=wrong)

@@ -77,6 +77,21 @@ def test_rollouts_go_on_where_the_last_one_stopped(tiny_world: Path) -> None:
     torch.testing.assert_close(both["next_value"], whole["next_value"])
 
 
+def test_a_batch_keeps_what_the_policy_looks_at(tiny_world: Path) -> None:
+    env, _ = make(tiny_world)
+    config = PolicyConfig(AgentSpec.of(env, 5), channels=8, width=16, frame_offsets=[0, 3])
+    policy = ActorCritic(config)
+    player = Player.start(env.reset(seed=0)[0], 5)
+    batch, player = rollout(env, policy.act, player, 12, policy.look)
+    seen = batch["observation"]
+    assert seen.shape == (12, 3, 2, 4, 4, 6)
+    for step in range(3, 12):
+        unbroken = ~batch["ended"][step - 3 : step].any(0)
+        assert torch.equal(seen[step, unbroken, 0], seen[step - 3, unbroken, 1])
+    assert torch.equal(policy.look(player.stack)[:, 1], player.stack[:, -1])
+    update(policy, torch.optim.Adam(policy.parameters()), batch, PPOConfig(minibatch_size=12))
+
+
 def test_the_real_game_has_no_hazard_but_its_ends(counter_world: Path) -> None:
     env: Any = RealVectorEnv(counter_world, 2, obs_type="latent", output="torch", length=3, **CPU)
     policy = ActorCritic(PolicyConfig(AgentSpec.of(env, 2), channels=8, width=16))

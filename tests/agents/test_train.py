@@ -261,6 +261,15 @@ def test_the_shipped_configs_fit() -> None:
     assert all(getattr(sb3, name) == getattr(expected, name) for name in same)
 
 
+def test_offsets_are_not_compared_with_a_trainer_without_them() -> None:
+    pytest.importorskip("stable_baselines3")
+    from agents.benchmark_ppo import as_sb3
+
+    settings = TrainPPOConfig("x", 1, frame_stack=4, frame_offsets=[0, 3])
+    with pytest.raises(ValueError, match="compare without them"):
+        as_sb3(settings)
+
+
 # Loading agents that do not fit.
 
 
