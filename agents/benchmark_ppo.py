@@ -25,13 +25,7 @@ from nfd_env import config
 
 
 def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
-    """The same training for Stable-Baselines3.
-
-    Raises:
-        ValueError: when the native policy leaves out some of the stack, which its cannot.
-    """
-    if settings.frame_offsets:
-        raise ValueError("Stable-Baselines3 has no frame_offsets: compare without them")
+    """The same training for Stable-Baselines3."""
     ppo = settings.ppo
     return TrainSB3Config(
         folder=settings.folder,
@@ -40,6 +34,7 @@ def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
         obs_type=settings.obs_type,
         frame_skip=settings.frame_skip,
         frame_stack=settings.frame_stack,
+        frame_offsets=settings.frame_offsets,
         max_episode_frames=settings.max_episode_frames,
         starts=settings.starts,
         horizon_frames=settings.horizon_frames,

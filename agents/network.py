@@ -113,15 +113,26 @@ class PolicyConfig:
     @property
     def offsets(self) -> list[int]:
         """The observations that it looks at, in decisions back, oldest first."""
-        return sorted(set(self.frame_offsets or range(self.spec.frame_stack)), reverse=True)
+        return looked_at(self.frame_offsets, self.spec.frame_stack)
 
     def __post_init__(self) -> None:
         """Check that the stack holds what the network looks at."""
-        if self.offsets[0] >= self.spec.frame_stack or self.offsets[-1] < 0:
-            raise ValueError(
-                f"frame_offsets must lie from 0 to frame_stack - 1 = {self.spec.frame_stack - 1}, "
-                f"got {self.frame_offsets}"
-            )
+        looked_at(self.frame_offsets, self.spec.frame_stack)
+
+
+def looked_at(frame_offsets: list[int], frame_stack: int) -> list[int]:
+    """Offsets of a stack's observations, oldest first; all of them for an empty list.
+
+    Raises:
+        ValueError: when the stack does not hold one of them.
+    """
+    offsets = sorted(set(frame_offsets or range(frame_stack)), reverse=True)
+    if offsets[0] >= frame_stack or offsets[-1] < 0:
+        raise ValueError(
+            f"frame_offsets must lie from 0 to frame_stack - 1 = {frame_stack - 1}, "
+            f"got {frame_offsets}"
+        )
+    return offsets
 
 
 class Trunk(nn.Module):

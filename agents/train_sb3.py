@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from agents.evaluation import Judge, describe
 from agents.load import SPEC_ATTRIBUTE, SB3Agent
-from agents.network import AgentError, AgentSpec, Trunk
+from agents.network import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env import config
 from nfd_env.checkpoint import load_world
 from nfd_env.sb3 import make_vec_env
@@ -46,7 +46,8 @@ class TrainSB3Config:
         num_envs: environments stepped together.
         obs_type: "latent" or "rgb".
         frame_skip: frames for which each action is repeated.
-        frame_stack: observations that a decision is based on; one shows no velocity.
+        frame_stack: latest observations that a decision can be based on; one shows no velocity.
+        frame_offsets: those of them that the trunk looks at, in decisions back; empty for all.
         max_episode_frames: whole episodes are truncated there; 0 for never.
         starts: see ``TrainPPOConfig``.
         horizon_frames: see ``TrainPPOConfig``.
@@ -69,6 +70,7 @@ class TrainSB3Config:
     obs_type: str = "latent"
     frame_skip: int = 4
     frame_stack: int = 3
+    frame_offsets: list[int] = field(default_factory=list)
     max_episode_frames: int = 0
     starts: StartsConfig | None = None
     horizon_frames: int = 0
@@ -93,6 +95,9 @@ class TrainSB3Config:
                 f"CnnPolicy takes pictures, not obs_type={self.obs_type!r}: "
                 "set obs_type: rgb, or policy: trunk"
             )
+        looked_at(self.frame_offsets, self.frame_stack)
+        if self.frame_offsets and self.policy != "trunk":
+            raise ValueError(f"{self.policy} looks at the whole stack: frame_offsets need trunk")
 
     @property
     def max_episode_steps(self) -> int | None:
@@ -109,14 +114,29 @@ class TrunkExtractor(BaseFeaturesExtractor):
     """The native PPO's trunk as a features extractor."""
 
     def __init__(
-        self, observation_space: spaces.Box, obs_type: str, channels: int, width: int
+        self,
+        observation_space: spaces.Box,
+        obs_type: str,
+        channels: int,
+        width: int,
+        frame_stack: int,
+        frame_offsets: list[int],
     ) -> None:
         """Build for stacked channels-first observations."""
         super().__init__(observation_space, width)
-        self.trunk = Trunk(obs_type, observation_space.shape, channels, width)
+        depth, *size = observation_space.shape
+        each = depth // frame_stack
+        offsets = looked_at(frame_offsets, frame_stack)
+        # The oldest observation's channels come first.
+        firsts = [each * (frame_stack - 1 - back) for back in offsets]
+        places = torch.tensor([first + i for first in firsts for i in range(each)])
+        self._places = None if len(places) == depth else places
+        self.trunk = Trunk(obs_type, (len(places), *size), channels, width)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, width)."""
+        if self._places is not None:
+            observations = observations[:, self._places]
         return self.trunk(observations)
 
 
@@ -168,6 +188,8 @@ def make_model(venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
             "obs_type": spec.obs_type,
             "channels": settings.channels,
             "width": settings.width,
+            "frame_stack": settings.frame_stack,
+            "frame_offsets": settings.frame_offsets,
         }
         kwargs["policy_kwargs"] = {
             "features_extractor_class": TrunkExtractor,

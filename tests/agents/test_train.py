@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from agents import train_ppo
 from agents.evaluation import Judge, describe
@@ -257,17 +258,8 @@ def test_the_shipped_configs_fit() -> None:
     expected = as_sb3(native)
     assert {**expected.ppo, **sb3.ppo} == expected.ppo
     same = ("num_envs", "frame_skip", "frame_stack", "obs_type", "channels", "reward_scale")
-    same += ("starts", "horizon_frames", "max_episode_frames", "width")
+    same += ("starts", "horizon_frames", "max_episode_frames", "width", "frame_offsets")
     assert all(getattr(sb3, name) == getattr(expected, name) for name in same)
-
-
-def test_offsets_are_not_compared_with_a_trainer_without_them() -> None:
-    pytest.importorskip("stable_baselines3")
-    from agents.benchmark_ppo import as_sb3
-
-    settings = TrainPPOConfig("x", 1, frame_stack=4, frame_offsets=[0, 3])
-    with pytest.raises(ValueError, match="compare without them"):
-        as_sb3(settings)
 
 
 # Loading agents that do not fit.
@@ -354,6 +346,8 @@ def test_sb3_trains_and_plays(
     plan = sb3_settings(
         tmp_path, obs_type=obs_type, policy=policy, evaluate_every=32, evaluate_episodes=2
     )
+    if policy == "trunk":
+        plan = replace(plan, frame_stack=4, frame_offsets=[0, 3])
     from agents import train_sb3
 
     metrics = train_sb3.train(str(counter_world), plan, progress=False)
@@ -364,6 +358,24 @@ def test_sb3_trains_and_plays(
         assert np.isfinite(play_episodes(env, agent, 4, seed=0).scores).all()
     with pytest.raises(AgentError, match="frame_skip=2"):
         load_agent(tmp_path / "agent.zip", make(counter_world, obs_type=obs_type, frame_skip=1))
+
+
+def test_sb3_looks_at_the_chosen_observations() -> None:
+    pytest.importorskip("stable_baselines3")
+    from agents.train_sb3 import TrainSB3Config, TrunkExtractor
+
+    space = spaces.Box(-np.inf, np.inf, (6 * 4, 4, 6), np.float32)
+    extractor = TrunkExtractor(space, "latent", 8, 16, 6, [0, 1, 4])
+    stack = torch.randn(2, 6 * 4, 4, 6)
+    base = extractor(stack)
+    for back in range(6):
+        other = stack.clone()
+        other.unflatten(1, (6, 4))[:, -1 - back] += 1
+        assert torch.equal(extractor(other), base) == (back not in (0, 1, 4))
+    with pytest.raises(ValueError, match="frame_offsets must lie from 0 to frame_stack - 1"):
+        TrainSB3Config("x", 1, frame_stack=3, frame_offsets=[0, 3])
+    with pytest.raises(ValueError, match="frame_offsets need trunk"):
+        TrainSB3Config("x", 1, policy="MlpPolicy", frame_offsets=[0])
 
 
 def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) -> None:
