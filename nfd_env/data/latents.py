@@ -89,10 +89,12 @@ def _digest(network: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def check_share(share: float) -> None:
-    """Refuse an ``ending_share`` outside [0, 1]."""
+def check_endings(share: float, frames: int) -> None:
+    """Refuse an ``ending_share`` outside [0, 1] and negative ``ending_frames``."""
     if not 0 <= share <= 1:
         raise ValueError(f"ending_share must lie in [0, 1], got {share}")
+    if frames < 0:
+        raise ValueError(f"ending_frames must not be negative, got {frames}")
 
 
 class LatentDataset:
@@ -139,7 +141,12 @@ class LatentDataset:
         return int(self._lengths.sum())
 
     def windows(
-        self, rng: np.random.Generator, count: int, frames: int, ending_share: float = 0.0
+        self,
+        rng: np.random.Generator,
+        count: int,
+        frames: int,
+        ending_share: float = 0.0,
+        ending_frames: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Random windows of ``frames`` frames within episodes.
 
@@ -148,8 +155,9 @@ class LatentDataset:
             count: windows.
             frames: frames each.
             ending_share: in [0, 1], the probability that a window lies at the end of an episode
-                that terminated, at most ``frames`` - 1 frames before its last. What ends episodes
-                is rare, and all windows alike hardly show it.
+                that terminated. What ends episodes is rare, and all windows alike hardly show it.
+            ending_frames: such a window stops fewer than so many frames before the episode's last;
+                0 for ``frames``.
 
         Returns:
             float32 latents (count, frames, C, h, w), and encoded actions
@@ -166,7 +174,8 @@ class LatentDataset:
             # No draw without a share, so that batches stay what they were.
             if ending_share and len(ended) and rng.random() < ending_share:
                 number = int(rng.choice(ended))
-                start = int(room[number] - 1 - rng.integers(min(frames, room[number])))
+                most = min(ending_frames or frames, room[number])
+                start = int(room[number] - 1 - rng.integers(most))
             episode = self.episodes[number]
             latents.append(episode.latents[start : start + frames])
             into = episode.actions[max(0, start - 1) : start + frames - 1]

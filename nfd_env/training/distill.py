@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.data.latents import LatentDataset, check_share, encode_recordings
+from nfd_env.data.latents import LatentDataset, check_endings, encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.metrics import frechet_distance
 from nfd_env.flow.consistency import (
@@ -100,6 +100,7 @@ class DistillTrainingConfig:
             world the same. Flow training with its own level shift hardly visits low levels, and few
             steps do better without them.
         ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
+        ending_frames: see there.
         rollouts: held-out rollouts a validation.
         reference_steps: DPM-Solver++ steps of the teacher that the validation compares with; 0
             leaves the teacher out.
@@ -127,12 +128,13 @@ class DistillTrainingConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     shift: float = 4.0
     ending_share: float = 0.0
+    ending_frames: int = 0
     rollouts: int = 16
     reference_steps: int = 18
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_share(self.ending_share)
+        check_endings(self.ending_share, self.ending_frames)
         if self.solver not in ("euler", "midpoint"):
             raise ValueError(f"solver must be euler or midpoint, got {self.solver!r}")
         if self.frames < 2:
@@ -277,9 +279,8 @@ class DistillStage:
 
     def batch(self, rng: np.random.Generator, size: int) -> Batch:
         """Latents (size, frames, C, h, w), the actions leading into them, and what to train."""
-        latents, actions = self._train.windows(
-            rng, size, self.settings.frames, self.settings.ending_share
-        )
+        s = self.settings
+        latents, actions = self._train.windows(rng, size, s.frames, s.ending_share, s.ending_frames)
         step, adversarial = int(self.network.steps), self.settings.adversarial
         return Batch(
             latents,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.data.latents import LatentDataset, check_share, encode_recordings
+from nfd_env.data.latents import LatentDataset, check_endings, encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.solvers import level_grid, sample_euler
@@ -45,6 +45,7 @@ class FlowTrainingConfig:
         history_level: the history's level when playing, stored with the weights.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
         ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
+        ending_frames: see there.
     """
 
     recordings: str
@@ -59,10 +60,11 @@ class FlowTrainingConfig:
     history_level: float = 0.15
     level_shift: float = 3.0
     ending_share: float = 0.0
+    ending_frames: int = 0
 
     def __post_init__(self) -> None:
         """Check the choices."""
-        check_share(self.ending_share)
+        check_endings(self.ending_share, self.ending_frames)
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
 
@@ -105,7 +107,8 @@ class FlowStage:
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
         """Latents (size, frames, C, h, w) and the actions leading into them."""
-        return self._train.windows(rng, size, self.settings.frames, self.settings.ending_share)
+        s = self.settings
+        return self._train.windows(rng, size, s.frames, s.ending_share, s.ending_frames)
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,12 @@ from torch.nn import functional
 from nfd_env.data.latents import LatentDataset, LatentEpisode, encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.weights import save_weights
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.training.drawn import DrawnConfig, DrawnStretch, draw_stretches
 from nfd_env.training.loop import TrainConfig
+from nfd_env.training.stretches import Stretch, StretchSampler
+
+_DRAWN_HELD_OUT = 512  # stretches
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class HeadsTrainingConfig:
             latents are not quite recorded ones.
         reward_bins: most reward values that are kept apart.
         dropout: see ``HeadsConfig``.
+        initial: weights to begin with, of the same sizes; "" for random ones.
+        drawn: recorded play as a world draws it, to learn on too: its frames are not quite recorded
+            ones, and an end that shows in the one may hardly show in the other.
     """
 
     recordings: str
@@ -47,6 +54,13 @@ class HeadsTrainingConfig:
     latent_noise: float = 0.15
     reward_bins: int = 63
     dropout: float = 0.2
+    initial: str = ""
+    drawn: DrawnConfig = field(default_factory=DrawnConfig)
+
+    def __post_init__(self) -> None:
+        """Check that drawn frames fit into a sequence."""
+        if self.drawn.world and self.drawn.frames >= self.frames:
+            raise ValueError(f"drawn.frames must be below frames, {self.frames}")
 
 
 class HeadsStage:
@@ -71,42 +85,46 @@ class HeadsStage:
             dropout=settings.dropout,
         )
         self.network = Heads(self.config)
-        self._ends = [i for i, e in enumerate(self._train.episodes) if e.terminated[-1]]
-        # A sequence may begin up to frames - 1 transitions before an episode does, which cuts it
-        # short: only so is every transition in equally many sequences.
-        lengths = np.array([len(e.actions) for e in self._train.episodes])
-        self._places = np.cumsum(lengths + settings.frames - 1)
+        if settings.initial:
+            begun = load_weights(settings.initial, Heads, HeadsConfig)
+            if replace(begun.config, dropout=settings.dropout) != self.config:
+                raise CheckpointError(
+                    f"{settings.initial}: holds {begun.config}, the recordings and the config ask "
+                    f"for {self.config}"
+                )
+            self.network.load_state_dict(begun.state_dict())
+        self._stretches = StretchSampler(self._train.episodes, settings.frames, settings.end_share)
+        self._drawn: list[DrawnStretch] = []
+        self._drawn_held_out: list[DrawnStretch] = []
+        if settings.drawn.world:
+            device = settings.train.device
+            self._drawn = draw_stretches(settings.drawn, self._train.episodes, device)
+            self._drawn_held_out = draw_stretches(
+                settings.drawn, self._validation.episodes, device, _DRAWN_HELD_OUT, seed=1
+            )
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
         """Sequences of ``frames`` transitions, padded at the end; see ``_sequence``."""
         rows = []
-        total, frames = int(self._places[-1]), self.settings.frames
         for _ in range(size):
-            if self._ends and rng.random() < self.settings.end_share:
-                number = self._ends[rng.integers(len(self._ends))]
-                start = len(self._train.episodes[number].actions) - int(rng.integers(1, frames + 1))
+            if self._drawn and rng.random() < self.settings.drawn.share:
+                drawn = self._drawn[rng.integers(len(self._drawn))]
+                rows.append(self._drawn_sequence(self._train.episodes, drawn))
             else:
-                index = int(rng.integers(total))
-                number = int(np.searchsorted(self._places, index, side="right"))
-                # The last place of an episode is the one that holds its last transition only.
-                last = len(self._train.episodes[number].actions) - 1
-                start = last - (int(self._places[number]) - 1 - index)
-            rows.append(self._sequence(self._train.episodes[number], start))
+                stretch = self._stretches.draw(rng)
+                weight = self._stretches.importance(stretch)
+                rows.append(self._sequence(self._train.episodes, stretch, weight))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
-    def _sequence(self, episode: LatentEpisode, start: int) -> tuple[Tensor, ...]:
-        """Latents after each transition, actions, rewards, terminated, and importance weights.
-
-        ``start`` may be negative: the sequence then begins with the episode, and is shorter.
-        """
-        count = self.settings.frames
-        stop = min(len(episode.actions), start + count)
-        start = max(0, start)
-        size = stop - start
+    def _sequence(
+        self, episodes: list[LatentEpisode], stretch: Stretch, weight: np.ndarray
+    ) -> tuple[Tensor, ...]:
+        """Latents after each transition, actions, rewards, terminated, and weights."""
+        episode, start, stop = episodes[stretch.number], stretch.start, stretch.stop
 
         def pad(array: np.ndarray) -> Tensor:
-            filled = np.zeros((count, *array.shape[1:]), np.float32)
-            filled[:size] = array
+            filled = np.zeros((self.settings.frames, *array.shape[1:]), np.float32)
+            filled[: len(array)] = array
             return torch.from_numpy(filled)
 
         return (
@@ -114,20 +132,25 @@ class HeadsStage:
             pad(episode.actions[start:stop]),
             pad(episode.rewards[start:stop]),
             pad(episode.terminated[start:stop]),
-            pad(self._importance(episode, start, stop)),
+            pad(weight),
         )
 
-    def _importance(self, episode: LatentEpisode, start: int, stop: int) -> np.ndarray:
-        """How much rarer each transition is in the recordings than in the batches."""
-        share, frames, total = self.settings.end_share, self.settings.frames, self._places[-1]
-        uniform = np.full(stop - start, frames / total)
-        if not self._ends:
-            return np.ones_like(uniform)
-        drawn = (1 - share) * uniform
-        if episode.terminated[-1]:
-            before_end = len(episode.actions) - 1 - np.arange(start, stop)
-            drawn += share / len(self._ends) * np.clip(1 - before_end / frames, 0, None)
-        return uniform / drawn
+    def _drawn_sequence(
+        self, episodes: list[LatentEpisode], drawn: DrawnStretch
+    ) -> tuple[Tensor, ...]:
+        """The same with drawn frames at the end, which alone have a weight.
+
+        Where they come from, the heads have seen recorded frames. The weights make a drawn sequence
+        count as much as a recorded one.
+        """
+        frames, size = self.settings.frames, len(drawn.latents)
+        start = max(0, drawn.stretch.stop - frames)
+        weight = np.zeros(drawn.stretch.stop - start)
+        weight[-size:] = drawn.weight * frames / self.settings.drawn.frames
+        whole = Stretch(drawn.stretch.number, start, drawn.stretch.stop)
+        latents, *others = self._sequence(episodes, whole, weight)
+        latents[len(weight) - size : len(weight)] = torch.from_numpy(drawn.latents).float()
+        return latents, *others
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, ...]
@@ -157,7 +180,8 @@ class HeadsStage:
     def validate(self, network: nn.Module) -> Mapping[str, float]:
         """Log losses on whole held-out episodes; ``end`` is to be compared with ``end_constant``.
 
-        ``end_constant`` is the loss of always predicting the true mean rate.
+        ``end_constant`` is the loss of always predicting the true mean rate. With drawn frames
+        there are the same loss on them, ``drawn_end_over_constant``, and the mean of both.
         """
         assert isinstance(network, Heads)
         end_sum = reward_error = count = ends = 0.0
@@ -172,13 +196,32 @@ class HeadsStage:
             end_sum += float(end.sum())
             count += end.numel()
             ends += float(terminated.sum())
-        rate = max(ends, 0.5) / count
-        constant = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-        return {
+        over = end_sum / count / _constant_loss(max(ends, 0.5) / count)
+        metrics = {
             "end": end_sum / count,
-            "end_over_constant": end_sum / count / constant,
+            "end_over_constant": over,
             "reward_absolute_error": reward_error / count,
         }
+        if self._drawn_held_out:
+            drawn = metrics["drawn_end_over_constant"] = self._validate_drawn(network)
+            metrics["mean_end_over_constant"] = (over + drawn) / 2
+        return metrics
+
+    def _validate_drawn(self, network: nn.Module) -> float:
+        loss = ends = total = 0.0
+        for first in range(0, len(self._drawn_held_out), 64):
+            rows = [
+                self._drawn_sequence(self._validation.episodes, drawn)
+                for drawn in self._drawn_held_out[first : first + 64]
+            ]
+            latents, actions, rewards, terminated, weight = (
+                torch.stack(column).to(self._device) for column in zip(*rows, strict=True)
+            )
+            end, _ = self._errors(network, latents, actions, rewards, terminated)
+            loss += float((weight * end).sum())
+            ends += float((weight * terminated).sum())
+            total += float(weight.sum())
+        return loss / total / _constant_loss(max(ends, 0.5) / total)
 
     def strip(self, network: nn.Module) -> None:
         """Nothing to look at."""
@@ -186,6 +229,11 @@ class HeadsStage:
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""
         save_weights(path, network, self.config)
+
+
+def _constant_loss(rate: float) -> float:
+    """Log loss of always predicting ``rate`` where that is the true one."""
+    return float(-(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)))
 
 
 def reward_values(rewards: np.ndarray, bins: int) -> list[float]:

@@ -112,6 +112,11 @@ def test_windows_at_the_ends_of_episodes_that_terminated(recordings: Path, laten
     assert {last[1], last[4]} <= {window[-1] for window in keys}
     some = data.windows(rng, 400, 8, ending_share=0.5)[0].numpy()
     assert 150 < sum(window[0].tobytes() in near for window in some) < 280
+    # Close to the end: the last frame, or the one before it.
+    close = data.windows(rng, 100, 8, ending_share=1.0, ending_frames=2)[0].numpy()
+    before = [e.latents[-2].astype(np.float32).tobytes() for e in data.episodes]
+    kept = {window[-1].tobytes() for window in close}
+    assert kept == {last[1], last[4], before[1], before[4]}
     # Where nothing terminated, the share asks for nothing.
     data._ends[:] = False
     assert data.windows(rng, 4, 8, ending_share=1.0)[0].shape[0] == 4

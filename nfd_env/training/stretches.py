@@ -1,0 +1,60 @@
+"""Random stretches of episodes for what learns from rare ends: drawn often, weighted back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nfd_env.data.latents import LatentEpisode
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Transitions ``start`` to ``stop`` - 1 of the episode with this number."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class StretchSampler:
+    """Draws stretches of up to ``frames`` transitions, a share of them at episodes' ends."""
+
+    def __init__(self, episodes: Sequence[LatentEpisode], frames: int, end_share: float) -> None:
+        """Draw from ``episodes``; ``end_share`` in [0, 1) is of those that terminated."""
+        self._episodes, self._frames, self._share = episodes, frames, end_share
+        self._ends = [i for i, e in enumerate(episodes) if e.terminated[-1]]
+        # A stretch may begin up to frames - 1 transitions before an episode does, which cuts it
+        # short: only so is every transition in equally many stretches.
+        lengths = np.array([len(e.actions) for e in episodes])
+        self._places = np.cumsum(lengths + frames - 1)
+
+    def draw(self, rng: np.random.Generator) -> Stretch:
+        """A random stretch."""
+        frames = self._frames
+        if self._ends and rng.random() < self._share:
+            number = self._ends[rng.integers(len(self._ends))]
+            start = len(self._episodes[number].actions) - int(rng.integers(1, frames + 1))
+        else:
+            index = int(rng.integers(int(self._places[-1])))
+            number = int(np.searchsorted(self._places, index, side="right"))
+            # The last place of an episode is the one that holds its last transition only.
+            last = len(self._episodes[number].actions) - 1
+            start = last - (int(self._places[number]) - 1 - index)
+        stop = min(len(self._episodes[number].actions), start + frames)
+        return Stretch(number, max(0, start), stop)
+
+    def importance(self, stretch: Stretch) -> np.ndarray:
+        """How much rarer each transition is in the recordings than in the stretches."""
+        share, frames, total = self._share, self._frames, self._places[-1]
+        uniform = np.full(stretch.stop - stretch.start, frames / total)
+        if not self._ends:
+            return np.ones_like(uniform)
+        drawn = (1 - share) * uniform
+        episode = self._episodes[stretch.number]
+        if episode.terminated[-1]:
+            before_end = len(episode.actions) - 1 - np.arange(stretch.start, stretch.stop)
+            drawn += share / len(self._ends) * np.clip(1 - before_end / frames, 0, None)
+        return uniform / drawn
