@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from agents.evaluation import Judge, describe
-from agents.load import NativeAgent
+from agents.load import NativeAgent, load_agent
 from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env import config
@@ -52,6 +52,7 @@ class TrainPPOConfig:
             are never far from recorded ones: a world is the less true, the longer it runs on its
             own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
+        initial: an agent of the same world and network to begin with; "" for a new one.
         channels: of the policy's convolutions.
         width: of the policy's fully connected layer.
         ppo: hyper-parameters.
@@ -75,6 +76,7 @@ class TrainPPOConfig:
     starts: StartsConfig | None = None
     horizon_frames: int = 0
     env: dict[str, Any] = field(default_factory=dict)
+    initial: str = ""
     channels: int = 32
     width: int = 256
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -137,11 +139,20 @@ def make_policy(
     """A new policy for ``env``, on its device, and what improves it.
 
     Raises:
-        AgentError: when the policy cannot take the actions or observations of ``env``.
+        AgentError: when the policy cannot take the actions or observations of ``env``, or is to
+            begin with an agent of another network, world or kind of training.
     """
     spec = AgentSpec.of(env, settings.frame_stack, "real game" if real else "world")
     sizes = settings.channels, settings.width, settings.frame_offsets
     network = ActorCritic(PolicyConfig(spec, *sizes))
+    if settings.initial:
+        agent = load_agent(settings.initial, env)
+        if not isinstance(agent, NativeAgent) or agent.policy.config != network.config:
+            raise AgentError(
+                f"{settings.initial} is no agent to begin with: this training makes one of "
+                f"{network.config}"
+            )
+        network.load_state_dict(agent.policy.state_dict())
     policy = network.to(env.model.device)
     return policy, torch.optim.Adam(policy.parameters(), settings.ppo.learning_rate, eps=1e-5)
 

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from agents import train_ppo
 from agents.evaluation import Judge, describe
 from agents.load import NativeAgent, load_agent
-from agents.network import AgentError, new_stack
+from agents.network import ActorCritic, AgentError, PolicyConfig, new_stack
 from agents.ppo import PPOConfig
 from agents.train_ppo import TrainPPOConfig
 from nfd_env import config
@@ -27,6 +27,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import play_episodes
+from nfd_env.models.weights import load_weights
 from nfd_env.spaces import ActionCodec
 from nfd_env.training.starts import StartsConfig
 
@@ -198,6 +199,19 @@ def test_branched_rollouts(
     assert metrics.keys() == METRICS
     assert metrics["real_deaths_per_1000_frames"] == pytest.approx(1000 / 12)
     assert 0 < metrics["deaths_per_1000_frames"] < 1000
+
+
+def test_it_can_begin_with_an_agent(trained: Path, counter_world: Path, tmp_path: Path) -> None:
+    initial = str(trained / "agent.safetensors")
+    learned = load_weights(Path(initial), ActorCritic, PolicyConfig).state_dict()
+    env = make(counter_world)
+    policy, _ = train_ppo.make_policy(env, settings(tmp_path, initial=initial))
+    assert all(torch.equal(v, learned[k]) for k, v in policy.state_dict().items())
+    for other in ({"width": 32}, {"frame_stack": 3}):
+        with pytest.raises(AgentError, match="no agent to begin with"):
+            train_ppo.make_policy(env, settings(tmp_path, initial=initial, **other))
+    with pytest.raises(AgentError, match="no agent to begin with"):
+        train_ppo.make_policy(env, settings(tmp_path, initial=initial), real=True)
 
 
 def test_no_score_of_a_world_without_the_real_one() -> None:
