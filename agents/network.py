@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,27 @@ class ActorCritic(nn.Module):
         for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):
             nn.init.orthogonal_(head.weight, gain)
             nn.init.zeros_(head.bias)
+
+    def begin_with(self, other: ActorCritic) -> None:
+        """Take over the weights of ``other``; where it sees more than that, it acts alike at first.
+
+        Raises:
+            AgentError: when ``other`` is of other sizes, plays something else, or looks at
+                observations that this network does not look at.
+        """
+        mine, its = self.config.offsets, other.config.offsets
+        spec = replace(other.config.spec, frame_stack=self.config.spec.frame_stack)
+        frames = self.config.frame_offsets
+        if replace(other.config, spec=spec, frame_offsets=frames) != self.config or not {*its} <= {
+            *mine
+        }:
+            raise AgentError(f"cannot begin with {other.config}, this is to be {self.config}")
+        state = other.state_dict()
+        first = "trunk.layers.0.0.weight"  # of the convolution that the observations meet
+        parts = dict(zip(its, state[first].chunk(len(its), 1), strict=True))
+        nothing = torch.zeros_like(parts[its[0]])
+        state[first] = torch.cat([parts.get(back, nothing) for back in mine], 1)
+        self.load_state_dict(state)
 
     def look(self, stack: Tensor) -> Tensor:
         """Of a stack (B, frame_stack, *observation_shape) the k observations that it looks at."""

@@ -52,7 +52,8 @@ class TrainPPOConfig:
             are never far from recorded ones: a world is the less true, the longer it runs on its
             own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
-        initial: an agent of the same world and network to begin with; "" for a new one.
+        initial: an agent of the same world and network to begin with; "" for a new one. It may look
+            at fewer observations.
         channels: of the policy's convolutions.
         width: of the policy's fully connected layer.
         ppo: hyper-parameters.
@@ -147,12 +148,9 @@ def make_policy(
     network = ActorCritic(PolicyConfig(spec, *sizes))
     if settings.initial:
         agent = load_agent(settings.initial, env)
-        if not isinstance(agent, NativeAgent) or agent.policy.config != network.config:
-            raise AgentError(
-                f"{settings.initial} is no agent to begin with: this training makes one of "
-                f"{network.config}"
-            )
-        network.load_state_dict(agent.policy.state_dict())
+        if not isinstance(agent, NativeAgent):
+            raise AgentError(f"{settings.initial} is not an agent of the native PPO")
+        network.begin_with(agent.policy)
     policy = network.to(env.model.device)
     return policy, torch.optim.Adam(policy.parameters(), settings.ppo.learning_rate, eps=1e-5)
 

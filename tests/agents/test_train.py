@@ -207,10 +207,16 @@ def test_it_can_begin_with_an_agent(trained: Path, counter_world: Path, tmp_path
     env = make(counter_world)
     policy, _ = train_ppo.make_policy(env, settings(tmp_path, initial=initial))
     assert all(torch.equal(v, learned[k]) for k, v in policy.state_dict().items())
-    for other in ({"width": 32}, {"frame_stack": 3}):
-        with pytest.raises(AgentError, match="no agent to begin with"):
+    # More observations change nothing at first, fewer cannot do.
+    more = settings(tmp_path, initial=initial, frame_stack=5, frame_offsets=[0, 1, 4])
+    further, _ = train_ppo.make_policy(env, more)
+    stack = torch.randn(3, 5, 4, 4, 6)
+    for one, other in zip(policy(stack[:, -2:]), further(further.look(stack)), strict=True):
+        torch.testing.assert_close(one, other)
+    for other in ({"width": 32}, {"frame_stack": 1}, {"frame_stack": 3, "frame_offsets": [0, 2]}):
+        with pytest.raises(AgentError, match="cannot begin with"):
             train_ppo.make_policy(env, settings(tmp_path, initial=initial, **other))
-    with pytest.raises(AgentError, match="no agent to begin with"):
+    with pytest.raises(AgentError, match="cannot begin with"):
         train_ppo.make_policy(env, settings(tmp_path, initial=initial), real=True)
 
 
