@@ -213,10 +213,8 @@ class ActorCritic(nn.Module):
         """
         mine, its = self.config.offsets, other.config.offsets
         spec = replace(other.config.spec, frame_stack=self.config.spec.frame_stack)
-        frames = self.config.frame_offsets
-        if replace(other.config, spec=spec, frame_offsets=frames) != self.config or not {*its} <= {
-            *mine
-        }:
+        widened = replace(other.config, spec=spec, frame_offsets=self.config.frame_offsets)
+        if widened != self.config or not set(its) <= set(mine):
             raise AgentError(f"cannot begin with {other.config}, this is to be {self.config}")
         state = other.state_dict()
         first = "trunk.layers.0.0.weight"  # of the convolution that the observations meet

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from nfd_env.checkpoint import World, load_world
 from nfd_env.data.latents import LatentEpisode
+from nfd_env.training.starts import episode_context
 from nfd_env.training.stretches import Stretch, StretchSampler
-from nfd_env.world_model import Context
 
 _ROWS = 64  # drawn at a time
 
@@ -112,12 +112,8 @@ def _draw(
     for row, stretch in enumerate(stretches):
         episode = episodes[stretch.number]
         actions[row, : stretch.stop - stretch.start] = episode.actions[stretch.start : stretch.stop]
-        first = max(0, stretch.start + 1 - world.model.dynamics.config.sight.reach)
-        into = episode.actions[max(0, first - 1) : stretch.start]
-        if first == 0:
-            into = np.concatenate((np.zeros_like(episode.actions[:1]), into))
-        latents = torch.from_numpy(episode.latents[first : stretch.start + 1].copy()).float()
-        contexts.append(Context(latents, torch.from_numpy(into), first == 0))
+        known = min(stretch.start + 1, world.model.dynamics.config.sight.reach)
+        contexts.append(episode_context(episode, stretch.start + 1 - known, known))
     state = world.model.start(contexts, seeds)
     steps = torch.from_numpy(actions).unbind(1)
     return torch.stack([world.model.step(state, action).latents for action in steps], 1)

@@ -73,12 +73,13 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
     for place in np.sort(rng.choice(ends[-1], settings.count, replace=False)):
         number = int(np.searchsorted(ends, place, side="right"))
         first = int(place - (ends[number] - room[number]))
-        starts.append(_context(dataset.episodes[number], first, settings.frames))
+        starts.append(episode_context(dataset.episodes[number], first, settings.frames))
     _check_tokenizer(starts, settings, world)
     return starts
 
 
-def _context(episode: LatentEpisode, first: int, frames: int) -> Context:
+def episode_context(episode: LatentEpisode, first: int, frames: int) -> Context:
+    """Frames ``first`` to ``first + frames - 1`` of ``episode``, float16, to start a world from."""
     actions = np.zeros((frames, episode.actions.shape[1]), np.float16)
     into = episode.actions[max(0, first - 1) : first + frames - 1]
     actions[frames - len(into) :] = into

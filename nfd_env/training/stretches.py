@@ -47,7 +47,11 @@ class StretchSampler:
         return Stretch(number, max(0, start), stop)
 
     def importance(self, stretch: Stretch) -> np.ndarray:
-        """How much rarer each transition is in the recordings than in the stretches."""
+        """How much rarer each transition is in the recordings than in the stretches.
+
+        Returns:
+            Above 0, (stop - start,); a loss weighted by it is that of transitions drawn uniformly.
+        """
         share, frames, total = self._share, self._frames, self._places[-1]
         uniform = np.full(stretch.stop - stretch.start, frames / total)
         if not self._ends:

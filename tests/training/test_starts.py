@@ -83,9 +83,9 @@ def test_latents_of_another_tokenizer(
         context = original(*args)
         return replace(context, latents=4 * context.latents.flip(1))
 
-    original = module._context
+    original = module.episode_context
     mine = _float(plan, world)
-    monkeypatch.setattr(module, "_context", foreign)
+    monkeypatch.setattr(module, "episode_context", foreign)
     with pytest.raises(ValueError, match="does not hold latents of the tokenizer of Tiny"):
         recorded_starts(plan, replace(world, starts=mine))
 
