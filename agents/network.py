@@ -275,21 +275,39 @@ class ActorCritic(nn.Module):
         return log_prob, entropy
 
 
-def new_stack(observation: Tensor, count: int) -> Tensor:
-    """(B, ...) -> (B, count, ...): an episode's first observation, as if it had always been so."""
-    return observation[:, None].repeat_interleave(count, 1)
+def new_stack(observation: Tensor, count: int, context: Tensor | None = None) -> Tensor:
+    """The stack (B, count, ...) at the beginning of an episode.
+
+    Args:
+        observation: (B, ...), its first.
+        count: observations in a stack.
+        context: (B, k, ...), what came before it, oldest first; None if that is not known: then,
+            as where k is too small, as if it had always been so.
+    """
+    if context is None or count == 1:
+        return observation[:, None].repeat_interleave(count, 1)
+    context = context[:, 1 - count :]
+    missing = count - 1 - context.shape[1]
+    oldest = context[:, :1].repeat_interleave(missing, 1)
+    return torch.cat([oldest, context, observation[:, None]], 1)
 
 
-def push(stack: Tensor, observation: Tensor, first: Tensor | None = None) -> Tensor:
+def push(
+    stack: Tensor,
+    observation: Tensor,
+    first: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
     """Append an observation (B, ...) to a stack (B, k, ...) and drop the oldest.
 
     Args:
         stack: the latest k observations, oldest first.
         observation: the next.
         first: bool (B,), rows where ``observation`` is the first of a new episode.
+        context: of those rows, see ``new_stack``.
     """
     pushed = torch.cat([stack[:, 1:], observation[:, None]], 1)
     if first is None:
         return pushed
     rows = first.view(-1, *[1] * (stack.ndim - 1))
-    return torch.where(rows, new_stack(observation, stack.shape[1]), pushed)
+    return torch.where(rows, new_stack(observation, stack.shape[1], context), pushed)

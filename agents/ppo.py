@@ -77,10 +77,10 @@ class Player:
     score: Tensor
 
     @classmethod
-    def start(cls, observation: Tensor, frame_stack: int) -> Player:
-        """From the observations (B, ...) of a reset."""
+    def start(cls, observation: Tensor, frame_stack: int, context: Tensor | None = None) -> Player:
+        """From the observations (B, ...) of a reset, and those before them (B, k, ...) if known."""
         score = torch.zeros(len(observation), device=observation.device)
-        return cls(new_stack(observation.clone(), frame_stack), score)
+        return cls(new_stack(observation.clone(), frame_stack, context), score)
 
 
 @torch.no_grad()
@@ -91,7 +91,8 @@ def rollout(
 
     Args:
         env: a vector env of tensors that resets in the step that ends an episode, as made with
-            ``output="torch"`` and ``autoreset_mode="SameStep"``.
+            ``output="torch"`` and ``autoreset_mode="SameStep"``. Where it reports
+            ``info["context"]``, the stacks of new episodes begin with that.
         act: what is looked at -> actions, log-probabilities, values.
         player: where to go on.
         steps: T.
@@ -128,7 +129,8 @@ def rollout(
                 "score": torch.where(ended, score, torch.nan),
             }
         )
-        player = Player(push(player.stack, observation, ended), score.masked_fill(ended, 0.0))
+        stack = push(player.stack, observation, ended, info.get("context"))
+        player = Player(stack, score.masked_fill(ended, 0.0))
     batch = TensorDict(
         {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
         batch_size=(steps, len(player.score)),

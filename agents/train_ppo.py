@@ -130,6 +130,7 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     kwargs |= {"max_episode_steps": settings.horizon_steps, "autoreset_mode": "SameStep"}
     if settings.starts is not None:
         kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
+    kwargs |= {"context_observations": settings.frame_stack - 1}
     kwargs |= settings.env
     return NFDVectorEnv(world, settings.num_envs, **kwargs)
 
@@ -247,8 +248,8 @@ def train(
             writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
 
     # Another seed on every start, so that a resumed run does not repeat its first episodes.
-    observation, _ = env.reset(seed=settings.seed + done)
-    player = Player.start(observation, settings.frame_stack)
+    observation, info = env.reset(seed=settings.seed + done)
+    player = Player.start(observation, settings.frame_stack, info.get("context"))
     try:
         while done < settings.decisions:
             rate = settings.ppo.learning_rate * (1 - done / settings.decisions)

@@ -21,7 +21,8 @@ class NFDEnv(gymnasium.Env):
     Spaces, rewards, ends, reset options and arguments are those of ``NFDVectorEnv`` without the
     batch dimension; ``info`` holds ``hazard``, the probability with which the step could have
     ended the episode, with ``ood=True`` the out-of-distribution signal ``ood``, and with
-    ``speculative_frames`` > 1 the counters ``speculation``.
+    ``speculative_frames`` > 1 the counters ``speculation``. With ``context_observations`` the
+    ``info`` of ``reset`` holds ``context``.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -40,6 +41,7 @@ class NFDEnv(gymnasium.Env):
         history_level: float | None = None,
         temperature: float | None = None,
         ood: bool = False,
+        context_observations: int = 0,
         speculative_frames: int = 1,
         draft_cost: float | None = None,
         dynamics: str | None = None,
@@ -61,6 +63,7 @@ class NFDEnv(gymnasium.Env):
             history_level=history_level,
             temperature=temperature,
             ood=ood,
+            context_observations=context_observations,
             speculative_frames=speculative_frames,
             draft_cost=draft_cost,
             dynamics=dynamics,
@@ -77,8 +80,8 @@ class NFDEnv(gymnasium.Env):
     ) -> tuple[Any, dict[str, Any]]:
         """Start a new episode; see ``NFDVectorEnv`` for ``options``."""
         super().reset(seed=seed)
-        observation, _ = self.vector.reset(seed=seed, options=options)
-        return observation[0], {}
+        observation, info = self.vector.reset(seed=seed, options=options)
+        return observation[0], {name: info[name][0] for name in info if not name.startswith("_")}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Advance by one action; raises ValueError when it does not lie in the action space."""

@@ -81,6 +81,8 @@ class NFDVectorEnv(VectorEnv):
     ``speculation``, with ``speculative_frames`` > 1: a dict of int64 (num_envs,) arrays that count
     the frames of each slot since its seed was last set: ``drafted`` ahead of their step,
     ``accepted`` (handed out without a transformer pass) and ``dropped``; the rest still waits.
+    ``context``, with ``context_observations`` = n > 0, where an episode begins: the observations
+    before its first, (num_envs, n, *observation shape), oldest first, one step apart.
     With ``AutoresetMode.SAME_STEP`` also ``final_obs`` and ``final_info``.
 
     ## Arguments
@@ -107,6 +109,8 @@ class NFDVectorEnv(VectorEnv):
         default. More of it, or more ``temperature``, makes flaws of the world harder to exploit.
     temperature: > 0, scale of the noise that frames are drawn from; None for the world's default.
     ood: report ``info["ood"]``, at the cost of decoding and encoding each frame once.
+    context_observations: n of ``info["context"]``, for policies that look back; 0 for none. Where
+        the recorded moment does not reach so far back, its first observation is repeated.
     dynamics: "student" or "teacher" in a distilled world that comes with both, the teacher with
         its own number of sampling steps; None for the world's default.
     starts: recorded moments that episodes start from: a sequence of ``Context``, or a file of
@@ -145,6 +149,7 @@ class NFDVectorEnv(VectorEnv):
         history_level: float | None = None,
         temperature: float | None = None,
         ood: bool = False,
+        context_observations: int = 0,
         speculative_frames: int = 1,
         draft_cost: float | None = None,
         dynamics: str | None = None,
@@ -163,6 +168,11 @@ class NFDVectorEnv(VectorEnv):
         _check_choice("render_mode", render_mode, (None, "rgb_array"))
         for name, value in (("num_envs", num_envs), ("frame_skip", frame_skip)):
             _check_at_least_one(name, value)
+        if not isinstance(context_observations, int | np.integer) or context_observations < 0:
+            raise ValueError(
+                "context_observations must be a whole number of at least 0, "
+                f"got {context_observations!r}"
+            )
         if max_episode_steps is not None:
             _check_at_least_one("max_episode_steps", max_episode_steps)
         try:
@@ -192,6 +202,7 @@ class NFDVectorEnv(VectorEnv):
         if draft_cost is not None and not draft_cost > 0:
             raise ValueError(f"draft_cost must be above 0, or None to measure it, got {draft_cost}")
         self.num_envs, self.frame_skip = num_envs, frame_skip
+        self.context_observations = context_observations
         self.speculative_frames = speculative_frames
         self._speculator: Speculator | None = None
         if speculative_frames > 1:
@@ -283,8 +294,10 @@ class NFDVectorEnv(VectorEnv):
                 self._seeds[row] = int(np.random.SeedSequence().generate_state(1)[0])
             else:
                 self._episodes[row] += 1
-        self._restart(rows, contexts, options.get("start") == "beginning")
-        return self._observe(), {}
+        infos = self._restart(rows, contexts, options.get("start") == "beginning")
+        if self.output == "numpy":
+            infos = {k: _to_numpy(v) for k, v in infos.items()}
+        return self._observe(), infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every environment by one action (``frame_skip`` frames).
@@ -311,13 +324,14 @@ class NFDVectorEnv(VectorEnv):
         )
         rewards, terminated, hazard = self._advance(checked, reset_now)
         self._steps += 1
+        begun: dict[str, Any] = {}
         truncated = np.zeros_like(terminated)
         if self.max_episode_steps is not None:
             truncated = self._steps >= self.max_episode_steps
         if reset_now.any():
             rewards = rewards.masked_fill(self._tensor(reset_now), 0.0)
             terminated, truncated = terminated & ~reset_now, truncated & ~reset_now
-            self._next_episodes(np.flatnonzero(reset_now))
+            begun = self._next_episodes(np.flatnonzero(reset_now))
         infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(~reset_now)}
         if self._ood_scale is not None:
             assert self._shown is not None
@@ -329,8 +343,9 @@ class NFDVectorEnv(VectorEnv):
         self._ended = terminated | truncated
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
             infos = self._finish(infos)
-            self._next_episodes(np.flatnonzero(self._ended))
+            begun = self._next_episodes(np.flatnonzero(self._ended))
             self._ended = np.zeros_like(self._ended)
+        infos |= begun
         observation = self._observe()
         if self.output == "torch":
             return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
@@ -474,15 +489,16 @@ class NFDVectorEnv(VectorEnv):
         infos["_final_info"] = mask
         return infos
 
-    def _next_episodes(self, rows: np.ndarray) -> None:
+    def _next_episodes(self, rows: np.ndarray) -> dict[str, Any]:
         listed = [int(r) for r in rows]
         for row in listed:
             self._episodes[row] += 1
-        self._restart(listed, [None] * len(listed))
+        return self._restart(listed, [None] * len(listed))
 
     def _restart(
         self, rows: list[int], contexts: list[Context | None], beginning: bool = False
-    ) -> None:
+    ) -> dict[str, Any]:
+        """Begin episodes; returns what ``info`` says of that."""
         keys = [(self._seeds[row], self._episodes[row]) for row in rows]
         starts = [s for s in self.starts if s.beginning] if beginning else self.starts
         chosen = [
@@ -504,6 +520,22 @@ class NFDVectorEnv(VectorEnv):
             self._shown = self._shown.index_copy(0, index, shown)
         self._decoded = None
         self._steps[rows], self._ended[rows] = 0, False
+        return self._describe(rows, chosen) if self.context_observations else {}
+
+    def _describe(self, rows: list[int], contexts: Sequence[Context]) -> dict[str, Any]:
+        """``info["context"]`` of ``rows``, which have begun with ``contexts``."""
+        count, skip = self.context_observations, self.frame_skip
+        places = [-1 - skip * back for back in range(count, 0, -1)]
+        latents = torch.stack(
+            [c.latents[[max(place, -len(c.latents)) for place in places]] for c in contexts]
+        ).to(self.model.device, torch.float32)
+        if self.obs_type == "rgb":
+            latents = self.model.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        context = latents.new_zeros(self.num_envs, *latents.shape[1:])
+        context[rows] = latents
+        mask = np.zeros(self.num_envs, bool)
+        mask[rows] = True
+        return {"context": context, "_context": self._tensor(mask)}
 
     def _observe(self) -> Any:
         assert self._shown is not None
@@ -619,8 +651,9 @@ class NFDVectorEnv(VectorEnv):
                 f"{len(frames)} context frames need {len(frames) - 1} actions, one between each "
                 f"two, got {len(actions)}"
             )
-        # Only what the model can still see, to encode no more than needed.
-        keep = self.model.dynamics.config.sight.reach
+        # Only what the model can still see or ``info`` shows, to encode no more than needed.
+        shown = self.frame_skip * self.context_observations + 1
+        keep = max(self.model.dynamics.config.sight.reach, shown)
         frames, actions = frames[-keep:], actions[-keep:] if len(frames) > keep else actions
         into = torch.zeros(len(frames), codec.width)
         if len(actions):

@@ -27,6 +27,9 @@ class StartsConfig:
         frames: frames that each of them brings along.
         margin: frames that the recorded episode still went on for, so that nothing starts where
             the end cannot be averted any more.
+        ending_share: in [0, 1], share of the moments that lie before the recorded ends (not
+            truncations) of episodes, where there is something to avert.
+        ending_frames: how long before them at most, in frames, from ``margin`` on.
         seed: of the draw.
     """
 
@@ -35,12 +38,21 @@ class StartsConfig:
     count: int = 4096
     frames: int = 8
     margin: int = 35
+    ending_share: float = 0.0
+    ending_frames: int = 70
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if min(self.count, self.frames, self.margin) < 1:
             raise ValueError("starts.count, starts.frames and starts.margin must be at least 1")
+        if not 0 <= self.ending_share <= 1:
+            raise ValueError(f"starts.ending_share must lie in [0, 1], got {self.ending_share}")
+        if self.ending_share and self.ending_frames <= self.margin:
+            raise ValueError(
+                f"starts.ending_frames must be above starts.margin = {self.margin}, "
+                f"got {self.ending_frames}"
+            )
 
 
 def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
@@ -63,14 +75,29 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
     lost = settings.frames + settings.margin - 1
     room = np.array([max(0, len(e.latents) - lost) for e in dataset.episodes])
     ends = np.cumsum(room)
-    if ends[-1] < settings.count:
-        raise ValueError(
-            f"starts.count is {settings.count}, but {settings.recordings} has only {ends[-1]} "
-            f"moments with {settings.frames} frames before and {settings.margin} after them"
-        )
+    near = [
+        np.arange(end - min(places, settings.ending_frames - settings.margin), end)
+        for end, places, episode in zip(ends, room, dataset.episodes, strict=True)
+        if places and episode.terminated[-1]
+    ]
+    near_ends = np.concatenate([*near, np.arange(0)])
+    dangerous = round(settings.ending_share * settings.count)
+    for wanted, there, where in (
+        (settings.count, ends[-1], ""),
+        (dangerous, len(near_ends), f" at most {settings.ending_frames} frames before an end,"),
+    ):
+        if there < wanted:
+            raise ValueError(
+                f"{wanted} starts are wanted, but {settings.recordings} has only {there} "
+                f"moments{where} with {settings.frames} frames before and {settings.margin} after "
+                "them: lower starts.count or starts.ending_share"
+            )
     rng = np.random.default_rng(settings.seed)
+    places = rng.choice(near_ends, dangerous, replace=False)
+    others = np.setdiff1d(np.arange(ends[-1]), places, assume_unique=True)
+    places = np.append(places, rng.choice(others, settings.count - dangerous, replace=False))
     starts = []
-    for place in np.sort(rng.choice(ends[-1], settings.count, replace=False)):
+    for place in np.sort(places):
         number = int(np.searchsorted(ends, place, side="right"))
         first = int(place - (ends[number] - room[number]))
         starts.append(episode_context(dataset.episodes[number], first, settings.frames))

@@ -112,6 +112,21 @@ def test_stacks() -> None:
     assert stack[:, :, 0].tolist() == [[3, 3, 3], [1, 2, 3]]
 
 
+def test_stacks_of_episodes_with_a_known_past() -> None:
+    now = torch.full((2, 1), 9.0)
+    past = torch.arange(4.0)[None, :, None] + torch.tensor([0.0, 10.0])[:, None, None]
+    for count, expected in (
+        (1, [[9], [9]]),
+        (3, [[2, 3, 9], [12, 13, 9]]),
+        (5, [[0, 1, 2, 3, 9], [10, 11, 12, 13, 9]]),
+        (6, [[0, 0, 1, 2, 3, 9], [10, 10, 11, 12, 13, 9]]),
+    ):
+        assert new_stack(now, count, past)[:, :, 0].tolist() == expected
+    stack = new_stack(torch.zeros(2, 1), 3)
+    pushed = push(stack, now, torch.tensor([False, True]), past)
+    assert pushed[:, :, 0].tolist() == [[0, 0, 9], [12, 13, 9]]
+
+
 def test_acting_compiles_in_one_piece() -> None:
     network = policy()
     act = torch.compile(network.act, backend="eager", fullgraph=True)

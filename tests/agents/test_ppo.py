@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -90,6 +91,30 @@ def test_a_batch_keeps_what_the_policy_looks_at(tiny_world: Path) -> None:
         assert torch.equal(seen[step, unbroken, 0], seen[step - 3, unbroken, 1])
     assert torch.equal(policy.look(player.stack)[:, 1], player.stack[:, -1])
     update(policy, torch.optim.Adam(policy.parameters()), batch, PPOConfig(minibatch_size=12))
+
+
+def test_episodes_begin_with_what_came_before_them(tiny_world: Path) -> None:
+    env, _ = make(tiny_world, context_observations=2)
+    policy = ActorCritic(PolicyConfig(AgentSpec.of(env, 3), channels=8, width=16))
+    begun = [env.reset(seed=0)]
+    step = env.step
+
+    def watched(action: Tensor) -> Any:
+        result = step(action)
+        begun.append((result[0], result[-1]))
+        return result
+
+    env.step = watched
+    player = Player.start(begun[0][0], 3, begun[0][1]["context"])
+    batch, player = rollout(env, policy.act, player, 20)
+    stacks = [*batch["observation"], player.stack]
+    count = 0
+    for stack, (observation, info) in zip(stacks, begun, strict=True):
+        for row in np.flatnonzero(info["_context"]) if "context" in info else ():
+            assert torch.equal(stack[row, :2], info["context"][row])
+            assert torch.equal(stack[row, 2], observation[row])
+            count += 1
+    assert count > 6
 
 
 def test_the_real_game_has_no_hazard_but_its_ends(counter_world: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -784,6 +785,8 @@ def test_the_first_reset_is_of_every_environment(
         ({"num_envs": "2"}, "num_envs"),
         ({"frame_skip": 0}, "frame_skip"),
         ({"frame_skip": 2.0}, "frame_skip"),
+        ({"context_observations": -1}, "context_observations must be a whole number of at least 0"),
+        ({"context_observations": 1.0}, "context_observations"),
         ({"max_episode_steps": 0}, "max_episode_steps"),
         ({"max_episode_steps": -1}, "max_episode_steps"),
         ({"sampling_steps": 0}, "sampling_steps"),
@@ -938,6 +941,81 @@ def test_episodes_start_from_given_moments(hasty_world: Path, tmp_path: Path, ki
     assert all(same(row, known[8]) for row in numbered)
     with pytest.raises(ValueError, match="from 0 to 8"):
         env.reset(options={"start": 9})
+
+
+@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs_type: str) -> None:
+    arguments: dict[str, Any] = {"obs_type": obs_type, "autoreset_mode": mode, "frame_skip": 2}
+    given = [
+        replace(start, latents=start.latents[number % 4 :], actions=start.actions[number % 4 :])
+        for number, start in enumerate(other_starts(frames=7))
+    ]
+    env = make(hasty_world, starts=given, context_observations=3, **arguments)
+    plain = make(hasty_world, starts=given, **arguments)
+
+    def check(infos: dict[str, Any], observation: Any, begun: np.ndarray) -> None:
+        assert same(infos["_context"], begun)
+        context = infos["context"]
+        assert context.dtype == observation.dtype and context.shape == (3, 3, *observation[0].shape)
+        assert not context[~begun].any()
+        for row in np.flatnonzero(begun):
+            start = given[numbers[str(observation[row].tobytes())]]
+            count = len(start.latents)
+            places = [max(0, count - 1 - 2 * back) for back in (3, 2, 1)]
+            expected = start.latents[places].float()
+            if obs_type == "rgb":
+                expected = env.model.decode(expected)
+            assert close(context[row], expected.numpy())
+
+    shown = [s.latents[-1:].float() for s in given]
+    if obs_type == "rgb":
+        shown = [env.model.decode(s) for s in shown]
+    numbers = {str(s[0].numpy().tobytes()): number for number, s in enumerate(shown)}
+    assert len({len(s.latents) for s in given}) > 1
+    (observation, infos), (same_one, nothing) = env.reset(seed=0), plain.reset(seed=0)
+    assert same(observation, same_one) and nothing == {}
+    check(infos, observation, np.ones(3, bool))
+    waiting, begun = np.zeros(3, bool), 0
+    for acts in actions(3, 60):
+        observation, *rest, infos = env.step(acts)
+        same_one, *same_rest, same_infos = plain.step(acts)
+        ended = rest[1] | rest[2]
+        resets = ended if mode == AutoresetMode.SAME_STEP else waiting
+        if mode == AutoresetMode.DISABLED and ended.any():
+            observation, infos = env.reset(options={"reset_mask": ended})
+            same_one, _ = plain.reset(options={"reset_mask": ended})
+            check(infos, observation, ended)
+        elif mode != AutoresetMode.DISABLED and resets.any():
+            check(infos, observation, resets)
+            begun += int(resets.sum())
+        else:
+            assert infos.keys() == same_infos.keys()
+        assert same(observation, same_one) and same(rest, same_rest)
+        waiting = ended
+    assert begun > 3 or mode == AutoresetMode.DISABLED
+
+
+def test_what_came_before_frames_of_the_callers_own(endless_world: Path) -> None:
+    env = make(endless_world, context_observations=9, frame_skip=3, output="torch")
+    reach = env.model.dynamics.config.sight.reach
+    given = frames_and_actions(40)
+    assert reach < 9 * 3
+    observation, infos = env.reset(seed=0, options={"context": given})
+    latents = env.model.encode(torch.from_numpy(given["frames"][39 - 27 :: 3].copy()))
+    for row in range(3):
+        torch.testing.assert_close(infos["context"][row], latents[:-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(observation[row], latents[-1], rtol=1e-4, atol=1e-4)
+    alone = NFDEnv(
+        endless_world,
+        device="cpu",
+        precision="fp32",
+        obs_type="latent",
+        context_observations=9,
+        frame_skip=3,
+    )
+    _, info = alone.reset(seed=0, options={"context": given})
+    assert info.keys() == {"context"} and close(info["context"], infos["context"][0].numpy())
 
 
 def test_given_moments_through_gymnasium(tiny_world: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from nfd_env.checkpoint import World, load_world
-from nfd_env.data.latents import encode_recordings
+from nfd_env.data.latents import LatentDataset, encode_recordings
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
 from nfd_env.training import starts as module
 from nfd_env.training.starts import StartsConfig, recorded_starts
@@ -72,6 +72,42 @@ def test_as_many_as_there_are_and_no_more(plan: StartsConfig, world: World) -> N
     assert len(places) == most
 
 
+def test_moments_before_ends(
+    plan: StartsConfig, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SomeTruncated(LatentDataset):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            for episode in self.episodes[::3]:
+                episode.terminated[-1] = False
+
+    monkeypatch.setattr(module, "LatentDataset", SomeTruncated)
+    episodes = SomeTruncated(RecordedDataset(plan.recordings), plan.latents, "train").episodes
+    ended = [bool(e.terminated[-1]) for e in episodes]
+    assert any(ended) and not all(ended)
+    known = {
+        latent.tobytes(): (number, len(e.latents) - 1 - place)
+        for number, e in enumerate(episodes)
+        for place, latent in enumerate(e.latents)
+    }
+    plan = replace(plan, count=4 * sum(ended), ending_frames=14)
+
+    def before_ends(share: float) -> set[tuple[int, int]]:
+        starts = recorded_starts(replace(plan, ending_share=share), world)
+        found = [known[s.latents[-1].numpy().tobytes()] for s in starts]
+        assert len(set(found)) == len(found) == plan.count  # each once
+        assert min(left for _, left in found) >= 10
+        return {(number, left) for number, left in found if left < 14 and ended[number]}
+
+    assert len(before_ends(1.0)) == plan.count
+    some = before_ends(0.5)
+    assert plan.count / 2 <= len(some) < plan.count
+    assert {left for _, left in some} == {10, 11, 12, 13}
+    assert len(before_ends(0.0)) < plan.count / 2
+    with pytest.raises(ValueError, match="at most 14 frames before an end.*starts.ending_share"):
+        recorded_starts(replace(plan, count=plan.count + 1, ending_share=1.0), world)
+
+
 def test_latents_of_another_tokenizer(
     plan: StartsConfig, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,3 +136,11 @@ def _float(plan: StartsConfig, world: World) -> list[Any]:
 def test_bad_numbers(name: str) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         StartsConfig("a", "b", **{name: 0})
+
+
+def test_bad_endings() -> None:
+    with pytest.raises(ValueError, match="ending_share must lie in"):
+        StartsConfig("a", "b", ending_share=1.5)
+    with pytest.raises(ValueError, match="ending_frames must be above starts.margin = 35, got 35"):
+        StartsConfig("a", "b", ending_share=0.5, ending_frames=35)
+    StartsConfig("a", "b", margin=100)
