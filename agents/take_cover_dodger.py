@@ -20,6 +20,38 @@ _HORIZON = 56
 _TOUCH = 22.0  # player radius 16 + fireball radius 6
 
 
+# Signals for the heads: where fireballs will cross the player's line, and when.
+_ARRIVAL = np.array([0.0, 6.0, 16.0, 36.0])  # tics
+_ASIDE = np.array([-200.0, -100.0, -50.0, -_TOUCH, _TOUCH, 50.0, 100.0, 200.0])  # map units
+
+
+def approaching(env: gymnasium.Env) -> np.ndarray:
+    """Where fireballs are coming to, in the picture or not: what ends episodes.
+
+    Args:
+        env: a ``VizdoomTakeCover-v1`` made with ``objects_info_enabled=True``.
+
+    Returns:
+        (21,), 1 where a fireball will reach the player's line in 0 to 6, 6 to 16, or 16 to 36 tics
+        (7 numbers each), so many map units to a side of where the player stands now; NaN after the
+        player's death.
+    """
+    game_env: Any = env.unwrapped
+    if game_env.state is None:
+        return np.full((len(_ARRIVAL) - 1) * (len(_ASIDE) - 1), np.nan, np.float32)
+    told = np.zeros((len(_ARRIVAL) - 1, len(_ASIDE) - 1), np.float32)
+    player = next(o for o in game_env.state.objects if o.name == "DoomPlayer")
+    for ball in game_env.state.objects:
+        if "Ball" not in ball.name or ball.velocity_x >= 0:
+            continue
+        tics = (ball.position_x - player.position_x) / -ball.velocity_x
+        aside = ball.position_y + ball.velocity_y * tics - player.position_y
+        row, column = np.searchsorted(_ARRIVAL, tics, "right"), np.searchsorted(_ASIDE, aside)
+        if 0 < row <= told.shape[0] and 0 < column <= told.shape[1]:
+            told[row - 1, column - 1] = 1.0
+    return told.flatten()
+
+
 class Dodger:
     """Plans a few held keys ahead against the fireballs that it sees, and keeps off the corners."""
 

@@ -238,16 +238,19 @@ class WorldModel:
         """States whose last frame is each context's last frame.
 
         Args:
-            contexts: one a row; rows may have different numbers of frames.
+            contexts: one a row; rows may have different numbers of frames. The heads see all of
+                them, the dynamics model as many as it looks back.
             seeds: one (environment seed, episode number) a row, both >= 0.
             frames: most frames that are drawn or pending at a time, see ``draw``.
         """
         keep = self.dynamics.config.sight.reach
         groups: dict[int, list[int]] = {}  # rows with equally many frames share one pass
         for row, context in enumerate(contexts):
-            groups.setdefault(min(len(context.latents), keep), []).append(row)
+            groups.setdefault(len(context.latents), []).append(row)
         parts = [
-            self._start_group([contexts[r] for r in rows], [seeds[r] for r in rows], count, frames)
+            self._start_group(
+                [contexts[r] for r in rows], [seeds[r] for r in rows], min(count, keep), frames
+            )
             for count, rows in groups.items()
         ]
         state = WorldState(
@@ -269,25 +272,24 @@ class WorldModel:
         count: int,
         frames: int,
     ) -> WorldState:
-        """``start`` from the last ``count`` frames of each context."""
+        """``start`` from equally long contexts, the last ``count`` frames of them for dynamics."""
         latents, actions = (
             torch.stack(part).to(self.device, torch.float32)
-            for part in (
-                [c.latents[-count:] for c in contexts],
-                [c.actions[-count:] for c in contexts],
-            )
+            for part in ([c.latents for c in contexts], [c.actions for c in contexts])
         )
+        memory = self.heads.initial_state(len(contexts))
+        if latents.shape[1] > 1:
+            _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
+        latents, actions = latents[:, -count:], actions[:, -count:]
         level, batch = self.sampling.history_level, len(contexts)
         noise = torch.stack([self._draw(seed, k)[1] for seed in seeds for k in range(count)])
         remembered = torch.lerp(latents, noise.view_as(latents).to(self.device), level)
         cache = new_cache(self.dynamics, batch, frames, frames)
-        memory = self.heads.initial_state(batch)
         if count > 1:
             levels = latents.new_full((batch, count - 1), level)
             self.dynamics.stream(
                 cache, remembered[:, :-1], levels, actions[:, :-1], commit=count - 1
             )
-            _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
         last = [count - 1] * batch
         return WorldState(cache, remembered[:, -1:], actions[:, -1:], memory, list(seeds), last)
 

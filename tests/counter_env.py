@@ -73,6 +73,12 @@ class CounterEnv(gymnasium.Env):
         return self.frame.copy()
 
 
+def tell(env: gymnasium.Env) -> np.ndarray:
+    """Signals: the counter and the number of steps."""
+    counter: Any = env.unwrapped
+    return np.array([counter.counter, counter.steps]) / 256
+
+
 def paint(frame: np.ndarray, counter: int, steps: int, tag: int) -> None:
     """Draw the binary digits of three numbers into ``frame``, and a mark that is always there."""
     cells = np.zeros((HEIGHT // CELL) * (WIDTH // CELL), np.uint8)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,12 @@ class CollectConfig:
         seed: episode k of worker w is reset with a seed derived from (seed, w, k).
         max_episode_steps: an episode is truncated there.
         validation_every: every n-th episode of each worker is held out.
-        recording_kwargs: ``gymnasium.make`` arguments that only the behaviour policies need.
+        recording_kwargs: ``gymnasium.make`` arguments that only the behaviour policies and the
+            signals need.
+        signals: "module:function" that is given the environment after each step and returns k
+            numbers from 0 to 1, or NaN where they are not known, of what frames hardly show; "" for
+            none. The heads can learn to tell them (``HeadsTrainingConfig.signal_weight``), which
+            no agent ever sees.
         policies: the mixture.
     """
 
@@ -64,6 +71,7 @@ class CollectConfig:
     max_episode_steps: int = 2000
     validation_every: int = 20
     recording_kwargs: dict[str, Any] = field(default_factory=dict)
+    signals: str = ""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -75,16 +83,25 @@ class CollectConfig:
             raise config.ConfigError("policies must name at least one policy, each with share > 0")
 
 
+Signals = Callable[[gymnasium.Env], np.ndarray]
+
+
 def record_episode(
-    env: gymnasium.Env, behaviour: BehaviourPolicy, seed: int, max_steps: int, **labels: str
+    env: gymnasium.Env,
+    behaviour: BehaviourPolicy,
+    seed: int,
+    max_steps: int,
+    signals: Signals | None = None,
+    **labels: str,
 ) -> Episode:
-    """Play one episode of ``env`` with ``behaviour`` and return it.
+    """Play one episode of ``env`` with ``behaviour`` and return it, with ``signals`` of it.
 
     ``actions[t]`` of the result was chosen on ``frames[t]`` and caused ``frames[t + 1]``.
     """
     observation, _ = env.reset(seed=seed)
     behaviour.reset(env, np.random.default_rng(seed))
     frames, actions, rewards, terminations, truncations = [observation], [], [], [], []
+    told: list[np.ndarray] = []
     for step in range(max_steps):
         action = behaviour.act(observation)
         observation, reward, terminated, truncated, _ = env.step(action)
@@ -94,6 +111,7 @@ def record_episode(
         rewards.append(reward)
         terminations.append(bool(terminated))
         truncations.append(truncated)
+        told.append(np.asarray(signals(env) if signals else (), np.float32))
         if terminated or truncated:
             break
     return Episode(
@@ -103,6 +121,7 @@ def record_episode(
         np.asarray(terminations),
         np.asarray(truncations),
         seed=seed,
+        signals=np.stack(told),
         **labels,
     )
 
@@ -174,8 +193,14 @@ def _writer(worker: int) -> str:
 
 
 def _spec(settings: CollectConfig) -> DatasetSpec:
+    signals = _signals(settings.signals)
     env = make_source(settings.source, **settings.recording_kwargs)
     try:
+        count = 0
+        if signals:
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+            count = len(signals(env))
         fps = float(env.metadata.get("render_fps") or 30)
         codec = ActionCodec(env.action_space)
         shape = env.observation_space.shape
@@ -187,9 +212,20 @@ def _spec(settings: CollectConfig) -> DatasetSpec:
             action_space=space_to_dict(env.action_space),
             source=config.to_dict(settings.source),
             fps=fps,
+            signals=count,
         )
     finally:
         env.close()
+
+
+def _signals(name: str) -> Signals | None:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function) if name else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecordingError(
+            f"signals must name a function as module:function, {name!r} does not: {error}"
+        ) from None
 
 
 def _worker(
@@ -215,6 +251,7 @@ def _worker(
         goal = settings.frames // settings.workers + (worker < settings.frames % settings.workers)
         env = make_source(settings.source, **settings.recording_kwargs)
         policies = [make_policy(p.policy, dict(p.kwargs), p.mistakes) for p in settings.policies]
+        signals = _signals(settings.signals)
         number = len(mine)
         while total < goal:
             # The policy that lags most behind its share plays next: resuming needs no more state.
@@ -229,6 +266,7 @@ def _worker(
                 policies[choice],
                 seed,
                 settings.max_episode_steps,
+                signals,
                 policy=labels[choice],
                 split="validation" if number % settings.validation_every == 0 else "train",
             )

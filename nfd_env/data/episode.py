@@ -23,6 +23,8 @@ class Episode:
         seed: the seed that the episode's environment was reset with.
         policy: name of the behaviour policy.
         split: "train" or "validation".
+        signals: float32 (T, k), what the environment told beyond its frames after each transition;
+            by default k = 0.
     """
 
     frames: np.ndarray
@@ -33,6 +35,7 @@ class Episode:
     seed: int = 0
     policy: str = "unknown"
     split: str = "train"
+    signals: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Check lengths and types.
@@ -50,7 +53,9 @@ class Episode:
                 f"{transitions} actions need {transitions + 1} frames (one before each action and "
                 f"one after the last), got {len(self.frames)}"
             )
-        for name in ("rewards", "terminated", "truncated"):
+        if self.signals is None:
+            object.__setattr__(self, "signals", np.zeros((transitions, 0), np.float32))
+        for name in ("rewards", "terminated", "truncated", "signals"):
             if len(getattr(self, name)) != transitions:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries for {transitions} actions"

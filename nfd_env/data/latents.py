@@ -28,12 +28,14 @@ class LatentEpisode:
         actions: float32 (T, action_width), encoded; ``actions[t]`` leads into ``latents[t + 1]``.
         rewards: float32 (T,).
         terminated: bool (T,).
+        signals: float32 (T, k), see ``CollectConfig.signals``.
     """
 
     latents: np.ndarray
     actions: np.ndarray
     rewards: np.ndarray
     terminated: np.ndarray
+    signals: np.ndarray
 
 
 def encode_recordings(
@@ -128,6 +130,7 @@ class LatentDataset:
                     codec.encode(torch.from_numpy(reference.actions[:count])).numpy(),
                     reference.rewards[:count],
                     terminated[:count],
+                    reference.signals[:count],
                 )
             )
         if not self.episodes:

@@ -8,6 +8,7 @@ A data set is a folder::
         actions.bin           one entry a transition (not a frame)
         rewards.bin           float32
         ends.bin              uint8: 1 terminated, 2 truncated (bits)
+        signals.bin           float32, where the data set has signals
         episodes.jsonl        one line an episode, written last: the commit record
 
 An episode exists from the moment its line stands in ``episodes.jsonl``. Whatever an interrupted
@@ -48,6 +49,7 @@ class DatasetSpec:
         action_space: the space as plain values, see ``nfd_env.spaces``.
         source: the source section of the collect config, as plain values.
         fps: frames a second of the recorded environment.
+        signals: numbers that were recorded beside the frames after each transition.
     """
 
     frame_shape: tuple[int, int, int]
@@ -56,6 +58,7 @@ class DatasetSpec:
     action_space: dict[str, Any]
     source: dict[str, Any]
     fps: float
+    signals: int = 0
 
     def save(self, folder: Path) -> None:
         """Write ``dataset.yaml``, or check that the one there says the same.
@@ -72,10 +75,11 @@ class DatasetSpec:
             "action_space": self.action_space,
             "source": self.source,
             "fps": self.fps,
+            **({"signals": self.signals} if self.signals else {}),
         }
         if path.exists():
             there = yaml.safe_load(path.read_text())
-            different = [k for k in values if there.get(k) != values[k]]
+            different = [k for k in values | there if there.get(k) != values.get(k)]
             if different:
                 raise RecordingError(
                     f"{folder} holds recordings with another {', '.join(different)}; "
@@ -100,6 +104,7 @@ class DatasetSpec:
             action_space=values["action_space"],
             source=values["source"],
             fps=values["fps"],
+            signals=values.get("signals", 0),
         )
 
 
@@ -138,6 +143,7 @@ class ShardWriter:
             "actions.bin": action * np.dtype(self.spec.action_dtype).itemsize,
             "rewards.bin": 4,
             "ends.bin": 1,
+            **({"signals.bin": 4 * self.spec.signals} if self.spec.signals else {}),
         }
 
     def add(self, episode: Episode) -> None:
@@ -155,6 +161,12 @@ class ShardWriter:
                 f"actions are {episode.actions.shape[1:]}, the data set has "
                 f"{self.spec.action_shape}"
             )
+        assert episode.signals is not None
+        if episode.signals.shape[1:] != (self.spec.signals,):
+            raise RecordingError(
+                f"there are {episode.signals.shape[1:]} signals a transition, the data set has "
+                f"{self.spec.signals}"
+            )
         if self._frames >= self.frames_per_shard:
             self._number += 1
             self._open()
@@ -165,6 +177,8 @@ class ShardWriter:
             "rewards.bin": episode.rewards.astype(np.float32),
             "ends.bin": ends.astype(np.uint8),
         }
+        if self.spec.signals:
+            arrays["signals.bin"] = episode.signals.astype(np.float32)
         try:
             self._append(arrays, episode)
         except BaseException:
@@ -252,6 +266,16 @@ class EpisodeReference:
         )
 
     @cached_property
+    def signals(self) -> np.ndarray:
+        """float32 (T, k)."""
+        count = self.spec.signals
+        if not count:
+            return np.zeros((self.length, 0), np.float32)
+        return np.array(
+            self._map("signals.bin", "float32", (count,), self.transition_offset, self.length)
+        )
+
+    @cached_property
     def _ends(self) -> np.ndarray:
         return np.array(self._map("ends.bin", "uint8", (), self.transition_offset, self.length))
 
@@ -276,6 +300,7 @@ class EpisodeReference:
             self.seed,
             self.policy,
             self.split,
+            self.signals,
         )
 
 

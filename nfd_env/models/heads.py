@@ -25,6 +25,7 @@ class HeadsConfig:
         reward_values: the rewards that can be told apart, ascending; a reward between two of them
             is represented by their mixture.
         dropout: on the frame features, in training.
+        signals: numbers that training asks for beside them, see ``CollectConfig.signals``.
     """
 
     latent_size: int = 768
@@ -32,6 +33,7 @@ class HeadsConfig:
     width: int = 256
     reward_values: list[float] = field(default_factory=lambda: [0.0])
     dropout: float = 0.1
+    signals: int = 0
 
     def __post_init__(self) -> None:
         """Check the reward values."""
@@ -66,11 +68,20 @@ class Heads(nn.Module):
         self.gru = nn.GRU(config.width, config.width, batch_first=True)
         self.hidden = nn.Linear(2 * config.width, config.width)
         self.output = nn.Linear(config.width, 1 + len(config.reward_values))
+        if config.signals:
+            self.signals = nn.Linear(config.width, config.signals)
         self.register_buffer("values", torch.tensor(config.reward_values), persistent=False)
 
     def initial_state(self, batch: int) -> Tensor:
         """The state of ``batch`` rows that have seen nothing, (B, width)."""
         return self.embed.weight.new_zeros(batch, self.config.width)
+
+    def features(self, latents: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the outputs are read off, (B, T, width), and the last state; see ``forward``."""
+        x = functional.silu(self.embed(torch.cat((latents.flatten(2), actions), -1)))
+        x = functional.dropout(x, self.config.dropout, self.training)
+        memory, last = self.gru(x, state[None].contiguous())
+        return functional.silu(self.hidden(torch.cat((x, memory), -1))), last[0]
 
     def forward(self, latents: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Logits along sequences.
@@ -84,11 +95,8 @@ class Heads(nn.Module):
             (B, T, 1 + number of reward values): the termination logit, then the reward logits;
             and the state after the last frame.
         """
-        x = functional.silu(self.embed(torch.cat((latents.flatten(2), actions), -1)))
-        x = functional.dropout(x, self.config.dropout, self.training)
-        memory, last = self.gru(x, state[None].contiguous())
-        hidden = functional.silu(self.hidden(torch.cat((x, memory), -1)))
-        return self.output(hidden), last[0]
+        hidden, last = self.features(latents, actions, state)
+        return self.output(hidden), last
 
     def step(self, latents: Tensor, actions: Tensor, state: Tensor) -> HeadsOutput:
         """One transition: latents (B, C, h, w) and the actions (B, action_width) into them."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.data.latents import LatentDataset, LatentEpisode, encode_recordings
-from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.drawn import DrawnConfig, DrawnStretch, draw_stretches
@@ -39,6 +39,9 @@ class HeadsTrainingConfig:
             latents are not quite recorded ones.
         reward_bins: most reward values that are kept apart.
         dropout: see ``HeadsConfig``.
+        signal_weight: weight of the loss for telling the recorded signals too; 0 for not. What ends
+            an episode may have been out of the picture for long, and recorded ends are too few to
+            learn from them alone what to remember; signals say it at every transition.
         initial: weights to begin with, of the same sizes; "" for random ones.
         drawn: recorded play as a world draws it, to learn on too: its frames are not quite recorded
             ones, and an end that shows in the one may hardly show in the other.
@@ -54,11 +57,14 @@ class HeadsTrainingConfig:
     latent_noise: float = 0.15
     reward_bins: int = 63
     dropout: float = 0.2
+    signal_weight: float = 0.0
     initial: str = ""
     drawn: DrawnConfig = field(default_factory=DrawnConfig)
 
     def __post_init__(self) -> None:
-        """Check that drawn frames fit into a sequence."""
+        """Check that drawn frames fit into a sequence, and the weight."""
+        if self.signal_weight < 0:
+            raise ValueError(f"signal_weight must not be negative, got {self.signal_weight}")
         if self.drawn.world and self.drawn.frames >= self.frames:
             raise ValueError(f"drawn.frames must be below frames, {self.frames}")
 
@@ -83,7 +89,13 @@ class HeadsStage:
             width=settings.width,
             reward_values=reward_values(rewards, settings.reward_bins),
             dropout=settings.dropout,
+            signals=episode.signals.shape[1] if settings.signal_weight else 0,
         )
+        if settings.signal_weight and not self.config.signals:
+            raise RecordingError(
+                f"{settings.recordings} holds no signals: record with signals, or set "
+                "signal_weight=0"
+            )
         self.network = Heads(self.config)
         if settings.initial:
             begun = load_weights(settings.initial, Heads, HeadsConfig)
@@ -119,7 +131,7 @@ class HeadsStage:
     def _sequence(
         self, episodes: list[LatentEpisode], stretch: Stretch, weight: np.ndarray
     ) -> tuple[Tensor, ...]:
-        """Latents after each transition, actions, rewards, terminated, and weights."""
+        """Latents after each transition, actions, rewards, terminated, signals, and weights."""
         episode, start, stop = episodes[stretch.number], stretch.start, stretch.stop
 
         def pad(array: np.ndarray) -> Tensor:
@@ -132,6 +144,7 @@ class HeadsStage:
             pad(episode.actions[start:stop]),
             pad(episode.rewards[start:stop]),
             pad(episode.terminated[start:stop]),
+            pad(episode.signals[start:stop]),
             pad(weight),
         )
 
@@ -156,42 +169,65 @@ class HeadsStage:
         self, network: nn.Module, batch: tuple[Tensor, ...]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Cross entropy of rewards and of ends, as if transitions were drawn uniformly."""
-        latents, actions, rewards, terminated, weight = (x.to(self._device) for x in batch)
+        latents, actions, rewards, terminated, signals, weight = (x.to(self._device) for x in batch)
         latents = latents + self.settings.latent_noise * torch.randn_like(latents) * torch.rand(
             len(latents), 1, 1, 1, 1, device=self._device
         )
-        end, reward = self._errors(network, latents, actions, rewards, terminated)
+        end, reward, signal = self._errors(network, latents, actions, rewards, terminated, signals)
         end_loss = (weight * end).sum() / weight.sum()
         reward_loss = (weight * reward).sum() / weight.sum()
         # Ends are rare events with a tiny mean loss; scale it to the size of a common one.
         loss = 30 * end_loss + reward_loss
-        return loss, {"end": end_loss.detach(), "reward": reward_loss.detach()}
+        log = {"end": end_loss.detach(), "reward": reward_loss.detach()}
+        if self.config.signals:
+            signal_loss = (weight * signal).sum() / weight.sum()
+            loss = loss + self.settings.signal_weight * signal_loss
+            log["signal"] = signal_loss.detach()
+        return loss, log
 
     def _errors(
-        self, network: nn.Module, latents: Tensor, actions: Tensor, rewards: Tensor, ends: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        network: nn.Module,
+        latents: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        ends: Tensor,
+        signals: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log losses of each transition: end, reward, and signals (mean of those known)."""
         assert isinstance(network, Heads)
-        logits, _ = network(latents, actions, network.initial_state(len(latents)))
-        logits = logits.float()
+        features, _ = network.features(latents, actions, network.initial_state(len(latents)))
+        g = float(__import__("os").environ.get("ENDG", "1"))
+        logits = network.output(features * g + features.detach() * (1 - g)).float()
+        signal = torch.zeros_like(logits[..., 0])
+        if self.config.signals:
+            known = ~signals.isnan()
+            error = functional.binary_cross_entropy_with_logits(
+                network.signals(features).float(), signals.nan_to_num(), reduction="none"
+            )
+            signal = (error * known).mean(-1)
         end = functional.binary_cross_entropy_with_logits(logits[..., 0], ends, reduction="none")
         reward = -(network.two_hot(rewards) * logits[..., 1:].log_softmax(-1)).sum(-1)
-        return end, reward
+        return end, reward, signal
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
         """Log losses on whole held-out episodes; ``end`` is to be compared with ``end_constant``.
 
-        ``end_constant`` is the loss of always predicting the true mean rate. With drawn frames
+        ``end_constant`` is the loss of always predicting the true mean rate; ``signal`` is the mean
+        over all signals. With drawn frames
         there are the same loss on them, ``drawn_end_over_constant``, and the mean of both.
         """
         assert isinstance(network, Heads)
-        end_sum = reward_error = count = ends = 0.0
+        end_sum = reward_error = count = ends = signal_sum = 0.0
         for episode in self._validation.episodes:
             latents = torch.from_numpy(episode.latents[1:]).float()[None].to(self._device)
             actions = torch.from_numpy(episode.actions)[None].to(self._device)
             rewards = torch.from_numpy(episode.rewards)[None].to(self._device)
             terminated = torch.from_numpy(episode.terminated)[None].float().to(self._device)
-            end, _ = self._errors(network, latents, actions, rewards, terminated)
+            signals = torch.from_numpy(episode.signals)[None].to(self._device)
+            end, _, signal = self._errors(network, latents, actions, rewards, terminated, signals)
             logits, _ = network(latents, actions, network.initial_state(1))
+            signal_sum += float(signal.sum())
             reward_error += float((network.reward(logits) - rewards).abs().sum())
             end_sum += float(end.sum())
             count += end.numel()
@@ -202,6 +238,8 @@ class HeadsStage:
             "end_over_constant": over,
             "reward_absolute_error": reward_error / count,
         }
+        if self.config.signals:
+            metrics["signal"] = signal_sum / count
         if self._drawn_held_out:
             drawn = metrics["drawn_end_over_constant"] = self._validate_drawn(network)
             metrics["mean_end_over_constant"] = (over + drawn) / 2
@@ -214,10 +252,10 @@ class HeadsStage:
                 self._drawn_sequence(self._validation.episodes, drawn)
                 for drawn in self._drawn_held_out[first : first + 64]
             ]
-            latents, actions, rewards, terminated, weight = (
+            latents, actions, rewards, terminated, signals, weight = (
                 torch.stack(column).to(self._device) for column in zip(*rows, strict=True)
             )
-            end, _ = self._errors(network, latents, actions, rewards, terminated)
+            end, _, _ = self._errors(network, latents, actions, rewards, terminated, signals)
             loss += float((weight * end).sum())
             ends += float((weight * terminated).sum())
             total += float(weight.sum())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.take_cover_dodger import Dodger
+from agents.take_cover_dodger import Dodger, approaching
 
 
 def thing(name: str, number: int, x: float, y: float, speed: tuple[float, float]) -> Any:
@@ -59,3 +59,26 @@ def test_it_remembers_what_left_the_picture_for_so_long() -> None:
     two, none = actions(2, flight), actions(0, flight)
     assert last(two, 2) == last(everything, 2) != last(none, 2)
     assert last(two, 3) == last(none, 3) != last(everything, 3)
+
+
+def test_where_fireballs_are_coming_to() -> None:
+    player = thing("DoomPlayer", 0, 100.0, 384.0, (0.0, 0.0))
+
+    def told(*balls: Any) -> np.ndarray:
+        game = SimpleNamespace(state=SimpleNamespace(objects=[player, *balls]))
+        game.unwrapped = game
+        return approaching(game).reshape(3, 7)  # type: ignore[arg-type]
+
+    assert not told().any()
+    hit = thing("DoomImpBall", 1, 140.0, 384.0, (-10.0, 0.0))  # in 4 tics
+    later = thing("DoomImpBall", 2, 300.0, 584.0, (-10.0, -4.0))  # in 20 tics, at 504
+    assert np.argwhere(told(hit, later)).tolist() == [[0, 3], [2, 6]]
+    gone = thing("DoomImpBall", 3, 90.0, 384.0, (-10.0, 0.0))
+    bursting = thing("DoomImpBall", 4, 140.0, 384.0, (0.0, 0.0))
+    far = thing("DoomImpBall", 5, 900.0, 384.0, (-10.0, 0.0))
+    wide = thing("DoomImpBall", 6, 140.0, 900.0, (-10.0, 0.0))
+    monster = thing("DoomImp", 7, 140.0, 384.0, (-10.0, 0.0))
+    assert not told(gone, bursting, far, wide, monster).any()
+    dead = SimpleNamespace(state=None)
+    dead.unwrapped = dead
+    assert np.isnan(approaching(dead)).all()  # type: ignore[arg-type]

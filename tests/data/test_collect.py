@@ -164,6 +164,27 @@ def test_a_killed_worker_loses_the_running_episode_at_most(tmp_path: Path) -> No
         assert_actions_cause_their_transitions(episode)
 
 
+def test_signals_are_of_the_moment_after_each_transition(tmp_path: Path) -> None:
+    wanted = settings(tmp_path / "told", 60, signals="tests.counter_env:tell")
+    told = collect(wanted, progress=False)
+    plain = collect(settings(tmp_path / "plain", 60), progress=False)
+    assert told.spec.signals == 2 and plain.spec.signals == 0
+    for one, other in zip(told, plain, strict=True):
+        assert np.array_equal(one.frames, other.frames)
+        counter, steps = read(np.asarray(one.frames))
+        assert np.array_equal(one.signals, np.stack([counter[1:] / 256, steps[1:] / 256], 1))
+        assert other.signals.shape == (len(other), 0)
+    with pytest.raises(RecordingError, match="another signals"):
+        collect(replace(wanted, signals=""), progress=False)
+
+
+@pytest.mark.parametrize("name", ["tell", "tests.counter_env:nothing", "no.such.module:tell", ":"])
+def test_signals_that_are_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecordingError, match="signals must name a function as module:function"):
+        collect(settings(tmp_path / "data", 60, signals=name), progress=False)
+    assert not (tmp_path / "data").exists()
+
+
 def test_an_error_in_a_worker_is_shown(tmp_path: Path) -> None:
     wrong = [PolicyConfig("tests.counter_env:Failing")]
     with pytest.raises(RecordingError, match="the policy's own bug"):

@@ -43,7 +43,7 @@ def make_episode(length: int, seed: int = 0, space: spaces.Space | None = None, 
 
 
 def assert_same(left: Episode, right: Episode) -> None:
-    for name in ("frames", "actions", "rewards", "terminated", "truncated"):
+    for name in ("frames", "actions", "rewards", "terminated", "truncated", "signals"):
         a, b = getattr(left, name), getattr(right, name)
         assert a.dtype == b.dtype and a.shape == b.shape
         assert a.tobytes() == b.tobytes(), name
@@ -71,6 +71,34 @@ EPISODES = [
     make_episode(1, 2, policy="b"),
     make_episode(5, 3, policy="a"),
 ]
+
+
+def test_signals_are_kept_beside_the_frames(tmp_path: Path) -> None:
+    spec = replace(SPEC, signals=2)
+    spec.save(tmp_path)
+    rng = np.random.default_rng(0)
+    told = [rng.random((len(e), 2)).astype(np.float32) for e in EPISODES]
+    told[0][-1] = np.nan
+    episodes = [replace(e, signals=t) for e, t in zip(EPISODES, told, strict=True)]
+    writer = ShardWriter(tmp_path, spec, "w00")
+    for episode in episodes:
+        writer.add(episode)
+    assert_holds(tmp_path, episodes)
+    with pytest.raises(RecordingError, match=r"\(0,\) signals a transition, the data set has 2"):
+        writer.add(EPISODES[0])
+    with pytest.raises(RecordingError, match="another signals"):
+        SPEC.save(tmp_path)
+    # Not committed: cut off with the rest.
+    with open(writer.shard / "signals.bin", "ab") as file:
+        file.write(b"12345")
+    ShardWriter(tmp_path, spec, "w00").add(episodes[1])
+    assert_holds(tmp_path, [*episodes, episodes[1]])
+
+
+def test_signals_fit_their_episode() -> None:
+    assert EPISODES[0].signals is not None and EPISODES[0].signals.shape == (7, 0)
+    with pytest.raises(ValueError, match="signals has 3 entries for 7 actions"):
+        replace(EPISODES[0], signals=np.zeros((3, 2), np.float32))
 
 
 @pytest.mark.parametrize(

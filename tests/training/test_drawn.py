@@ -107,7 +107,7 @@ def test_heads_learn_on_drawn_frames(
         for e in stage._train.episodes
         for t in range(len(e.actions))
     }
-    pictures, actions, _, terminated, weight = stage.batch(np.random.default_rng(0), 40)
+    pictures, actions, _, terminated, _, weight = stage.batch(np.random.default_rng(0), 40)
     ends = 0
     for row in range(40):
         # Recorded frames without a weight lead to drawn frames with one.

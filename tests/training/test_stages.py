@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from nfd_env.checkpoint import CheckpointError, load_world
+from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
 from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.envs.single_env import NFDEnv
@@ -29,7 +31,7 @@ from nfd_env.training.loop import Stage, TrainConfig, train
 from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
 from nfd_env.video import read_mp4
 from nfd_env.world_model import SamplingConfig
-from tests.counter_env import read, record_counter_episodes
+from tests.counter_env import read, record_counter_episodes, source
 
 pytest.importorskip("tensorboard")
 
@@ -219,7 +221,7 @@ def test_heads(heads: Trained) -> None:
 def test_head_sequences_are_aligned_and_padded(heads: Trained) -> None:
     stage = heads.stage
     assert isinstance(stage, HeadsStage)
-    latents, actions, rewards, terminated, weight = stage.batch(np.random.default_rng(0), 64)
+    latents, actions, rewards, terminated, _, weight = stage.batch(np.random.default_rng(0), 64)
     assert latents.shape == (64, 20, 4, 4, 6) and actions.shape == (64, 20, 3)
     real = weight > 0
     # In the counter env the reward is the move that the action makes.
@@ -248,7 +250,7 @@ def weighted_share_of_ends(stage: Stage, first: int) -> tuple[float, float]:
         for e in stage._train.episodes
         for t in range(len(e.actions))
     }
-    latents, _, _, terminated, weight = stage.batch(np.random.default_rng(1), 1500)
+    latents, _, _, terminated, _, weight = stage.batch(np.random.default_rng(1), 1500)
     chosen = weight > 0
     for row, step in chosen.nonzero().tolist():
         chosen[row, step] = number[latents[row, step].numpy().tobytes()] >= first
@@ -266,6 +268,68 @@ def test_ends_are_drawn_often_and_weighted_back(heads: Trained) -> None:
 def test_early_transitions_weigh_as_much_as_others(heads: Trained) -> None:
     weighted, _ = weighted_share_of_ends(heads.stage, first=0)
     assert weighted == pytest.approx(1 / 44, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> Path:
+    """Recordings of the same game with signals."""
+    wanted = CollectConfig(
+        source=source(kwargs={"length": 44}),
+        folder=str(folder / "told"),
+        frames=400,
+        policies=[PolicyConfig("random_held", kwargs={"low": 1, "high": 4})],
+        workers=1,
+        validation_every=4,
+        signals="tests.counter_env:tell",
+    )
+    collect(wanted, progress=False)
+    return folder / "told"
+
+
+def test_heads_tell_signals(folder: Path, told: Path, tokenizer: Trained) -> None:
+    plan = HeadsTrainingConfig(
+        str(told),
+        str(tokenizer.weights),
+        str(folder / "told_latents"),
+        run(folder / "told_heads", 60),
+        width=16,
+        frames=20,
+        signal_weight=1.0,
+    )
+    stage = HeadsStage(plan)
+    latents, _, _, _, signals, weight = stage.batch(np.random.default_rng(0), 8)
+    known = {
+        e.latents[t + 1].astype(np.float32).tobytes(): e.signals[t]
+        for e in stage._train.episodes
+        for t in range(len(e.actions))
+    }
+    for row, step in (weight > 0).nonzero().tolist():
+        assert np.array_equal(signals[row, step], known[latents[row, step].numpy().tobytes()])
+    trained = Trained(lambda: HeadsStage(plan), plan.train)
+    assert trained.metrics["signal"] < 0.9 * stage.validate(stage.network)["signal"]
+    network = load_weights(trained.weights, Heads, HeadsConfig)
+    assert network.config.signals == 2 and network.signals.out_features == 2
+    # What is not known says nothing, to the bit.
+    batch = [torch.as_tensor(x).clone() for x in stage.batch(np.random.default_rng(1), 8)]
+    losses = []
+    for unknown in (torch.nan, 0.0, 1.0):
+        batch[4][..., 0] = unknown
+        torch.manual_seed(0)
+        losses.append(float(trained.stage.loss(network.eval(), tuple(batch))[1]["signal"]))
+    assert losses[0] < min(losses[1:])
+    with pytest.raises(RecordingError, match="signal_weight=0"):
+        HeadsStage(replace(plan, recordings=str(without_signals(told, folder))))
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        replace(plan, signal_weight=-1.0)
+
+
+def without_signals(told: Path, folder: Path) -> Path:
+    """The same recordings, but nothing told."""
+    copy = folder / "untold"
+    shutil.copytree(told, copy)
+    text = (copy / "dataset.yaml").read_text()
+    (copy / "dataset.yaml").write_text(text.replace("signals: 2\n", ""))
+    return copy
 
 
 @pytest.mark.parametrize(
