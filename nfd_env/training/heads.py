@@ -41,7 +41,8 @@ class HeadsTrainingConfig:
         dropout: see ``HeadsConfig``.
         signal_weight: weight of the loss for telling the recorded signals too; 0 for not. What ends
             an episode may have been out of the picture for long, and recorded ends are too few to
-            learn from them alone what to remember; signals say it at every transition.
+            learn from them alone what to look at and what to remember; signals say it at every
+            transition. With them, ends and rewards are read off what the signals have taught.
         initial: weights to begin with, of the same sizes; "" for random ones.
         drawn: recorded play as a world draws it, to learn on too: its frames are not quite recorded
             ones, and an end that shows in the one may hardly show in the other.
@@ -197,8 +198,9 @@ class HeadsStage:
         """Log losses of each transition: end, reward, and signals (mean of those known)."""
         assert isinstance(network, Heads)
         features, _ = network.features(latents, actions, network.initial_state(len(latents)))
-        g = float(__import__("os").environ.get("ENDG", "1"))
-        logits = network.output(features * g + features.detach() * (1 - g)).float()
+        # Signals alone shape the features: the few ends would soon be learned by heart.
+        read = features.detach() if self.config.signals else features
+        logits = network.output(read).float()
         signal = torch.zeros_like(logits[..., 0])
         if self.config.signals:
             known = ~signals.isnan()
