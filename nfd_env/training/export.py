@@ -231,7 +231,7 @@ def _save_clip(folder: Path, recordings: RecordedDataset, frames: int) -> None:
     episode = max(recordings.split("validation"), key=lambda e: min(len(e), frames))
     count = min(len(episode), frames)
     write_mp4(
-        folder / "clip.mp4", episode.frames[: count + 1], recordings.spec.fps, crf=16, exact=True
+        folder / "clip.mp4", episode.frames[: count + 1], recordings.spec.fps, crf=20, exact=True
     )
     actions = torch.from_numpy(episode.actions[:count].copy())
     save_file({"actions": actions}, folder / "clip.safetensors")
