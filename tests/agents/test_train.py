@@ -282,6 +282,18 @@ def test_the_shipped_configs_fit() -> None:
     assert all(getattr(sb3, name) == getattr(expected, name) for name in same)
 
 
+def test_the_longer_memory_goes_on_from_the_shorter_one() -> None:
+    folder = Path(__file__).parents[2] / "configs" / "doom_take_cover"
+    first = config.load(TrainPPOConfig, folder / "ppo.yaml")
+    then = config.load(TrainPPOConfig, folder / "ppo_memory.yaml")
+    assert then.initial == f"{first.folder}/agent.safetensors"
+    assert (then.channels, then.width, then.frame_skip) == (32, 256, first.frame_skip)
+    assert set(range(first.frame_stack)) <= set(then.frame_offsets)
+    # A start's frames fill the stack.
+    assert then.starts is not None
+    assert then.starts.frames > (then.frame_stack - 1) * then.frame_skip
+
+
 # Loading agents that do not fit.
 
 
