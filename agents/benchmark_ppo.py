@@ -72,8 +72,8 @@ class NativeRun:
             train_ppo.compiled(function, settings.compile)
             for function in (self._policy.act, ppo_loss, gae)
         )
-        observation, _ = self._env.reset(seed=settings.seed)
-        self._player = Player.start(observation, settings.frame_stack)
+        observation, info = self._env.reset(seed=settings.seed)
+        self._player = Player.start(observation, settings.frame_stack, info.get("context"))
 
     def run(self, updates: int) -> None:
         """Roll out and update ``updates`` times."""

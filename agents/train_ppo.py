@@ -128,9 +128,9 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
         steps = settings.max_episode_steps
         return RealVectorEnv(world, settings.num_envs, max_episode_steps=steps, **kwargs)
     kwargs |= {"max_episode_steps": settings.horizon_steps, "autoreset_mode": "SameStep"}
+    kwargs["context_observations"] = settings.frame_stack - 1
     if settings.starts is not None:
         kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
-    kwargs |= {"context_observations": settings.frame_stack - 1}
     kwargs |= settings.env
     return NFDVectorEnv(world, settings.num_envs, **kwargs)
 

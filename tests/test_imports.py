@@ -17,7 +17,7 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-BASE = {"nfd_env.config", "nfd_env.spaces", "nfd_env.precision"}
+BASE = {"nfd_env.config", "nfd_env.named", "nfd_env.spaces", "nfd_env.precision"}
 MODELS = BASE | {"nfd_env.flow", "nfd_env.models"}
 WORLD = MODELS | {"nfd_env.world_model", "nfd_env.speculation"}
 # checkpoint.py names the real environment that a world was recorded from.
@@ -28,6 +28,7 @@ RECORDINGS = MODELS | {"nfd_env.envs.real", "nfd_env.data"}
 # What each part may import of nfd_env, the most specific name first.
 ALLOWED = {
     "nfd_env.config": set(),
+    "nfd_env.named": set(),
     "nfd_env.spaces": {"nfd_env.config"},
     "nfd_env.precision": set(),
     "nfd_env.flow": {"nfd_env.flow"},

@@ -168,13 +168,16 @@ def test_each_part_of_the_start_matters(model: WorldModel) -> None:
         assert (other - base).abs().max() > 1e-4
 
 
-def test_only_what_the_model_can_see_of_a_long_context_is_used(model: WorldModel) -> None:
+def test_of_a_long_context_frames_need_the_latest_and_heads_remember_all(model: WorldModel) -> None:
     reach = model.dynamics.config.sight.reach
     long = context(reach + 4)
     last = Context(long.latents[-reach:], long.actions[-reach:])
     acts = actions(1, 3)
-    one, other = (roll(model, model.start([c], [(1, 0)]), acts) for c in (long, last))
-    assert torch.equal(one, other)
+    whole, part = (model.start([c], [(1, 0)]) for c in (long, last))
+    into = model.heads(long.latents[None, 1:], long.actions[None, 1:], model.heads.initial_state(1))
+    torch.testing.assert_close(whole.memory, into[1])
+    assert (whole.memory - part.memory).abs().max() > 1e-4
+    assert torch.equal(roll(model, whole, acts), roll(model, part, acts))
 
 
 def test_stepping_a_fork_leaves_the_original_alone(model: WorldModel) -> None:

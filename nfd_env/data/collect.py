@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import signal
 import time
@@ -21,6 +20,7 @@ from nfd_env.data.episode import Episode
 from nfd_env.data.policies import BehaviourPolicy, make_policy
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, ShardWriter
 from nfd_env.envs.real import SourceConfig, make_source
+from nfd_env.named import import_named
 from nfd_env.spaces import ActionCodec, space_to_dict
 
 
@@ -83,6 +83,7 @@ class CollectConfig:
             raise config.ConfigError("policies must name at least one policy, each with share > 0")
 
 
+# What it returns is described at ``CollectConfig.signals``.
 Signals = Callable[[gymnasium.Env], np.ndarray]
 
 
@@ -97,6 +98,9 @@ def record_episode(
     """Play one episode of ``env`` with ``behaviour`` and return it, with ``signals`` of it.
 
     ``actions[t]`` of the result was chosen on ``frames[t]`` and caused ``frames[t + 1]``.
+
+    Raises:
+        RecordingError: when a signal is neither NaN nor from 0 to 1.
     """
     observation, _ = env.reset(seed=seed)
     behaviour.reset(env, np.random.default_rng(seed))
@@ -114,6 +118,12 @@ def record_episode(
         told.append(np.asarray(signals(env) if signals else (), np.float32))
         if terminated or truncated:
             break
+    told_all = np.stack(told)
+    if ((told_all < 0) | (told_all > 1)).any():
+        raise RecordingError(
+            "signals must be from 0 to 1, or NaN where they are not known, got "
+            f"{np.nanmin(told_all):g} to {np.nanmax(told_all):g}"
+        )
     return Episode(
         np.stack(frames),
         np.asarray(actions),
@@ -121,7 +131,7 @@ def record_episode(
         np.asarray(terminations),
         np.asarray(truncations),
         seed=seed,
-        signals=np.stack(told),
+        signals=told_all,
         **labels,
     )
 
@@ -219,13 +229,10 @@ def _spec(settings: CollectConfig) -> DatasetSpec:
 
 
 def _signals(name: str) -> Signals | None:
-    module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function) if name else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecordingError(
-            f"signals must name a function as module:function, {name!r} does not: {error}"
-        ) from None
+        return import_named(name) if name else None
+    except ValueError as error:
+        raise RecordingError(f"signals must name a function as module:function: {error}") from None
 
 
 def _worker(

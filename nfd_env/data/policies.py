@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
+
+from nfd_env.named import import_named
 
 
 class BehaviourPolicy(Protocol):
@@ -109,11 +110,10 @@ def make_policy(name: str, kwargs: dict[str, Any], mistakes: float = 0.0) -> Beh
     if name in _BUILT_IN:
         factory = _BUILT_IN[name]
     elif ":" in name:
-        module, _, attribute = name.partition(":")
         try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"policy {name!r} cannot be imported: {error}") from None
+            factory = import_named(name)
+        except ValueError as error:
+            raise ValueError(f"policy {error}") from None
     else:
         raise ValueError(
             f"unknown policy {name!r}; known: {', '.join(_BUILT_IN)}, or your own as module:Class"

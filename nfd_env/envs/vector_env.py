@@ -21,6 +21,7 @@ from nfd_env.speculation import SpeculativeState, Speculator, check_frames
 from nfd_env.world_model import Context, WorldState, mix
 
 _START = 0x5354  # separates the choice of a start from the noise that follows it
+_ENCODED_AT_A_TIME = 64  # frames of a context
 _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is relative to
 
 
@@ -120,7 +121,8 @@ class NFDVectorEnv(VectorEnv):
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
-    ``num_envs`` such entries (None: a recorded start): continue from these frames.
+    ``num_envs`` such entries (None: a recorded start): continue from these frames. Each of them
+    costs encoding; the next frame depends on the latest few, rewards and ends remember all.
     ``start``: number of the recorded start to use, for every environment; or "beginning", to choose
     among those that are the beginning of an episode.
     ``reset_mask``: bool (num_envs,), which environments to reset.
@@ -520,9 +522,9 @@ class NFDVectorEnv(VectorEnv):
             self._shown = self._shown.index_copy(0, index, shown)
         self._decoded = None
         self._steps[rows], self._ended[rows] = 0, False
-        return self._describe(rows, chosen) if self.context_observations else {}
+        return self._context_info(rows, chosen) if self.context_observations else {}
 
-    def _describe(self, rows: list[int], contexts: Sequence[Context]) -> dict[str, Any]:
+    def _context_info(self, rows: list[int], contexts: Sequence[Context]) -> dict[str, Any]:
         """``info["context"]`` of ``rows``, which have begun with ``contexts``."""
         count, skip = self.context_observations, self.frame_skip
         places = [-1 - skip * back for back in range(count, 0, -1)]
@@ -651,15 +653,12 @@ class NFDVectorEnv(VectorEnv):
                 f"{len(frames)} context frames need {len(frames) - 1} actions, one between each "
                 f"two, got {len(actions)}"
             )
-        # Only what the model can still see or ``info`` shows, to encode no more than needed.
-        shown = self.frame_skip * self.context_observations + 1
-        keep = max(self.model.dynamics.config.sight.reach, shown)
-        frames, actions = frames[-keep:], actions[-keep:] if len(frames) > keep else actions
         into = torch.zeros(len(frames), codec.width)
         if len(actions):
             encoded = codec.encode(codec.check(actions, len(actions)))
             into[-len(encoded) :] = encoded
-        return Context(self.model.encode(torch.from_numpy(frames.copy())), into)
+        parts = torch.from_numpy(frames.copy()).split(_ENCODED_AT_A_TIME)
+        return Context(torch.cat([self.model.encode(part) for part in parts]), into)
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import sys
@@ -23,6 +22,7 @@ from nfd_env.data.policies import BehaviourPolicy, make_policy
 from nfd_env.envs.real import SourceError
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.named import import_named
 from nfd_env.video import caption, enlarge, write_mp4
 
 LOADER = "agents.load:load_agent"
@@ -378,19 +378,14 @@ def load_player(agent: str, env: Any, greedy: bool = False, loader: str = LOADER
     return PolicyPlayer([_policy(agent, None) for _ in range(env.num_envs)], env)
 
 
-def _import(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"agents are loaded by {name}, which cannot be imported ({error}): run this command "
-            "from the folder of a clone, where agents/ lies, or name your own --loader"
-        ) from None
-
-
 def _load(loader: str, agent: str, env: Any, greedy: bool) -> Any:
-    load = _import(loader)
+    try:
+        load = import_named(loader)
+    except ValueError as error:
+        raise ValueError(
+            f"the loader of agents {error}: run this command from the folder of a clone, where "
+            "agents/ lies, or name your own --loader"
+        ) from None
     try:
         return load(agent, env, greedy)
     except ValueError as error:

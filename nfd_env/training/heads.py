@@ -42,7 +42,8 @@ class HeadsTrainingConfig:
         signal_weight: weight of the loss for telling the recorded signals too; 0 for not. What ends
             an episode may have been out of the picture for long, and recorded ends are too few to
             learn from them alone what to look at and what to remember; signals say it at every
-            transition. With them, ends and rewards are read off what the signals have taught.
+            transition. With them, ends and rewards are read off what the signals have taught, and
+            the size of the weight matters to the clipping of gradients alone.
         initial: weights to begin with, of the same sizes; "" for random ones.
         drawn: recorded play as a world draws it, to learn on too: its frames are not quite recorded
             ones, and an end that shows in the one may hardly show in the other.

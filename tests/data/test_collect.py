@@ -185,6 +185,15 @@ def test_signals_that_are_not_there(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("told", [-0.5, 1.5])
+def test_signals_out_of_range(told: float) -> None:
+    env = make_source(source(kwargs={"length": 5}))
+    with pytest.raises(RecordingError, match=f"from 0 to 1.*got 0.25 to {told}|got {told} to 0.25"):
+        record_episode(env, AlwaysRight(), 0, 9, lambda _: np.array([np.nan, 0.25, told]))
+    kept = record_episode(env, AlwaysRight(), 0, 9, lambda _: np.array([np.nan, 0.0, 1.0]))
+    assert kept.signals is not None and kept.signals.shape == (5, 3)
+
+
 def test_an_error_in_a_worker_is_shown(tmp_path: Path) -> None:
     wrong = [PolicyConfig("tests.counter_env:Failing")]
     with pytest.raises(RecordingError, match="the policy's own bug"):

@@ -192,7 +192,7 @@ def test_the_agent_may_see_real_frames_as_the_tokenizer_renders_them(
         players.append(Always())
         return players[-1]
 
-    monkeypatch.setattr("nfd_env.evaluation.agents._import", lambda name: load)
+    monkeypatch.setattr("nfd_env.evaluation.agents.import_named", lambda name: load)
     shown = []
     for through in (False, True):
         players.clear()

@@ -311,7 +311,7 @@ def test_heads_tell_signals(folder: Path, told: Path, tokenizer: Trained) -> Non
     assert trained.metrics["signal"] < 0.9 * untrained
     network = load_weights(trained.weights, Heads, HeadsConfig)
     assert network.config.signals == 2 and network.signals.out_features == 2
-    # What is not known says nothing, to the bit.
+    # What is not known adds nothing to the loss.
     batch = [torch.as_tensor(x).clone() for x in stage.batch(np.random.default_rng(1), 8)]
     losses = []
     for unknown in (torch.nan, 0.0, 1.0):
