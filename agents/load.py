@@ -102,10 +102,9 @@ class SB3Agent:
         if array.shape != expected:
             raise AgentError(f"the agent takes observations {expected}, got {array.shape}")
         if self._stack is None:
-            latent = self.spec.obs_type == "latent"
-            low, high = (-np.inf, np.inf) if latent else (0, 255)
+            low, high = (0, 255) if self.spec.obs_type == "rgb" else (-np.inf, np.inf)
             space: Any = spaces.Box(low, high, array.shape[1:], array.dtype.type)
-            order = "first" if latent else "last"
+            order = "first" if self.spec.obs_type == "latent" else "last"
             self._stack = StackedObservations(self._n, self.spec.frame_stack, space, order)
             stacked = self._stack.reset(array)
         else:
@@ -173,14 +172,11 @@ def _guess_spec(model: Any, env: Any, name: str) -> AgentSpec:
             f"{name} was trained for the action space {model.action_space}, "
             f"this is {env.single_action_space}: load an agent of this action space"
         )
-    shape, (first, *middle, last) = (
-        model.observation_space.shape,
-        env.single_observation_space.shape,
-    )
+    shape, own = model.observation_space.shape, env.single_observation_space.shape
     for count in range(1, 33):
-        stacked = (first, *middle, count * last)
+        stacked = (*own[:-1], count * own[-1])
         if env.obs_type == "latent":
-            stacked = (count * first, *middle, last)
+            stacked = (count * own[0], *own[1:])
         # SB3 moves the channels of images first.
         moved = (stacked[2], *stacked[:2]) if env.obs_type == "rgb" else stacked
         if shape in (stacked, moved):

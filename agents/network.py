@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ class AgentSpec:
 
     Attributes:
         world: name of the world.
-        obs_type: "rgb" or "latent".
-        observation_shape: of one observation, (H, W, 3) or (C, h, w).
+        obs_type: "rgb", "latent" or "features".
+        observation_shape: of one observation, (H, W, 3), (C, h, w) or (C * h * w + F,).
         action_space: see ``nfd_env.spaces.space_to_dict``.
         frame_skip: frames for which each action is repeated.
         frame_stack: observations that a decision is based on: the latest and those before it.
-        encoder: fingerprint of the tokenizer's encoder, see ``encoder_fingerprint``; "" for rgb.
+        encoder: fingerprint of the tokenizer's encoder, see ``fingerprint``; "" for rgb.
         trained_in: "world" or "real game".
+        latent_shape: (C, h, w) of the latents that features begin with; empty for others.
+        heads: fingerprint of the world's heads, whose features it takes; "" for others.
     """
 
     world: str
@@ -43,10 +46,14 @@ class AgentSpec:
     frame_stack: int
     encoder: str = ""
     trained_in: str = "world"
+    latent_shape: list[int] = field(default_factory=list)
+    heads: str = ""
 
     @classmethod
     def of(cls, env: Any, frame_stack: int, trained_in: str = "world") -> AgentSpec:
         """The spec of an agent for ``env``, a (real or learned) vector env of a world."""
+        latent, features = env.obs_type != "rgb", env.obs_type == "features"
+        folder = env.world.folder
         return cls(
             world=env.world.spec.name,
             obs_type=env.obs_type,
@@ -54,8 +61,10 @@ class AgentSpec:
             action_space=space_to_dict(env.single_action_space),
             frame_skip=env.frame_skip,
             frame_stack=frame_stack,
-            encoder=encoder_fingerprint(env.world.folder) if env.obs_type == "latent" else "",
+            encoder=fingerprint(folder / "tokenizer.safetensors", *_ENCODER) if latent else "",
             trained_in=trained_in,
+            latent_shape=list(env.model.dynamics.config.latent_shape) if features else [],
+            heads=fingerprint(folder / "heads.safetensors", *_FEATURES) if features else "",
         )
 
     def check(self, env: Any) -> None:
@@ -76,18 +85,23 @@ class AgentSpec:
                 f"make the env with frame_skip={self.frame_skip}",
             ),
             ("encoder", "on latents of the tokenizer", "train an agent on the present tokenizer"),
+            ("heads", "on features of the heads", "train an agent on the present heads"),
         ):
             mine, its = getattr(self, name), getattr(here, name)
             if mine != its and not (name == "world" and not mine):
                 raise AgentError(f"the agent was trained {what} {mine}, this is {its}: {remedy}")
 
 
-def encoder_fingerprint(folder: Path) -> str:
-    """A short hash of the weights that make latents out of frames, from a world's folder."""
+_ENCODER = ("encoder.", "normalise.")  # the weights that make latents out of frames
+_FEATURES = ("embed.", "gru.", "hidden.")  # those of the heads that make features out of latents
+
+
+def fingerprint(path: Path, *prefixes: str) -> str:
+    """A short hash of the weights in a file, or of those whose names have such a prefix."""
     digest = hashlib.sha256()
-    with safe_open(folder / "tokenizer.safetensors", framework="np") as file:
+    with safe_open(path, framework="np") as file:
         for name in sorted(file.keys()):
-            if name.startswith(("encoder.", "normalise.")):
+            if name.startswith(prefixes or ("",)):
                 digest.update(name.encode() + file.get_tensor(name).tobytes())
     return digest.hexdigest()[:16]
 
@@ -157,9 +171,10 @@ class Trunk(nn.Module):
                 nn.init.orthogonal_(module.weight, 2**0.5)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Float (B, C, h, w) -> (B, width)."""
-        return self.layers(images)
+    def forward(self, images: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Float (B, C, h, w) -> (B, width); ``beside`` (B, width) is added before the last SiLU."""
+        hidden = self.layers[:2](images)
+        return self.layers[2](hidden if beside is None else hidden + beside)
 
 
 class ActorCritic(nn.Module):
@@ -189,15 +204,24 @@ class ActorCritic(nn.Module):
         self.register_buffer("start", torch.tensor(start), persistent=False)
         self.single = isinstance(space, spaces.Discrete)
         shape = spec.observation_shape
-        if spec.obs_type not in ("latent", "rgb") or len(shape) != 3:
+        features = spec.obs_type == "features" and len(shape) == 1
+        if features:
+            shape = spec.latent_shape
+        if not features and (spec.obs_type not in ("latent", "rgb") or len(shape) != 3):
             raise AgentError(
-                f"the policy takes rgb or latent observations with three axes, got "
+                f"the policy takes rgb or latent observations with three axes, or features, got "
                 f"{spec.obs_type} of shape {shape}"
             )
         if spec.obs_type == "rgb":
             shape = [shape[2], shape[0], shape[1]]
         stacked = (len(config.offsets) * shape[0], shape[1], shape[2])
-        self.trunk = Trunk(spec.obs_type, stacked, config.channels, config.width)
+        kind = "rgb" if spec.obs_type == "rgb" else "latent"
+        self.trunk = Trunk(kind, stacked, config.channels, config.width)
+        if features:
+            self._latent_size = math.prod(shape)
+            known = spec.observation_shape[0] - self._latent_size
+            self.beside = nn.Linear(known, config.width, bias=False)
+            nn.init.orthogonal_(self.beside.weight, 2**0.5)
         self.actor = nn.Linear(config.width, sum(self.sizes))
         self.critic = nn.Linear(config.width, 1)
         for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):
@@ -207,12 +231,24 @@ class ActorCritic(nn.Module):
     def begin_with(self, other: ActorCritic) -> None:
         """Take over the weights of ``other``; where it sees more than that, it acts alike at first.
 
+        It may look at more observations than ``other``, and at features where that has latents.
+
         Raises:
             AgentError: when ``other`` is of other sizes, plays something else, or looks at
                 observations that this network does not look at.
         """
         mine, its = self.config.offsets, other.config.offsets
-        spec = replace(other.config.spec, frame_stack=self.config.spec.frame_stack)
+        aim, spec = self.config.spec, other.config.spec
+        spec = replace(spec, frame_stack=aim.frame_stack)
+        learns = aim.obs_type == "features" and spec.obs_type == "latent"
+        if learns and spec.observation_shape == aim.latent_shape:
+            spec = replace(
+                spec,
+                obs_type=aim.obs_type,
+                observation_shape=aim.observation_shape,
+                latent_shape=aim.latent_shape,
+                heads=aim.heads,
+            )
         widened = replace(other.config, spec=spec, frame_offsets=self.config.frame_offsets)
         if widened != self.config or not set(its) <= set(mine):
             raise AgentError(f"cannot begin with {other.config}, this is to be {self.config}")
@@ -221,6 +257,8 @@ class ActorCritic(nn.Module):
         parts = dict(zip(its, state[first].chunk(len(its), 1), strict=True))
         nothing = torch.zeros_like(parts[its[0]])
         state[first] = torch.cat([parts.get(back, nothing) for back in mine], 1)
+        if learns:
+            state["beside.weight"] = torch.zeros_like(self.beside.weight)
         self.load_state_dict(state)
 
     def look(self, stack: Tensor) -> Tensor:
@@ -230,9 +268,14 @@ class ActorCritic(nn.Module):
 
     def forward(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """What ``look`` gives (B, k, *observation_shape) -> logits (B, all sizes), value (B,)."""
+        beside = None
         if self.config.spec.obs_type == "rgb":
             stack = stack.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
-        hidden = self.trunk(stack.flatten(1, 2))
+        elif self.config.spec.obs_type == "features":
+            # Of all but the latest observation the latents alone: features remember by themselves.
+            beside = self.beside(stack[:, -1, self._latent_size :])
+            stack = stack[..., : self._latent_size].unflatten(-1, self.config.spec.latent_shape)
+        hidden = self.trunk(stack.flatten(1, 2), beside)
         return self.actor(hidden), self.critic(hidden)[:, 0]
 
     def act(

@@ -21,8 +21,9 @@ _TOUCH = 22.0  # player radius 16 + fireball radius 6
 
 
 # Signals for the heads: where fireballs will cross the player's line, and when.
-_ARRIVAL = np.array([0.0, 6.0, 16.0, 36.0])  # tics
-_ASIDE = np.array([-200.0, -100.0, -50.0, -_TOUCH, _TOUCH, 50.0, 100.0, 200.0])  # map units
+_ARRIVAL = np.array([0.0, 4.0, 9.0, 16.0, 26.0, 40.0, 60.0])  # tics
+_ASIDE = np.array([_TOUCH, 48.0, 75.0, 110.0, 160.0, 240.0])  # map units to either side
+_ASIDE = np.concatenate((-_ASIDE[::-1], [0.0], _ASIDE))
 
 
 def approaching(env: gymnasium.Env) -> np.ndarray:
@@ -32,9 +33,9 @@ def approaching(env: gymnasium.Env) -> np.ndarray:
         env: a ``VizdoomTakeCover-v1`` made with ``objects_info_enabled=True``.
 
     Returns:
-        (21,), 1 where a fireball will reach the player's line in 0 to 6, 6 to 16, or 16 to 36 tics
-        (7 numbers each), so many map units to a side of where the player stands now; NaN after the
-        player's death.
+        (72,), 1 where a fireball will reach the player's line in 0 to 4, 4 to 9, 9 to 16, 16 to 26,
+        26 to 40, or 40 to 60 tics (12 numbers each), so many map units to a side of where the
+        player stands now; NaN after the player's death.
     """
     game_env: Any = env.unwrapped
     if game_env.state is None:

@@ -40,7 +40,7 @@ class TrainPPOConfig:
         folder: the run's folder: agent, state and logs.
         decisions: total decisions over all environments. Raising it later continues the run.
         num_envs: environments stepped together.
-        obs_type: "latent" or "rgb".
+        obs_type: "latent", "rgb" or "features".
         frame_skip: frames for which each action is repeated.
         frame_stack: latest observations that a decision can be based on; one shows no velocity.
         frame_offsets: those of them that it is based on, in decisions back; empty for all.
@@ -53,7 +53,7 @@ class TrainPPOConfig:
             own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
         initial: an agent of the same world and network to begin with; "" for a new one. It may look
-            at fewer observations.
+            at fewer observations, and at latents where this one is to look at features.
         channels: of the policy's convolutions.
         width: of the policy's fully connected layer.
         ppo: hyper-parameters.
@@ -148,9 +148,11 @@ def make_policy(
     sizes = settings.channels, settings.width, settings.frame_offsets
     network = ActorCritic(PolicyConfig(spec, *sizes))
     if settings.initial:
-        agent = load_agent(settings.initial, env)
+        agent = load_agent(settings.initial)
         if not isinstance(agent, NativeAgent):
             raise AgentError(f"{settings.initial} is not an agent of the native PPO")
+        if (agent.spec.obs_type, spec.obs_type) != ("latent", "features"):
+            agent.spec.check(env)
         network.begin_with(agent.policy)
     policy = network.to(env.model.device)
     return policy, torch.optim.Adam(policy.parameters(), settings.ppo.learning_rate, eps=1e-5)

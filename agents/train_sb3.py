@@ -44,7 +44,7 @@ class TrainSB3Config:
         folder: the run's folder: agent, logs.
         decisions: total decisions over all environments. Raising it later continues the run.
         num_envs: environments stepped together.
-        obs_type: "latent" or "rgb".
+        obs_type: "latent", "rgb" or "features".
         frame_skip: frames for which each action is repeated.
         frame_stack: latest observations that a decision can be based on; one shows no velocity.
         frame_offsets: those of them that the trunk looks at, in decisions back; empty for all.
@@ -52,7 +52,8 @@ class TrainSB3Config:
         starts: see ``TrainPPOConfig``.
         horizon_frames: see ``TrainPPOConfig``.
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
-        policy: "trunk" for the network of the native PPO, "CnnPolicy" (rgb only) or "MlpPolicy".
+        policy: "trunk" for the network of the native PPO (not for features), "CnnPolicy" (rgb
+            only) or "MlpPolicy".
         channels: of the trunk's convolutions.
         width: of the trunk's fully connected layer.
         reward_scale: factor on rewards that brings values to the order of 1; scores are unscaled.
@@ -95,6 +96,8 @@ class TrainSB3Config:
                 f"CnnPolicy takes pictures, not obs_type={self.obs_type!r}: "
                 "set obs_type: rgb, or policy: trunk"
             )
+        if self.policy == "trunk" and self.obs_type == "features":
+            raise ValueError("the trunk takes pictures, not features: set policy: MlpPolicy")
         looked_at(self.frame_offsets, self.frame_stack)
         if self.frame_offsets and self.policy != "trunk":
             raise ValueError(f"{self.policy} looks at the whole stack: frame_offsets need trunk")

@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--threshold", type=float, default=750.0, help="report the share of scores above it"
     )
-    sub.add_argument("--obs-type", choices=("rgb", "latent"), help="default: the agent's own")
+    sub.add_argument(
+        "--obs-type", choices=("rgb", "latent", "features"), help="default: the agent's own"
+    )
     sub.add_argument("--frame-skip", type=int, help="default: the agent's own, or 1")
     sub.add_argument("--greedy", action="store_true", help="take the most probable actions")
     sub.add_argument(

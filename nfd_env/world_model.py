@@ -166,12 +166,14 @@ class Transition:
         reward: float32 (B,).
         terminated: bool (B,), drawn with probability ``hazard``.
         hazard: float32 (B,).
+        memory: (B, width), the heads' recurrent state after it.
     """
 
     latents: Tensor
     reward: Tensor
     terminated: Tensor
     hazard: Tensor
+    memory: Tensor
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,9 @@ class Drawn:
     remembered: Tensor
     memory: Tensor
 
-    def outcome(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def outcome(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What a ``Transition`` is made of."""
-        return self.latents, self.reward, self.terminated, self.hazard
+        return self.latents, self.reward, self.terminated, self.hazard, self.memory
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Drawn:
         """Apply ``function`` to every tensor."""
@@ -372,6 +374,55 @@ class WorldModel:
             self.sampling.history_level,
             pending_counts,
         )
+
+    @property
+    def feature_size(self) -> int:
+        """How many numbers ``features`` gives of a frame."""
+        return self.heads.config.latent_size + self.heads.config.width
+
+    @torch.inference_mode()
+    def features(self, latents: Tensor, actions: Tensor, memory: Tensor) -> Tensor:
+        """A frame, and what the heads make of all that has happened so far.
+
+        The z and h of World Models (Ha and Schmidhuber 2018, arXiv 1803.10122).
+
+        Args:
+            latents: (B, C, h, w).
+            actions: encoded, (B, action_width), into the frame; zeros before any action.
+            memory: (B, width), the heads' recurrent state after the frame; that of
+                ``Heads.initial_state`` where it is the first.
+
+        Returns:
+            float32 (B, ``feature_size``): the latents, flattened, and behind them the numbers that
+            reward and termination are read off.
+        """
+        latents, actions = latents.float(), actions.to(self.device, torch.float32)
+        seen = self.heads.features_after(latents, actions, memory)
+        return torch.cat((latents.flatten(1), seen), 1)
+
+    @torch.inference_mode()
+    def remember(self, latents: Tensor, actions: Tensor, memory: Tensor) -> Tensor:
+        """The heads' recurrent state (B, width) after a further frame; see ``features``.
+
+        Args:
+            latents: (B, C, h, w).
+            actions: encoded, (B, action_width), into the frame.
+            memory: (B, width), before it.
+        """
+        return self.heads.step(latents.float(), actions.to(self.device), memory).state
+
+    @torch.inference_mode()
+    def features_along(self, context: Context) -> Tensor:
+        """``features`` of each frame of a context, (K, ``feature_size``)."""
+        latents, actions = (
+            part.to(self.device, torch.float32) for part in (context.latents, context.actions)
+        )
+        nothing = self.heads.initial_state(1)
+        first = self.features(latents[:1], actions[:1], nothing)
+        if len(latents) == 1:
+            return first
+        seen, _ = self.heads.features(latents[None, 1:], actions[None, 1:], nothing)
+        return torch.cat((first, torch.cat((latents[1:].flatten(1), seen[0]), 1)))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

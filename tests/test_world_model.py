@@ -168,6 +168,28 @@ def test_each_part_of_the_start_matters(model: WorldModel) -> None:
         assert (other - base).abs().max() > 1e-4
 
 
+def test_features_are_what_ends_and_rewards_are_read_off(model: WorldModel) -> None:
+    state, acts = model.start([context(3)], [(1, 0)]), actions(1, 4)
+    made = [model.step(state, a) for a in acts]
+    played = Context(
+        torch.cat([context(3).latents, *(m.latents for m in made)]),
+        torch.cat([context(3).actions, *acts]),
+    )
+    along = model.features_along(played)
+    assert along.shape == (7, model.feature_size) == (7, 4 * 4 * 6 + model.heads.config.width)
+    torch.testing.assert_close(along[:, :96], played.latents.flatten(1))
+    memory = model.heads.initial_state(1)
+    for number, (latents, into) in enumerate(zip(played.latents, played.actions, strict=True)):
+        if number:
+            memory = model.remember(latents[None], into[None], memory)
+        seen = model.features(latents[None], into[None], memory)
+        torch.testing.assert_close(seen[0], along[number], **CLOSE)
+    torch.testing.assert_close(made[-1].memory, memory, **CLOSE)
+    logits = model.heads.output(along[-1:, 96:])
+    torch.testing.assert_close(logits[:, 0].sigmoid(), made[-1].hazard, **CLOSE)
+    torch.testing.assert_close(model.heads.reward(logits), made[-1].reward, **CLOSE)
+
+
 def test_of_a_long_context_frames_need_the_latest_and_heads_remember_all(model: WorldModel) -> None:
     reach = model.dynamics.config.sight.reach
     long = context(reach + 4)

@@ -18,14 +18,15 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from nfd_env.checkpoint import World, load_world, make_real
+from nfd_env.envs.vector_env import OBSERVATION_TYPES, observation_space
 
 
 class RealVectorEnv(VectorEnv):
     """Copies of the real game behind a world, with the interface of ``NFDVectorEnv``.
 
     An agent cannot tell the two apart but by the pictures: the frames go through the same crop and
-    resize, with ``obs_type="latent"`` through the world's tokenizer too; an action is repeated for
-    ``frame_skip`` frames and their rewards are summed.
+    resize, with ``obs_type="latent"`` through the world's tokenizer too, with "features" also
+    through its heads; an action is repeated for ``frame_skip`` frames and their rewards are summed.
 
     Autoreset is SAME_STEP. ``infos`` hold ``final_obs`` and ``_final_obs`` where an episode ended,
     and no ``hazard``: the real game keeps that to itself.
@@ -52,7 +53,8 @@ class RealVectorEnv(VectorEnv):
             num_envs: number of games, stepped by as many threads as there are processors.
             device: of the tokenizer, and of the tensors with ``output="torch"``.
             frame_skip: frames an action is repeated for.
-            obs_type: "rgb", uint8 (num_envs, H, W, 3), or "latent", float32 (num_envs, C, h, w).
+            obs_type: "rgb", uint8 (num_envs, H, W, 3), "latent", float32 (num_envs, C, h, w), or
+                "features", float32 (num_envs, C * h * w + F), see ``NFDVectorEnv``.
             output: "numpy" or "torch".
             max_episode_steps: steps (not frames) after which an episode is truncated.
             precision: of the tokenizer, see ``load_world``.
@@ -63,10 +65,10 @@ class RealVectorEnv(VectorEnv):
             SourceError: when the real game is not installed.
         """
         super().__init__()
-        if obs_type not in ("rgb", "latent") or output not in ("numpy", "torch"):
+        if obs_type not in OBSERVATION_TYPES or output not in ("numpy", "torch"):
             raise ValueError(
-                "obs_type must be rgb or latent and output numpy or torch, "
-                f"got {obs_type!r} and {output!r}"
+                f"obs_type must be one of {', '.join(OBSERVATION_TYPES)} and output numpy or "
+                f"torch, got {obs_type!r} and {output!r}"
             )
         if num_envs < 1 or frame_skip < 1 or (max_episode_steps or 1) < 1:
             raise ValueError("num_envs, frame_skip and max_episode_steps must be at least 1")
@@ -79,12 +81,9 @@ class RealVectorEnv(VectorEnv):
         self._pool = ThreadPoolExecutor(min(num_envs, os.cpu_count() or 1))
         self._steps = np.zeros(num_envs, np.int64)
         self._shown: np.ndarray | None = None
-        if obs_type == "rgb":
-            shape = (*self.world.spec.frame_size, 3)
-            self.single_observation_space = spaces.Box(0, 255, shape, np.uint8)
-        else:
-            shape = self.model.dynamics.config.latent_shape
-            self.single_observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self._memory = self.model.heads.initial_state(num_envs)
+        self._features = torch.zeros(num_envs, self.model.feature_size, device=self.model.device)
+        self.single_observation_space = observation_space(self.world, obs_type)
         self.single_action_space = self.world.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -122,6 +121,8 @@ class RealVectorEnv(VectorEnv):
         for row, frame in zip(rows, begun, strict=True):
             self._shown[row] = frame
         self._steps[mask] = 0
+        if self.obs_type == "features":
+            return self._output(self._begin(rows, self._shown[rows])), {}
         return self._observe(self._shown.copy()), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -130,16 +131,27 @@ class RealVectorEnv(VectorEnv):
         Raises:
             ValueError: when the actions do not lie in the action space.
         """
-        checked = self.world.codec.check(actions, self.num_envs).cpu().numpy()
-        results = list(self._pool.map(self._step_one, range(self.num_envs), checked))
-        shown, final, reward, terminated, truncated = (
-            np.stack(column) for column in zip(*results, strict=True)
-        )
+        checked = self.world.codec.check(actions, self.num_envs)
+        results = list(self._pool.map(self._step_one, range(self.num_envs), checked.cpu().numpy()))
+        frames, *columns = zip(*results, strict=True)
+        shown, reward, terminated, truncated = (np.stack(column) for column in columns)
         self._shown = shown.copy()
-        observation, infos = self._observe(shown), {}
+        infos: dict[str, Any] = {}
         ended = terminated | truncated
+        if self.obs_type == "features":
+            final = self._output(
+                self._follow(frames, self.world.codec.encode(checked).to(self.model.device))
+            )
+            observation = final
+            if ended.any():
+                rows = np.flatnonzero(ended)
+                observation = self._output(self._begin(rows, shown[rows]))
+        else:
+            observation, final = self._observe(shown), None
+            if ended.any():
+                final = self._observe(np.stack([drawn[-1] for drawn in frames]))
         if ended.any():
-            infos = {"final_obs": self._observe(final), "_final_obs": ended}
+            infos = {"final_obs": final, "_final_obs": ended}
         if self.output == "torch":
             infos = {k: v if isinstance(v, Tensor) else self._tensor(v) for k, v in infos.items()}
             rewards = self._tensor(reward.astype(np.float32))
@@ -164,33 +176,65 @@ class RealVectorEnv(VectorEnv):
         taken.observation_space = batch_space(self.single_observation_space, len(listed))
         taken.action_space = batch_space(self.single_action_space, len(listed))
         taken._shown, taken._steps = self._shown[listed], self._steps[listed]
+        taken._memory, taken._features = self._memory[listed], self._features[listed]
         taken.closed = True
         return taken
 
-    def _step_one(self, row: int, action: Any) -> tuple[np.ndarray, np.ndarray, float, bool, bool]:
-        """The frame to go on from, the last frame of this step, reward, terminated, truncated."""
+    def _begin(self, rows: np.ndarray, frames: np.ndarray) -> Tensor:
+        """Features of all games, where those of ``rows`` have begun anew with ``frames``."""
+        index = torch.from_numpy(rows).to(self.model.device)
+        memory = self.model.heads.initial_state(len(rows))
+        action = torch.zeros(len(rows), self.world.codec.width, device=self.model.device)
+        latents = self.model.encode(torch.from_numpy(frames))
+        begun = self.model.features(latents, action, memory)
+        self._memory = self._memory.index_copy(0, index, memory)
+        self._features = self._features.index_copy(0, index, begun)
+        return self._features.clone()
+
+    def _follow(self, frames: Sequence[list[np.ndarray]], actions: Tensor) -> Tensor:
+        """Features of all games after their next frames, one to ``frame_skip`` of each."""
+        latents = self.model.encode(torch.from_numpy(np.concatenate(frames)))
+        counts = [len(drawn) for drawn in frames]
+        ends = np.cumsum(counts) - 1
+        for k in range(max(counts)):
+            rows = [row for row, count in enumerate(counts) if count > k]
+            index = torch.tensor(rows, device=self.model.device)
+            seen = latents[[int(ends[row]) - counts[row] + 1 + k for row in rows]]
+            memory = self.model.remember(seen, actions[index], self._memory[index])
+            self._memory = self._memory.index_copy(0, index, memory)
+        last = latents[[int(end) for end in ends]]
+        self._features = self.model.features(last, actions, self._memory)
+        return self._features.clone()
+
+    def _step_one(
+        self, row: int, action: Any
+    ) -> tuple[list[np.ndarray], np.ndarray, float, bool, bool]:
+        """The frames of this step, that to go on from, reward, terminated, truncated."""
         env, total = self.envs[row], 0.0
         plain = action.item() if isinstance(self.single_action_space, spaces.Discrete) else action
-        frame, terminated, truncated = None, False, False
+        frames: list[np.ndarray] = []
+        terminated = truncated = False
         for _ in range(self.frame_skip):
             frame, reward, terminated, truncated, _ = env.step(plain)
+            frames.append(frame)
             total += float(reward)
             if terminated or truncated:
                 break
-        assert frame is not None
         self._steps[row] += 1
         if self.max_episode_steps is not None and not terminated:
             truncated = truncated or bool(self._steps[row] >= self.max_episode_steps)
-        shown = frame
+        shown = frames[-1]
         if terminated or truncated:
             shown, self._steps[row] = env.reset()[0], 0
-        return shown, frame, total, terminated, truncated
+        return frames, shown, total, terminated, truncated
 
     def _observe(self, frames: np.ndarray) -> Any:
         if self.output == "numpy" and self.obs_type == "rgb":
             return frames
         tensor = self._tensor(frames)
-        observation = self.model.encode(tensor) if self.obs_type == "latent" else tensor
+        return self._output(self.model.encode(tensor) if self.obs_type == "latent" else tensor)
+
+    def _output(self, observation: Tensor) -> Any:
         return observation if self.output == "torch" else observation.cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> Tensor:

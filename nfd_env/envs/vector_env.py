@@ -20,6 +20,7 @@ from nfd_env.checkpoint import World, load_starts, load_world
 from nfd_env.speculation import SpeculativeState, Speculator, check_frames
 from nfd_env.world_model import Context, WorldState, mix
 
+OBSERVATION_TYPES = ("rgb", "latent", "features")
 _START = 0x5354  # separates the choice of a start from the noise that follows it
 _ENCODED_AT_A_TIME = 64  # frames of a context
 _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is relative to
@@ -31,6 +32,7 @@ class EnvState:
 
     world: WorldState
     shown: Tensor
+    memory: Tensor
     steps: np.ndarray
     ended: np.ndarray
     seeds: list[int]
@@ -42,6 +44,7 @@ class EnvState:
         return EnvState(
             self.world.take(listed),
             self.shown[torch.as_tensor(listed, device=self.shown.device)],
+            self.memory[torch.as_tensor(listed, device=self.memory.device)],
             self.steps[listed],
             self.ended[listed],
             [self.seeds[r] for r in listed],
@@ -61,7 +64,10 @@ class NFDVectorEnv(VectorEnv):
 
     ## Observation Space
     With ``obs_type="rgb"`` uint8 frames (num_envs, H, W, 3); with ``obs_type="latent"`` the
-    tokenizer's float32 latents (num_envs, C, h, w), which saves decoding.
+    tokenizer's float32 latents (num_envs, C, h, w), which saves decoding; with
+    ``obs_type="features"`` float32 (num_envs, C * h * w + F), the latents, flattened, and behind
+    them what the world's heads make of the whole episode so far (see ``WorldModel.features``):
+    a memory that an agent need not learn.
 
     ## Rewards
     Predicted from the generated frames; the sum over the frames of a step. float64 (num_envs,), or
@@ -100,7 +106,7 @@ class NFDVectorEnv(VectorEnv):
     draft_cost: with ``speculative_frames`` > 1, when to stop drafting: the cost of a pass with
         drafts relative to one without. Drafts are made while that is less than what they are
         expected to save at the current rate of kept actions; 1 or less for always. None: measured.
-    obs_type: "rgb" or "latent".
+    obs_type: "rgb", "latent" or "features".
     output: "numpy", or "torch" for tensors on the model's device.
     autoreset_mode: one of Gymnasium's three.
     max_episode_steps: steps after which an episode is truncated; None for the world's default.
@@ -165,7 +171,7 @@ class NFDVectorEnv(VectorEnv):
             DeviceError: when the device is not there.
         """
         super().__init__()
-        _check_choice("obs_type", obs_type, ("rgb", "latent"))
+        _check_choice("obs_type", obs_type, OBSERVATION_TYPES)
         _check_choice("output", output, ("numpy", "torch"))
         _check_choice("render_mode", render_mode, (None, "rgb_array"))
         for name, value in (("num_envs", num_envs), ("frame_skip", frame_skip)):
@@ -218,17 +224,13 @@ class NFDVectorEnv(VectorEnv):
             "render_fps": int(fps) if fps.is_integer() else fps,
             "autoreset_mode": self.autoreset_mode,
         }
-        if obs_type == "rgb":
-            height, width = self.world.spec.frame_size
-            self.single_observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
-        else:
-            shape = self.model.dynamics.config.latent_shape
-            self.single_observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.single_observation_space = observation_space(self.world, obs_type)
         self.single_action_space = copy.deepcopy(self.world.action_space)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._state: WorldState | None = None
         self._shown: Tensor | None = None
+        self._memory = self.model.heads.initial_state(num_envs)
         self._decoded: Tensor | None = None
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)
@@ -299,7 +301,7 @@ class NFDVectorEnv(VectorEnv):
         infos = self._restart(rows, contexts, options.get("start") == "beginning")
         if self.output == "numpy":
             infos = {k: _to_numpy(v) for k, v in infos.items()}
-        return self._observe(), infos
+        return self.observe(), infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every environment by one action (``frame_skip`` frames).
@@ -348,7 +350,7 @@ class NFDVectorEnv(VectorEnv):
             begun = self._next_episodes(np.flatnonzero(self._ended))
             self._ended = np.zeros_like(self._ended)
         infos |= begun
-        observation = self._observe()
+        observation = self.observe()
         if self.output == "torch":
             return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
         infos = {k: _to_numpy(v) for k, v in infos.items()}
@@ -394,7 +396,13 @@ class NFDVectorEnv(VectorEnv):
         if self._state is None or self._shown is None:
             raise gymnasium.error.ResetNeeded("call reset() before save_state()")
         here = EnvState(
-            self._state, self._shown, self._steps, self._ended, self._seeds, self._episodes
+            self._state,
+            self._shown,
+            self._memory,
+            self._steps,
+            self._ended,
+            self._seeds,
+            self._episodes,
         )
         return here.take(range(self.num_envs) if rows is None else rows)
 
@@ -412,16 +420,17 @@ class NFDVectorEnv(VectorEnv):
         """
         if rows is not None:
             self._put_rows([int(r) for r in rows], state)
-            return self._observe()
+            return self.observe()
         if state.world.batch != self.num_envs:
             raise ValueError(
                 f"the state has {state.world.batch} environments, this env has {self.num_envs}"
             )
         self._check_fits(state)
         self._state, self._shown, self._decoded = state.world.fork(), state.shown.clone(), None
+        self._memory = state.memory.clone()
         self._steps, self._ended = state.steps.copy(), state.ended.copy()
         self._seeds, self._episodes = list(state.seeds), list(state.episodes)
-        return self._observe()
+        return self.observe()
 
     def _put_rows(self, rows: list[int], state: EnvState) -> None:
         if self._state is None or self._shown is None:
@@ -432,6 +441,7 @@ class NFDVectorEnv(VectorEnv):
         self._state.put(rows, state.world)
         index = torch.tensor(rows, device=self._shown.device)
         self._shown, self._decoded = self._shown.index_copy(0, index, state.shown), None
+        self._memory = self._memory.index_copy(0, index, state.memory)
         self._steps[rows], self._ended[rows] = state.steps, state.ended
         for row, seed, episode in zip(rows, state.seeds, state.episodes, strict=True):
             self._seeds[row], self._episodes[row] = seed, episode
@@ -452,7 +462,7 @@ class NFDVectorEnv(VectorEnv):
         rewards = torch.zeros(self.num_envs, device=self.model.device)
         hazard = torch.zeros_like(rewards)
         terminated = torch.zeros_like(running)
-        shown = self._shown
+        shown, memory = self._shown, self._memory
         for frame in range(self.frame_skip):
             if not bool(running.any()):
                 break
@@ -467,15 +477,16 @@ class NFDVectorEnv(VectorEnv):
             # The probability that the step ends the episode at one of its frames.
             hazard = torch.where(running, 1 - (1 - hazard) * (1 - transition.hazard), hazard)
             shown = torch.where(running[:, None, None, None], transition.latents, shown)
+            memory = torch.where(running[:, None], transition.memory, memory)
             terminated = terminated | (running & transition.terminated)
             running = running & ~transition.terminated
-        self._shown, self._decoded = shown, None
+        self._shown, self._memory, self._decoded = shown, memory, None
         return rewards, terminated.cpu().numpy(), hazard
 
     def _finish(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Add ``final_obs`` and ``final_info`` of the environments that have just ended."""
         mask = self._tensor(self._ended)
-        final = self._observe()
+        final = self.observe()
         if self.output == "torch":
             infos = {**infos, "final_obs": final}
         else:
@@ -513,12 +524,14 @@ class NFDVectorEnv(VectorEnv):
             # A slot that was seeded anew begins like a new one.
             state.succeed(self._state, [row if self._episodes[row] else None for row in rows])
         shown = torch.stack([c.latents[-1] for c in chosen]).to(self.model.device, torch.float32)
+        index = torch.tensor(rows, device=self.model.device)
+        memory = state.memory if state.memory.ndim == 2 else state.memory[:, 0]
+        self._memory = self._memory.index_copy(0, index, memory)
         if self._state is None:
             self._state, self._shown = state, shown
         else:
             assert self._shown is not None
             self._state.put(rows, state)
-            index = torch.tensor(rows, device=self.model.device)
             self._shown = self._shown.index_copy(0, index, shown)
         self._decoded = None
         self._steps[rows], self._ended[rows] = 0, False
@@ -528,20 +541,37 @@ class NFDVectorEnv(VectorEnv):
         """``info["context"]`` of ``rows``, which have begun with ``contexts``."""
         count, skip = self.context_observations, self.frame_skip
         places = [-1 - skip * back for back in range(count, 0, -1)]
-        latents = torch.stack(
-            [c.latents[[max(place, -len(c.latents)) for place in places]] for c in contexts]
+        features = self.obs_type == "features"
+        seen = torch.stack(
+            [
+                (self.model.features_along(c) if features else c.latents)[
+                    [max(place, -len(c.latents)) for place in places]
+                ]
+                for c in contexts
+            ]
         ).to(self.model.device, torch.float32)
         if self.obs_type == "rgb":
-            latents = self.model.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        context = latents.new_zeros(self.num_envs, *latents.shape[1:])
-        context[rows] = latents
+            seen = self.model.decode(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+        context = seen.new_zeros(self.num_envs, *seen.shape[1:])
+        context[rows] = seen
         mask = np.zeros(self.num_envs, bool)
         mask[rows] = True
         return {"context": context, "_context": self._tensor(mask)}
 
-    def _observe(self) -> Any:
-        assert self._shown is not None
-        observation = self.frames() if self.obs_type == "rgb" else self._shown.clone()
+    def observe(self, obs_type: str | None = None) -> Any:
+        """The current observations (num_envs, ...), of another type if ``obs_type`` is given."""
+        if self._state is None or self._shown is None:
+            raise gymnasium.error.ResetNeeded("call reset() before observe()")
+        _check_choice("obs_type", obs_type or self.obs_type, OBSERVATION_TYPES)
+        match obs_type or self.obs_type:
+            case "rgb":
+                observation = self.frames()
+            case "latent":
+                observation = self._shown.clone()
+            case _:
+                # The action of a step leads into each of its frames.
+                action = self._state.action[:, 0]
+                observation = self.model.features(self._shown, action, self._memory)
         return observation if self.output == "torch" else observation.cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -659,6 +689,16 @@ class NFDVectorEnv(VectorEnv):
             into[-len(encoded) :] = encoded
         parts = torch.from_numpy(frames.copy()).split(_ENCODED_AT_A_TIME)
         return Context(torch.cat([self.model.encode(part) for part in parts]), into)
+
+
+def observation_space(world: World, obs_type: str) -> spaces.Box:
+    """What one environment of a world observes; see ``NFDVectorEnv``."""
+    if obs_type == "rgb":
+        return spaces.Box(0, 255, (*world.spec.frame_size, 3), np.uint8)
+    model = world.model
+    latent = obs_type == "latent"
+    shape = model.dynamics.config.latent_shape if latent else (model.feature_size,)
+    return spaces.Box(-np.inf, np.inf, shape, np.float32)
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -244,7 +244,7 @@ def evaluate_agent(
         real_envs: real games run beside each other.
         max_frames: an episode is truncated there on either side.
         threshold: the share of scores above it is reported; 750 counts as solving TakeCover.
-        obs_type: "rgb" or "latent"; None for what the agent's file says, or "rgb".
+        obs_type: "rgb", "latent" or "features"; None for what the agent's file says, or "rgb".
         frame_skip: frames an action is repeated for; None for what the agent's file says, or 1.
         dynamics: of the learned world, see ``NFDVectorEnv``; so are the next two.
         history_level: see there.
@@ -275,8 +275,8 @@ def evaluate_agent(
         if obs_type is None and frame_skip is None:
             spec = _load(loader, agent, None, greedy).spec
             obs_type, frame_skip = spec.obs_type, spec.frame_skip
-    elif obs_type == "latent":
-        raise ValueError(f"{agent} acts on frames and cannot take latents: leave obs_type away")
+    elif obs_type not in (None, "rgb"):
+        raise ValueError(f"{agent} acts on frames, not {obs_type}: leave obs_type away")
     obs_type, frame_skip = obs_type or "rgb", frame_skip or 1
     common: dict[str, Any] = {
         "device": device,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nfd_env.data.policies import RandomHeld
 from nfd_env.envs.vector_env import NFDVectorEnv
@@ -71,6 +72,5 @@ class ActionStream:
             return [None] * self._env.num_envs
         if self._obs_type == self._env.obs_type:
             return observation
-        if self._obs_type == "rgb":
-            return self._env.frames().cpu().numpy()
-        return self._env.save_state().shown.cpu().numpy()
+        seen = self._env.observe(self._obs_type)
+        return seen.cpu().numpy() if isinstance(seen, Tensor) else seen

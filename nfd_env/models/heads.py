@@ -83,6 +83,18 @@ class Heads(nn.Module):
         memory, last = self.gru(x, state[None].contiguous())
         return functional.silu(self.hidden(torch.cat((x, memory), -1))), last[0]
 
+    def features_after(self, latents: Tensor, actions: Tensor, state: Tensor) -> Tensor:
+        """What the outputs are read off after one transition, (B, width).
+
+        Args:
+            latents: (B, C, h, w).
+            actions: (B, action_width), into them.
+            state: (B, width), after them; with that from before any frame, the features of a frame
+                that is the first.
+        """
+        x = functional.silu(self.embed(torch.cat((latents.flatten(1), actions), -1)))
+        return functional.silu(self.hidden(torch.cat((x, state), -1)))
+
     def forward(self, latents: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Logits along sequences.
 

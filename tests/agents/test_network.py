@@ -18,7 +18,7 @@ from agents.network import (
     AgentError,
     AgentSpec,
     PolicyConfig,
-    encoder_fingerprint,
+    fingerprint,
     new_stack,
     push,
 )
@@ -101,6 +101,22 @@ def test_frames_are_seen_channels_first_and_by_their_order() -> None:
     assert not torch.equal(value, network(stack.flip(1))[1])
 
 
+def test_of_features_the_latest_and_of_latents_all_are_seen() -> None:
+    network = policy(obs_type="features", observation_shape=[96 + 5], latent_shape=[4, 4, 6])
+    stack = torch.randn(2, 3, 96 + 5)
+    base = network(stack)[1]
+    assert base.shape == (2,)
+    for place, part, seen in (
+        (0, slice(0, 96), True),
+        (0, slice(96, None), False),
+        (2, slice(0, 96), True),
+        (2, slice(96, None), True),
+    ):
+        other = stack.clone()
+        other[:, place, part] += 1
+        assert torch.equal(network(other)[1], base) != seen
+
+
 def test_stacks() -> None:
     observations = torch.arange(5.0)[:, None, None].expand(5, 2, 1)
     stack = new_stack(observations[0], 3)
@@ -146,7 +162,8 @@ def test_what_the_policy_cannot_take() -> None:
 def test_the_spec_of_an_env(tiny_world: Path) -> None:
     env = NFDVectorEnv(tiny_world, 2, obs_type="latent", frame_skip=2, **CPU)
     mine = AgentSpec.of(env, 3)
-    assert mine == spec(encoder=encoder_fingerprint(tiny_world))
+    encoder = fingerprint(tiny_world / "tokenizer.safetensors", "encoder.", "normalise.")
+    assert mine == spec(encoder=encoder)
     assert space_from_dict(mine.action_space) == env.single_action_space
     mine.check(env)
 
@@ -160,6 +177,7 @@ def test_the_spec_of_an_env(tiny_world: Path) -> None:
         ({"observation_shape": [4, 8, 6]}, r"observations of shape \[4, 8, 6\]"),
         ({"frame_skip": 4}, "frame skip of 4, this is 2: make the env with frame_skip=4"),
         ({"encoder": "0123"}, "latents of the tokenizer 0123"),
+        ({"heads": "0123"}, "features of the heads 0123"),
     ],
 )
 def test_an_agent_for_something_else(
@@ -170,12 +188,22 @@ def test_an_agent_for_something_else(
         replace(AgentSpec.of(env, 3), **changed).check(env)
 
 
-def test_the_fingerprint_is_of_the_encoder_only(
+def test_fingerprints_are_of_what_an_agent_sees(
     tiny_world: Path, make_world: Callable[..., Path], tmp_path: Path
 ) -> None:
+    def fingerprints(folder: Path, obs_type: str) -> tuple[str, str]:
+        made = AgentSpec.of(NFDVectorEnv(folder, 1, obs_type=obs_type, **CPU), 3)
+        return made.encoder, made.heads
+
     other = make_world(seed=1)
-    assert encoder_fingerprint(tiny_world) != encoder_fingerprint(other)
+    encoder, heads = fingerprints(tiny_world, "features")
+    assert fingerprints(tiny_world, "latent") == (encoder, "")
+    assert fingerprints(tiny_world, "rgb") == ("", "")
+    assert not {encoder, heads} & set(fingerprints(other, "features"))
     copy = tmp_path / "copy"
     shutil.copytree(tiny_world, copy)
     shutil.copy(other / "dynamics.safetensors", copy)
-    assert encoder_fingerprint(copy) == encoder_fingerprint(tiny_world)
+    assert fingerprints(copy, "features") == (encoder, heads)
+    shutil.copy(other / "heads.safetensors", copy)
+    assert fingerprints(copy, "latent") == (encoder, "")
+    assert fingerprints(copy, "features")[1] not in ("", heads)

@@ -67,12 +67,12 @@ def test_where_fireballs_are_coming_to() -> None:
     def told(*balls: Any) -> np.ndarray:
         game = SimpleNamespace(state=SimpleNamespace(objects=[player, *balls]))
         game.unwrapped = game
-        return approaching(game).reshape(3, 7)  # type: ignore[arg-type]
+        return approaching(game).reshape(6, 12)  # type: ignore[arg-type]
 
     assert not told().any()
-    hit = thing("DoomImpBall", 1, 140.0, 384.0, (-10.0, 0.0))  # in 4 tics
+    hit = thing("DoomImpBall", 1, 130.0, 384.0, (-10.0, 0.0))  # in 3 tics
     later = thing("DoomImpBall", 2, 300.0, 584.0, (-10.0, -4.0))  # in 20 tics, at 504
-    assert np.argwhere(told(hit, later)).tolist() == [[0, 3], [2, 6]]
+    assert np.argwhere(told(hit, later)).tolist() == [[0, 5], [3, 10]]
     gone = thing("DoomImpBall", 3, 90.0, 384.0, (-10.0, 0.0))
     bursting = thing("DoomImpBall", 4, 140.0, 384.0, (0.0, 0.0))
     far = thing("DoomImpBall", 5, 900.0, 384.0, (-10.0, 0.0))

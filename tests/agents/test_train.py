@@ -213,11 +213,44 @@ def test_it_can_begin_with_an_agent(trained: Path, counter_world: Path, tmp_path
     stack = torch.randn(3, 5, 4, 4, 6)
     for one, other in zip(policy(stack[:, -2:]), further(further.look(stack)), strict=True):
         torch.testing.assert_close(one, other)
+    # So do features instead of latents; then they are learned to be used.
+    features = make(counter_world, obs_type="features")
+    more = replace(more, obs_type="features", ppo=replace(more.ppo, learning_rate=0.1))
+    aware, optimiser = train_ppo.make_policy(features, more)
+    told = torch.cat([stack.flatten(2), torch.randn(3, 5, 16)], -1)
+    for one, other in zip(policy(stack[:, -2:]), aware(aware.look(told)), strict=True):
+        torch.testing.assert_close(one, other)
+    aware(aware.look(told))[1].sum().backward()
+    optimiser.step()
+    assert aware.beside.weight.abs().min() > 0
+    with pytest.raises(AgentError, match="observations of type latent, this is rgb"):
+        rgb = settings(tmp_path, initial=initial, obs_type="rgb")
+        train_ppo.make_policy(make(counter_world, obs_type="rgb"), rgb)
     for other in ({"width": 32}, {"frame_stack": 1}, {"frame_stack": 3, "frame_offsets": [0, 2]}):
         with pytest.raises(AgentError, match="cannot begin with"):
             train_ppo.make_policy(env, settings(tmp_path, initial=initial, **other))
     with pytest.raises(AgentError, match="cannot begin with"):
         train_ppo.make_policy(env, settings(tmp_path, initial=initial), real=True)
+
+
+def test_an_agent_of_features(trained: Path, counter_world: Path, tmp_path: Path) -> None:
+    initial = str(trained / "agent.safetensors")
+    plan = settings(tmp_path, obs_type="features", initial=initial)
+    plan = replace(plan, evaluate_every=32, evaluate_episodes=2)
+    metrics = train_ppo.train(str(counter_world), plan, progress=False)
+    assert metrics.keys() == METRICS | {"score"}
+    path = tmp_path / "agent.safetensors"
+    for real in (False, True):
+        env = make(counter_world, real=real, obs_type="features")
+        agent = load_agent(path, env)
+        assert len(agent.spec.heads) == 16 and agent.spec.latent_shape == [4, 4, 6]
+        assert np.isfinite(play_episodes(env, agent, 4, seed=0).scores).all()
+    with pytest.raises(AgentError, match="obs_type='features'"):
+        load_agent(path, make(counter_world))
+    longer = settings(tmp_path / "longer", obs_type="features", initial=str(path))
+    further, _ = train_ppo.make_policy(make(counter_world, obs_type="features"), longer)
+    learned = load_weights(path, ActorCritic, PolicyConfig).state_dict()
+    assert all(torch.equal(v, learned[k]) for k, v in further.state_dict().items())
 
 
 def test_no_score_of_a_world_without_the_real_one() -> None:
@@ -370,7 +403,8 @@ def sb3_settings(folder: Path, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("obs_type", "policy"), [("latent", "trunk"), ("rgb", "trunk"), ("latent", "MlpPolicy")]
+    ("obs_type", "policy"),
+    [("latent", "trunk"), ("rgb", "trunk"), ("latent", "MlpPolicy"), ("features", "MlpPolicy")],
 )
 def test_sb3_trains_and_plays(
     counter_world: Path, tmp_path: Path, obs_type: str, policy: str
@@ -468,6 +502,10 @@ def test_somebodys_own_sb3_agent(
     agent = load_agent(path, env)
     assert agent.spec.frame_stack == 2
     assert np.isfinite(play_episodes(env, agent, 3, seed=0).scores).all()
+    of_features = make_vec_env("NFD/World-v0", 2, env_kwargs={**kwargs, "obs_type": "features"})
+    stacked = VecFrameStack(of_features, 3)
+    stable_baselines3.DQN("MlpPolicy", stacked, buffer_size=10).save(tmp_path / "features")
+    assert load_agent(f"DQN:{tmp_path / 'features.zip'}", make(tiny_world, obs_type="features"))
     with pytest.raises(AgentError, match=r"takes observations \(8, 4, 6\)"):
         load_agent(path, make(tiny_world, obs_type="rgb"))
     with pytest.raises(AgentError, match="for the action space"):
@@ -481,6 +519,8 @@ def test_somebodys_own_sb3_agent(
 def test_sb3_settings_that_do_not_go(tiny_world: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CnnPolicy takes pictures, not obs_type='latent'"):
         sb3_settings(tmp_path, policy="CnnPolicy")
+    with pytest.raises(ValueError, match="not features: set policy: MlpPolicy"):
+        sb3_settings(tmp_path, obs_type="features")
     with pytest.raises(ValueError, match="policy must be"):
         sb3_settings(tmp_path, policy="Transformer")
     from agents import train_sb3
@@ -496,11 +536,17 @@ def test_the_benchmark_measures_both(tiny_world: Path, tmp_path: Path) -> None:
 
     plan = settings(tmp_path)
     report = benchmark(str(tiny_world), plan, updates=1, repeats=2)
-    assert list(report) == ["native, latent", "sb3, latent", "sb3, rgb"]
+    assert list(report) == ["native, latent", "sb3, latent", "native, rgb", "sb3, rgb"]
     for row in report.values():
         assert 0 < row["lowest"] <= row["decisions_per_second"] <= row["highest"]
         assert row["frames_per_second"] == 2 * row["decisions_per_second"]
-    assert len(format_report(report, plan).splitlines()) == 7
+    # Each is compared with the native one of the same observations.
+    lines = format_report(report, plan).splitlines()
+    assert len(lines) == 8 and lines[4].endswith("| 1.00 |") and lines[6].endswith("| 1.00 |")
+    ratio = (
+        report["native, rgb"]["decisions_per_second"] / report["sb3, rgb"]["decisions_per_second"]
+    )
+    assert lines[7].endswith(f"| {ratio:.2f} |")
     assert not any(tmp_path.iterdir())  # it leaves nothing behind
 
 

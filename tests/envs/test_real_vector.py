@@ -14,13 +14,15 @@ from nfd_env.checkpoint import load_world
 from nfd_env.envs.real import SourceError
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.world_model import Context
 from tests.counter_env import read
 
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
 
 def test_it_looks_like_the_learned_world(counter_world: Path) -> None:
-    for obs_type in ("rgb", "latent"):
+    for obs_type in ("rgb", "latent", "features"):
         real = RealVectorEnv(counter_world, 3, obs_type=obs_type, **CPU)
         learned = NFDVectorEnv(counter_world, 3, obs_type=obs_type, **CPU)
         assert real.observation_space == learned.observation_space
@@ -69,6 +71,48 @@ def test_latents_are_those_of_the_tokenizer(counter_world: Path) -> None:
     torch.testing.assert_close(latent, model.encode(torch.from_numpy(frames)))
 
 
+def test_features_follow_the_whole_episode(counter_world: Path) -> None:
+    """Also through skipped frames, ends within a step, masked resets and ``take``."""
+    kwargs: dict[str, Any] = {"length": 10, **CPU}
+    env = RealVectorEnv(
+        counter_world, 2, obs_type="features", output="torch", frame_skip=3, **kwargs
+    )
+    pixels = RealVectorEnv(counter_world, 2, **kwargs)
+    model, codec = env.model, env.world.codec
+
+    def expected(frames: list[np.ndarray], actions: list[int]) -> torch.Tensor:
+        into = torch.zeros(len(frames), codec.width)
+        if actions:
+            into[1:] = codec.encode(torch.tensor(actions))
+        return model.features_along(Context(model.encode(torch.from_numpy(np.stack(frames))), into))
+
+    shown, begun = env.reset(seed=3)[0], pixels.reset(seed=3)[0]
+    frames, acts = [[begun[row]] for row in range(2)], [[], []]
+    for row in range(2):
+        torch.testing.assert_close(shown[row], expected(frames[row], [])[-1], **CLOSE)
+    for step, action in enumerate(([0, 2], [1, 2], [2, 1], [0, 1])):
+        shown, _, terminated, _, infos = env.step(action)
+        assert terminated.tolist() == [step == 3] * 2  # the fourth step has one frame
+        for _ in range(1 if step == 3 else 3):
+            drawn, *_, last = pixels.step(action)
+            for row in range(2):
+                frames[row].append(last.get("final_obs", drawn)[row])
+                acts[row].append(action[row])
+        seen = infos["final_obs"] if step == 3 else shown
+        for row in range(2):
+            torch.testing.assert_close(seen[row], expected(frames[row], acts[row])[-1], **CLOSE)
+    for row in range(2):  # of the new episode
+        torch.testing.assert_close(shown[row], expected([drawn[row]], [])[-1], **CLOSE)
+    taken = env.take([1])
+    shown = taken.step([2])[0]
+    frames = [drawn[1]] + [pixels.step([0, 2])[0][1] for _ in range(3)]
+    torch.testing.assert_close(shown[0], expected(frames, [2, 2, 2])[-1], **CLOSE)
+    kept = env.reset(seed=5, options={"reset_mask": np.array([True, False])})[0]
+    torch.testing.assert_close(kept[0], expected([pixels.reset(seed=5)[0][0]], [])[-1], **CLOSE)
+    env.close()
+    pixels.close()
+
+
 def test_seeds_belong_to_slots(counter_world: Path) -> None:
     env = RealVectorEnv(counter_world, 2, **CPU)
     first = env.reset(seed=7)[0]
@@ -78,7 +122,7 @@ def test_seeds_belong_to_slots(counter_world: Path) -> None:
 
 
 def test_bad_input(counter_world: Path) -> None:
-    with pytest.raises(ValueError, match="obs_type must be rgb or latent"):
+    with pytest.raises(ValueError, match="obs_type must be one of rgb, latent, features"):
         RealVectorEnv(counter_world, obs_type="sound", **CPU)
     with pytest.raises(ValueError, match="must be at least 1"):
         RealVectorEnv(counter_world, frame_skip=0, **CPU)

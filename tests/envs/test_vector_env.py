@@ -101,7 +101,58 @@ def test_latent_observations(tiny_world: Path) -> None:
         shown, frames = latent.step(a)[0], rgb.step(a)[0]
 
 
-@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_features_observations(hasty_world: Path, drafts: int) -> None:
+    """With frames skipped and drafted ahead, and where episodes end within a skip."""
+    count, skip = 12, 3
+    kwargs: dict[str, Any] = {
+        "output": "torch",
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "speculative_frames": drafts,
+        "draft_cost": 1.0,  # always, so that both draw the same frames jointly
+    }
+    env = make(hasty_world, count, obs_type="features", frame_skip=skip, **kwargs)
+    frames, model = make(hasty_world, count, **kwargs), env.model
+    assert env.single_observation_space.shape == (model.feature_size,)
+    shown, _ = env.reset(seed=0)
+    start, _ = frames.reset(seed=0)
+    assert tuple(shown.shape) == env.observation_space.shape and shown.dtype == torch.float32
+    assert torch.equal(env.observe("latent"), start)
+    assert torch.equal(frames.observe("features"), shown)
+    codec = env.world.codec
+    known = [s for s in env.starts]
+    begun = [next(s for s in known if torch.equal(s.latents[-1].float(), row)) for row in start]
+    action = torch.from_numpy(actions(count, 1)[0])
+    into = codec.encode(action)
+    played = [[c] for c in begun]
+    running = np.ones(count, bool)
+    for _ in range(skip):
+        latents, _, terminated, _, info = frames.step(action)
+        for row in np.flatnonzero(running):
+            last = info["final_obs"][row] if terminated[row] else latents[row]
+            played[row].append(Context(last[None], into[row][None]))
+        running &= ~terminated.numpy()
+    observation, _, terminated, _, info = env.step(action)
+    assert 0 < terminated.sum() < count and same(terminated.numpy(), ~running)
+    for row in range(count):
+        whole = Context(
+            torch.cat([part.latents for part in played[row]]),
+            torch.cat([part.actions for part in played[row]]),
+        )
+        got = info["final_obs"][row] if terminated[row] else observation[row]
+        assert close(got, model.features_along(whole)[-1])
+    # A saved state shows the same again, in an env of whatever observations.
+    state = env.save_state()
+    assert torch.equal(state.take([1]).memory, state.memory[[1]])
+    plain = make(hasty_world, count, frame_skip=skip, **kwargs)
+    plain.restore_state(state)
+    assert torch.equal(plain.observe("features"), observation)
+    env.step(action)
+    env.restore_state(state.take([3]), rows=[0])
+    assert torch.equal(env.observe()[0], observation[3])
+
+
+@pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
 def test_torch_output_equals_numpy_output(hasty_world: Path, obs_type: str) -> None:
     kwargs = {"obs_type": obs_type, "autoreset_mode": AutoresetMode.SAME_STEP}
     tensors = make(hasty_world, output="torch", **kwargs)
@@ -793,7 +844,7 @@ def test_the_first_reset_is_of_every_environment(
         ({"max_episode_steps": -1}, "max_episode_steps"),
         ({"sampling_steps": 0}, "sampling_steps"),
         ({"sampling_steps": 1.5}, "sampling_steps"),
-        ({"obs_type": "pixels"}, "obs_type must be one of rgb, latent, got 'pixels'"),
+        ({"obs_type": "pixels"}, "obs_type must be one of rgb, latent, features, got 'pixels'"),
         ({"output": "jax"}, "output must be one of numpy, torch"),
         ({"render_mode": "human"}, "render_mode must be one of"),
         ({"autoreset_mode": "Sometimes"}, "autoreset_mode must be one of"),
@@ -945,7 +996,7 @@ def test_episodes_start_from_given_moments(hasty_world: Path, tmp_path: Path, ki
         env.reset(options={"start": 9})
 
 
-@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+@pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs_type: str) -> None:
     arguments: dict[str, Any] = {"obs_type": obs_type, "autoreset_mode": mode, "frame_skip": 2}
@@ -962,12 +1013,15 @@ def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs
         assert context.dtype == observation.dtype and context.shape == (3, 3, *observation[0].shape)
         assert not context[~begun].any()
         for row in np.flatnonzero(begun):
-            start = given[numbers[str(observation[row].tobytes())]]
+            seen = observation[row]  # features begin with the latents
+            start = given[numbers[str((seen[:96] if obs_type == "features" else seen).tobytes())]]
             count = len(start.latents)
             places = [max(0, count - 1 - 2 * back) for back in (3, 2, 1)]
             expected = start.latents[places].float()
             if obs_type == "rgb":
                 expected = env.model.decode(expected)
+            elif obs_type == "features":
+                expected = env.model.features_along(start)[places]
             assert close(context[row], expected.numpy())
 
     shown = [s.latents[-1:].float() for s in given]

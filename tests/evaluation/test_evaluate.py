@@ -103,7 +103,7 @@ class Replay(WorldModel):
         state.frame = [number + 1 for number in state.frame]
         none = torch.zeros(len(actions))
         shown = self.frames[:, frame + 1 - self.dynamics.config.sight.reach]
-        return Transition(shown, none, none.bool(), none)
+        return Transition(shown, none, none.bool(), none, state.memory)
 
 
 def test_a_perfect_world_reaches_the_floor(
