@@ -118,7 +118,7 @@ def benchmark(
 
     Args:
         world: a world folder or the name of a shipped world.
-        settings: of both; ``decisions`` and evaluations are ignored.
+        settings: of both; ``decisions``, ``initial`` and evaluations are ignored.
         updates: updates in a turn.
         repeats: turns.
         rgb: measure both on frames too, which is how Stable-Baselines3 is mostly used.
@@ -129,7 +129,7 @@ def benchmark(
     """
     made: dict[str, Any] = {}
     for obs_type in dict.fromkeys([settings.obs_type, "rgb"] if rgb else [settings.obs_type]):
-        same = replace(settings, obs_type=obs_type)
+        same = replace(settings, obs_type=obs_type, initial="")
         made[f"native, {obs_type}"] = NativeRun(world, same)
         made[f"sb3, {obs_type}"] = SB3Run(world, as_sb3(same))
     rates: dict[str, list[float]] = {name: [] for name in made}
