@@ -37,7 +37,7 @@ def make(world: Path, n_envs: int = 3, seed: int | None = 0, **kwargs: Any) -> A
     return make_vec_env(ID, n_envs, seed, env_kwargs={"world": world, **CPU, **kwargs})
 
 
-@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+@pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
 def test_the_single_env_passes_the_checker(endless_world: Path, obs_type: str) -> None:
     env = gymnasium.make(
         ID, world=endless_world, obs_type=obs_type, max_episode_steps=10, **CPU

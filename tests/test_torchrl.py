@@ -30,7 +30,7 @@ SPACES = [
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{s['type']}-{s.get('start')}")
-@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+@pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
 def test_specs(make_world: Callable[..., Path], space: dict[str, Any], obs_type: str) -> None:
     env = TorchRLEnv(make_world(action_space=space), 3, obs_type=obs_type, **CPU)
     check_env_specs(env, seed=0)

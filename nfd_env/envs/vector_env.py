@@ -571,7 +571,7 @@ class NFDVectorEnv(VectorEnv):
             case _:
                 # The action of a step leads into each of its frames.
                 action = self._state.action[:, 0]
-                observation = self.model.features(self._shown, action, self._memory)
+                observation = self.model.features(self._shown, action, self._memory).clone()
         return observation if self.output == "torch" else observation.cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> Tensor:

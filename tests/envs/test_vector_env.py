@@ -173,10 +173,11 @@ def test_torch_output_equals_numpy_output(hasty_world: Path, obs_type: str) -> N
                 assert same(info["final_obs"][row].numpy(), expected[4]["final_obs"][row])
 
 
-def test_torch_output_can_be_learned_from(tiny_world: Path) -> None:
-    env = make(tiny_world, output="torch")
+@pytest.mark.parametrize("obs_type", ["latent", "features"])
+def test_torch_output_can_be_learned_from(tiny_world: Path, obs_type: str) -> None:
+    env = make(tiny_world, output="torch", obs_type=obs_type)
     observation, _ = env.reset(seed=0)
-    weight = torch.ones(4, 4, 6, requires_grad=True)
+    weight = torch.ones(*observation.shape[1:], requires_grad=True)
     for a in actions(3, 2):
         (observation * weight).sum().backward()
         observation, reward, *_ = env.step(a)
@@ -528,7 +529,7 @@ def test_autoreset_with_frame_skip(hasty_world: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["numpy", "torch"])
-@pytest.mark.parametrize("obs_type", ["rgb", "latent"])
+@pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
 @pytest.mark.parametrize("mode", MODES[:2])
 def test_returned_values_belong_to_the_caller(
     hasty_world: Path, output: str, obs_type: str, mode: AutoresetMode

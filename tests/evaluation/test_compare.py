@@ -71,7 +71,7 @@ def test_an_agent_sees_the_frames(endless_world: Path) -> None:
         observation = world.step(actions)[0]
 
 
-@pytest.mark.parametrize("shown", ["rgb", "latent"])
+@pytest.mark.parametrize("shown", ["rgb", "latent", "features"])
 def test_an_agent_sees_what_it_was_trained_on_and_decides_as_often(
     endless_world: Path, monkeypatch: pytest.MonkeyPatch, shown: str
 ) -> None:
@@ -96,7 +96,8 @@ def test_an_agent_sees_what_it_was_trained_on_and_decides_as_often(
         made.append(int(stream.next(observation)[0]))
         observation = world.step(np.array([made[-1]] * 2))[0]
     assert made == [1] * 4 + [2] * 4
-    assert seen == [(2, 32, 48, 3) if shown == "rgb" else (2, 4, 4, 6)] * 2
+    shapes = {"rgb": (2, 32, 48, 3), "latent": (2, 4, 4, 6), "features": (2, 96 + 16)}
+    assert seen == [shapes[shown]] * 2
 
 
 def test_unknown_streams_and_agents(endless_world: Path) -> None:
