@@ -15,8 +15,9 @@ AGENTS = sorted((Path(__file__).parents[2] / "agents").glob("*.safetensors"))
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
 def test_it_plays_the_shipped_world(path: Path) -> None:
+    obs_type = load_agent(path).spec.obs_type
     env = NFDVectorEnv(
-        "DoomTakeCover", 2, "cpu", obs_type="latent", frame_skip=4, output="torch", precision="fp32"
+        "DoomTakeCover", 2, "cpu", obs_type=obs_type, frame_skip=4, output="torch", precision="fp32"
     )
     agent = load_agent(path, env)
     assert agent.spec.trained_in == "world"
