@@ -315,7 +315,7 @@ def test_the_shipped_configs_fit() -> None:
     assert all(getattr(sb3, name) == getattr(expected, name) for name in same)
 
 
-def test_the_longer_memory_goes_on_from_the_shorter_one() -> None:
+def test_the_agents_go_on_from_one_another() -> None:
     folder = Path(__file__).parents[2] / "configs" / "doom_take_cover"
     first = config.load(TrainPPOConfig, folder / "ppo.yaml")
     then = config.load(TrainPPOConfig, folder / "ppo_memory.yaml")
@@ -325,6 +325,9 @@ def test_the_longer_memory_goes_on_from_the_shorter_one() -> None:
     # A start's frames fill the stack.
     assert then.starts is not None
     assert then.starts.frames > (then.frame_stack - 1) * then.frame_skip
+    last = config.load(TrainPPOConfig, folder / "ppo_features.yaml")
+    assert last.initial == f"{then.folder}/agent.safetensors" and last.obs_type == "features"
+    assert (last.channels, last.width, last.frame_offsets) == (32, 256, then.frame_offsets)
 
 
 # Loading agents that do not fit.
