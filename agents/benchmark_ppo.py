@@ -181,13 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="configs/doom_take_cover/ppo.yaml")
     parser.add_argument("--updates", type=int, default=1, help="updates in a turn")
     parser.add_argument("--repeats", type=int, default=3, help="counted turns of each")
+    parser.add_argument("--no-rgb", action="store_true", help="leave the comparison on frames out")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
     args = parser.parse_args(arguments)
     if args.updates < 1 or args.repeats < 1:
         parser.error("--updates and --repeats must be at least 1")
     try:
         settings = config.load(TrainPPOConfig, args.config, args.overrides)
-        report = benchmark(args.world, settings, args.updates, args.repeats)
+        rgb = not args.no_rgb
+        report = benchmark(args.world, settings, args.updates, args.repeats, rgb)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"benchmark_ppo: {error}", file=sys.stderr)
         return 1

@@ -276,7 +276,9 @@ def evaluate_agent(
             spec = _load(loader, agent, None, greedy).spec
             obs_type, frame_skip = spec.obs_type, spec.frame_skip
     elif obs_type not in (None, "rgb"):
-        raise ValueError(f"{agent} acts on frames, not {obs_type}: leave obs_type away")
+        raise ValueError(
+            f"{agent} acts on frames and cannot take obs_type={obs_type!r}: leave it away"
+        )
     obs_type, frame_skip = obs_type or "rgb", frame_skip or 1
     common: dict[str, Any] = {
         "device": device,

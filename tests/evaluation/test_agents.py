@@ -285,7 +285,7 @@ def test_agents_that_cannot_be_loaded(world: Path, saved: Path, tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_agent(name, str(world), 1, **CPU, progress=False)
-    with pytest.raises(ValueError, match="acts on frames and cannot take latents"):
+    with pytest.raises(ValueError, match="acts on frames and cannot take obs_type='latent'"):
         evaluate_agent("random", str(world), 1, **CPU, obs_type="latent")
     for wrong in ({"episodes": 0}, {"max_frames": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
