@@ -7,7 +7,6 @@ a decision counts when it has been played and learnt from. ``python -m agents.be
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from agents.ppo import Player, gae, ppo_loss, rollout, update
 from agents.train_ppo import TrainPPOConfig
 from agents.train_sb3 import TrainSB3Config
 from nfd_env import config
+from nfd_env.checkpoint import resolve_device
+from nfd_env.evaluation.benchmark import describe_device
 
 
 def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
@@ -156,7 +157,7 @@ def benchmark(
 def format_report(report: dict[str, dict[str, float]], settings: TrainPPOConfig) -> str:
     """The figures as a Markdown table."""
     own = {name: report[f"native, {name.split(', ')[1]}"] for name in report}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    device = describe_device(resolve_device(settings.device))
     lines = [
         f"PPO on {device}, {torch.get_num_threads()} threads: {settings.num_envs} environments, "
         f"frame skip {settings.frame_skip}, rollouts of {settings.ppo.rollout_steps} decisions, "

@@ -240,13 +240,13 @@ class ActorCritic(nn.Module):
         mine, its = self.config.offsets, other.config.offsets
         aim, spec = self.config.spec, other.config.spec
         spec = replace(spec, frame_stack=aim.frame_stack)
-        learns = aim.obs_type == "features" and spec.obs_type == "latent"
-        if learns and spec.observation_shape == aim.latent_shape:
+        learns = (spec.obs_type, aim.obs_type) == ("latent", "features")
+        if learns:
             spec = replace(
                 spec,
                 obs_type=aim.obs_type,
                 observation_shape=aim.observation_shape,
-                latent_shape=aim.latent_shape,
+                latent_shape=spec.observation_shape,
                 heads=aim.heads,
             )
         widened = replace(other.config, spec=spec, frame_offsets=self.config.frame_offsets)

@@ -413,7 +413,7 @@ class WorldModel:
 
     @torch.inference_mode()
     def features_along(self, context: Context) -> Tensor:
-        """``features`` of each frame of a context, (K, ``feature_size``)."""
+        """``features`` of each of the K frames of a context, float32 (K, ``feature_size``)."""
         latents, actions = (
             part.to(self.device, torch.float32) for part in (context.latents, context.actions)
         )

@@ -28,7 +28,18 @@ _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is re
 
 @dataclass
 class EnvState:
-    """A saved moment of a vector env, see ``NFDVectorEnv.save_state``."""
+    """A saved moment of a vector env, see ``NFDVectorEnv.save_state``.
+
+    Attributes:
+        world: what the next frames depend on.
+        shown: (B, C, h, w), latents of the frames that are observed. Where an episode has ended
+            within a ``frame_skip``, the world may have gone on; this and ``memory`` have not.
+        memory: (B, width), the heads' recurrent state after these frames.
+        steps: int64 (B,), of the running episodes.
+        ended: bool (B,), episodes that have ended and wait for a reset.
+        seeds: of each environment.
+        episodes: number of the episode of its seed that each is in.
+    """
 
     world: WorldState
     shown: Tensor
@@ -525,6 +536,7 @@ class NFDVectorEnv(VectorEnv):
             state.succeed(self._state, [row if self._episodes[row] else None for row in rows])
         shown = torch.stack([c.latents[-1] for c in chosen]).to(self.model.device, torch.float32)
         index = torch.tensor(rows, device=self.model.device)
+        # With drafts there is one for each frame of a pass; a start has one frame.
         memory = state.memory if state.memory.ndim == 2 else state.memory[:, 0]
         self._memory = self._memory.index_copy(0, index, memory)
         if self._state is None:
@@ -559,7 +571,12 @@ class NFDVectorEnv(VectorEnv):
         return {"context": context, "_context": self._tensor(mask)}
 
     def observe(self, obs_type: str | None = None) -> Any:
-        """The current observations (num_envs, ...), of another type if ``obs_type`` is given."""
+        """The current observations, of another type if ``obs_type`` is given; see the class.
+
+        Raises:
+            ValueError: when there is no such type.
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
         if self._state is None or self._shown is None:
             raise gymnasium.error.ResetNeeded("call reset() before observe()")
         _check_choice("obs_type", obs_type or self.obs_type, OBSERVATION_TYPES)

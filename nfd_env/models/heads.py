@@ -78,10 +78,10 @@ class Heads(nn.Module):
 
     def features(self, latents: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """What the outputs are read off, (B, T, width), and the last state; see ``forward``."""
-        x = functional.silu(self.embed(torch.cat((latents.flatten(2), actions), -1)))
+        x = self._embedded(latents.flatten(2), actions)
         x = functional.dropout(x, self.config.dropout, self.training)
         memory, last = self.gru(x, state[None].contiguous())
-        return functional.silu(self.hidden(torch.cat((x, memory), -1))), last[0]
+        return self._read(x, memory), last[0]
 
     def features_after(self, latents: Tensor, actions: Tensor, state: Tensor) -> Tensor:
         """What the outputs are read off after one transition, (B, width).
@@ -92,8 +92,13 @@ class Heads(nn.Module):
             state: (B, width), after them; with that from before any frame, the features of a frame
                 that is the first.
         """
-        x = functional.silu(self.embed(torch.cat((latents.flatten(1), actions), -1)))
-        return functional.silu(self.hidden(torch.cat((x, state), -1)))
+        return self._read(self._embedded(latents.flatten(1), actions), state)
+
+    def _embedded(self, latents: Tensor, actions: Tensor) -> Tensor:
+        return functional.silu(self.embed(torch.cat((latents, actions), -1)))
+
+    def _read(self, x: Tensor, memory: Tensor) -> Tensor:
+        return functional.silu(self.hidden(torch.cat((x, memory), -1)))
 
     def forward(self, latents: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Logits along sequences.

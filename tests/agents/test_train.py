@@ -27,6 +27,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import play_episodes
+from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.models.weights import load_weights
 from nfd_env.spaces import ActionCodec
 from nfd_env.training.starts import StartsConfig
@@ -545,6 +546,7 @@ def test_the_benchmark_measures_both(tiny_world: Path, tmp_path: Path) -> None:
         assert row["frames_per_second"] == 2 * row["decisions_per_second"]
     # Each is compared with the native one of the same observations.
     lines = format_report(report, plan).splitlines()
+    assert lines[0].startswith(f"PPO on {describe_device(torch.device('cpu'))}, ")
     assert len(lines) == 8 and lines[4].endswith("| 1.00 |") and lines[6].endswith("| 1.00 |")
     ratio = (
         report["native, rgb"]["decisions_per_second"] / report["sb3, rgb"]["decisions_per_second"]
