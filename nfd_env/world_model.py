@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from nfd_env.flow.solvers import (
     sample_euler,
 )
 from nfd_env.models.cache import FrameCache
+from nfd_env.models.captured import CapturedCall
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
 from nfd_env.models.rollout import Sampler, denoise, new_cache
@@ -206,7 +207,12 @@ class Drawn:
 
 
 class WorldModel:
-    """Steps batches of worlds; holds no state of any of them."""
+    """Steps batches of worlds; holds no state of any of them.
+
+    Attributes:
+        sampling: how frames are drawn.
+        captures: replay steps as CUDA graphs, see ``CapturedCall``; True on a GPU.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, dynamics: Dynamics, heads: Heads, sampling: SamplingConfig
@@ -214,6 +220,7 @@ class WorldModel:
         """Put the networks together; they must be on one device and in eval mode."""
         self.tokenizer, self.dynamics, self.heads = tokenizer, dynamics, heads
         self.sampling = sampling
+        self.captures = self.device.type == "cuda"
         self._generator = torch.Generator()
 
     def with_sampling(self, sampling: SamplingConfig) -> WorldModel:
@@ -284,8 +291,8 @@ class WorldModel:
             _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
         latents, actions = latents[:, -count:], actions[:, -count:]
         level, batch = self.sampling.history_level, len(contexts)
-        noise = torch.stack([self._draw(seed, k)[1] for seed in seeds for k in range(count)])
-        remembered = torch.lerp(latents, noise.view_as(latents).to(self.device), level)
+        noise, _ = self._noise([(*seed, k) for seed in seeds for k in range(count)])
+        remembered = torch.lerp(latents, noise[:, 1].view_as(latents), level)
         cache = new_cache(self.dynamics, batch, frames, frames)
         if count > 1:
             levels = latents.new_full((batch, count - 1), level)
@@ -329,21 +336,62 @@ class WorldModel:
             count: n, frames to draw.
             pending_counts: see ``denoise``.
         """
-        draws = [
-            self._draw(seed, frame + 1 + k)
-            for seed, frame in zip(state.seeds, state.frame, strict=True)
-            for k in range(count)
-        ]
-        noise, history, uniform, renoise = (
-            torch.stack(part).unflatten(0, (-1, count)).to(self.device)
-            for part in zip(*draws, strict=True)
+        noise, uniform = self._noise(
+            [
+                (*seed, frame + 1 + k)
+                for seed, frame in zip(state.seeds, state.frame, strict=True)
+                for k in range(count)
+            ]
         )
-        action = actions[:, None].to(self.device, torch.float32).expand(-1, count, -1)
-        sampler = self.sampling.make(renoise.unbind(2))
-        made = self._denoise(state, action, noise, sampler, pending_counts)
+        cache, pending = state.cache, state.remembered.shape[1]
+        counts = None if pending_counts is None else list(pending_counts)
+        even = counts is None or min(counts) == pending
+
+        def call(
+            length: Tensor,
+            remembered: Tensor,
+            into: Tensor,
+            memory: Tensor,
+            action: Tensor,
+            noise: Tensor,
+            uniform: Tensor,
+        ) -> tuple[Tensor, ...]:
+            cache.length = length
+            here = replace(state, remembered=remembered, action=into, memory=memory)
+            drawn = self._drawn(here, action, noise, uniform, None if even else counts)
+            return cache.length, *vars(drawn).values()
+
+        inputs = (
+            cache.length,
+            state.remembered,
+            state.action,
+            state.memory,
+            actions[:, None].to(self.device, torch.float32).expand(-1, count, -1),
+            noise.unflatten(0, (-1, count)),
+            uniform.unflatten(0, (-1, count)),
+        )
+        if self.captures and even:
+            captured = cache.captured.setdefault((self, pending, count), CapturedCall())
+            cache.length, *parts = captured(call, *inputs)
+        else:
+            _, *parts = call(*inputs)
+        return Drawn(*parts)
+
+    def _drawn(
+        self,
+        state: WorldState,
+        actions: Tensor,
+        noise: Tensor,
+        uniform: Tensor,
+        pending_counts: Sequence[int] | None,
+    ) -> Drawn:
+        """``draw``, given (B, n, action_width) and what is random; see ``_noise``."""
+        level, temperature = self.sampling.history_level, self.sampling.temperature
+        sampler = self.sampling.make((temperature * noise[:, :, 2:]).unbind(2))
+        made = self._denoise(state, actions, temperature * noise[:, :, 0], sampler, pending_counts)
         memory, seen = state.memory, []
-        for k in range(count):
-            seen.append(self.heads.step(made[:, k], action[:, k], memory))
+        for k in range(noise.shape[1]):
+            seen.append(self.heads.step(made[:, k], actions[:, k], memory))
             memory = seen[-1].state
         hazard = torch.stack([s.hazard for s in seen], 1)
         return Drawn(
@@ -351,7 +399,7 @@ class WorldModel:
             torch.stack([s.reward for s in seen], 1),
             uniform < hazard,
             hazard,
-            torch.lerp(made, history, self.sampling.history_level),
+            torch.lerp(made, noise[:, :, 1], level),
             torch.stack([s.state for s in seen], 1),
         )
 
@@ -448,21 +496,30 @@ class WorldModel:
         """
         return (self.encode(frames) - latents.float()).square().flatten(1).mean(1).sqrt()
 
-    def _draw(self, seed: tuple[int, int], frame: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The new frame's noise, its history noise, a uniform number for its end, and renoisings.
+    def _noise(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """What is random about frames, each a function of its own key alone.
 
-        The last are stacked, (``renoisings``, C, h, w). All are a function of (environment seed,
-        episode, frame number) alone, never of the row or of how many rows there are, and are drawn
-        on the CPU on every device.
+        It depends neither on the row nor on how many rows there are, and is drawn on the CPU
+        whatever the device is.
+
+        Args:
+            keys: (environment seed, episode, frame number) of N frames.
+
+        Returns:
+            Normal numbers (N, 2 + ``renoisings``, C, h, w): the noise that the frame is drawn from,
+            its history noise, and renoisings. Uniform numbers (N,) for the frames' ends.
         """
-        self._generator.manual_seed(mix(*seed, frame))
-        shape = self.dynamics.config.latent_shape
-        both = torch.randn((2, *shape), generator=self._generator)
-        uniform = torch.rand((), generator=self._generator)
-        # Drawn last, so that the sampler's choice leaves the other draws as they are.
-        more = torch.randn((self.sampling.renoisings, *shape), generator=self._generator)
-        temperature = self.sampling.temperature
-        return temperature * both[0], both[1], uniform, temperature * more
+        shape = (len(keys), 2 + self.sampling.renoisings, *self.dynamics.config.latent_shape)
+        on_gpu = self.device.type == "cuda"
+        normal = torch.empty(shape, pin_memory=on_gpu)
+        uniform = torch.empty(len(keys), pin_memory=on_gpu)
+        for row, key in enumerate(keys):
+            self._generator.manual_seed(mix(*key))
+            normal[row, :2].normal_(generator=self._generator)
+            uniform[row : row + 1].uniform_(generator=self._generator)
+            # Drawn last, so that the sampler's choice leaves the other draws as they are.
+            normal[row, 2:].normal_(generator=self._generator)
+        return normal.to(self.device, non_blocking=True), uniform.to(self.device, non_blocking=True)
 
 
 def mix(*numbers: int) -> int:

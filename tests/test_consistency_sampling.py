@@ -15,6 +15,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.layers import Block
 from nfd_env.world_model import Context, SamplingConfig, WorldModel
+from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 Passes = list[tuple[int, int]]
@@ -95,7 +96,7 @@ def test_one_step_is_the_noise_less_its_velocity(
 ) -> None:
     model = few_steps(model, 1)
     state = start(model, [0])
-    noise = model._draw((20, 1), 3)[0]
+    noise = noise_of(model, (20, 1), 3)[0]
     velocities: list[Tensor] = []
     stream = model.dynamics.stream
 
@@ -110,14 +111,14 @@ def test_one_step_is_the_noise_less_its_velocity(
 
 def test_further_noise_is_a_function_of_seed_episode_and_frame(model: WorldModel) -> None:
     four = few_steps(model, 4)
-    first = four._draw((3, 1), 5)
+    first = noise_of(four, (3, 1), 5)
     assert first[3].shape == (3, 4, 4, 6)
     torch.manual_seed(99)
-    four._draw((8, 0), 0)
-    for a, b in zip(four._draw((3, 1), 5), first, strict=True):
+    noise_of(four, (8, 0), 0)
+    for a, b in zip(noise_of(four, (3, 1), 5), first, strict=True):
         assert torch.equal(a, b)
     for other in (((4, 1), 5), ((3, 2), 5), ((3, 1), 6)):
-        assert not torch.equal(four._draw(*other)[3], first[3])
+        assert not torch.equal(noise_of(four, *other)[3], first[3])
     noises = [first[0], first[1], *first[3]]
     for i, a in enumerate(noises):
         for b in noises[:i]:
@@ -126,8 +127,8 @@ def test_further_noise_is_a_function_of_seed_episode_and_frame(model: WorldModel
 
 def test_the_other_draws_do_not_depend_on_the_sampler(model: WorldModel) -> None:
     samplings = [SamplingConfig(18), SamplingConfig(1, "consistency")]
-    draws = [model.with_sampling(s)._draw((3, 1), 5) for s in samplings]
-    draws.append(few_steps(model, 4)._draw((3, 1), 5))
+    draws = [noise_of(model.with_sampling(s), (3, 1), 5) for s in samplings]
+    draws.append(noise_of(few_steps(model, 4), (3, 1), 5))
     for part in range(3):
         assert torch.equal(draws[0][part], draws[1][part])
         assert torch.equal(draws[0][part], draws[2][part])

@@ -16,6 +16,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.speculation import SpeculativeState, Speculator
 from nfd_env.world_model import Context, Drawn, SamplingConfig, WorldModel, WorldState
+from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 ONE_HOT = torch.eye(3)
@@ -70,7 +71,7 @@ class Reference:
         levels = torch.full((1, 1), level)
         self.model.dynamics.stream(state.cache, state.remembered, levels, state.action, commit=1)
         state.frame[0] += 1
-        noise = self.model._draw(state.seeds[0], state.frame[0])[1]
+        noise = noise_of(self.model, state.seeds[0], state.frame[0])[1]
         state.remembered = torch.lerp(latents[None, None], noise, level)
         state.action = action[None, None]
         state.memory = self.model.heads.step(latents[None], action[None], state.memory).state

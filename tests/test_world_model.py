@@ -12,6 +12,7 @@ from torch import Tensor
 from nfd_env.checkpoint import load_world
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.world_model import Context, SamplingConfig, WorldModel, WorldState, mix
+from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -77,7 +78,7 @@ def test_a_step_equals_the_windowed_forward_over_the_whole_history(model: WorldM
     model = model.with_sampling(SamplingConfig(3, "euler", 1.0, 0.2))
     begin, seed, acts = context(3), (5, 0), actions(1, 12)
     state = model.start([begin], [seed])
-    draws = [model._draw(seed, t) for t in range(15)]
+    draws = [noise_of(model, seed, t) for t in range(15)]
     history = [torch.lerp(x, draws[t][1], 0.2) for t, x in enumerate(begin.latents)]
     into = list(begin.actions)
     for t in range(12):
@@ -120,17 +121,17 @@ def test_rows_are_independent_of_the_batch(model: WorldModel, batch: int) -> Non
 
 
 def test_noise_is_a_function_of_seed_episode_and_frame_alone(model: WorldModel) -> None:
-    first = model._draw((3, 1), 5)
-    model._draw((8, 0), 0)
-    for a, b in zip(model._draw((3, 1), 5), first, strict=True):
+    first = noise_of(model, (3, 1), 5)
+    noise_of(model, (8, 0), 0)
+    for a, b in zip(noise_of(model, (3, 1), 5), first, strict=True):
         assert torch.equal(a, b)
     for other in (((4, 1), 5), ((3, 2), 5), ((3, 1), 6), ((1, 3), 5)):
-        assert not torch.equal(model._draw(*other)[0], first[0])
+        assert not torch.equal(noise_of(model, *other)[0], first[0])
     assert not torch.equal(first[0], first[1])
 
 
 def test_noise_and_uniform_numbers_have_their_distributions(model: WorldModel) -> None:
-    draws = [model._draw((seed, 0), frame) for seed in range(30) for frame in range(30)]
+    draws = [noise_of(model, (seed, 0), frame) for seed in range(30) for frame in range(30)]
     noise = torch.stack([d[0] for d in draws])
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     uniform = torch.stack([d[2] for d in draws])

@@ -14,7 +14,7 @@ from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
-from nfd_env.world_model import Context, SamplingConfig
+from nfd_env.world_model import Context, SamplingConfig, WorldModel
 
 DISCRETE = {"type": "Discrete", "n": 3, "start": 0}
 
@@ -85,3 +85,9 @@ def make_tiny_world(
     made = {"made_by": "tests"}
     save_world(folder, spec, tokenizer, dynamics, heads, contexts, made, teacher)
     return folder
+
+
+def noise_of(model: WorldModel, seed: tuple[int, int], frame: int) -> tuple[torch.Tensor, ...]:
+    """A frame's first noise, its history noise, its uniform number, and its renoisings."""
+    (normal,), (uniform,) = model._noise([(*seed, frame)])
+    return normal[0], normal[1], uniform, normal[2:]

@@ -17,6 +17,8 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from nfd_env.checkpoint import World, load_starts, load_world
+from nfd_env.models.cache import may_look
+from nfd_env.models.captured import CapturedCall
 from nfd_env.speculation import SpeculativeState, Speculator, check_frames
 from nfd_env.world_model import Context, WorldState, mix
 
@@ -243,6 +245,7 @@ class NFDVectorEnv(VectorEnv):
         self._shown: Tensor | None = None
         self._memory = self.model.heads.initial_state(num_envs)
         self._decoded: Tensor | None = None
+        self._decoder = CapturedCall()
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)
         self._seeds = [-1] * num_envs
@@ -384,7 +387,9 @@ class NFDVectorEnv(VectorEnv):
             raise gymnasium.error.ResetNeeded("call reset() before render()")
         if self._decoded is None and rows is not None:
             return self.model.decode(self._shown[list(rows)])
-        if self._decoded is None:
+        if self._decoded is None and self.model.captures:
+            (self._decoded,) = self._decoder(lambda z: [self.model.decode(z)], self._shown)
+        elif self._decoded is None:
             self._decoded = self.model.decode(self._shown)
         return self._decoded.clone() if rows is None else self._decoded[list(rows)]
 
@@ -393,6 +398,7 @@ class NFDVectorEnv(VectorEnv):
         state = self.save_state(rows)
         taken = copy.copy(self)
         taken.num_envs = len(state.seeds)
+        taken._state, taken._decoder = None, CapturedCall()
         taken.observation_space = batch_space(self.single_observation_space, taken.num_envs)
         taken.action_space = batch_space(self.single_action_space, taken.num_envs)
         taken.restore_state(state)
@@ -437,7 +443,11 @@ class NFDVectorEnv(VectorEnv):
                 f"the state has {state.world.batch} environments, this env has {self.num_envs}"
             )
         self._check_fits(state)
-        self._state, self._shown, self._decoded = state.world.fork(), state.shown.clone(), None
+        if self._state is None or self._speculator is not None:
+            self._state = state.world.fork()
+        else:  # keeps what was captured on its memory
+            self._state.put(range(self.num_envs), state.world)
+        self._shown, self._decoded = state.shown.clone(), None
         self._memory = state.memory.clone()
         self._steps, self._ended = state.steps.copy(), state.ended.copy()
         self._seeds, self._episodes = list(state.seeds), list(state.episodes)
@@ -474,8 +484,9 @@ class NFDVectorEnv(VectorEnv):
         hazard = torch.zeros_like(rewards)
         terminated = torch.zeros_like(running)
         shown, memory = self._shown, self._memory
-        for frame in range(self.frame_skip):
-            if not bool(running.any()):
+        for frame in range(0 if skip.all() else self.frame_skip):
+            # A GPU is not waited for; at worst it draws frames that do not count.
+            if (may_look(running) or self._speculator) and not bool(running.any()):
                 break
             if self._speculator is None:
                 transition = self.model.step(self._state, encoded)

@@ -17,8 +17,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.streams import ActionStream
 from nfd_env.world_model import WorldModel
 
-_MATMUL_SIZE = 1024
-_MATMUL_GFLOP = 2 * _MATMUL_SIZE**3 / 1e9
+_MATMUL_SIZE, _MATMUL_SIZE_GPU = 1024, 8192
 
 
 def benchmark(
@@ -56,6 +55,7 @@ def benchmark(
         "sampling_steps": model.sampling.steps,
         "speculative_frames": speculative_frames,
         "precision": model.precision,
+        "matmul_size": _MATMUL_SIZE if device.type == "cpu" else _MATMUL_SIZE_GPU,
         "envs": {},
     }
     for count in batches:
@@ -69,11 +69,12 @@ def benchmark(
                 "env_steps_per_second": count * len(times) / times.sum(),
                 **{f"p{p}_ms": float(np.percentile(times, p) * 1e3) for p in (50, 95, 99)},
             }
-        transformer, matmul = _transformer_and_matmul(world, model, count, seconds)
+        size = report["matmul_size"]
+        transformer, matmul = _transformer_and_matmul(world, model, count, seconds, size)
         gflop = step_gflop(model) * count
         row["transformer_gflop"] = gflop
         row["transformer_gflops"] = gflop / transformer
-        row["matmul_gflops"] = _MATMUL_GFLOP / matmul
+        row["matmul_gflops"] = 2 * size**3 / 1e9 / matmul
         row["matmul_share"] = row["transformer_gflops"] / row["matmul_gflops"]
         report["envs"][str(count)] = row
     if long_frames:
@@ -157,14 +158,15 @@ def acceptance_rate(accepted: float, dropped: float) -> float:
 
 
 def _transformer_and_matmul(
-    world: World, model: WorldModel, count: int, seconds: float
+    world: World, model: WorldModel, count: int, seconds: float, size: int
 ) -> tuple[float, float]:
     """What an env step's transformer passes and a large matrix product take.
 
     They take turns, so that whatever slows the machine slows both, and of both the median counts.
+    Where a step is replayed as one CUDA graph, all of it counts as passes.
 
     Returns:
-        Seconds of the passes, and of one ``_MATMUL_SIZE``^3 product in the model's number format.
+        Seconds of the passes, and of one ``size``^3 product in the model's number format.
     """
     dynamics, device = model.dynamics, model.device
     state = model.start([world.starts[0]] * count, [(0, i) for i in range(count)])
@@ -180,20 +182,25 @@ def _transformer_and_matmul(
         return out
 
     action = torch.zeros(count, world.codec.width, device=device)
-    size = (_MATMUL_SIZE, _MATMUL_SIZE)
-    a, b = (torch.randn(size, device=device).to(dynamics.embed.weight.dtype) for _ in range(2))
-    dynamics.stream = timed  # type: ignore[method-assign]
+    dtype = dynamics.embed.weight.dtype
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    if not model.captures:
+        dynamics.stream = timed  # type: ignore[method-assign]
     try:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(passes) < 2 * dynamics.config.sight.reach:
             passes.append(0.0)
+            begin = time.perf_counter()
             model.step(state, action)
+            if model.captures:
+                _synchronise(device)
+                passes[-1] = time.perf_counter() - begin
             begin = time.perf_counter()
             torch.mm(a, b)
             _synchronise(device)
             products.append(time.perf_counter() - begin)
     finally:
-        del dynamics.stream
+        dynamics.__dict__.pop("stream", None)
     full = slice(dynamics.config.sight.reach, None)
     return float(np.median(passes[full])), float(np.median(products[full]))
 
@@ -238,7 +245,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"torch {report['torch']}, {report['threads']} threads, {report['precision']}",
         "",
         "| envs | env steps/s | p50 / p95 / p99 ms | without decoding | transformer GFLOP/s "
-        f"| {_MATMUL_SIZE}³ matrix product GFLOP/s, in turn | share of it |",
+        f"| {report['matmul_size']}³ matrix product GFLOP/s, in turn | share of it |",
         "|---|---|---|---|---|---|---|",
     ]
     for count, row in report["envs"].items():

@@ -41,7 +41,7 @@ _BASELINES = (
     '"over plain refilled" relates to. Refilled: the same passes through this package\'s '
     "transformer (adaLN once a frame, at the world's own rank, norms folded into it, linear layers "
     "packed). Ring: keys and values are kept, and the pass that adds those of a frame is also the "
-    "first step of the next one."
+    "first step of the next one. On a GPU only steps with a ring are replayed as CUDA graphs."
 )
 
 

@@ -30,6 +30,7 @@ class RefilledModel(WorldModel):
     def __init__(self, model: WorldModel) -> None:
         """Share the networks and the sampling of ``model``."""
         super().__init__(model.tokenizer, model.dynamics, model.heads, model.sampling)
+        self.captures = False  # which frames are seen is decided in Python
 
     @torch.inference_mode()
     def start(
@@ -43,8 +44,8 @@ class RefilledModel(WorldModel):
         for row, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
             # As ``WorldModel`` does, frames are numbered from the first that can be seen.
             latents = context.latents[-(kept + 1) :].to(past)
-            noise = torch.stack([self._draw(seed, k)[1] for k in range(len(latents))]).to(past)
-            history = torch.lerp(latents, noise, level)[-kept:]
+            noise, _ = self._noise([(*seed, k) for k in range(len(latents))])
+            history = torch.lerp(latents, noise[:, 1], level)[-kept:]
             past[row, -len(history) :] = history
             into[row, -len(history) :] = context.actions[-len(history) :].to(into)
         state.remembered, state.action = past, into

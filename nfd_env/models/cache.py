@@ -5,12 +5,13 @@ Every row of the batch (every environment) has its own length and can be reset a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nfd_env.models.captured import CapturedCall
 from nfd_env.models.layers import Attend, attend_masked, attend_packed, by_token
 from nfd_env.models.sight import Sight
 
@@ -72,6 +73,8 @@ class FrameCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Calls that were captured with these very buffers; copies have their own.
+        self.captured: dict[Hashable, CapturedCall] = {}
 
     @property
     def batch(self) -> int:
@@ -91,7 +94,7 @@ class FrameCache:
     def take(self, rows: Tensor) -> FrameCache:
         """A copy of the ``rows`` (int (n,))."""
         copy = object.__new__(FrameCache)
-        copy.__dict__.update(self.__dict__)
+        copy.__dict__.update(self.__dict__, captured={})
         copy.keys, copy.values = self.keys[:, rows], self.values[:, rows]
         copy.length = self.length[rows]
         return copy
@@ -179,7 +182,7 @@ class FrameCache:
         mask = by_token(self.sight.sees(numbers[:, None], numbers[None]), self.tokens)
         kept = int(self.sight.near(numbers[-1] + 1, numbers).sum())
         write = self._writer(frames[:, -kept:] % self.ring)
-        write_far = self._far_writer(frames)
+        write_far = self._far_writer(frames, whole=True)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
@@ -213,7 +216,7 @@ class FrameCache:
 
     def _writer(self, slots: Tensor) -> Callable[[Tensor, Tensor], None]:
         """A function that writes (B, F, tokens, heads, c) to the ``slots`` (B, F) of a layer."""
-        if slots.device.type == "cpu" and bool((slots == slots[0]).all()):
+        if may_look(slots) and bool((slots == slots[0]).all()):
             first, count = int(slots[0, 0]), slots.shape[1]
             before = min(count, self.ring - first)  # the rest goes on at the ring's beginning
 
@@ -231,9 +234,18 @@ class FrameCache:
 
         return scatter
 
-    def _far_writer(self, frames: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """A function that writes those of (B, F, tokens, heads, c) that are key frames."""
-        marked = frames % self.sight.stride == 0 if self.far_ring else frames < 0
+    def _far_writer(self, frames: Tensor, whole: bool = False) -> Callable[[Tensor, Tensor], None]:
+        """A function that writes those of (B, F, tokens, heads, c) that are key frames.
+
+        ``whole``: they are a whole context, perhaps more than the rings hold.
+        """
+        if not self.far_ring:
+            return lambda buffer, new: None
+        marked = frames % self.sight.stride == 0
+        if not (whole or may_look(frames)):
+            # The others are written once more to where they are anyway.
+            slots = self.ring + frames // self.sight.stride % self.far_ring
+            return self._writer(torch.where(marked, slots, frames % self.ring))
         # Of a long context only as many as the ring holds.
         marked = marked & (frames > frames[:, -1:] - self.sight.stride * self.far_ring)
         rows, places = marked.nonzero(as_tuple=True)
@@ -245,3 +257,11 @@ class FrameCache:
             buffer[rows, :, slots] = new[rows, places].transpose(1, 2).to(buffer.dtype)
 
         return scatter
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether the operations to come may depend on what is in ``x``.
+
+    A GPU would have to be waited for, and its operations could not be captured.
+    """
+    return x.device.type == "cpu"

@@ -12,6 +12,7 @@ from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.world_model import Context, SamplingConfig, WorldModel
+from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 WINDOW, SEEN = 5, 7  # the latest frames, and with two key frames
@@ -51,7 +52,7 @@ def test_every_frame_sees_its_window_and_nothing_else(model: WorldModel) -> None
     (context,), (seed,) = start([3])
     state = refilled.start([context], [seed])
     level = model.sampling.history_level
-    draws = [model._draw(seed, t) for t in range(20)]
+    draws = [noise_of(model, seed, t) for t in range(20)]
     history = [torch.lerp(x, draws[t][1], level) for t, x in enumerate(context.latents)]
     into = list(context.actions)
     for t in range(12):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nfd_env.models import cache as cache_module
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.rollout import new_cache
@@ -31,10 +32,12 @@ def stream(
     return torch.cat(made, 1)
 
 
-@pytest.fixture(params=["inference", "gradients"], autouse=True)
-def mode(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Inference takes shortcuts on the CPU, which must not show."""
-    with torch.inference_mode(request.param == "inference"):
+@pytest.fixture(params=["inference", "gradients", "unlooked"], autouse=True)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inference takes shortcuts on the CPU, which must not show, and some that a GPU cannot."""
+    if request.param == "unlooked":
+        monkeypatch.setattr(cache_module, "may_look", lambda x: False)
+    with torch.inference_mode(request.param != "gradients"):
         yield
 
 
