@@ -26,6 +26,7 @@ from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
 from nfd_env.models.rollout import Sampler, denoise, new_cache
 from nfd_env.models.tokenizer import Tokenizer
+from nfd_env.noise import generated, hashed, mix
 
 SAMPLERS = {"euler": sample_euler, "dpm_solver_pp": sample_dpm_solver_pp}
 CONSISTENCY = "consistency"
@@ -291,7 +292,7 @@ class WorldModel:
             _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
         latents, actions = latents[:, -count:], actions[:, -count:]
         level, batch = self.sampling.history_level, len(contexts)
-        noise, _ = self._noise([(*seed, k) for seed in seeds for k in range(count)])
+        noise, _ = self._noise(self._keys(seeds, [range(count)] * batch))
         remembered = torch.lerp(latents, noise[:, 1].view_as(latents), level)
         cache = new_cache(self.dynamics, batch, frames, frames)
         if count > 1:
@@ -336,13 +337,6 @@ class WorldModel:
             count: n, frames to draw.
             pending_counts: see ``denoise``.
         """
-        noise, uniform = self._noise(
-            [
-                (*seed, frame + 1 + k)
-                for seed, frame in zip(state.seeds, state.frame, strict=True)
-                for k in range(count)
-            ]
-        )
         cache, pending = state.cache, state.remembered.shape[1]
         counts = None if pending_counts is None else list(pending_counts)
         even = counts is None or min(counts) == pending
@@ -353,12 +347,11 @@ class WorldModel:
             into: Tensor,
             memory: Tensor,
             action: Tensor,
-            noise: Tensor,
-            uniform: Tensor,
+            keys: Tensor,
         ) -> tuple[Tensor, ...]:
             cache.length = length
             here = replace(state, remembered=remembered, action=into, memory=memory)
-            drawn = self._drawn(here, action, noise, uniform, None if even else counts)
+            drawn = self._drawn(here, action, keys, None if even else counts)
             return cache.length, *vars(drawn).values()
 
         inputs = (
@@ -367,8 +360,7 @@ class WorldModel:
             state.action,
             state.memory,
             actions[:, None].to(self.device, torch.float32).expand(-1, count, -1),
-            noise.unflatten(0, (-1, count)),
-            uniform.unflatten(0, (-1, count)),
+            self._keys(state.seeds, [range(f + 1, f + 1 + count) for f in state.frame]),
         )
         if self.captures and even:
             captured = cache.captured.setdefault((self, pending, count), CapturedCall())
@@ -381,16 +373,16 @@ class WorldModel:
         self,
         state: WorldState,
         actions: Tensor,
-        noise: Tensor,
-        uniform: Tensor,
+        keys: Tensor,
         pending_counts: Sequence[int] | None,
     ) -> Drawn:
-        """``draw``, given (B, n, action_width) and what is random; see ``_noise``."""
+        """``draw``, given (B, n, action_width) and the keys of its noise."""
+        noise, uniform = (part.unflatten(0, actions.shape[:2]) for part in self._noise(keys))
         level, temperature = self.sampling.history_level, self.sampling.temperature
         sampler = self.sampling.make((temperature * noise[:, :, 2:]).unbind(2))
         made = self._denoise(state, actions, temperature * noise[:, :, 0], sampler, pending_counts)
         memory, seen = state.memory, []
-        for k in range(noise.shape[1]):
+        for k in range(actions.shape[1]):
             seen.append(self.heads.step(made[:, k], actions[:, k], memory))
             memory = seen[-1].state
         hazard = torch.stack([s.hazard for s in seen], 1)
@@ -496,37 +488,29 @@ class WorldModel:
         """
         return (self.encode(frames) - latents.float()).square().flatten(1).mean(1).sqrt()
 
-    def _noise(self, keys: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-        """What is random about frames, each a function of its own key alone.
+    def _keys(self, seeds: Sequence[tuple[int, int]], frames: Sequence[range]) -> Tensor:
+        """Keys of all noise of each seed's frames, int64 (number of seeds * frames of each,)."""
+        keys = [mix(*seed, k) for seed, numbers in zip(seeds, frames, strict=True) for k in numbers]
+        on_gpu = self.device.type == "cuda"
+        # From pinned memory, so that the GPU need not have finished what it is doing.
+        return torch.tensor(keys, pin_memory=on_gpu).to(self.device, non_blocking=True)
 
-        It depends neither on the row nor on how many rows there are, and is drawn on the CPU
-        whatever the device is.
+    def _noise(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """What is random about frames: a function of each one's key alone.
+
+        Not of the row or of how many rows there are; but a GPU has other numbers than a CPU.
 
         Args:
-            keys: (environment seed, episode, frame number) of N frames.
+            keys: (N,), see ``_keys``.
 
         Returns:
             Normal numbers (N, 2 + ``renoisings``, C, h, w): the noise that the frame is drawn from,
             its history noise, and renoisings. Uniform numbers (N,) for the frames' ends.
         """
-        shape = (len(keys), 2 + self.sampling.renoisings, *self.dynamics.config.latent_shape)
-        on_gpu = self.device.type == "cuda"
-        normal = torch.empty(shape, pin_memory=on_gpu)
-        uniform = torch.empty(len(keys), pin_memory=on_gpu)
-        for row, key in enumerate(keys):
-            self._generator.manual_seed(mix(*key))
-            normal[row, :2].normal_(generator=self._generator)
-            uniform[row : row + 1].uniform_(generator=self._generator)
-            # Drawn last, so that the sampler's choice leaves the other draws as they are.
-            normal[row, 2:].normal_(generator=self._generator)
-        return normal.to(self.device, non_blocking=True), uniform.to(self.device, non_blocking=True)
-
-
-def mix(*numbers: int) -> int:
-    """A 63-bit hash of non-negative integers (rounds of SplitMix64)."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = (state ^ number) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+        shape, more = self.dynamics.config.latent_shape, self.sampling.renoisings
+        size = math.prod(shape)
+        if self.device.type == "cuda":
+            normal, uniform = hashed(keys, (2 + more) * size)
+        else:
+            normal, uniform = generated(keys, 2 * size, more * size, self._generator)
+        return normal.unflatten(1, (2 + more, *shape)), uniform

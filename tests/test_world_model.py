@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from nfd_env.checkpoint import load_world
 from nfd_env.flow.solvers import level_grid, sample_euler
-from nfd_env.world_model import Context, SamplingConfig, WorldModel, WorldState, mix
+from nfd_env.world_model import Context, SamplingConfig, WorldModel, WorldState
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
@@ -320,15 +319,3 @@ def test_frames_round_trip_shapes(model: WorldModel) -> None:
     frames = model.decode(torch.randn(2, 4, 4, 6))
     assert frames.shape == (2, 32, 48, 3) and frames.dtype == torch.uint8
     assert model.encode(frames).shape == (2, 4, 4, 6)
-
-
-def test_mix() -> None:
-    triples = list(itertools.product(range(12), repeat=3))
-    hashes = {mix(*t) for t in triples}
-    assert len(hashes) == len(triples)
-    assert all(0 <= h < 2**63 for h in hashes)
-    assert mix(1, 2) != mix(2, 1)
-    assert mix(2**80 + 1) >= 0
-    # Neighbouring seeds give unrelated numbers: about half of the bits differ.
-    distances = [(mix(0, 0, i) ^ mix(0, 0, i + 1)).bit_count() for i in range(200)]
-    assert 28 < sum(distances) / 200 < 35

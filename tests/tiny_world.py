@@ -89,5 +89,5 @@ def make_tiny_world(
 
 def noise_of(model: WorldModel, seed: tuple[int, int], frame: int) -> tuple[torch.Tensor, ...]:
     """A frame's first noise, its history noise, its uniform number, and its renoisings."""
-    (normal,), (uniform,) = model._noise([(*seed, frame)])
+    (normal,), (uniform,) = model._noise(model._keys([seed], [range(frame, frame + 1)]))
     return normal[0], normal[1], uniform, normal[2:]

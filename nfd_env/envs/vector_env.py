@@ -19,8 +19,9 @@ from torch import Tensor
 from nfd_env.checkpoint import World, load_starts, load_world
 from nfd_env.models.cache import may_look
 from nfd_env.models.captured import CapturedCall
+from nfd_env.noise import mix
 from nfd_env.speculation import SpeculativeState, Speculator, check_frames
-from nfd_env.world_model import Context, WorldState, mix
+from nfd_env.world_model import Context, WorldState
 
 OBSERVATION_TYPES = ("rgb", "latent", "features")
 _START = 0x5354  # separates the choice of a start from the noise that follows it

@@ -44,7 +44,7 @@ class RefilledModel(WorldModel):
         for row, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
             # As ``WorldModel`` does, frames are numbered from the first that can be seen.
             latents = context.latents[-(kept + 1) :].to(past)
-            noise, _ = self._noise([(*seed, k) for k in range(len(latents))])
+            noise, _ = self._noise(self._keys([seed], [range(len(latents))]))
             history = torch.lerp(latents, noise[:, 1], level)[-kept:]
             past[row, -len(history) :] = history
             into[row, -len(history) :] = context.actions[-len(history) :].to(into)
