@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -223,12 +223,13 @@ class WorldModel:
         self.sampling = sampling
         self.captures = self.device.type == "cuda"
         self._generator = torch.Generator()
+        self._starts: dict[Hashable, CapturedCall] = {}
 
     def with_sampling(self, sampling: SamplingConfig) -> WorldModel:
         """The same networks under another sampling configuration."""
         model = copy.copy(self)
         model.sampling = sampling
-        model._generator = torch.Generator()
+        model._generator, model._starts = torch.Generator(), {}
         return model
 
     @property
@@ -263,6 +264,8 @@ class WorldModel:
             )
             for count, rows in groups.items()
         ]
+        if len(parts) == 1:
+            return parts[0]
         state = WorldState(
             new_cache(self.dynamics, len(contexts), frames, frames),
             torch.cat([p.remembered for p in parts]),
@@ -283,25 +286,42 @@ class WorldModel:
         frames: int,
     ) -> WorldState:
         """``start`` from equally long contexts, the last ``count`` frames of them for dynamics."""
-        latents, actions = (
-            torch.stack(part).to(self.device, torch.float32)
-            for part in ([c.latents for c in contexts], [c.actions for c in contexts])
+        batch, seeds = len(contexts), list(seeds)
+        # A power of two where it is captured, so that there are few sizes.
+        padding = (1 << (batch - 1).bit_length()) - batch if self.captures else 0
+        contexts = [*contexts, *[contexts[0]] * padding]
+
+        def fill(latents: Tensor, actions: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+            memory = self.heads.initial_state(len(latents))
+            if latents.shape[1] > 1:
+                _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
+            latents, actions = latents[:, -count:], actions[:, -count:]
+            level = self.sampling.history_level
+            noise, _ = self._noise(keys)
+            remembered = torch.lerp(latents, noise[:, 1].view_as(latents), level)
+            filled = new_cache(self.dynamics, len(latents), frames, frames)
+            if count > 1:
+                levels = latents.new_full((len(latents), count - 1), level)
+                self.dynamics.stream(
+                    filled, remembered[:, :-1], levels, actions[:, :-1], commit=count - 1
+                )
+            parts = remembered[:, -1:], actions[:, -1:], memory
+            return *parts, filled.length, filled.keys, filled.values
+
+        inputs = (
+            self._moved(torch.stack([c.latents for c in contexts]).float()),
+            self._moved(torch.stack([c.actions for c in contexts]).float()),
+            self._keys([*seeds, *[seeds[0]] * padding], [range(count)] * len(contexts)),
         )
-        memory = self.heads.initial_state(len(contexts))
-        if latents.shape[1] > 1:
-            _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
-        latents, actions = latents[:, -count:], actions[:, -count:]
-        level, batch = self.sampling.history_level, len(contexts)
-        noise, _ = self._noise(self._keys(seeds, [range(count)] * batch))
-        remembered = torch.lerp(latents, noise[:, 1].view_as(latents), level)
-        cache = new_cache(self.dynamics, batch, frames, frames)
-        if count > 1:
-            levels = latents.new_full((batch, count - 1), level)
-            self.dynamics.stream(
-                cache, remembered[:, :-1], levels, actions[:, :-1], commit=count - 1
-            )
-        last = [count - 1] * batch
-        return WorldState(cache, remembered[:, -1:], actions[:, -1:], memory, list(seeds), last)
+        if self.captures:
+            key = len(contexts), len(contexts[0].latents), frames
+            made = self._starts.setdefault(key, CapturedCall())(fill, *inputs)
+        else:
+            made = fill(*inputs)
+        cache = new_cache(self.dynamics, 0, frames, frames)
+        cache.keys, cache.values = (part[:, :batch] for part in made[4:])
+        remembered, action, memory, cache.length = (part[:batch] for part in made[:4])
+        return WorldState(cache, remembered, action, memory, seeds, [count - 1] * batch)
 
     @torch.inference_mode()
     def step(self, state: WorldState, actions: Tensor) -> Transition:
@@ -491,9 +511,13 @@ class WorldModel:
     def _keys(self, seeds: Sequence[tuple[int, int]], frames: Sequence[range]) -> Tensor:
         """Keys of all noise of each seed's frames, int64 (number of seeds * frames of each,)."""
         keys = [mix(*seed, k) for seed, numbers in zip(seeds, frames, strict=True) for k in numbers]
-        on_gpu = self.device.type == "cuda"
-        # From pinned memory, so that the GPU need not have finished what it is doing.
-        return torch.tensor(keys, pin_memory=on_gpu).to(self.device, non_blocking=True)
+        return self._moved(torch.tensor(keys))
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """``x`` on the device, which need not have finished what it is doing."""
+        if x.device.type == "cpu" and self.device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
 
     def _noise(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """What is random about frames: a function of each one's key alone.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nfd_env import world_model
 from nfd_env.checkpoint import load_world
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.world_model import Context, SamplingConfig, WorldModel, WorldState
@@ -319,3 +320,41 @@ def test_frames_round_trip_shapes(model: WorldModel) -> None:
     frames = model.decode(torch.randn(2, 4, 4, 6))
     assert frames.shape == (2, 32, 48, 3) and frames.dtype == torch.uint8
     assert model.encode(frames).shape == (2, 4, 4, 6)
+
+
+class Repeated:
+    """Takes the place of a captured call where there is no GPU: it goes by its inputs alone."""
+
+    def __call__(self, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
+        first, again = (
+            [x.clone() for x in function(*(i.clone() for i in inputs))] for _ in range(2)
+        )
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+        return again
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2], [3, 1, 0, 2, 2]])
+def test_calls_that_are_captured_on_a_gpu_can_be_repeated(
+    model: WorldModel, monkeypatch: pytest.MonkeyPatch, rows: list[int], frames: int
+) -> None:
+    monkeypatch.setattr(world_model, "CapturedCall", Repeated)
+    capturing = model.with_sampling(model.sampling)
+    capturing.captures = True
+    contexts, seeds = [context(3, r) for r in rows], [SEEDS[r] for r in rows]
+    mine, other = (m.start(contexts, seeds, frames) for m in (capturing, model))
+    assert mine.batch == len(rows)
+    acts = actions(len(rows), 12)
+    for a in acts:
+        drawn, expected = (m.draw(s, a, frames) for m, s in ((capturing, mine), (model, other)))
+        for x, y in zip(vars(drawn).values(), vars(expected).values(), strict=True):
+            torch.testing.assert_close(x, y, **CLOSE)
+        for state, made in ((mine, drawn), (other, expected)):
+            state.remembered, state.memory = made.remembered[:, :1], made.memory[:, 0]
+            state.action = a[:, None]
+            state.frame = [frame + 1 for frame in state.frame]
+    copies = [state.take(range(len(rows))) for state in (mine, other)]
+    torch.testing.assert_close(
+        roll(capturing, copies[0], acts), roll(model, copies[1], acts), **CLOSE
+    )

@@ -73,6 +73,7 @@ class FrameCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._untouched = True
         # Calls that were captured with these very buffers; copies have their own.
         self.captured: dict[Hashable, CapturedCall] = {}
 
@@ -87,6 +88,7 @@ class FrameCache:
 
     def put(self, rows: Tensor, other: FrameCache) -> None:
         """Replace the ``rows`` (int (n,)) by the n rows of ``other``, a cache of the same shape."""
+        self._untouched = False
         self.keys[:, rows] = other.keys
         self.values[:, rows] = other.values
         self.length = self.length.index_copy(0, rows, other.length)
@@ -118,7 +120,7 @@ class FrameCache:
             self.keys.device,
             self.keys.dtype,
         )
-        copy.length = self.length.clone()
+        copy.length, copy._untouched = self.length.clone(), self._untouched
         rows, newest = torch.arange(batch, device=self.length.device)[:, None], self.length - 1
         back = torch.arange(self.sight.window - 1, device=rows.device)
         numbers = newest[:, None] - back
@@ -145,7 +147,7 @@ class FrameCache:
         uneven = fewest < largest
         # Nothing is pushed out of an empty ring, so it takes a whole context at once.
         whole = largest > self.commits or numbers is not None
-        empty = whole and not uneven and not self.length.any()
+        empty = whole and not uneven and (self._untouched or not self.length.any())
         if numbers is not None and not (empty and largest == count == len(numbers)):
             raise ValueError("only a finished context in an empty cache can have frame numbers")
         most = count if empty else self.commits
@@ -154,7 +156,7 @@ class FrameCache:
                 f"a pass may finish at most {most} frames and draft {self.drafts}, "
                 f"got {largest} and {count - largest}"
             )
-        device = self.length.device
+        device, self._untouched = self.length.device, False
         if numbers is None:
             frames = self.length[:, None] + torch.arange(count, device=device)
             self.length = self.length + (torch.tensor(commits, device=device) if uneven else fewest)
@@ -162,7 +164,7 @@ class FrameCache:
             frames = numbers.to(device).expand(self.batch, -1)
             self.length = frames[:, -1] + 1
         if empty:
-            return StreamView(frames, self._take_in(frames))
+            return StreamView(frames, self._take_in(frames, numbers is None))
         mask = self._mask(frames)
         write, write_far = self._writer(frames % self.ring), self._far_writer(frames)
 
@@ -176,18 +178,32 @@ class FrameCache:
 
         return StreamView(frames, attend)
 
-    def _take_in(self, frames: Tensor) -> Attend:
-        """Attention among the ``frames`` (B, F) of a whole context, which keeps the last ones."""
-        numbers = frames[0]
-        mask = by_token(self.sight.sees(numbers[:, None], numbers[None]), self.tokens)
-        kept = int(self.sight.near(numbers[-1] + 1, numbers).sum())
+    def _take_in(self, frames: Tensor, consecutive: bool) -> Attend:
+        """Attention among the ``frames`` (B, F) of a whole context, which keeps the last ones.
+
+        Args:
+            frames: their numbers, the same in every row.
+            consecutive: whether these are 0 to F - 1.
+        """
+        numbers, count, sight = frames[0], frames.shape[1], self.sight
+        mask = by_token(sight.sees(numbers[:, None], numbers[None]), self.tokens)
+        kept = min(count, sight.window - 1)
+        if not consecutive:
+            kept = int(sight.near(numbers[-1] + 1, numbers).sum())
         write = self._writer(frames[:, -kept:] % self.ring)
-        write_far = self._far_writer(frames, whole=True)
+        # Of the key frames as many as the ring holds.
+        marked = torch.arange(0, count, sight.stride, device=frames.device)
+        if not consecutive:
+            marked = (numbers % sight.stride == 0).nonzero()[:, 0]
+        ring = max(1, self.far_ring)
+        marked = marked[-ring:]
+        far = self.ring + numbers[marked] // sight.stride % ring
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
                 write(buffer, new[:, -kept:])
-                write_far(buffer, new)
+                if self.far_ring:
+                    buffer[:, :, far] = new[:, marked].permute(0, 3, 1, 2, 4).to(buffer.dtype)
             return attend_masked(q, k, v, mask, scale=1.0)
 
         return attend
@@ -234,27 +250,22 @@ class FrameCache:
 
         return scatter
 
-    def _far_writer(self, frames: Tensor, whole: bool = False) -> Callable[[Tensor, Tensor], None]:
-        """A function that writes those of (B, F, tokens, heads, c) that are key frames.
-
-        ``whole``: they are a whole context, perhaps more than the rings hold.
-        """
+    def _far_writer(self, frames: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """A function that writes those of (B, F, tokens, heads, c) that are key frames."""
         if not self.far_ring:
             return lambda buffer, new: None
         marked = frames % self.sight.stride == 0
-        if not (whole or may_look(frames)):
+        slots = self.ring + frames // self.sight.stride % self.far_ring
+        if not may_look(frames):
             # The others are written once more to where they are anyway.
-            slots = self.ring + frames // self.sight.stride % self.far_ring
             return self._writer(torch.where(marked, slots, frames % self.ring))
-        # Of a long context only as many as the ring holds.
-        marked = marked & (frames > frames[:, -1:] - self.sight.stride * self.far_ring)
         rows, places = marked.nonzero(as_tuple=True)
         if not len(rows):
             return lambda buffer, new: None
-        slots = self.ring + frames[rows, places] // self.sight.stride % self.far_ring
+        chosen = slots[rows, places]
 
         def scatter(buffer: Tensor, new: Tensor) -> None:
-            buffer[rows, :, slots] = new[rows, places].transpose(1, 2).to(buffer.dtype)
+            buffer[rows, :, chosen] = new[rows, places].transpose(1, 2).to(buffer.dtype)
 
         return scatter
 
