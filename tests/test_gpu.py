@@ -75,12 +75,13 @@ def test_replayed_steps_are_the_steps(
     obs_type: str, sampling_steps: int, replays: list[torch.cuda.CUDAGraph]
 ) -> None:
     """In the shipped world, whose frames see key frames, through restarts of some rows."""
-    common = {"obs_type": obs_type, "sampling_steps": sampling_steps, "max_episode_steps": 17}
+    common = {"obs_type": obs_type, "sampling_steps": sampling_steps, "max_episode_steps": 5}
     env = make("DoomTakeCover", frame_skip=2, **common)
     plain = make("DoomTakeCover", captures=False, frame_skip=2, **common)
     mine, other = play(env, 50), play(plain, 50)
     assert_alike(mine, other)
-    assert len(set(replays)) == 1 + (obs_type == "rgb") and len(replays) > 90
+    kinds = 2 + (obs_type == "rgb")  # steps, starts, pictures
+    assert len(set(replays)) >= kinds and len(replays) > 100
 
 
 def test_one_device_gives_the_same_bit_for_bit(tiny_world: Path) -> None:
