@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -79,9 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     kinds.add_argument(
         "--frame-skip", type=int, help="frames of a repeated action: one by one against jointly"
     )
-    sub.add_argument("--num-envs", type=int, default=1, help="of those two (default 1)")
+    kinds.add_argument(
+        "--untrained",
+        metavar="FILE",
+        help="instead of a world, random weights of the sizes in e.g. configs/paper/310m.yaml",
+    )
     sub.add_argument(
-        "--obs-type", choices=("rgb", "latent"), default="rgb", help="of those two (default rgb)"
+        "--batches",
+        type=_numbers,
+        default=[1, 8, 32],
+        metavar="N,N",
+        help="numbers of environments (default 1,8,32), without --compare and --frame-skip",
+    )
+    sub.add_argument(
+        "--num-envs", type=int, default=1, help="of --compare and --frame-skip (default 1)"
+    )
+    sub.add_argument(
+        "--obs-type", choices=("rgb", "latent"), default="rgb", help="of the same (default rgb)"
     )
     sub.add_argument(
         "--agent", help="agent that --compare takes actions from, named as for nfd eval-agent"
@@ -294,8 +310,26 @@ def _demo(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from nfd_env.checkpoint import load_world
     from nfd_env.evaluation import benchmark, compare
+    from nfd_env.evaluation.untrained import write_untrained
+
+    def run(world: Any) -> dict[str, Any]:
+        return benchmark.benchmark(
+            world,
+            args.sampling_steps,
+            tuple(args.batches),
+            seconds=args.seconds,
+            long_frames=args.long_frames,
+            speculative_frames=args.speculative_frames,
+        )
 
     def measure() -> dict[str, Any]:
+        if args.untrained is not None:
+            if args.world != "DoomTakeCover":
+                raise ValueError("give a world or --untrained, not both")
+            with tempfile.TemporaryDirectory() as folder:
+                made = Path(folder) / "world"
+                write_untrained(made, args.untrained)
+                return run(load_world(made, args.device, args.precision, args.dynamics))
         world = load_world(args.world, args.device, args.precision, args.dynamics)
         if args.compare:
             return compare.compare(
@@ -314,13 +348,7 @@ def _bench(args: argparse.Namespace) -> int:
                 args.seconds,
                 args.obs_type,
             )
-        return benchmark.benchmark(
-            world,
-            args.sampling_steps,
-            seconds=args.seconds,
-            long_frames=args.long_frames,
-            speculative_frames=args.speculative_frames,
-        )
+        return run(world)
 
     if args.compare:
         return _show_tables(args, "bench-compare", measure, compare.format_comparison)

@@ -180,6 +180,30 @@ def test_bench_shows_the_acceptance(endless_world: Path) -> None:
     assert "acceptance" not in plain["envs"]["1"] and "Speculation" not in format_report(plain)
 
 
+def test_bench_of_sizes_that_nobody_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = tmp_path / "small.yaml"
+    sizes.write_text(
+        "{latent_channels: 4, latent_height: 2, latent_width: 4, action_width: 5, width: 32, "
+        "layers: 2, heads: 2, window: 4}"
+    )
+    command = ["bench", "--untrained", str(sizes), "--seconds", "0.02", "--long-frames", "0"]
+    command += ["--device", "cpu", "--precision", "fp32", "--batches", "1,3"]
+    assert main(command) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("Untrained small (0.1 M parameters) on ")
+    assert "4 sampling steps" in title
+    assert [row.split("|")[1].strip() for row in rows[3:]] == ["1", "3"]
+    assert main([*command, "--sampling-steps", "1"]) == 0
+    assert "1 sampling steps" in capsys.readouterr().out
+    assert main(["bench", "Elsewhere", *command[1:]]) == 1
+    assert "not both" in capsys.readouterr().err
+    sizes.write_text("{widht: 32}")
+    assert main(command) == 1
+    assert "widht" in capsys.readouterr().err
+
+
 def test_tables_go_into_a_document(
     distilled_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
