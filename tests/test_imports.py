@@ -19,7 +19,7 @@ MODULES = {
 
 BASE = {"nfd_env.config", "nfd_env.named", "nfd_env.spaces", "nfd_env.precision"}
 MODELS = BASE | {"nfd_env.flow", "nfd_env.models"}
-WORLD = MODELS | {"nfd_env.world_model", "nfd_env.speculation"}
+WORLD = MODELS | {"nfd_env.noise", "nfd_env.world_model", "nfd_env.speculation"}
 # checkpoint.py names the real environment that a world was recorded from.
 CHECKPOINT = WORLD | {"nfd_env.checkpoint", "nfd_env.envs.real"}
 ENVS = CHECKPOINT | {"nfd_env.envs", "nfd_env.video"}
@@ -31,6 +31,7 @@ ALLOWED = {
     "nfd_env.named": set(),
     "nfd_env.spaces": {"nfd_env.config"},
     "nfd_env.precision": set(),
+    "nfd_env.noise": set(),
     "nfd_env.flow": {"nfd_env.flow"},
     "nfd_env.models": MODELS,
     "nfd_env.world_model": WORLD,
