@@ -41,6 +41,7 @@ def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
         starts=settings.starts,
         horizon_frames=settings.horizon_frames,
         env=settings.env,
+        guard=settings.guard,
         channels=settings.channels,
         width=settings.width,
         reward_scale=ppo.reward_scale,

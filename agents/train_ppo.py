@@ -28,6 +28,7 @@ from nfd_env import config
 from nfd_env.checkpoint import load_world
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.models.weights import save_weights
 from nfd_env.training.starts import StartsConfig, recorded_starts
 
@@ -52,6 +53,8 @@ class TrainPPOConfig:
             are never far from recorded ones: a world is the less true, the longer it runs on its
             own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
+        guard: against learning from frames of the learned world that are out of distribution; None
+            for nothing. A penalty is part of the scores in the world that are logged.
         initial: an agent of the same world and network to begin with; "" for a new one. It may look
             at fewer observations, and at latents where this one is to look at features.
         channels: of the policy's convolutions.
@@ -77,6 +80,7 @@ class TrainPPOConfig:
     starts: StartsConfig | None = None
     horizon_frames: int = 0
     env: dict[str, Any] = field(default_factory=dict)
+    guard: GuardConfig | None = None
     initial: str = ""
     channels: int = 32
     width: int = 256
@@ -132,7 +136,8 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     if settings.starts is not None:
         kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
     kwargs |= settings.env
-    return NFDVectorEnv(world, settings.num_envs, **kwargs)
+    env = NFDVectorEnv(world, settings.num_envs, **kwargs)
+    return env if settings.guard is None else settings.guard.around(env)
 
 
 def make_policy(
@@ -144,7 +149,8 @@ def make_policy(
         AgentError: when the policy cannot take the actions or observations of ``env``, or is to
             begin with an agent of another network, world or kind of training.
     """
-    spec = AgentSpec.of(env, settings.frame_stack, "real game" if real else "world")
+    base = env.unwrapped
+    spec = AgentSpec.of(base, settings.frame_stack, "real game" if real else "world")
     sizes = settings.channels, settings.width, settings.frame_offsets
     network = ActorCritic(PolicyConfig(spec, *sizes))
     if settings.initial:
@@ -152,9 +158,9 @@ def make_policy(
         if not isinstance(agent, NativeAgent):
             raise AgentError(f"{settings.initial} is not an agent of the native PPO")
         if (agent.spec.obs_type, spec.obs_type) != ("latent", "features"):
-            agent.spec.check(env)
+            agent.spec.check(base)
         network.begin_with(agent.policy)
-    policy = network.to(env.model.device)
+    policy = network.to(base.model.device)
     return policy, torch.optim.Adam(policy.parameters(), settings.ppo.learning_rate, eps=1e-5)
 
 
@@ -213,7 +219,10 @@ def train(
         compiled(function, settings.compile) for function in (policy.act, ppo_loss, gae)
     )
     judge = Judge(
-        env.world, settings.evaluate_episodes, settings.max_episode_steps, settings.device
+        env.unwrapped.world,
+        settings.evaluate_episodes,
+        settings.max_episode_steps,
+        settings.device,
     )
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
     # miniters=1, because an update is one tick of the bar.

@@ -26,7 +26,9 @@ from agents.load import SPEC_ATTRIBUTE, SB3Agent
 from agents.network import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env import config
 from nfd_env.checkpoint import load_world
-from nfd_env.sb3 import make_vec_env
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.envs.wrappers import GuardConfig
+from nfd_env.sb3 import SB3VecEnv, make_vec_env
 from nfd_env.training.starts import StartsConfig, recorded_starts
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
@@ -52,6 +54,7 @@ class TrainSB3Config:
         starts: see ``TrainPPOConfig``.
         horizon_frames: see ``TrainPPOConfig``.
         env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
+        guard: see ``TrainPPOConfig``.
         policy: "trunk" for the network of the native PPO (not for features), "CnnPolicy" (rgb
             only) or "MlpPolicy".
         channels: of the trunk's convolutions.
@@ -76,6 +79,7 @@ class TrainSB3Config:
     starts: StartsConfig | None = None
     horizon_frames: int = 0
     env: dict[str, Any] = field(default_factory=dict)
+    guard: GuardConfig | None = None
     policy: str = "trunk"
     channels: int = 32
     width: int = 256
@@ -161,6 +165,12 @@ class ScaleReward(VecEnvWrapper):
         return observation, self._factor * reward, done, infos
 
 
+def native_env(venv: VecEnv) -> NFDVectorEnv:
+    """The learned world beneath ``venv``."""
+    assert isinstance(venv.unwrapped, SB3VecEnv)
+    return venv.unwrapped.env.unwrapped
+
+
 def make_env(world: str, settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
     """The monitored and stacked VecEnv to train in, and the spec of its agents."""
     env_kwargs: dict[str, Any] = {
@@ -173,8 +183,9 @@ def make_env(world: str, settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
     }
     if settings.starts is not None:
         env_kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
-    venv = make_vec_env("NFD/World-v0", settings.num_envs, settings.seed, env_kwargs=env_kwargs)
-    spec = AgentSpec.of(venv.unwrapped.env, settings.frame_stack)  # type: ignore[attr-defined]
+    guard = None if settings.guard is None else settings.guard.around
+    venv = make_vec_env("NFD/World-v0", settings.num_envs, settings.seed, None, env_kwargs, guard)
+    spec = AgentSpec.of(native_env(venv), settings.frame_stack)
     order = "first" if settings.obs_type == "latent" else "last"
     venv = VecFrameStack(ScaleReward(venv, settings.reward_scale), settings.frame_stack, order)
     return venv, spec
@@ -199,7 +210,7 @@ def make_model(venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
             "features_extractor_kwargs": extractor,
             "net_arch": [],
         }
-    device = str(venv.unwrapped.env.model.device)  # type: ignore[attr-defined]
+    device = str(native_env(venv).model.device)
     try:
         model = PPO(policy, venv, seed=settings.seed, device=device, **kwargs)
     except (TypeError, AssertionError) as error:
@@ -308,10 +319,8 @@ def train(world: str, settings: TrainSB3Config, progress: bool = True) -> dict[s
     else:
         model = make_model(venv, spec, settings)
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
-    native: Any = venv.unwrapped.env  # type: ignore[attr-defined]
-    judge = Judge(
-        native.world, settings.evaluate_episodes, settings.max_episode_steps, settings.device
-    )
+    learned = native_env(venv).world
+    judge = Judge(learned, settings.evaluate_episodes, settings.max_episode_steps, settings.device)
     callback = Progress(settings, judge, path, progress)
     try:
         # SB3 adds the timesteps that the model has had.
@@ -326,7 +335,7 @@ def train(world: str, settings: TrainSB3Config, progress: bool = True) -> dict[s
 
 def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
     try:
-        model = PPO.load(path, venv, device=str(venv.unwrapped.env.model.device))  # type: ignore[attr-defined]
+        model = PPO.load(path, venv, device=str(native_env(venv).model.device))
     except Exception as error:  # whatever a damaged zip or other spaces lead to
         raise AgentError(f"{path} cannot be continued: {error}; choose another folder") from None
     if getattr(model, SPEC_ATTRIBUTE, None) != config.to_dict(spec):

@@ -7,7 +7,7 @@ needed, and slower.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ def make_vec_env(
     seed: int | None = None,
     monitor_dir: str | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
+    wrapper: Callable[[VectorEnv], VectorEnv] | None = None,
 ) -> VecEnv:
     """Make a monitored VecEnv; to be used like Stable-Baselines3's function of the same name.
 
@@ -166,12 +167,14 @@ def make_vec_env(
         seed: environment i gets ``seed`` + i at the first reset.
         monitor_dir: folder to write ``monitor.csv`` to, if any.
         env_kwargs: arguments of ``NFDVectorEnv``, e.g. ``frame_skip`` or ``obs_type``.
+        wrapper: put around the vector env of all environments, e.g. ``GuardOODVector``.
 
     Raises:
         ValueError: on arguments that the env or Stable-Baselines3 cannot take.
     """
     kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP, **(env_kwargs or {})}
-    venv = SB3VecEnv(gymnasium.make_vec(env_id, num_envs=n_envs, **kwargs))
+    env = gymnasium.make_vec(env_id, num_envs=n_envs, **kwargs)
+    venv = SB3VecEnv(env if wrapper is None else wrapper(env))
     venv.seed(seed)
     return VecMonitor(venv, None if monitor_dir is None else str(Path(monitor_dir) / "monitor.csv"))
 

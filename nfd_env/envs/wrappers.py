@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import gymnasium
@@ -12,6 +13,19 @@ from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 
 THRESHOLD = 2.0
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """The arguments of ``GuardOODVector``, for config files."""
+
+    penalty: float = 0.0
+    threshold: float = THRESHOLD
+    truncate: bool = False
+
+    def around(self, env: VectorEnv) -> GuardOODVector:
+        """``env``, guarded."""
+        return GuardOODVector(env, **asdict(self))
 
 
 class GuardOOD(gymnasium.Wrapper):

@@ -26,6 +26,7 @@ from nfd_env.data.latents import encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.real_vector import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.evaluation.agents import play_episodes
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.models.weights import load_weights
@@ -176,6 +177,29 @@ def branched(
     encode_recordings(RecordedDataset(recordings), counter_world / "tokenizer.safetensors", latents)
     starts = StartsConfig(str(recordings), str(latents), count=40, frames=3, margin=5)
     return {"starts": starts, "horizon_frames": 8}
+
+
+@pytest.mark.parametrize("trainer", ["native", "sb3"])
+def test_guarded_training(counter_world: Path, tmp_path: Path, trainer: str) -> None:
+    def score(name: str, guard: GuardConfig | None, real: bool = False) -> float:
+        plan: Any = settings(tmp_path / name, decisions=256, guard=guard)
+        if trainer == "native":
+            return train_ppo.train(str(counter_world), plan, real, progress=False)["score"]
+        pytest.importorskip("stable_baselines3")
+        from agents import train_sb3
+        from agents.benchmark_ppo import as_sb3
+
+        return train_sb3.train(str(counter_world), as_sb3(plan), progress=False)["score"]
+
+    free = score("free", None)
+    assert score("lenient", GuardConfig(penalty=1e6, threshold=1e6, truncate=True)) == free
+    assert score("penalised", GuardConfig(penalty=100.0, threshold=1e-3)) < free - 10
+    assert 0 < score("cut", GuardConfig(threshold=1e-3, truncate=True)) < free
+    with pytest.raises(ValueError, match="penalty must be at least 0"):
+        score("wrong", GuardConfig(penalty=-1.0))
+    if trainer == "native":  # the game itself is not guarded
+        guard = GuardConfig(penalty=100.0, threshold=1e-3)
+        assert score("guarded", guard, real=True) == score("game", None, real=True)
 
 
 @pytest.mark.parametrize("trainer", ["native", "sb3"])
