@@ -42,7 +42,7 @@ class SamplingConfig:
             from 1 step on.
         shift: > 1 spends more of the steps near the noise, see ``level_grid``.
         history_level: noise level in [0, 1) at which finished frames are remembered; more makes a
-            world less certain of its past, so that its flaws are harder to exploit.
+            world less certain of its past.
         temperature: > 0, scale of the noise that frames are drawn from; above 1 makes a world less
             predictable (Ha and Schmidhuber 2018).
     """

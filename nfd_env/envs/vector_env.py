@@ -127,9 +127,9 @@ class NFDVectorEnv(VectorEnv):
     render_mode: None or "rgb_array".
     precision: "fp32", "bf16", or "auto" for bf16 where the machine is much faster in it.
     history_level: noise level in [0, 1) at which past frames are remembered; None for the world's
-        default. More of it, or more ``temperature``, is to make flaws of the world harder to
-        exploit (Ha and Schmidhuber 2018, arXiv 1803.10122); README says how far that goes.
+        default.
     temperature: > 0, scale of the noise that frames are drawn from; None for the world's default.
+        See ``SamplingConfig`` for what more of either does.
     ood: report ``info["ood"]``, at the cost of decoding and encoding each frame once.
     context_observations: n of ``info["context"]``, for policies that look back; 0 for none. Where
         the recorded moment does not reach so far back, its first observation is repeated.
