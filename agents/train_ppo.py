@@ -25,12 +25,12 @@ from agents.load import NativeAgent, load_agent
 from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env import config
-from nfd_env.checkpoint import load_world
-from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.models.weights import save_weights
 from nfd_env.training.starts import StartsConfig, recorded_starts
+from nfd_env.worlds.format import load_world
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from nfd_env import NFDVectorEnv, make_real
-from nfd_env.envs.real import SourceError
+from nfd_env.sources.source import SourceError
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=350, help="frames to act for")

@@ -279,7 +279,7 @@ def _show_tables(
 
 
 def _worlds(args: argparse.Namespace) -> int:
-    from nfd_env.checkpoint import find_world, read_spec, shipped_worlds
+    from nfd_env.worlds.format import find_world, read_spec, shipped_worlds
 
     for name in shipped_worlds():
         spec = read_spec(find_world(name))
@@ -308,9 +308,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from nfd_env.checkpoint import load_world
     from nfd_env.evaluation import benchmark, compare
     from nfd_env.evaluation.untrained import write_untrained
+    from nfd_env.worlds.format import load_world
 
     def run(world: Any) -> dict[str, Any]:
         return benchmark.benchmark(
@@ -358,9 +358,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from nfd_env.checkpoint import load_world
     from nfd_env.data.shards import RecordedDataset
     from nfd_env.evaluation import evaluate, reports
+    from nfd_env.worlds.format import load_world
 
     if args.long_steps and args.steps is None:
         raise ValueError("--long-steps chooses among --steps, which was not given")

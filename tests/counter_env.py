@@ -19,7 +19,7 @@ from nfd_env import config
 from nfd_env.data.collect import record_episode
 from nfd_env.data.policies import RandomHeld
 from nfd_env.data.shards import DatasetSpec, ShardWriter
-from nfd_env.envs.real import SourceConfig, make_source
+from nfd_env.sources.source import SourceConfig, make_source
 from nfd_env.spaces import space_to_dict
 
 ENV_ID = "tests/Counter-v0"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfd_env import world_model
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.inference import world_model
+from nfd_env.inference.noise import hashed
 from nfd_env.models import captured
-from nfd_env.noise import hashed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -17,27 +17,25 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-BASE = {"nfd_env.config", "nfd_env.named", "nfd_env.spaces", "nfd_env.precision"}
+BASE = {"nfd_env.config", "nfd_env.named", "nfd_env.spaces", "nfd_env.precision", "nfd_env.files"}
 MODELS = BASE | {"nfd_env.flow", "nfd_env.models"}
-WORLD = MODELS | {"nfd_env.noise", "nfd_env.world_model", "nfd_env.speculation"}
-# checkpoint.py names the real environment that a world was recorded from.
-CHECKPOINT = WORLD | {"nfd_env.checkpoint", "nfd_env.envs.real"}
-ENVS = CHECKPOINT | {"nfd_env.envs", "nfd_env.video"}
-RECORDINGS = MODELS | {"nfd_env.envs.real", "nfd_env.data"}
+INFERENCE = MODELS | {"nfd_env.inference"}
+WORLDS = INFERENCE | {"nfd_env.sources", "nfd_env.worlds"}
+ENVS = WORLDS | {"nfd_env.envs", "nfd_env.video"}
+RECORDINGS = MODELS | {"nfd_env.sources", "nfd_env.data"}
 
 # What each part may import of nfd_env, the most specific name first.
 ALLOWED = {
     "nfd_env.config": set(),
+    "nfd_env.files": set(),
     "nfd_env.named": set(),
     "nfd_env.spaces": {"nfd_env.config"},
     "nfd_env.precision": set(),
-    "nfd_env.noise": set(),
     "nfd_env.flow": {"nfd_env.flow"},
     "nfd_env.models": MODELS,
-    "nfd_env.world_model": WORLD,
-    "nfd_env.speculation": WORLD,
-    "nfd_env.checkpoint": CHECKPOINT,
-    "nfd_env.envs.real": BASE,
+    "nfd_env.inference": INFERENCE,
+    "nfd_env.sources": BASE | {"nfd_env.sources"},
+    "nfd_env.worlds": WORLDS,
     "nfd_env.envs": ENVS,
     "nfd_env.data": RECORDINGS,
 }
@@ -74,7 +72,7 @@ def part_of(module: str) -> str | None:
 
 def test_there_is_something_to_check() -> None:
     assert {"nfd_env", "nfd_env.flow.path", "nfd_env.envs.vector_env"} <= MODULES.keys()
-    assert "nfd_env.models.cache" in imported(MODULES["nfd_env.world_model"])
+    assert "nfd_env.models.cache" in imported(MODULES["nfd_env.inference.world_model"])
     assert "nfd_env.config" in imported(MODULES["nfd_env.models.weights"])
 
 

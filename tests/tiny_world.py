@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from nfd_env.checkpoint import WorldSpec, save_world
-from nfd_env.envs.real import SourceConfig
+from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.sources.source import SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
-from nfd_env.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.worlds.format import WorldSpec, save_world
 
 DISCRETE = {"type": "Discrete", "n": 3, "start": 0}
 

@@ -19,8 +19,8 @@ from nfd_env import config
 from nfd_env.data.episode import Episode
 from nfd_env.data.policies import BehaviourPolicy, make_policy
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, ShardWriter
-from nfd_env.envs.real import SourceConfig, make_source
 from nfd_env.named import import_named
+from nfd_env.sources.source import SourceConfig, make_source
 from nfd_env.spaces import ActionCodec, space_to_dict
 
 

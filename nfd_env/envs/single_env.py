@@ -12,7 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
-from nfd_env.world_model import Context
+from nfd_env.inference.world_model import Context
 
 
 class NFDEnv(gymnasium.Env):

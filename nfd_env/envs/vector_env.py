@@ -16,12 +16,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from nfd_env.checkpoint import World, load_starts, load_world
+from nfd_env.inference.noise import mix
+from nfd_env.inference.speculation import SpeculativeState, Speculator, check_frames
+from nfd_env.inference.world_model import Context, WorldState
 from nfd_env.models.cache import may_look
 from nfd_env.models.captured import CapturedCall
-from nfd_env.noise import mix
-from nfd_env.speculation import SpeculativeState, Speculator, check_frames
-from nfd_env.world_model import Context, WorldState
+from nfd_env.worlds.format import World, load_starts, load_world
 
 OBSERVATION_TYPES = ("rgb", "latent", "features")
 _START = 0x5354  # separates the choice of a start from the noise that follows it
@@ -136,9 +136,9 @@ class NFDVectorEnv(VectorEnv):
     dynamics: "student" or "teacher" in a distilled world that comes with both, the teacher with
         its own number of sampling steps; None for the world's default.
     starts: recorded moments that episodes start from: a sequence of ``Context``, or a file of
-        ``nfd_env.checkpoint.save_starts``; None for those that come with the world. With thousands
-        of them and a small ``max_episode_steps``, what is generated stays close to what was
-        recorded. They are kept as they are given, and go to the device when they are used.
+        ``nfd_env.worlds.format.save_starts``; None for those that come with the world. With
+        thousands of them and a small ``max_episode_steps``, what is generated stays close to what
+        was recorded. They are kept as they are given, and go to the device when they are used.
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nfd_env.checkpoint import load_world
 from nfd_env.data.policies import BehaviourPolicy, make_policy
-from nfd_env.envs.real import SourceError
-from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.named import import_named
+from nfd_env.sources.source import SourceError
 from nfd_env.video import caption, enlarge, write_mp4
+from nfd_env.worlds.format import load_world
 
 LOADER = "agents.load:load_agent"
 _FILES = (".safetensors", ".zip")
@@ -237,8 +237,8 @@ def evaluate_agent(
         seed: episode i has the environment seed ``seed`` + i.
         folder: where the report ``eval_agent.json`` and the film ``eval_agent.mp4`` of the first
             episodes go; None for neither.
-        device: see ``nfd_env.checkpoint.resolve_device``.
-        precision: see ``nfd_env.checkpoint.load_world``.
+        device: see ``nfd_env.worlds.format.resolve_device``.
+        precision: see ``nfd_env.worlds.format.load_world``.
         sampling_steps: of the learned world; None for its default.
         num_envs: learned worlds stepped together.
         real_envs: real games run beside each other.

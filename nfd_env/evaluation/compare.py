@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from nfd_env.checkpoint import World
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import acceptance_rate, describe_device
 from nfd_env.evaluation.plain import PlainModel
 from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.evaluation.streams import HELD, ActionStream
 from nfd_env.evaluation.tables import table
-from nfd_env.world_model import WorldModel
+from nfd_env.inference.world_model import WorldModel
+from nfd_env.worlds.format import World
 
 BASELINE_STEPS = 18  # of DPM-Solver++, arXiv 2506.01380
 STEPS = (18, 8, 4, 2, 1)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from nfd_env.checkpoint import CheckpointError, load_world
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.video import caption, enlarge, read_mp4, write_gif, write_mp4, write_png
+from nfd_env.worlds.format import CheckpointError, load_world
 
 
 def demo(
@@ -35,10 +35,10 @@ def demo(
         world: a world folder or a shipped name.
         folder: where ``demo.mp4`` and ``demo.png`` are written.
         seconds: playing time at the world's native rate.
-        device: see ``nfd_env.checkpoint.resolve_device``.
+        device: see ``nfd_env.worlds.format.resolve_device``.
         seed: of the world's noise.
         sampling_steps: None for the world's default.
-        precision: see ``nfd_env.checkpoint.load_world``.
+        precision: see ``nfd_env.worlds.format.load_world``.
         gif: also write the first six seconds as a small moving picture.
 
     Returns:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.checkpoint import World
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
-from nfd_env.world_model import WorldModel
+from nfd_env.inference.world_model import WorldModel
+from nfd_env.worlds.format import World
 
 AHEAD = (4, 12, 32)  # frames before the end at which the world takes over
 EARLIER = 4  # an end at most so many frames before the recorded one counts as that one

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.checkpoint import World, load_world
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.endings import replay_endings
 from nfd_env.evaluation.held_out import (
@@ -30,8 +29,9 @@ from nfd_env.evaluation.metrics import (
     ssim,
 )
 from nfd_env.evaluation.progress import progress_bar
-from nfd_env.speculation import Speculator
-from nfd_env.world_model import WorldModel
+from nfd_env.inference.speculation import Speculator
+from nfd_env.inference.world_model import WorldModel
+from nfd_env.worlds.format import World, load_world
 
 FEW = 4  # most steps that a student is compared at
 _LONG_SEEDS = 10_000  # episode numbers of the noise of long rollouts start there

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.checkpoint import World
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.evaluation.metrics import (
     Estimate,
@@ -21,7 +20,8 @@ from nfd_env.evaluation.metrics import (
     ssim,
 )
 from nfd_env.evaluation.progress import progress_bar
-from nfd_env.world_model import Context, WorldModel
+from nfd_env.inference.world_model import Context, WorldModel
+from nfd_env.worlds.format import World
 
 HORIZONS = (1, 8, 32, 128)
 EARLY = 100  # frames 1 to EARLY of a window are compared as a distribution

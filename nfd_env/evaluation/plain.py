@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.evaluation.refilled import Following, RefilledModel
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import FrameRotation, by_token, rotate, sinusoid
-from nfd_env.world_model import WorldModel
 
 KeysValues = tuple[Tensor, Tensor]
 """One block's keys and values, each (B, heads, tokens, head width)."""

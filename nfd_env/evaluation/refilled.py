@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nfd_env.models.rollout import Sampler, new_cache
-from nfd_env.world_model import Context, Transition, WorldModel, WorldState
+from nfd_env.inference.rollout import Sampler, new_cache
+from nfd_env.inference.world_model import Context, Transition, WorldModel, WorldState
 
 Following = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Velocities of frames behind a filled cache, of (latents, levels, actions)."""

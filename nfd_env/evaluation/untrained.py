@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from nfd_env import config
-from nfd_env.checkpoint import WorldSpec, save_world
-from nfd_env.envs.real import SourceConfig
+from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.world_model import CONSISTENCY, Context, SamplingConfig
+from nfd_env.sources.source import SourceConfig
+from nfd_env.worlds.format import WorldSpec, save_world
 
 STEPS = 4  # of the paper's distilled models, arXiv 2506.01380
 _FPS = 20.0  # Minecraft's

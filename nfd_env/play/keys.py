@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 if TYPE_CHECKING:
-    from nfd_env.envs.real import SourceConfig
+    from nfd_env.sources.source import SourceConfig
 
 _ALIASES = {
     " ": "space",

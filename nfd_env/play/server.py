@@ -609,8 +609,8 @@ def world_games(
     Raises:
         CheckpointError: when the given one is not there or is damaged.
     """
-    from nfd_env.checkpoint import find_world, read_spec, shipped_worlds
     from nfd_env.play.slots import Slots
+    from nfd_env.worlds.format import find_world, read_spec, shipped_worlds
 
     folders = {read_spec(find_world(world)).name: str(find_world(world))}
     for name in shipped_worlds():
@@ -653,7 +653,7 @@ def serve(
         port: TCP port, 0 for a free one.
         max_clients: players at a time, 1 or more.
         token: whoever knows it may play.
-        device: see ``nfd_env.checkpoint.resolve_device``.
+        device: see ``nfd_env.worlds.format.resolve_device``.
         sampling_steps: denoising steps a frame; None for the world's default.
         speculative_frames: frames drawn jointly while the action is kept; with 1 players can still
             switch to 2.
@@ -740,7 +740,7 @@ def run(args: argparse.Namespace) -> int:
     except ServeError as error:
         print(f"nfd serve: {error}", file=sys.stderr)
         return 2
-    from nfd_env.checkpoint import DeviceError
+    from nfd_env.worlds.format import DeviceError
 
     try:
         serve(

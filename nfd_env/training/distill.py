@@ -30,9 +30,9 @@ from nfd_env.flow.consistency import (
 from nfd_env.flow.path import data_from_velocity, expand, interpolate, sample_levels
 from nfd_env.flow.solvers import Velocity, level_grid, sample_consistency, sample_dpm_solver_pp
 from nfd_env.flow.trigflow import LevelVelocity, consistency, trig_network
+from nfd_env.inference.rollout import Sampler, rollout_latents
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import sinusoid
-from nfd_env.models.rollout import Sampler, rollout_latents
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels

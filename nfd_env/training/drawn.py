@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nfd_env.checkpoint import World, load_world
 from nfd_env.data.latents import LatentEpisode
 from nfd_env.training.starts import episode_context
 from nfd_env.training.stretches import Stretch, StretchSampler
+from nfd_env.worlds.format import World, load_world
 
 _ROWS = 64  # drawn at a time
 

@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
-from nfd_env.checkpoint import WorldSpec, save_world
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
-from nfd_env.envs.real import SourceConfig
+from nfd_env.inference.world_model import Context, SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights, with_int8_weights
+from nfd_env.sources.source import SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.video import write_mp4
-from nfd_env.world_model import Context, SamplingConfig
+from nfd_env.worlds.format import WorldSpec, save_world
 
 _NETWORKS = ("tokenizer", "dynamics", "heads", "teacher")
 

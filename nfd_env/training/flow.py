@@ -15,8 +15,8 @@ from nfd_env.data.latents import LatentDataset, check_endings, encode_recordings
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.solvers import level_grid, sample_euler
+from nfd_env.inference.rollout import rollout_latents
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
-from nfd_env.models.rollout import rollout_latents
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels

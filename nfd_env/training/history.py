@@ -17,10 +17,10 @@ _LONGEST = 4  # drafted frames in a row
 class HistoryLevels:
     """Levels of the history copy of windows: almost clean, with runs of frames not yet drawn.
 
-    When frames are drawn jointly (``nfd_env.speculation``), a frame sees those just before it as
-    noisy as it is itself. A run is 1 to 4 frames long, each length half as frequent as the one
-    before. Its level is one for the whole row: 1, where a single step begins, in half of the rows,
-    and a training level in the others.
+    When frames are drawn jointly (``nfd_env.inference.speculation``), a frame sees those just
+    before it as noisy as it is itself. A run is 1 to 4 frames long, each length half as frequent as
+    the one before. Its level is one for the whole row: 1, where a single step begins, in half of
+    the rows, and a training level in the others.
 
     Attributes:
         max_level: the largest level of a finished frame, in [0, 1].

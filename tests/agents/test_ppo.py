@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agents.network import ActorCritic, AgentSpec, PolicyConfig
 from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
-from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}

@@ -21,10 +21,9 @@ from agents.network import ActorCritic, AgentError, PolicyConfig, new_stack
 from agents.ppo import PPOConfig
 from agents.train_ppo import TrainPPOConfig
 from nfd_env import config
-from nfd_env.checkpoint import load_world
 from nfd_env.data.latents import encode_recordings
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.evaluation.agents import play_episodes
@@ -32,6 +31,7 @@ from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.models.weights import load_weights
 from nfd_env.spaces import ActionCodec
 from nfd_env.training.starts import StartsConfig
+from nfd_env.worlds.format import load_world
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 METRICS = {"deaths_per_1000_frames", "real_deaths_per_1000_frames", "real_score"}

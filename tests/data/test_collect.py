@@ -14,7 +14,7 @@ from nfd_env.data.collect import CollectConfig, PolicyConfig, collect, record_ep
 from nfd_env.data.episode import Episode
 from nfd_env.data.policies import RandomHeld
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
-from nfd_env.envs.real import SourceError, make_source
+from nfd_env.sources.source import SourceError, make_source
 from tests.counter_env import AlwaysRight, move, read, source
 
 POLICIES = [

@@ -14,10 +14,10 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 
 import nfd_env  # noqa: F401  # registers the ids
-from nfd_env.checkpoint import CheckpointError, save_starts
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.world_model import Context
+from nfd_env.inference.world_model import Context
+from nfd_env.worlds.format import CheckpointError, save_starts
 
 MODES = list(AutoresetMode)
 

@@ -15,8 +15,7 @@ import yaml
 
 from agents.network import ActorCritic, AgentSpec, PolicyConfig
 from nfd_env.cli import main
-from nfd_env.envs.real import SourceError
-from nfd_env.envs.real_vector import RealVectorEnv
+from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import (
     PolicyPlayer,
@@ -26,6 +25,7 @@ from nfd_env.evaluation.agents import (
     play_episodes,
 )
 from nfd_env.models.weights import save_weights
+from nfd_env.sources.source import SourceError
 from nfd_env.video import read_mp4
 from tests.counter_env import ENV_ID, read
 
@@ -127,7 +127,7 @@ def test_random_keys_need_no_pictures(world: Path, monkeypatch: pytest.MonkeyPat
     def decode(*args: Any) -> Any:
         raise AssertionError("a frame was decoded for a player that does not look")
 
-    monkeypatch.setattr("nfd_env.world_model.WorldModel.decode", decode)
+    monkeypatch.setattr("nfd_env.inference.world_model.WorldModel.decode", decode)
     report = evaluate_agent("random", str(world), 2, **CPU, max_frames=9, progress=False)
     assert len(report["learned"]["scores"]) == 2
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfd_env.checkpoint import load_world
 from nfd_env.cli import main
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation import streams
@@ -21,6 +20,7 @@ from nfd_env.evaluation.compare import (
     take_turns,
 )
 from nfd_env.evaluation.streams import ActionStream
+from nfd_env.worlds.format import load_world
 
 
 def env(world: Path, num_envs: int = 2, **kwargs: Any) -> NFDVectorEnv:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nfd_env.checkpoint import load_world
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.flow.solvers import level_grid, sample_euler
+from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
 from nfd_env.models.dynamics import Dynamics
-from nfd_env.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.worlds.format import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

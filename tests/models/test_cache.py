@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nfd_env.inference.rollout import new_cache
 from nfd_env.models import cache as cache_module
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.dynamics import Dynamics
-from nfd_env.models.rollout import new_cache
 from tests.models import small
 from tests.models.small import WINDOW, random_frames
 

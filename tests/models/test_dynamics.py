@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nfd_env import config
+from nfd_env.inference.rollout import new_cache
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.layers import FrameRotation, rope_split, rotate
-from nfd_env.models.rollout import new_cache
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from nfd_env.envs.real import SourceConfig
 from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
+from nfd_env.sources.source import SourceConfig
 
 SOURCE = SourceConfig(
     env_id="Scroll-v0",

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from nfd_env.envs.real import SourceConfig
 from nfd_env.play.keys import KeyLatch, Keymap, KeymapError, PressedKey, key_name
+from nfd_env.sources.source import SourceConfig
 
 
 def source(names, keys):

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from nfd_env.checkpoint import CheckpointError, UnknownWorldError, load_world
 from nfd_env.data.latents import LatentDataset, LatentEpisode, encode_recordings
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.inference.world_model import Context
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import load_weights
 from nfd_env.training.drawn import DrawnConfig, draw_stretches
 from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig
 from nfd_env.training.loop import TrainConfig, train
-from nfd_env.world_model import Context
+from nfd_env.worlds.format import CheckpointError, UnknownWorldError, load_world
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from nfd_env.checkpoint import CheckpointError, load_world
 from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
 from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.envs.single_env import NFDEnv
+from nfd_env.inference.world_model import SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.sight import Sight
@@ -30,7 +30,7 @@ from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import Stage, TrainConfig, train
 from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
 from nfd_env.video import read_mp4
-from nfd_env.world_model import SamplingConfig
+from nfd_env.worlds.format import CheckpointError, load_world
 from tests.counter_env import read, record_counter_episodes, source
 
 pytest.importorskip("tensorboard")

@@ -10,12 +10,12 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from torch import Tensor
 
-from nfd_env.checkpoint import load_world
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.inference.speculation import SpeculativeState, Speculator
+from nfd_env.inference.world_model import Context, Drawn, SamplingConfig, WorldModel, WorldState
 from nfd_env.models.dynamics import Dynamics
-from nfd_env.speculation import SpeculativeState, Speculator
-from nfd_env.world_model import Context, Drawn, SamplingConfig, WorldModel, WorldState
+from nfd_env.worlds.format import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.world_model import Context, Drawn, Transition, WorldModel, WorldState
+from nfd_env.inference.world_model import Context, Drawn, Transition, WorldModel, WorldState
 
 _PRIOR = 0.9  # share of actions taken to be kept, before anything was seen
 _MEMORY = 32  # steps that the running share of kept actions remembers

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nfd_env.flow.solvers import Velocity, level_grid, sample_euler
-from nfd_env.models.rollout import denoise, new_cache, rollout_latents
+from nfd_env.inference.rollout import denoise, new_cache, rollout_latents
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfd_env.noise import generated, hashed, mix
+from nfd_env.inference.noise import generated, hashed, mix
 
 
 def test_mix() -> None:

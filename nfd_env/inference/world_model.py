@@ -20,13 +20,13 @@ from nfd_env.flow.solvers import (
     sample_dpm_solver_pp,
     sample_euler,
 )
+from nfd_env.inference.noise import generated, hashed, mix
+from nfd_env.inference.rollout import Sampler, denoise, new_cache
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.captured import CapturedCall
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
-from nfd_env.models.rollout import Sampler, denoise, new_cache
 from nfd_env.models.tokenizer import Tokenizer
-from nfd_env.noise import generated, hashed, mix
 
 SAMPLERS = {"euler": sample_euler, "dpm_solver_pp": sample_dpm_solver_pp}
 CONSISTENCY = "consistency"

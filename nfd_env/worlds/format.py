@@ -29,17 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nfd_env import config
-from nfd_env.envs.real import SourceConfig, make_source
+from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig, WorldModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.packing import keep_freed_memory, pack_convolutions, pack_linears
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.precision import fastest_precision
+from nfd_env.sources.source import SourceConfig, make_source
 from nfd_env.spaces import ActionCodec, space_from_dict
-from nfd_env.world_model import CONSISTENCY, Context, SamplingConfig, WorldModel
 
-SHIPPED = Path(__file__).parent / "worlds"
+SHIPPED = Path(__file__).parent
 FORMAT = 1
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfd_env.checkpoint import load_world
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.layers import Block
-from nfd_env.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.worlds.format import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

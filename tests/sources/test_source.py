@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfd_env.envs.real import SourceConfig, SourceError, make_source
+from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from tests.counter_env import HEIGHT, WIDTH, move, read, source
 
 
@@ -175,7 +175,7 @@ GAME = """
 import os, signal, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 import gymnasium
-from nfd_env.envs.real import make_source
+from nfd_env.sources.source import make_source
 from tests.counter_env import CounterEnv, source
 
 class Game(CounterEnv):

@@ -14,8 +14,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nfd_env import checkpoint
-from nfd_env.checkpoint import (
+from nfd_env.inference.world_model import SamplingConfig
+from nfd_env.sources.source import SourceError
+from nfd_env.worlds import format as checkpoint
+from nfd_env.worlds.format import (
     CheckpointError,
     DeviceError,
     UnknownWorldError,
@@ -26,8 +28,6 @@ from nfd_env.checkpoint import (
     save_world,
     shipped_worlds,
 )
-from nfd_env.envs.real import SourceError
-from nfd_env.world_model import SamplingConfig
 from tests.tiny_world import make_tiny_world
 
 FILES = ["tokenizer", "dynamics", "heads", "starts"]
@@ -221,7 +221,7 @@ def test_an_interrupted_write_leaves_the_old_world(
 
     name = {"weights": "save_weights", "starts": "save_file", "description": "yaml.safe_dump"}
     with monkeypatch.context() as patch:
-        patch.setattr(f"nfd_env.checkpoint.{name[crash]}", interrupted)
+        patch.setattr(f"nfd_env.worlds.format.{name[crash]}", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_tiny_world(folder, seed=2)
         with pytest.raises(KeyboardInterrupt):

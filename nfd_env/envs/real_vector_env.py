@@ -17,8 +17,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from nfd_env.checkpoint import World, load_world, make_real
 from nfd_env.envs.vector_env import OBSERVATION_TYPES, observation_space
+from nfd_env.worlds.format import World, load_world, make_real
 
 
 class RealVectorEnv(VectorEnv):

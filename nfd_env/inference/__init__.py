@@ -1,0 +1,1 @@
+"""Stepping a trained world: the model behind ``start`` and ``step``, noise, speculation."""

@@ -1,0 +1,1 @@
+"""Real games: any Gymnasium environment that shows frames, made to look like a recording."""

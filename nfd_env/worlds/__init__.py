@@ -1,0 +1,1 @@
+"""World folders: format, loading, saving; and the worlds that come with the package."""
