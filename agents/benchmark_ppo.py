@@ -22,8 +22,8 @@ from agents.ppo import Player, gae, ppo_loss, rollout, update
 from agents.train_ppo import TrainPPOConfig
 from agents.train_sb3 import TrainSB3Config
 from nfd_env import config
+from nfd_env.devices import resolve_device
 from nfd_env.evaluation.benchmark import describe_device
-from nfd_env.worlds.format import resolve_device
 
 
 def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:

@@ -17,7 +17,15 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-BASE = {"nfd_env.config", "nfd_env.named", "nfd_env.spaces", "nfd_env.precision", "nfd_env.files"}
+BASE = {
+    "nfd_env.config",
+    "nfd_env.named",
+    "nfd_env.spaces",
+    "nfd_env.precision",
+    "nfd_env.files",
+    "nfd_env.devices",
+    "nfd_env.metrics",
+}
 MODELS = BASE | {"nfd_env.flow", "nfd_env.models"}
 INFERENCE = MODELS | {"nfd_env.inference"}
 WORLDS = INFERENCE | {"nfd_env.sources", "nfd_env.worlds"}
@@ -31,6 +39,8 @@ ALLOWED = {
     "nfd_env.named": set(),
     "nfd_env.spaces": {"nfd_env.config"},
     "nfd_env.precision": set(),
+    "nfd_env.devices": set(),
+    "nfd_env.metrics": set(),
     "nfd_env.flow": {"nfd_env.flow"},
     "nfd_env.models": MODELS,
     "nfd_env.inference": INFERENCE,

@@ -237,7 +237,7 @@ def evaluate_agent(
         seed: episode i has the environment seed ``seed`` + i.
         folder: where the report ``eval_agent.json`` and the film ``eval_agent.mp4`` of the first
             episodes go; None for neither.
-        device: see ``nfd_env.worlds.format.resolve_device``.
+        device: see ``nfd_env.devices.resolve_device``.
         precision: see ``nfd_env.worlds.format.load_world``.
         sampling_steps: of the learned world; None for its default.
         num_envs: learned worlds stepped together.

@@ -35,7 +35,7 @@ def demo(
         world: a world folder or a shipped name.
         folder: where ``demo.mp4`` and ``demo.png`` are written.
         seconds: playing time at the world's native rate.
-        device: see ``nfd_env.worlds.format.resolve_device``.
+        device: see ``nfd_env.devices.resolve_device``.
         seed: of the world's noise.
         sampling_steps: None for the world's default.
         precision: see ``nfd_env.worlds.format.load_world``.

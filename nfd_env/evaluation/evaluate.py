@@ -20,7 +20,10 @@ from nfd_env.evaluation.held_out import (
     Horizon,
     squared_error,
 )
-from nfd_env.evaluation.metrics import (
+from nfd_env.evaluation.progress import progress_bar
+from nfd_env.inference.speculation import Speculator
+from nfd_env.inference.world_model import WorldModel
+from nfd_env.metrics import (
     Estimate,
     bright_share,
     events_matched,
@@ -28,9 +31,6 @@ from nfd_env.evaluation.metrics import (
     sharpness,
     ssim,
 )
-from nfd_env.evaluation.progress import progress_bar
-from nfd_env.inference.speculation import Speculator
-from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.format import World, load_world
 
 FEW = 4  # most steps that a student is compared at

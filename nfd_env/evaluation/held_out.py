@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
-from nfd_env.evaluation.metrics import (
+from nfd_env.evaluation.progress import progress_bar
+from nfd_env.inference.world_model import Context, WorldModel
+from nfd_env.metrics import (
     Estimate,
     FrechetReference,
     bright_share,
@@ -19,8 +21,6 @@ from nfd_env.evaluation.metrics import (
     sharpness,
     ssim,
 )
-from nfd_env.evaluation.progress import progress_bar
-from nfd_env.inference.world_model import Context, WorldModel
 from nfd_env.worlds.format import World
 
 HORIZONS = (1, 8, 32, 128)

@@ -653,7 +653,7 @@ def serve(
         port: TCP port, 0 for a free one.
         max_clients: players at a time, 1 or more.
         token: whoever knows it may play.
-        device: see ``nfd_env.worlds.format.resolve_device``.
+        device: see ``nfd_env.devices.resolve_device``.
         sampling_steps: denoising steps a frame; None for the world's default.
         speculative_frames: frames drawn jointly while the action is kept; with 1 players can still
             switch to 2.
@@ -740,7 +740,7 @@ def run(args: argparse.Namespace) -> int:
     except ServeError as error:
         print(f"nfd serve: {error}", file=sys.stderr)
         return 2
-    from nfd_env.worlds.format import DeviceError
+    from nfd_env.devices import DeviceError
 
     try:
         serve(

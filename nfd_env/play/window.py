@@ -489,7 +489,7 @@ def play(
 
     Args:
         world: a world folder, or the name of a shipped world.
-        device: see ``nfd_env.worlds.format.resolve_device``.
+        device: see ``nfd_env.devices.resolve_device``.
         seed: of the first episode; None for a random one.
         scale: size of the window, 1 for about 480 pixels of height; None to fit the screen.
         sampling_steps: denoising steps a frame; None for the world's default.
@@ -564,7 +564,7 @@ def run(args: argparse.Namespace) -> int:
     except WindowError as error:
         print(f"nfd play: {error}", file=sys.stderr)
         return 2
-    from nfd_env.worlds.format import DeviceError
+    from nfd_env.devices import DeviceError
 
     try:
         play(

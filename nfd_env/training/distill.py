@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch.nn import functional
 
 from nfd_env.data.latents import LatentDataset, check_endings, encode_recordings
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.evaluation.metrics import frechet_distance
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -31,6 +29,7 @@ from nfd_env.flow.path import data_from_velocity, expand, interpolate, sample_le
 from nfd_env.flow.solvers import Velocity, level_grid, sample_consistency, sample_dpm_solver_pp
 from nfd_env.flow.trigflow import LevelVelocity, consistency, trig_network
 from nfd_env.inference.rollout import Sampler, rollout_latents
+from nfd_env.metrics import frechet_distance
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import sinusoid
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
@@ -77,8 +76,6 @@ class DistillTrainingConfig:
         teacher: the finished flow model's weights.
         train: the loop's settings.
         student: weights to begin with instead of the teacher's, e.g. of an earlier distillation.
-        student_teacher: what ``student`` was distilled from, where the teacher has learned more
-            since: what that distillation changed is added to the teacher's weights to begin with.
         frames: frames a training window.
         history_levels: levels of the clean copy. With a ``draft_share``, the teacher must have been
             trained with one too.
@@ -115,7 +112,6 @@ class DistillTrainingConfig:
     teacher: str
     train: TrainConfig
     student: str = ""
-    student_teacher: str = ""
     frames: int = 16
     history_levels: HistoryLevels = field(default_factory=HistoryLevels)
     history_level: float = 0.15
@@ -138,8 +134,6 @@ class DistillTrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.student_teacher and not self.student:
-            raise ValueError("student_teacher needs the student that was distilled from it")
         check_endings(self.ending_share, self.ending_frames)
         if self.solver not in ("euler", "midpoint"):
             raise ValueError(f"solver must be euler or midpoint, got {self.solver!r}")
@@ -206,23 +200,6 @@ class Judge(nn.Module):
         return torch.stack([head(x)[..., 0] for head, x in pairs]).float()
 
 
-def transferred(teacher: Dynamics, student: Dynamics, before: Dynamics) -> Dynamics:
-    """``teacher``'s weights, changed as those of ``before`` were when they became ``student``.
-
-    Raises:
-        CheckpointError: when the three are not of the same sizes.
-    """
-    states = [network.state_dict() for network in (teacher, student, before)]
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
-    if not shapes[0] == shapes[1] == shapes[2]:
-        raise CheckpointError("teacher, student and student_teacher are not of the same sizes")
-    new = copy.deepcopy(teacher)
-    new.load_state_dict(
-        {name: states[0][name] + states[1][name] - states[2][name] for name in states[0]}
-    )
-    return new
-
-
 class Distiller(nn.Module):
     """The student and what is trained along with it; only the student is kept."""
 
@@ -256,9 +233,6 @@ class DistillStage:
         self._teacher = load_teacher(settings.teacher)
         first = settings.student or settings.teacher
         student = load_weights(first, Dynamics, DynamicsConfig)
-        if settings.student_teacher:
-            before = load_weights(settings.student_teacher, Dynamics, DynamicsConfig)
-            student = transferred(self._teacher, student, before)
         recordings = RecordedDataset(settings.recordings)
         encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
         self._train = LatentDataset(recordings, settings.latents, "train")

@@ -22,8 +22,6 @@ from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 
-_SIGHT = ("window", "keyframes", "keyframe_stride")  # what weights do not depend on
-
 
 @dataclass(frozen=True)
 class FlowTrainingConfig:
@@ -39,7 +37,7 @@ class FlowTrainingConfig:
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
         initial: weights to begin with, of the same sizes as ``model``; "" for random ones. They may
-            have seen other frames (``window``, ``keyframes``), and a full adaLN projection is
+            have seen other frames (``window``), and a full adaLN projection is
             brought to ``model.modulation_rank``.
         history_levels: levels of the history copy in two-copy training.
         history_level: the history's level when playing, stored with the weights.
@@ -88,8 +86,8 @@ class FlowStage:
             rank = settings.model.modulation_rank
             if rank and not begun.config.modulation_rank:
                 begun, _ = with_low_rank(begun, self._known_actions(), rank)
-            same = replace(settings.model, **{name: getattr(begun.config, name) for name in _SIGHT})
-            if begun.config != same:
+            # How many frames one sees is nothing that the weights depend on.
+            if begun.config != replace(settings.model, window=begun.config.window):
                 raise CheckpointError(
                     f"{settings.initial}: holds {begun.config}, the config asks for "
                     f"{settings.model}"

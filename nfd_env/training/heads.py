@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,8 @@ from nfd_env.data.latents import LatentDataset, LatentEpisode, encode_recordings
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.training.drawn import DrawnConfig, DrawnStretch, draw_stretches
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.stretches import Stretch, StretchSampler
-
-_DRAWN_HELD_OUT = 512  # stretches
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,6 @@ class HeadsTrainingConfig:
             transition. With them, ends and rewards are read off what the signals have taught, and
             the size of the weight matters to the clipping of gradients alone.
         initial: weights to begin with, of the same sizes; "" for random ones.
-        drawn: recorded play as a world draws it, to learn on too: its frames are not quite recorded
-            ones, and an end that shows in the one may hardly show in the other.
     """
 
     recordings: str
@@ -61,14 +56,11 @@ class HeadsTrainingConfig:
     dropout: float = 0.2
     signal_weight: float = 0.0
     initial: str = ""
-    drawn: DrawnConfig = field(default_factory=DrawnConfig)
 
     def __post_init__(self) -> None:
-        """Check that drawn frames fit into a sequence, and the weight."""
+        """Check the ranges."""
         if self.signal_weight < 0:
             raise ValueError(f"signal_weight must not be negative, got {self.signal_weight}")
-        if self.drawn.world and self.drawn.frames >= self.frames:
-            raise ValueError(f"drawn.frames must be below frames, {self.frames}")
 
 
 class HeadsStage:
@@ -108,26 +100,14 @@ class HeadsStage:
                 )
             self.network.load_state_dict(begun.state_dict())
         self._stretches = StretchSampler(self._train.episodes, settings.frames, settings.end_share)
-        self._drawn: list[DrawnStretch] = []
-        self._drawn_held_out: list[DrawnStretch] = []
-        if settings.drawn.world:
-            device = settings.train.device
-            self._drawn = draw_stretches(settings.drawn, self._train.episodes, device)
-            self._drawn_held_out = draw_stretches(
-                settings.drawn, self._validation.episodes, device, _DRAWN_HELD_OUT, seed=1
-            )
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
         """Sequences of ``frames`` transitions, padded at the end; see ``_sequence``."""
         rows = []
         for _ in range(size):
-            if self._drawn and rng.random() < self.settings.drawn.share:
-                drawn = self._drawn[rng.integers(len(self._drawn))]
-                rows.append(self._drawn_sequence(self._train.episodes, drawn))
-            else:
-                stretch = self._stretches.draw(rng)
-                weight = self._stretches.importance(stretch)
-                rows.append(self._sequence(self._train.episodes, stretch, weight))
+            stretch = self._stretches.draw(rng)
+            weight = self._stretches.importance(stretch)
+            rows.append(self._sequence(self._train.episodes, stretch, weight))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
     def _sequence(
@@ -149,23 +129,6 @@ class HeadsStage:
             pad(episode.signals[start:stop]),
             pad(weight),
         )
-
-    def _drawn_sequence(
-        self, episodes: list[LatentEpisode], drawn: DrawnStretch
-    ) -> tuple[Tensor, ...]:
-        """The same with drawn frames at the end, which alone have a weight.
-
-        Where they come from, the heads have seen recorded frames. The weights make a drawn sequence
-        count as much as a recorded one.
-        """
-        frames, size = self.settings.frames, len(drawn.latents)
-        start = max(0, drawn.stretch.stop - frames)
-        weight = np.zeros(drawn.stretch.stop - start)
-        weight[-size:] = drawn.weight * frames / self.settings.drawn.frames
-        whole = Stretch(drawn.stretch.number, start, drawn.stretch.stop)
-        latents, *others = self._sequence(episodes, whole, weight)
-        latents[len(weight) - size : len(weight)] = torch.from_numpy(drawn.latents).float()
-        return latents, *others
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, ...]
@@ -217,8 +180,7 @@ class HeadsStage:
         """Log losses on whole held-out episodes; ``end`` is to be compared with ``end_constant``.
 
         ``end_constant`` is the loss of always predicting the true mean rate; ``signal`` is the mean
-        over all signals. With drawn frames
-        there are the same loss on them, ``drawn_end_over_constant``, and the mean of both.
+        over all signals.
         """
         assert isinstance(network, Heads)
         end_sum = reward_error = count = ends = signal_sum = 0.0
@@ -243,26 +205,7 @@ class HeadsStage:
         }
         if self.config.signals:
             metrics["signal"] = signal_sum / count
-        if self._drawn_held_out:
-            drawn = metrics["drawn_end_over_constant"] = self._validate_drawn(network)
-            metrics["mean_end_over_constant"] = (over + drawn) / 2
         return metrics
-
-    def _validate_drawn(self, network: nn.Module) -> float:
-        loss = ends = total = 0.0
-        for first in range(0, len(self._drawn_held_out), 64):
-            rows = [
-                self._drawn_sequence(self._validation.episodes, drawn)
-                for drawn in self._drawn_held_out[first : first + 64]
-            ]
-            latents, actions, rewards, terminated, signals, weight = (
-                torch.stack(column).to(self._device) for column in zip(*rows, strict=True)
-            )
-            end, _, _ = self._errors(network, latents, actions, rewards, terminated, signals)
-            loss += float((weight * end).sum())
-            ends += float((weight * terminated).sum())
-            total += float(weight.sum())
-        return loss / total / _constant_loss(max(ends, 0.5) / total)
 
     def strip(self, network: nn.Module) -> None:
         """Nothing to look at."""

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nfd_env import config
+from nfd_env.devices import resolve_device
 from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig, WorldModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -45,10 +46,6 @@ FORMAT = 1
 
 class UnknownWorldError(CheckpointError):
     """There is no such world."""
-
-
-class DeviceError(RuntimeError):
-    """The device that was asked for is not there."""
 
 
 @dataclass(frozen=True)
@@ -127,28 +124,6 @@ def find_world(world: str | os.PathLike[str]) -> Path:
     )
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Resolve "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        DeviceError: when it is not there; there is no silent fallback.
-    """
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise DeviceError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            "device='cuda' was asked for, but torch sees no CUDA GPU here; "
-            "use device='cpu' or device='auto'"
-        )
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"{resolved} was asked for, there are {torch.cuda.device_count()} GPUs")
-    return resolved
-
-
 def load_world(
     world: str | os.PathLike[str],
     device: str | torch.device = "auto",
@@ -159,7 +134,7 @@ def load_world(
 
     Args:
         world: a world folder, or the name of a shipped world.
-        device: see ``resolve_device``.
+        device: see ``nfd_env.devices.resolve_device``.
         precision: "fp32", "bf16", or "auto": bf16 where this machine multiplies bf16 matrices at
             least twice as fast. Weights, activations and the cache are kept in it; latents and the
             heads stay fp32.

@@ -149,29 +149,6 @@ def test_the_student_starts_as_its_teacher(make: Make) -> None:
         assert a.requires_grad and not b.requires_grad
 
 
-def test_what_an_earlier_distillation_changed_is_taken_over(make: Make, tmp_path: Path) -> None:
-    networks = {"before": Dynamics(MODEL), "student": Dynamics(MODEL)}
-    for name, network in networks.items():
-        save_weights(tmp_path / f"{name}.safetensors", network, MODEL)
-    paths = {"student": str(tmp_path / "student.safetensors"), "fastest_level": 0.0}
-    settings = make(**paths, student_teacher=str(tmp_path / "before.safetensors"))
-    stage = DistillStage(settings)
-    for made, teacher, after, before in zip(
-        stage.network.student.parameters(),
-        stage._teacher.parameters(),
-        networks["student"].parameters(),
-        networks["before"].parameters(),
-        strict=True,
-    ):
-        torch.testing.assert_close(made, teacher + after - before)
-    wider = replace(MODEL, width=48)
-    save_weights(tmp_path / "student.safetensors", Dynamics(wider), wider)
-    with pytest.raises(CheckpointError, match="not of the same sizes"):
-        DistillStage(settings)
-    with pytest.raises(ValueError, match="needs the student"):
-        make(student_teacher="x")
-
-
 def test_going_on_from_an_earlier_student(make: Make, tmp_path: Path) -> None:
     other = Dynamics(MODEL)
     save_weights(tmp_path / "s.safetensors", other, MODEL)

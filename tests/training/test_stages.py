@@ -20,7 +20,6 @@ from nfd_env.envs.single_env import NFDEnv
 from nfd_env.inference.world_model import SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.sight import Sight
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights
 from nfd_env.training.export import ExportConfig, export
@@ -173,20 +172,6 @@ def test_flow_goes_on_with_a_modulation_of_lower_rank(
     assert stage.network.config.modulation_rank == 16
     before = loss_on_fixed_batches(stage, load_weights(flow.weights, Dynamics, DynamicsConfig))
     assert loss_on_fixed_batches(stage, stage.network) == pytest.approx(before, rel=1e-3)
-
-
-def test_flow_goes_on_with_key_frames(flow: Trained, flow_settings: FlowTrainingConfig) -> None:
-    seeing = {"window": 3, "keyframes": 2, "keyframe_stride": 2}
-    settings = replace(
-        flow_settings, initial=str(flow.weights), model=replace(flow_settings.model, **seeing)
-    )
-    stage = FlowStage(settings)
-    finished = load_weights(flow.weights, Dynamics, DynamicsConfig).state_dict()
-    assert all(torch.equal(tensor, finished[k]) for k, tensor in stage.network.state_dict().items())
-    assert stage.network.config.sight == Sight(3, 2, 2)
-    as_before = load_weights(flow.weights, Dynamics, DynamicsConfig)
-    losses = [loss_on_fixed_batches(stage, network) for network in (stage.network, as_before)]
-    assert losses[0] != losses[1]
 
 
 def test_flow_from_weights_of_another_size(

@@ -14,17 +14,16 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nfd_env.devices import DeviceError, resolve_device
 from nfd_env.inference.world_model import SamplingConfig
 from nfd_env.sources.source import SourceError
 from nfd_env.worlds import format as checkpoint
 from nfd_env.worlds.format import (
     CheckpointError,
-    DeviceError,
     UnknownWorldError,
     find_world,
     load_world,
     make_real,
-    resolve_device,
     save_world,
     shipped_worlds,
 )

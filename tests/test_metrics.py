@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfd_env.evaluation.metrics import (
+from nfd_env.metrics import (
     Estimate,
     FrechetReference,
     bright_share,
