@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.windows import Places, actions_into, shown_transitions
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights
 from nfd_env.precision import autocast, fastest_precision
@@ -105,23 +106,16 @@ class LatentDataset:
     def __init__(self, recordings: RecordedDataset, folder: str | Path, split: str) -> None:
         """Load what ``encode_recordings`` wrote.
 
-        Where the recorded environment shows no terminal frame, but repeats the one before, the last
-        transition is left out and the one before it counts as the end: a copied frame would give
-        the end away. So is a repeated frame at a truncation of the environment's own.
+        A last transition whose frame was not shown is left out, see ``shown_transitions``.
         """
         codec = ActionCodec(space_from_dict(recordings.spec.action_space))
-        hidden_end = not recordings.spec.source.get("terminal_frame", True)
         arrays: dict[Path, np.ndarray] = {}
         self.episodes: list[LatentEpisode] = []
         for reference in recordings.split(split):
             if reference.shard not in arrays:
                 arrays[reference.shard] = np.load(Path(folder) / f"{reference.shard.name}.npy")
-            start, count = reference.frame_offset, len(reference)
-            terminated = reference.terminated.copy()
-            before, last = arrays[reference.shard][start + count - 1 : start + count + 1]
-            if hidden_end and (terminated[-1] or np.array_equal(before, last)):
-                terminated[count - 2] = terminated[count - 1]
-                count -= 1
+            start = reference.frame_offset
+            count, terminated = shown_transitions(reference)
             if count < 2:
                 continue
             self.episodes.append(
@@ -129,7 +123,7 @@ class LatentDataset:
                     arrays[reference.shard][start : start + count + 1],
                     codec.encode(torch.from_numpy(reference.actions[:count])).numpy(),
                     reference.rewards[:count],
-                    terminated[:count],
+                    terminated,
                     reference.signals[:count],
                 )
             )
@@ -166,14 +160,14 @@ class LatentDataset:
             float32 latents (count, frames, C, h, w), and encoded actions
             (count, frames, action_width) leading *into* each frame; zeros into an episode's first.
         """
-        room = np.maximum(self._lengths + 2 - frames, 0)
-        if not room.any():
+        places = Places(self._lengths + 1, frames)
+        if not len(places):
             raise ValueError(f"no episode has {frames} frames")
-        ends, ended = np.cumsum(room), np.flatnonzero(self._ends & (room > 0))
+        room = places.room
+        ended = np.flatnonzero(self._ends & (room > 0))
         latents, actions = [], []
-        for index in rng.integers(0, ends[-1], count):
-            number = int(np.searchsorted(ends, index, side="right"))
-            start = int(index - (ends[number] - room[number]))
+        for place in rng.integers(0, len(places), count):
+            number, start = places.find(place)
             # No draw without a share, so that batches stay what they were.
             if ending_share and len(ended) and rng.random() < ending_share:
                 number = int(rng.choice(ended))
@@ -181,10 +175,7 @@ class LatentDataset:
                 start = int(room[number] - 1 - rng.integers(most))
             episode = self.episodes[number]
             latents.append(episode.latents[start : start + frames])
-            into = episode.actions[max(0, start - 1) : start + frames - 1]
-            if start == 0:
-                into = np.concatenate((np.zeros_like(episode.actions[:1]), into))
-            actions.append(into)
+            actions.append(actions_into(episode.actions, start, frames))
         return (
             torch.from_numpy(np.stack(latents)).float(),
             torch.from_numpy(np.stack(actions)),

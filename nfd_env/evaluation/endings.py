@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfd_env.data.windows import shown_transitions
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.format import World
@@ -41,13 +42,9 @@ def replay_endings(
         (``recorded_there``, ``recorded_before``), which is as good as a world with these heads can
         be.
     """
-    hidden_end = not world.spec.source.terminal_frame
     longest = max(AHEAD) + model.dynamics.config.sight.reach
-    last = {
-        index: len(episode) - int(hidden_end)
-        for index, episode in enumerate(encoded.episodes)
-        if bool(episode.terminated[-1]) and len(episode) - int(hidden_end) > longest
-    }
+    shown = [shown_transitions(episode) for episode in encoded.episodes]
+    last = {i: n for i, (n, ends) in enumerate(shown) if n > longest and ends[-1]}
     report: dict[str, Any] = {"episodes": len(last)}
     for ahead in AHEAD if last else ():
         contexts = [recorded_context(world, encoded, i, end - ahead) for i, end in last.items()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.windows import shown_transitions
 from nfd_env.evaluation.endings import replay_endings
 from nfd_env.evaluation.held_out import (
     EARLY,
@@ -336,15 +337,11 @@ def _ends(
     world: World, model: WorldModel, encoded: EncodedEpisodes, rng: np.random.Generator
 ) -> dict[str, float]:
     """How the heads fare on recorded frames: ends drawn as the env draws them, and rewards."""
-    hidden_end = not world.spec.source.terminal_frame
     matched, errors = [], []
     expected = deaths = steps = 0.0
     log_loss = 0.0
     for index, episode in enumerate(encoded.episodes):
-        count = len(episode) - int(hidden_end and bool(episode.terminated[-1]))
-        happened = episode.terminated[:count].copy()
-        if hidden_end and episode.terminated[-1]:
-            happened[-1] = True
+        count, happened = shown_transitions(episode)
         first = encoded.number(index, 1)
         latents = encoded.latents(np.arange(first, first + count))[None].to(model.device)
         actions = world.codec.encode(torch.from_numpy(episode.actions[:count]))[None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+from nfd_env.data.windows import Places, encoded_into
 from nfd_env.evaluation.progress import progress_bar
 from nfd_env.inference.world_model import Context, WorldModel
 from nfd_env.metrics import (
@@ -40,7 +41,7 @@ class EncodedEpisodes:
     ) -> None:
         """Encode frames of ``episodes`` with the tokenizer of ``model``."""
         self.episodes, self._model, self._progress = episodes, model, progress
-        self._ends = np.cumsum([len(e) + 1 for e in episodes])
+        self._places = Places(len(e) + 1 for e in episodes)
         # Untouched rows take no memory.
         self._latents = torch.empty(self.frames, *model.dynamics.config.latent_shape)
         self._known = np.zeros(self.frames, bool)
@@ -48,19 +49,16 @@ class EncodedEpisodes:
     @property
     def frames(self) -> int:
         """Frames of all episodes."""
-        return int(self._ends[-1])
+        return len(self._places)
 
     def number(self, episode: int, frame: int) -> int:
         """Where frame ``frame`` of episode number ``episode`` stands among all frames."""
-        return int(self._ends[episode]) - len(self.episodes[episode]) - 1 + frame
+        return self._places.number(episode, frame)
 
     def pictures(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """Recorded frames, uint8 (n, H, W, 3), by their numbers among all frames."""
-        made = []
-        for number in numbers:
-            episode = int(np.searchsorted(self._ends, number, side="right"))
-            made.append(self.episodes[episode].frames[number - self.number(episode, 0)])
-        return np.stack(made)
+        found = (self._places.find(number) for number in numbers)
+        return np.stack([self.episodes[episode].frames[frame] for episode, frame in found])
 
     def latents(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
         """Their latents, float32 (n, C, h, w), on the CPU."""
@@ -219,15 +217,14 @@ def _moments(
 ) -> list[tuple[int, int]]:
     """Random (episode, frame) with ``keep`` frames up to there and a window of frames behind."""
     length = max(*HORIZONS, EARLY)
-    room = np.array([max(0, len(e) - keep - length) for e in encoded.episodes])
-    if not room.any():
-        raise RecordingError(f"no held-out episode has {keep + length} transitions")
-    ends = np.cumsum(room)
-    made = []
-    for index in rng.integers(0, ends[-1], count):
-        episode = int(np.searchsorted(ends, index, side="right"))
-        made.append((episode, int(index - ends[episode] + room[episode]) + keep - 1))
-    return made
+    # An episode's last frame, which perhaps was not shown, and the one before are left out: so were
+    # the windows of all figures drawn that were ever published.
+    window = keep + length + 2
+    places = Places((len(e) + 1 for e in encoded.episodes), window)
+    if not len(places):
+        raise RecordingError(f"no held-out episode has {window} frames")
+    found = (places.find(place) for place in rng.integers(0, len(places), count))
+    return [(episode, first + keep - 1) for episode, first in found]
 
 
 def _windows(
@@ -259,12 +256,10 @@ def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Gen
 def recorded_context(world: World, encoded: EncodedEpisodes, episode: int, last: int) -> Context:
     """The recorded frames that the model still sees after number ``last``, as a start."""
     first = max(0, last - world.model.dynamics.config.sight.reach + 1)
-    actions = torch.zeros(last - first + 1, world.codec.width)
-    into = encoded.episodes[episode].actions[max(0, first - 1) : last]
-    if len(into):
-        actions[-len(into) :] = world.codec.encode(torch.from_numpy(into))
+    actions = encoded_into(encoded.episodes[episode], world.codec, first, last - first + 1)
     begin = encoded.number(episode, first)
-    return Context(encoded.latents(np.arange(begin, begin + len(actions))), actions)
+    latents = encoded.latents(np.arange(begin, begin + len(actions)))
+    return Context(latents, actions, first == 0)
 
 
 def _horizons(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nfd_env import __version__, config
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+from nfd_env.data.windows import Places, encoded_into
 from nfd_env.inference.world_model import Context, SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -161,22 +162,19 @@ def _moments(
 ) -> list[tuple[EpisodeReference, int]]:
     """Where the starts lie: episodes and the number of each start's first frame."""
     # Places for the first frame, so that margin frames follow the last one.
-    lost = settings.start_frames + settings.start_margin - 2
-    usable = [e for e in episodes if len(e) > lost]
+    window = settings.start_frames + settings.start_margin
+    usable = [e for e in episodes if len(e) + 1 >= window]
     if not usable:
         raise RecordingError(
-            f"no training episode has {lost + 2} frames, as start_frames and start_margin ask for"
+            f"no training episode has {window} frames, as start_frames and start_margin ask for"
         )
     rng = np.random.default_rng(0)
     order = rng.permutation(len(usable))
     beginnings = [(usable[i], 0) for i in np.resize(order, settings.beginnings)]
-    ends = np.cumsum([len(e) - lost for e in usable])
-    chosen = []
-    for place in np.sort(rng.choice(ends[-1], settings.starts - len(beginnings))):
-        number = int(np.searchsorted(ends, place, side="right"))
-        episode = usable[number]
-        chosen.append((episode, int(place - ends[number]) + len(episode) - lost))
-    return beginnings + chosen
+    everywhere = Places((len(e) + 1 for e in usable), window)
+    places = np.sort(rng.choice(len(everywhere), settings.starts - len(beginnings)))
+    found = (everywhere.find(place) for place in places)
+    return beginnings + [(usable[number], first) for number, first in found]
 
 
 @torch.inference_mode()
@@ -219,11 +217,7 @@ def _start(
 ) -> Context:
     stop = first + frames
     latents = tokenizer.encode_frames(torch.from_numpy(episode.frames[first:stop].copy()))
-    actions = torch.zeros(frames, codec.width)
-    into = episode.actions[max(0, first - 1) : stop - 1]
-    if len(into):
-        actions[-len(into) :] = codec.encode(torch.from_numpy(into))
-    return Context(latents, actions, first == 0)
+    return Context(latents, encoded_into(episode, codec, first, frames), first == 0)
 
 
 def _save_clip(folder: Path, recordings: RecordedDataset, frames: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from nfd_env.data.latents import LatentDataset, LatentEpisode
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.windows import Places, actions_into
 from nfd_env.inference.world_model import Context
 from nfd_env.worlds.format import World
 
@@ -72,18 +73,19 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
     """
     dataset = LatentDataset(RecordedDataset(settings.recordings), settings.latents, "train")
     # Places for the first frame, so that margin frames follow the last one.
-    lost = settings.frames + settings.margin - 1
-    room = np.array([max(0, len(e.latents) - lost) for e in dataset.episodes])
-    ends = np.cumsum(room)
+    everywhere = Places(
+        (len(e.latents) for e in dataset.episodes), settings.frames + settings.margin
+    )
     near = [
-        np.arange(end - min(places, settings.ending_frames - settings.margin), end)
-        for end, places, episode in zip(ends, room, dataset.episodes, strict=True)
-        if places and episode.terminated[-1]
+        everywhere.number(number, 0)
+        + np.arange(max(0, room - settings.ending_frames + settings.margin), room)
+        for number, room in enumerate(everywhere.room)
+        if dataset.episodes[number].terminated[-1]
     ]
     near_ends = np.concatenate([*near, np.arange(0)])
     dangerous = round(settings.ending_share * settings.count)
     for wanted, there, where in (
-        (settings.count, ends[-1], ""),
+        (settings.count, len(everywhere), ""),
         (dangerous, len(near_ends), f" at most {settings.ending_frames} frames before an end,"),
     ):
         if there < wanted:
@@ -94,12 +96,11 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
             )
     rng = np.random.default_rng(settings.seed)
     places = rng.choice(near_ends, dangerous, replace=False)
-    others = np.setdiff1d(np.arange(ends[-1]), places, assume_unique=True)
+    others = np.setdiff1d(np.arange(len(everywhere)), places, assume_unique=True)
     places = np.append(places, rng.choice(others, settings.count - dangerous, replace=False))
     starts = []
     for place in np.sort(places):
-        number = int(np.searchsorted(ends, place, side="right"))
-        first = int(place - (ends[number] - room[number]))
+        number, first = everywhere.find(place)
         starts.append(episode_context(dataset.episodes[number], first, settings.frames))
     _check_tokenizer(starts, settings, world)
     return starts
@@ -107,9 +108,7 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
 
 def episode_context(episode: LatentEpisode, first: int, frames: int) -> Context:
     """Frames ``first`` to ``first + frames - 1`` of ``episode``, float16, to start a world from."""
-    actions = np.zeros((frames, episode.actions.shape[1]), np.float16)
-    into = episode.actions[max(0, first - 1) : first + frames - 1]
-    actions[frames - len(into) :] = into
+    actions = actions_into(episode.actions, first, frames).astype(np.float16)
     latents = episode.latents[first : first + frames].copy()  # not all of the episode is kept
     return Context(torch.from_numpy(latents), torch.from_numpy(actions), first == 0)
 

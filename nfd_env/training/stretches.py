@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nfd_env.data.latents import LatentEpisode
+from nfd_env.data.windows import Places
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class StretchSampler:
         self._ends = [i for i, e in enumerate(episodes) if e.terminated[-1]]
         # A stretch may begin up to frames - 1 transitions before an episode does, which cuts it
         # short: only so is every transition in equally many stretches.
-        lengths = np.array([len(e.actions) for e in episodes])
-        self._places = np.cumsum(lengths + frames - 1)
+        self._places = Places(len(e.actions) + frames - 1 for e in episodes)
 
     def draw(self, rng: np.random.Generator) -> Stretch:
         """A random stretch."""
@@ -38,11 +38,8 @@ class StretchSampler:
             number = self._ends[rng.integers(len(self._ends))]
             start = len(self._episodes[number].actions) - int(rng.integers(1, frames + 1))
         else:
-            index = int(rng.integers(int(self._places[-1])))
-            number = int(np.searchsorted(self._places, index, side="right"))
-            # The last place of an episode is the one that holds its last transition only.
-            last = len(self._episodes[number].actions) - 1
-            start = last - (int(self._places[number]) - 1 - index)
+            number, place = self._places.find(int(rng.integers(len(self._places))))
+            start = place - frames + 1
         stop = min(len(self._episodes[number].actions), start + frames)
         return Stretch(number, max(0, start), stop)
 
@@ -52,7 +49,7 @@ class StretchSampler:
         Returns:
             Above 0, (stop - start,); a loss weighted by it is that of transitions drawn uniformly.
         """
-        share, frames, total = self._share, self._frames, self._places[-1]
+        share, frames, total = self._share, self._frames, len(self._places)
         uniform = np.full(stretch.stop - stretch.start, frames / total)
         if not self._ends:
             return np.ones_like(uniform)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.windows import Places
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig, float_to_frames, frames_to_float
 from nfd_env.models.weights import save_weights
 from nfd_env.training.loop import TrainConfig
@@ -49,27 +50,20 @@ class TokenizerStage:
         self.network = Tokenizer(settings.model)
         data = RecordedDataset(settings.recordings)
         self._train, self._validation = data.split("train"), data.split("validation")
-        self._first = np.cumsum([0] + [len(e) + 1 for e in self._train])
+        self._places = Places(len(e) + 1 for e in self._train)
         self._held_out = self._spread(64)
         self._device = torch.device(settings.train.device)
 
     def _spread(self, count: int) -> Tensor:
         """``count`` frames spread evenly over the held-out episodes, uint8 (count, H, W, 3)."""
-        total = sum(len(e) + 1 for e in self._validation)
-        first = np.cumsum([0] + [len(e) + 1 for e in self._validation])
-        frames = []
-        for index in np.linspace(0, total - 1, count).astype(int):
-            episode = int(np.searchsorted(first, index, side="right")) - 1
-            frames.append(self._validation[episode].frames[index - first[episode]])
-        return torch.from_numpy(np.stack(frames))
+        places = Places(len(e) + 1 for e in self._validation)
+        chosen = (places.find(p) for p in np.linspace(0, len(places) - 1, count).astype(int))
+        return torch.from_numpy(np.stack([self._validation[e].frames[f] for e, f in chosen]))
 
     def batch(self, rng: np.random.Generator, size: int) -> Tensor:
         """uint8 (size, H, W, 3): frames drawn uniformly from the training episodes."""
-        frames = []
-        for index in rng.integers(0, self._first[-1], size):
-            episode = int(np.searchsorted(self._first, index, side="right")) - 1
-            frames.append(self._train[episode].frames[index - self._first[episode]])
-        return torch.from_numpy(np.stack(frames))
+        chosen = (self._places.find(p) for p in rng.integers(0, len(self._places), size))
+        return torch.from_numpy(np.stack([self._train[e].frames[f] for e, f in chosen]))
 
     def loss(self, network: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Absolute error, plus the hardest pixels', plus that of image differences."""

@@ -116,7 +116,7 @@ def test_numbers_out_of_range(
 
 def test_recordings_that_do_not_do(world: World, recordings: Path, monkeypatch: Any) -> None:
     dataset = RecordedDataset(recordings)
-    with pytest.raises(RecordingError, match="no held-out episode has 81 transitions"):
+    with pytest.raises(RecordingError, match="no held-out episode has 83 frames"):
         prepare(world, dataset, 1, 0)
     monkeypatch.setattr(dataset, "episodes", dataset.split("train"))
     with pytest.raises(RecordingError, match="no validation episodes"):
