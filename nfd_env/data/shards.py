@@ -30,6 +30,7 @@ import numpy as np
 import yaml
 
 from nfd_env.data.episode import Episode
+from nfd_env.sources.source import PRESENTATION
 
 _TERMINATED, _TRUNCATED = 1, 2
 
@@ -79,7 +80,7 @@ class DatasetSpec:
         }
         if path.exists():
             there = yaml.safe_load(path.read_text())
-            different = [k for k in values | there if there.get(k) != values.get(k)]
+            different = [k for k in values | there if _content(there, k) != _content(values, k)]
             if different:
                 raise RecordingError(
                     f"{folder} holds recordings with another {', '.join(different)}; "
@@ -106,6 +107,15 @@ class DatasetSpec:
             fps=values["fps"],
             signals=values.get("signals", 0),
         )
+
+
+def _content(values: dict[str, Any], key: str) -> Any:
+    """What a data set says under ``key``, without what is presentation only."""
+    value = values.get(key)
+    if key == "source" and isinstance(value, dict):
+        # What is not said is the default, as in data sets that are older than a setting.
+        return {k: v for k, v in value.items() if k not in PRESENTATION and v not in ([], {}, "")}
+    return None if key == "fps" else value
 
 
 class ShardWriter:

@@ -19,6 +19,11 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from nfd_env.sources.envpool_env import PREFIX, EnvPoolEnv, EnvPoolError
+
+# What a person sees and presses: it can change later without anything to be recorded anew.
+PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
+
 
 class SourceError(RuntimeError):
     """The real environment of a world cannot be made here."""
@@ -29,7 +34,7 @@ class SourceConfig:
     """Which real environment to record, and how its frames become observations.
 
     Attributes:
-        env_id: Gymnasium id of the real environment.
+        env_id: Gymnasium id of the real environment, or "envpool/" and the name of an EnvPool task.
         imports: modules to import first, so that the id is registered.
         kwargs: passed to ``gymnasium.make``.
         frames: "observation" or "render": where the RGB frames come from.
@@ -38,6 +43,10 @@ class SourceConfig:
         size: [height, width] after an area-averaging resize; empty for no resize.
         terminal_frame: False when the environment shows no frame at the terminal step (ViZDoom
             hands out zeros there): the last frame is then shown again.
+        actions: where the environment has Discrete actions, those that the world has, in this
+            order; empty for all. Many games have keys that do nothing.
+        fps: frames a second at which a person plays it, frame skip counted; 0 for what the
+            environment says of itself.
         display_aspect: width / height at which a person should see a frame; 0 for square pixels.
         action_names: one name per Discrete action, e.g. ["noop", "right", "left"].
         keys: action name -> key names that a person holds for it.
@@ -51,6 +60,8 @@ class SourceConfig:
     crop: list[int] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     terminal_frame: bool = True
+    actions: list[int] = field(default_factory=list)
+    fps: float = 0.0
     display_aspect: float = 0.0
     action_names: list[str] = field(default_factory=list)
     keys: dict[str, list[str]] = field(default_factory=dict)
@@ -82,8 +93,14 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
         raise SourceError(f"source.frames must be observation or render, got {source.frames!r}")
     try:
         with _GUARD.watching():
-            env = gymnasium.make(source.env_id, **arguments)
-    except gymnasium.error.Error as error:  # not registered, or a package of its own is missing
+            if source.env_id.startswith(PREFIX):
+                env = EnvPoolEnv(source.env_id.removeprefix(PREFIX), **arguments)
+            else:
+                env = gymnasium.make(source.env_id, **arguments)
+    except (
+        gymnasium.error.Error,
+        EnvPoolError,
+    ) as error:  # not registered, or a package of its own is missing
         raise SourceError(f"the real game {source.env_id} cannot be made: {error}") from None
     return FrameObservation(env, source)
 
@@ -98,6 +115,10 @@ class FrameObservation(gymnasium.Wrapper):
         """Wrap ``env``; see ``SourceConfig``."""
         super().__init__(env)
         self.source = source
+        if source.actions:
+            self.action_space = _chosen_actions(env.action_space, source)
+        if source.fps:
+            self.metadata = {**env.metadata, "render_fps": source.fps}
         self._last: np.ndarray | None = None
         if source.frames == "observation":
             space = env.observation_space
@@ -148,6 +169,8 @@ class FrameObservation(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One transition of the real game."""
+        if self.source.actions:
+            action = self.source.actions[int(action)]
         observation, reward, terminated, truncated, info = self.env.step(action)
         ended = bool(terminated or truncated)
         if not (ended and not self.source.terminal_frame):
@@ -160,6 +183,17 @@ class FrameObservation(gymnasium.Wrapper):
         if self.render_mode == "rgb_array" and self._last is not None:
             return self._last.copy()
         return self.env.render()
+
+
+def _chosen_actions(space: spaces.Space, source: SourceConfig) -> spaces.Discrete:
+    """The action space that is left where ``source.actions`` chooses some."""
+    known = isinstance(space, spaces.Discrete) and all(a in space for a in source.actions)
+    if not known or len(set(source.actions)) != len(source.actions):
+        raise SourceError(
+            f"source.actions must name actions of {source.env_id}, each once; it has {space}, "
+            f"got {source.actions}"
+        )
+    return spaces.Discrete(len(source.actions))
 
 
 class _Guard:

@@ -231,8 +231,11 @@ def test_another_data_set_in_the_folder(tmp_path: Path) -> None:
     SPEC.save(tmp_path)
     SPEC.save(tmp_path)
     assert DatasetSpec.load(tmp_path) == SPEC
-    with pytest.raises(RecordingError, match="another fps"):
-        replace(SPEC, fps=30).save(tmp_path)
+    shown = {**SPEC.source, "action_names": ["a", "b"], "keys": {"a": ["x"]}, "display_aspect": 2.0}
+    replace(SPEC, fps=30, source=shown).save(tmp_path)  # presentation needs no new recording
+    assert DatasetSpec.load(tmp_path) == SPEC
+    with pytest.raises(RecordingError, match="another source"):
+        replace(SPEC, source={**SPEC.source, "crop": [0, 4, 0, 4]}).save(tmp_path)
     with pytest.raises(RecordingError, match="another action_space"):
         replace(SPEC, action_space={"type": "Discrete", "n": 4, "start": 0}).save(tmp_path)
 
