@@ -17,17 +17,23 @@ class ConfigError(ValueError):
     """A config file or value cannot be used; the message names the key and says what to do."""
 
 
-def from_mapping(schema: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def from_mapping(
+    schema: type[T], values: Mapping[str, Any], where: str = "config", foreign: bool = False
+) -> T:
     """Build the dataclass ``schema`` from nested plain ``values``.
 
     Args:
         schema: a (frozen) dataclass type, possibly with dataclass fields.
         values: nested mappings, lists and scalars, as a YAML file gives them.
         where: named in error messages, e.g. the file's path.
+        foreign: the values may come from a stranger: ``${...}``, which could read this machine's
+            environment, is refused.
 
     Raises:
         ConfigError: on an unknown key, a missing value or a value of the wrong type.
     """
+    if foreign:
+        _refuse_interpolations(values, where)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
         missing = OmegaConf.missing_keys(merged)
@@ -37,12 +43,28 @@ def from_mapping(schema: type[T], values: Mapping[str, Any], where: str = "confi
         reason = str(error).splitlines()[0]
         at = f"{where}: {key}: " if key else f"{where}: "
         raise ConfigError(f"{at}{reason}") from None
-    except ValueError as error:  # the dataclass's own check of its values
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # the dataclass's own check of its values
         raise ConfigError(f"{where}: {error}") from None
     if missing:
         raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
     assert isinstance(result, schema)
     return result
+
+
+def _refuse_interpolations(value: Any, where: str) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{where}: ${{...}} is not allowed here, got {value[:80]!r}")
+    parts: Sequence[Any] = ()
+    if isinstance(value, Mapping):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        parts = value
+    for part in parts:
+        _refuse_interpolations(part, where)
 
 
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

@@ -1,10 +1,15 @@
-"""A network's weights on disk: safetensors, with its config in the header; never pickle."""
+"""A network's weights on disk: safetensors, with config and origin in the header; never pickle."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,16 +17,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nfd_env import config
+from nfd_env.files import atomic_write
 
 M = TypeVar("M", bound=nn.Module)
 
+KINDS = ("tokenizer", "flow", "student", "heads")
 _SCALE = ".int8_scale"
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used: missing, damaged, or of something else."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What weights are, and what they were made from.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        fingerprint: of the weights as they were trained; rounding to fp16 or int8 keeps it.
+        made_from: name of an input ("tokenizer", "teacher", "recordings") -> its fingerprint.
+    """
+
+    kind: str
+    fingerprint: str
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_weights(
@@ -30,6 +53,10 @@ def save_weights(
     settings: Any,
     dtype: torch.dtype | None = None,
     int8: bool = False,
+    *,
+    kind: str = "",
+    made_from: Mapping[str, str] | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Write ``network``'s state and its config dataclass ``settings``, all or nothing.
 
@@ -40,7 +67,14 @@ def save_weights(
         dtype: convert floating-point tensors to this type first, e.g. ``torch.float16``.
         int8: store matrices and kernels as one byte a weight and a float32 scale for each row
             (output), see ``with_int8_weights``.
+        kind: one of ``KINDS``, for a part of a world; "" for anything else, such as an agent.
+        made_from: see ``Origin``; goes with ``kind``.
+        fingerprint: see ``Origin``; None for that of ``network`` as it is.
+
+    Raises:
+        CheckpointError: when a weight is NaN or infinite, or too large for ``dtype``.
     """
+    assert not kind or kind in KINDS, kind
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -53,10 +87,14 @@ def save_weights(
         else:
             tensors[name] = tensor
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _check_finite(path, tensors)
     header = {"class": type(network).__name__, "config": json.dumps(config.to_dict(settings))}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=header)
-    os.replace(temporary, path)
+    if kind:
+        header["kind"] = kind
+        header["fingerprint"] = fingerprint or _fingerprint(network.state_dict())
+        header["made_from"] = json.dumps(dict(made_from or {}), sort_keys=True)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
 
 
 def load_weights(path: str | Path, network_type: type[M], config_type: type) -> M:
@@ -66,37 +104,171 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
         CheckpointError: when the file is missing, damaged, or holds another network.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+    header, tensors = _read(path)
     if header.get("class") != network_type.__name__:
         raise CheckpointError(
             f"{path}: holds a {header.get('class', 'foreign checkpoint')}, "
             f"not a {network_type.__name__}"
         )
     try:
-        settings = config.from_mapping(config_type, json.loads(header["config"]), "its config")
-    except (KeyError, ValueError) as error:
+        values = json.loads(header["config"])
+        settings = config.from_mapping(config_type, values, "its config", foreign=True)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: holds no usable config: {error}") from None
-    network = network_type(settings)
-    try:
-        scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(_SCALE)}
-        for name, scale in scales.items():
-            plain = name.removesuffix(_SCALE)
-            tensors[plain] = _from_int8(tensors[plain], scale)
-        network.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: has a scale for {error}, but not its weights") from None
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit its own config: {error}") from None
+    with neutral_torch():
+        try:
+            with torch.device("meta"):  # a config that asks for terabytes costs nothing here
+                wanted = network_type(settings).state_dict()
+        except (ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
+            raise CheckpointError(f"{path}: holds no usable config: {error}") from None
+        _check_fit(path, tensors, wanted)
+        network = network_type(settings).float()
+        network.load_state_dict(tensors)
     return network.eval()
+
+
+def read_origin(path: str | Path) -> Origin | None:
+    """Where the weights in the file ``path`` come from; None for files from before this was kept.
+
+    Raises:
+        CheckpointError: when the file is missing or damaged.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        header = file.metadata() or {}
+    if "kind" not in header:
+        return None
+    try:
+        made_from = json.loads(header["made_from"])
+        fingerprint = header["fingerprint"]
+        usable = isinstance(made_from, dict) and all(isinstance(v, str) for v in made_from.values())
+    except (KeyError, ValueError, RecursionError):
+        usable = False
+    if not usable or header["kind"] not in KINDS:
+        raise CheckpointError(f"{path}: its header does not say properly where it comes from")
+    return Origin(header["kind"], fingerprint, made_from)
+
+
+def fingerprint_of(path: str | Path) -> str:
+    """The identity of the weights in the file ``path``, see ``Origin``.
+
+    Raises:
+        CheckpointError: when the file is missing or damaged.
+    """
+    origin = read_origin(path)
+    return origin.fingerprint if origin else _fingerprint(_read(Path(path))[1])
+
+
+def fingerprint_values(values: Mapping[str, Any]) -> str:
+    """The identity of plain nested values, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def neutral_torch() -> Iterator[None]:
+    """Networks made within are the same whatever a process has set as torch's defaults.
+
+    New tensors are float32 and on the CPU. No random number is drawn: initial weights are left as
+    they come, for a file's to take their place. One thread at a time.
+    """
+    with _BUILDING:
+        default = torch.get_default_dtype()
+        if default != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"), _NoRandomWeights():
+                yield
+        finally:
+            if default != torch.float32:
+                torch.set_default_dtype(default)
+
+
+_BUILDING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork may happen while another thread is loading
+    os.register_at_fork(after_in_child=getattr(_BUILDING, "_at_fork_reinit"))  # noqa: B009
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    _DRAWING = frozenset({"uniform_", "normal_", "kaiming_uniform_", "trunc_normal_"})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self._DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The safetensors file ``path``, with errors that name it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors, the floating-point ones as float32."""
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(_SCALE)}
+    _check_finite(path, tensors | scales)
+    for name, tensor in tensors.items():
+        scale = scales.pop(name + _SCALE, None)
+        if scale is not None:
+            if tensor.dtype != torch.int8 or tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
+                raise CheckpointError(f"{path}: the scale of {name!r} does not fit it")
+            tensor = _from_int8(tensor, scale)
+        elif tensor.dtype == torch.int8:
+            raise CheckpointError(f"{path}: {name!r} is stored as int8, but has no scale")
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if scales:
+        name = next(iter(scales)).removesuffix(_SCALE)
+        raise CheckpointError(f"{path}: has a scale for {name!r}, but not its weights")
+    return header, tensors
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name!r} holds NaN or infinity")
+
+
+def _check_fit(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of the network that their own config describes."""
+
+    def refuse(reason: str) -> CheckpointError:
+        return CheckpointError(f"{path}: does not fit its own config: {reason}")
+
+    for names, reason in (
+        (wanted.keys() - tensors.keys(), "is missing"),
+        (tensors.keys() - wanted.keys(), "is not part of the network"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise refuse(f"{min(names)!r} {reason}{more}")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise refuse(
+                f"{name!r} has the shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+            )
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise refuse(f"{name!r} holds {tensors[name].dtype}, not {tensor.dtype}")
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def with_int8_weights(network: M) -> M:

@@ -14,7 +14,10 @@ from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import (
     CheckpointError,
+    Origin,
+    fingerprint_of,
     load_weights,
+    read_origin,
     save_weights,
     with_int8_weights,
 )
@@ -174,3 +177,180 @@ def test_a_scale_without_weights(tmp_path: Path) -> None:
     save_file(tensors, path, header)
     with pytest.raises(CheckpointError, match="output.weight"):
         load(path)
+
+
+def rewrite(path: Path, **changes: torch.Tensor | None) -> None:
+    """Change tensors of a file, or take them out (None), and keep its header."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors: dict[str, torch.Tensor | None] = {**load_file(path), **changes}
+    save_file({k: v for k, v in tensors.items() if v is not None}, path, header)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_must_be_finite(tmp_path: Path, value: float, int8: bool) -> None:
+    path, network = tmp_path / "a.safetensors", small_dynamics()
+    save_weights(path, network, network.config, int8=int8)
+    name = "output.weight.int8_scale" if int8 else "output.weight"
+    broken = load_file(path)[name]
+    broken.view(-1)[0] = value
+    rewrite(path, **{name: broken})
+    with pytest.raises(CheckpointError, match=r"a.safetensors: 'output.weight.*NaN or infinity"):
+        load(path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        network.output.weight[0, 0] = value
+    with pytest.raises(CheckpointError, match=r"'output.weight' holds NaN or infinity"):
+        save_weights(path, network, network.config)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_weights_too_large_for_half_precision(tmp_path: Path) -> None:
+    network = small_dynamics()
+    with torch.no_grad():
+        network.output.weight[0, 0] = 1e5
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        save_weights(tmp_path / "a.safetensors", network, network.config, torch.float16)
+
+
+def test_int8_weights_without_their_scale(tmp_path: Path) -> None:
+    path, network = tmp_path / "a.safetensors", small_dynamics()
+    save_weights(path, network, network.config, int8=True)
+    rewrite(path, **{"output.weight.int8_scale": None})
+    with pytest.raises(CheckpointError, match=r"'output.weight' is stored as int8, but has no"):
+        load(path)
+
+
+def test_a_scale_that_does_not_fit(tmp_path: Path) -> None:
+    path, network = tmp_path / "a.safetensors", small_dynamics()
+    save_weights(path, network, network.config, int8=True)
+    rewrite(path, **{"output.weight.int8_scale": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"scale of 'output.weight' does not fit"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": torch.zeros(1)}, "'more' is not part of the network"),
+        ({"output.weight": None}, "'output.weight' is missing"),
+        ({"output.weight": torch.zeros(2, 2)}, r"'output.weight' has the shape \(2, 2\), not"),
+        ({"output.bias": None, "norm": None}, r"'output.bias' is missing$"),
+    ],
+)
+def test_tensors_that_do_not_belong_are_named(
+    saved: Path, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    rewrite(saved, **changes)
+    with pytest.raises(CheckpointError, match=f"a.safetensors: does not fit.*{message}"):
+        load(saved)
+
+
+def test_whole_numbers_in_place_of_weights(saved: Path) -> None:
+    rewrite(saved, **{"output.bias": load_file(saved)["output.bias"].int()})
+    with pytest.raises(CheckpointError, match=r"'output.bias' holds torch.int32, not torch.float"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        '{"width": "${oc.env:HOME}"}',
+        "[" * 100_000,
+        '{"width": ' * 100_000,
+        '{"width": 1000000000}',
+        '{"width": -1}',
+        '{"patch": 0}',
+        "[]",
+        "3",
+    ],
+)
+def test_a_header_of_a_stranger(saved: Path, values: str) -> None:
+    save_file(load_file(saved), saved, metadata={"class": "Dynamics", "config": values})
+    with pytest.raises(CheckpointError, match="a.safetensors: "):
+        load(saved)
+
+
+def test_origin_goes_with_the_weights(tmp_path: Path) -> None:
+    network = small_dynamics()
+    full, small = tmp_path / "full.safetensors", tmp_path / "small.safetensors"
+    save_weights(full, network, network.config, kind="flow", made_from={"tokenizer": "abc"})
+    origin = read_origin(full)
+    assert origin == Origin("flow", fingerprint_of(full), {"tokenizer": "abc"})
+    assert origin is not None
+    save_weights(
+        small,
+        network,
+        network.config,
+        torch.float16,
+        int8=True,
+        kind=origin.kind,
+        made_from=origin.made_from,
+        fingerprint=origin.fingerprint,
+    )
+    assert read_origin(small) == origin
+    with torch.no_grad():
+        network.output.bias[0] += 1e-3
+    save_weights(small, network, network.config, kind="flow")
+    assert fingerprint_of(small) != origin.fingerprint
+
+
+def test_weights_without_origin_are_told_by_their_values(saved: Path, tmp_path: Path) -> None:
+    network = small_dynamics()
+    assert read_origin(saved) is None
+    save_weights(tmp_path / "new.safetensors", network, network.config, kind="flow")
+    assert fingerprint_of(saved) == fingerprint_of(tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"kind": "flow"}, {"kind": "elephant", "made_from": "{}", "fingerprint": "a"}]
+    + [{"kind": "flow", "fingerprint": "a", "made_from": m} for m in ("[", "[]", '{"a": 1}')],
+)
+def test_a_damaged_origin(saved: Path, header: dict[str, str]) -> None:
+    save_file(load_file(saved), saved, metadata=header)
+    with pytest.raises(CheckpointError, match="a.safetensors: its header"):
+        read_origin(saved)
+
+
+@pytest.mark.parametrize("setting", ["float64", "meta", "inference", "deterministic"])
+def test_torchs_defaults_and_random_numbers_are_left_alone(saved: Path, setting: str) -> None:
+    expected = load(saved)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    try:
+        if setting == "float64":
+            torch.set_default_dtype(torch.float64)
+        elif setting == "meta":
+            torch.set_default_device("meta")
+        elif setting == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        with torch.inference_mode(setting == "inference"):
+            network = load(saved)
+        assert torch.get_default_dtype() == (
+            torch.float64 if setting == "float64" else torch.float32
+        )
+        assert torch.get_default_device().type == ("meta" if setting == "meta" else "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, one), (_, other) in zip(
+        [*network.named_parameters(), *network.named_buffers()],
+        [*expected.named_parameters(), *expected.named_buffers()],
+        strict=True,
+    ):
+        assert one.device.type == "cpu" and one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+
+
+def test_loading_draws_no_random_numbers_for_any_network(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(TokenizerConfig([8], [8], 2))
+    heads = Heads(HeadsConfig(latent_size=8, width=16))
+    for network, kind in ((tokenizer, TokenizerConfig), (heads, HeadsConfig)):
+        save_weights(tmp_path / "a.safetensors", network, network.config)
+        before = torch.get_rng_state()
+        load_weights(tmp_path / "a.safetensors", type(network), kind)
+        assert torch.equal(torch.get_rng_state(), before)
