@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -11,12 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nfd_env
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     Errors that a user can mend are one line on stderr and status 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have every character
+        sys.stdout.reconfigure(errors="replace")
     parser = _parser()
     args = parser.parse_args(arguments)
     if os.getcwd() not in sys.path:  # a console script does not look where it is started
@@ -39,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nfd", description="Game recordings -> a learned world that steps as a Gymnasium env."
     )
+    parser.add_argument("--version", action="version", version=f"nfd {nfd_env.__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

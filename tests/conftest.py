@@ -10,12 +10,38 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from nfd_env import config
 from tests.counter_env import record_counter_episodes, source
 from tests.tiny_world import make_tiny_world
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option for the tests that try drawn inputs (hypothesis)."""
+    parser.addoption(
+        "--fuzz-examples",
+        type=int,
+        metavar="N",
+        help="examples of each fuzz test, newly drawn in every run; 25 fixed ones without it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The same few inputs in every run, unless more are asked for."""
+    count = config.getoption("--fuzz-examples")
+    settings.register_profile(
+        "nfd_env",
+        max_examples=count or 25,
+        derandomize=count is None,
+        deadline=None,  # a slow machine is no failure
+        database=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("nfd_env")
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import nfd_env
 
 SCRIPT = Path(sys.executable).with_name("nfd")
 
@@ -19,3 +22,28 @@ def test_policies_are_found_in_the_folder_that_it_is_started_in(tmp_path: Path) 
     # The module has been imported: only the class is missing.
     assert result.returncode == 1
     assert "module 'my_policies' has no attribute 'Absent'" in result.stderr
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("module", ["nfd_env", "nfd_env.cli"])
+def test_the_command_is_a_module_too_and_knows_its_version(module: str) -> None:
+    result = run("-m", module, "--version")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().split() == ["nfd", nfd_env.__version__]
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "ascii", "latin-1", "utf-8"])
+def test_it_prints_on_every_terminal(encoding: str) -> None:
+    program = "from nfd_env import cli; cli.main(['worlds']); print('512³ 1.5× ± → ™')"
+    result = run("-c", program, PYTHONIOENCODING=encoding)
+    assert result.returncode == 0, result.stderr
+    shown = "512³ 1.5× ± → ™".encode(encoding, "replace").decode(encoding)
+    assert result.stdout.decode(encoding).splitlines()[-1] == shown
