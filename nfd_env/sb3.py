@@ -15,6 +15,8 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from nfd_env.spaces import CountedFromZero
+
 try:
     from stable_baselines3.common.vec_env import VecEnv, VecMonitor
     from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
@@ -29,6 +31,11 @@ class SB3VecEnv(VecEnv):
 
     The infos of an environment whose episode ended hold ``terminal_observation`` and
     ``TimeLimit.truncated``; every info holds what the vector env reports, e.g. ``hazard``.
+
+    Actions are counted from 0, as Stable-Baselines3 counts them: of an env whose actions are
+    ``Discrete(n, start=k)``, 0 stands for k; and a Box of integers is one of floats, which are
+    rounded. ``counted`` translates (see ``CountedFromZero``). Algorithms of Stable-Baselines3
+    refuse a Box without finite bounds; rescale it first.
 
     Attributes belong to the one vector env: ``get_attr`` gives every index the same value,
     ``env_method`` calls the method once and gives every index its result, and ``set_attr`` works
@@ -50,7 +57,8 @@ class SB3VecEnv(VecEnv):
         if getattr(env.unwrapped, "output", "numpy") != "numpy":
             raise ValueError('Stable-Baselines3 needs a vector env made with output="numpy"')
         self.env: Any = env
-        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self.counted = CountedFromZero(env.single_action_space)
+        super().__init__(env.num_envs, env.single_observation_space, self.counted.space)
         self.metadata = {**self.metadata, "render_fps": env.metadata.get("render_fps", 30)}
 
     def reset(self) -> np.ndarray:
@@ -82,8 +90,8 @@ class SB3VecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Keep ``actions`` for ``step_wait``."""
-        self._actions = actions
+        """Keep ``actions``, counted from 0, for ``step_wait``."""
+        self._actions = self.counted.to_env(actions)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Advance every environment by one action.

@@ -20,13 +20,16 @@ def space_to_dict(space: spaces.Space) -> dict[str, Any]:
     Raises:
         ValueError: for a space that a world cannot have.
     """
+    # An integer type is told where it is not the usual one, which older worlds leave out too.
+    dtype = {} if space.dtype in (None, np.int64) else {"dtype": str(space.dtype)}
     if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), **dtype}
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
         return {
             "type": "MultiDiscrete",
             "nvec": space.nvec.tolist(),
             "start": np.asarray(space.start).tolist(),
+            **dtype,
         }
     if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
         return {"type": "MultiBinary", "n": int(space.shape[0])}
@@ -39,24 +42,25 @@ def space_to_dict(space: spaces.Space) -> dict[str, Any]:
         }
     raise ValueError(
         f"a world's action space must be Discrete, or a one-dimensional MultiDiscrete, MultiBinary "
-        f"or Box, got {space}"
+        f"or Box, got {space}; flatten it with a wrapper, e.g. "
+        "gymnasium.wrappers.TransformAction"
     )
 
 
 def space_from_dict(values: dict[str, Any]) -> spaces.Space:
     """The Gymnasium space that ``space_to_dict`` described."""
     kind = values.get("type")
+    dtypes = {"dtype": np.dtype(values["dtype"]).type} if "dtype" in values else {}
     if kind == "Discrete":
-        return spaces.Discrete(values["n"], start=values["start"])
+        return spaces.Discrete(values["n"], start=values["start"], **dtypes)
     if kind == "MultiDiscrete":
-        return spaces.MultiDiscrete(values["nvec"], start=values["start"])
+        return spaces.MultiDiscrete(values["nvec"], start=values["start"], **dtypes)
     if kind == "MultiBinary":
         return spaces.MultiBinary(values["n"])
     if kind == "Box":
         dtype: Any = np.dtype(values.get("dtype", "float32"))
-        return spaces.Box(
-            np.array(values["low"], dtype), np.array(values["high"], dtype), dtype=dtype
-        )
+        bounds = (np.array(values[bound], dtype) for bound in ("low", "high"))
+        return spaces.Box(*bounds, dtype=dtype)
     raise ValueError(f"unknown action space type {kind!r}")
 
 
@@ -72,16 +76,26 @@ class ActionCodec:
         space_to_dict(space)
         self.space = space
         self.shape: tuple[int, ...] = tuple(space.shape or ())
-        if isinstance(space, spaces.Discrete):
-            self.width = int(space.n)
-        elif isinstance(space, spaces.MultiDiscrete):
-            self.width = int(space.nvec.sum())
-        else:
+        self._integral = np.issubdtype(space.dtype, np.integer)
+        if isinstance(space, spaces.Box):
             self.width = self.shape[0]
+            # Networks see float32: there, 0.1 lies above the float64 0.1, and 127 - -128 has a
+            # place, which it does not have in int8.
+            low, high = np.float32(space.low), np.float32(space.high)
+        elif isinstance(space, spaces.MultiBinary):
+            self.width = self.shape[0]
+            low, high = np.int64(0), np.int64(1)
+        else:
+            low = np.asarray(space.start, np.int64)
+            counts = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+            high = low + counts.astype(np.int64) - 1
+            self.width = int(counts.sum())
+            self._counts = counts.reshape(-1).tolist()
+        self._low, self._high = (torch.from_numpy(np.array(bound)) for bound in (low, high))
         self.dtype = torch.float32 if isinstance(space, spaces.Box) else torch.int64
 
     def check(self, actions: Any, batch: int) -> Tensor:
-        """A batch of actions as a tensor of shape (batch, *shape).
+        """A batch of actions as a new tensor of shape (batch, *shape): float32 for Box, else int64.
 
         Raises:
             ValueError: on a wrong shape, type or value; the message says which.
@@ -91,62 +105,98 @@ class ActionCodec:
             tensor = actions.detach()
         else:
             try:
-                array = np.asarray(actions)
-                tensor = torch.from_numpy(np.array(array))
-            except (TypeError, ValueError):
+                tensor = torch.from_numpy(np.array(actions))
+            except Exception as error:  # __array__ of anything at all may have been called
                 raise ValueError(
-                    f"actions must be an array of shape {wanted} for {self.space}, "
-                    f"got {type(actions).__name__}"
+                    f"actions must be an array of numbers of shape {wanted} for {self.space}, "
+                    f"got {type(actions).__name__} ({error})"
                 ) from None
         if tuple(tensor.shape) != wanted:
             raise ValueError(
                 f"actions must have shape {wanted} for {self.space}, got {tuple(tensor.shape)}"
             )
-        integral = not (tensor.is_floating_point() or tensor.is_complex())
-        if self.dtype == torch.int64 and not integral:
+        binary = isinstance(self.space, spaces.MultiBinary)
+        if tensor.is_complex() or (tensor.dtype == torch.bool and not binary):
+            raise ValueError(f"actions of {self.space} cannot be {tensor.dtype}")
+        if self._integral and tensor.is_floating_point():
             raise ValueError(f"actions of {self.space} must be integers, got {tensor.dtype}")
-        tensor = tensor.to(self.dtype)
-        self._check_values(tensor)
-        return tensor
-
-    def _check_values(self, tensor: Tensor) -> None:
-        space = self.space
-        if isinstance(space, spaces.Box):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"actions of {space} must be finite, got NaN or infinity")
-            low = torch.from_numpy(space.low).to(tensor.device)
-            high = torch.from_numpy(space.high).to(tensor.device)
-        elif isinstance(space, spaces.Discrete):
-            low = torch.tensor(int(space.start))
-            high = low + int(space.n) - 1
-        elif isinstance(space, spaces.MultiDiscrete):
-            low = torch.as_tensor(space.start)
-            high = low + torch.as_tensor(space.nvec) - 1
-        else:
-            low, high = torch.tensor(0), torch.tensor(1)
-        low, high = low.to(tensor.device), high.to(tensor.device)
-        wrong = (tensor < low) | (tensor > high)
+        checked = tensor.to(self.dtype, copy=True)
+        if not self._integral and not bool(torch.isfinite(checked).all()):
+            raise ValueError(
+                f"actions of {self.space} must be finite float32 numbers, got NaN or infinity"
+            )
+        wrong = (checked < self._low.to(tensor.device)) | (checked > self._high.to(tensor.device))
         if bool(wrong.any()):
             raise ValueError(
-                f"actions must lie in {space}, got {tensor[wrong].flatten()[0].item()}"
+                f"actions must lie in {self.space}, got {tensor[wrong].flatten()[0].item()}"
             )
+        return checked
 
     def encode(self, actions: Tensor) -> Tensor:
-        """(..., *shape) actions -> float32 (..., width)."""
-        space = self.space
+        """(..., *shape) actions, of whatever type they are stored in -> float32 (..., width)."""
+        low, high = self._low.to(actions.device), self._high.to(actions.device)
+        if isinstance(self.space, spaces.Box):
+            values = actions.to(torch.float32)
+            # Spaces without bounds are also written with the largest number there is.
+            finite = low.abs().maximum(high.abs()) < torch.finfo(torch.float32).max
+            bounded = finite & (high > low)
+            unit = 2 * (values - low) / (high - low).clamp_min(1e-12) - 1
+            return torch.where(bounded, unit, values)
+        if isinstance(self.space, spaces.MultiBinary):
+            return actions.to(torch.float32)
+        index = actions.long() - low
+        parts = index.reshape(*index.shape[: index.ndim - len(self.shape)], -1).unbind(-1)
+        hot = [functional.one_hot(p, n) for p, n in zip(parts, self._counts, strict=True)]
+        return torch.cat(hot, -1).to(torch.float32)
+
+
+class CountedFromZero:
+    """An action space as most agents know it: whole numbers counted from 0, Boxes of floats.
+
+    Stable-Baselines3, TorchRL and others overlook ``start`` of Discrete and MultiDiscrete, hand
+    out MultiBinary actions as floats, and treat a Box of integers as if it were one of floats.
+
+    Attributes:
+        env_space: the space of the environment.
+        space: the space for the agent.
+    """
+
+    def __init__(self, space: spaces.Space) -> None:
+        """Prepare for ``space`` of one environment (see ``space_to_dict`` for those supported)."""
+        self.env_space = self.space = space
+        self._start = np.int64(0)
         if isinstance(space, spaces.Discrete):
-            index = actions.long() - int(space.start)
-            return functional.one_hot(index, self.width).float()
-        if isinstance(space, spaces.MultiDiscrete):
-            start = torch.as_tensor(space.start, device=actions.device)
-            parts = (actions.long() - start).unbind(-1)
-            return torch.cat(
-                [functional.one_hot(p, int(n)) for p, n in zip(parts, space.nvec, strict=True)], -1
-            ).float()
-        if isinstance(space, spaces.Box):
-            low = torch.from_numpy(space.low).to(actions.device)
-            high = torch.from_numpy(space.high).to(actions.device)
-            bounded = torch.isfinite(low) & torch.isfinite(high) & (high > low)
-            unit = 2 * (actions - low) / (high - low).clamp_min(1e-12) - 1
-            return torch.where(bounded, unit, actions).float()
-        return actions.float()
+            self._start = np.int64(space.start)
+            self.space = spaces.Discrete(int(space.n))
+        elif isinstance(space, spaces.MultiDiscrete):
+            self._start = np.asarray(space.start, np.int64)
+            self.space = spaces.MultiDiscrete(space.nvec.astype(np.int64))
+        elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
+            bounds = (bound.astype(np.float32) for bound in (space.low, space.high))
+            self.space = spaces.Box(*bounds, dtype=np.float32)
+
+    def to_env(self, actions: Any) -> Any:
+        """What the environment takes for ``actions``, (..., *shape), of the agent.
+
+        What is no whole number is rounded for a Box of integers, and left for the environment to
+        refuse elsewhere. Tensors become tensors, all else numpy arrays.
+        """
+        if isinstance(self.env_space, spaces.Box) and self.space is self.env_space:
+            return actions
+        tensor = isinstance(actions, Tensor)
+        actions = actions if tensor else np.asarray(actions)
+        floats = actions.is_floating_point() if tensor else actions.dtype.kind == "f"
+        if floats:
+            rounded = actions.round()
+            rounds = isinstance(self.env_space, spaces.Box) and (rounded - rounded == 0).all()
+            if not (rounds or (rounded == actions).all()):  # infinite, NaN, or no whole number
+                return actions
+            actions = rounded.long() if tensor else rounded.astype(np.int64)
+        if np.any(self._start) and (tensor or actions.dtype.kind in "iu"):
+            start = torch.as_tensor(self._start, device=actions.device) if tensor else self._start
+            actions = actions + start
+        return actions
+
+    def from_env(self, actions: Any) -> Any:
+        """The agent's name for ``actions`` of the environment."""
+        return (np.asarray(actions) - self._start).astype(self.space.dtype)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.spaces import CountedFromZero
 
 try:
     from torchrl.data import (
@@ -33,11 +35,16 @@ except ImportError as error:
     ) from None
 
 
+_FAR = 10.0  # where one bound of a Box is infinite and another is not: how far away it is drawn
+
+
 class TorchRLEnv(EnvBase):
     """A batch of copies of a learned world, batch size (num_envs,).
 
-    Entries: ``observation``, uint8 (H, W, 3) or float32 latents (C, h, w); ``action``, an integer
-    category for Discrete, else as in the world's action space; ``reward``, float32 (1,);
+    Entries: ``observation``, uint8 (H, W, 3) or float32 latents (C, h, w); ``action``, as
+    ``CountedFromZero`` has it (0 stands for the ``start`` of a Discrete or MultiDiscrete space, a
+    Box of integers is one of floats that are rounded; an infinite bound beside a finite one lies
+    10 away); ``reward``, float32 (1,);
     ``terminated``, ``truncated`` and ``done``, bool (1,); ``hazard``, float32 (1,), the probability
     with which the step could have terminated, 0 after a reset.
 
@@ -71,9 +78,8 @@ class TorchRLEnv(EnvBase):
             shape=batch,
             device=self.device,
         )
-        self.action_spec = _expand(_spec(env.single_action_space, self.device), num_envs)
-        space = env.single_action_space
-        self._start = int(space.start) if isinstance(space, spaces.Discrete) else 0
+        self.counted = CountedFromZero(env.single_action_space)
+        self.action_spec = _expand(_spec(self.counted.space, self.device), num_envs)
         self.reward_spec = Unbounded(one, self.device, torch.float32)
         flag = Categorical(2, one, self.device, torch.bool)
         self.done_spec = Composite(
@@ -91,7 +97,7 @@ class TorchRLEnv(EnvBase):
         return self._entries(observation, no.float(), done=no, terminated=no, truncated=no)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        action = tensordict["action"] + self._start if self._start else tensordict["action"]
+        action = self.counted.to_env(tensordict["action"])
         stepped = tensordict.get("_step", torch.ones(self.num_envs, dtype=torch.bool)).view(-1)
         waiting, held = (~stepped).nonzero()[:, 0].tolist(), None
         if (
@@ -137,17 +143,19 @@ def _spec(space: spaces.Space, device: torch.device | None) -> TensorSpec:
     if isinstance(space, spaces.Discrete):
         return Categorical(int(space.n), shape, device, torch.int64)
     if isinstance(space, spaces.MultiDiscrete):
-        if space.start.any():
-            raise ValueError(f"TorchRL counts actions from 0, {space} does not")
         return MultiCategorical(space.nvec.tolist(), shape, device, torch.int64)
     if isinstance(space, spaces.MultiBinary):
         return Binary(shape[0], shape, device, torch.int8)
     assert isinstance(space, spaces.Box)
-    dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
-    if not space.is_bounded():
+    dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32  # frames, or all else
+    below, above = space.bounded_below, space.bounded_above
+    if not (below | above).any():
         return Unbounded(shape, device, dtype)
-    low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
-    return Bounded(low, high, shape, device, dtype)
+    # TorchRL draws NaN where one bound is infinite.
+    low = np.where(below, space.low, np.where(above, space.high, 0) - _FAR)
+    high = np.where(above, space.high, np.where(below, space.low, 0) + _FAR)
+    bounds = (torch.as_tensor(bound, dtype=dtype, device=device) for bound in (low, high))
+    return Bounded(*bounds, shape, device, dtype)
 
 
 def _expand(spec: TensorSpec, count: int) -> TensorSpec:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from gymnasium.vector import AutoresetMode
 from nfd_env.envs.vector_env import NFDVectorEnv
 
 pytest.importorskip("stable_baselines3")
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecMonitor
 
 from nfd_env.sb3 import SB3VecEnv, make_vec_env
+from tests.clients.action_spaces import ACTION_SPACES, FINITE
 
 ID = "NFD/World-v0"
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -191,6 +194,67 @@ def test_stacked_frames_learn(tiny_world: Path) -> None:
     venv = VecFrameStack(make(tiny_world), 2)
     assert venv.observation_space.shape == (32, 48, 6)
     PPO("MlpPolicy", venv, n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(24)
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_every_action_space_learns(make_world: Callable[..., Path], name: str) -> None:
+    world = make_world(action_space=ACTION_SPACES[name])
+    venv = make(world, obs_type="latent", max_episode_steps=6)
+    native_space = native(world).single_action_space
+    taken: list[np.ndarray] = []
+    inner = venv.unwrapped.env
+    step = inner.step
+    inner.step = lambda actions: step(taken.append(np.array(actions)) or actions)
+    model = PPO("MlpPolicy", venv, n_steps=16, batch_size=16, n_epochs=1, device="cpu", seed=0)
+    model.learn(48)
+    seen = np.concatenate(taken)
+    assert all(native_space.contains(row.astype(native_space.dtype)) for row in seen)
+    # The buffer is left in the order of the environments.
+    kept = model.rollout_buffer.actions.reshape(3, 16, -1).swapaxes(0, 1).reshape(48, -1)
+    if native_space.dtype.kind == "i":  # all the choices there are, each by its own number
+        start = np.asarray(getattr(native_space, "start", 0))
+        assert np.array_equal(seen.reshape(48, -1), kept + start)
+        assert len(np.unique(seen, axis=0)) >= 3
+    mean, _ = evaluate_policy(model, venv, n_eval_episodes=3)
+    assert np.isfinite(mean)
+
+
+@pytest.mark.parametrize("name", ["box", "box-float64", "box-uint8"])
+def test_off_policy_learns(make_world: Callable[..., Path], name: str) -> None:
+    venv = make(make_world(action_space=ACTION_SPACES[name]), obs_type="latent")
+    SAC("MlpPolicy", venv, buffer_size=60, learning_starts=6, batch_size=4, device="cpu").learn(12)
+
+
+@pytest.mark.parametrize("name", ["discrete", "discrete-from-4", "discrete-from-minus-2"])
+def test_q_learning_learns(make_world: Callable[..., Path], name: str) -> None:
+    venv = make(make_world(action_space=ACTION_SPACES[name]), obs_type="latent")
+    DQN("MlpPolicy", venv, buffer_size=60, learning_starts=6, batch_size=4, device="cpu").learn(30)
+
+
+@pytest.mark.parametrize("name", ["box-infinite", "box-half-infinite"])
+def test_stable_baselines3_refuses_infinite_boxes(
+    make_world: Callable[..., Path], name: str
+) -> None:
+    venv = make(make_world(action_space=ACTION_SPACES[name]), obs_type="latent")
+    with pytest.raises(AssertionError, match="finite lower and upper bound"):
+        PPO("MlpPolicy", venv)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_its_own_processes(tiny_world: Path, start_method: str) -> None:
+    # "nfd_env:" registers the id in the new process.
+    make_one = partial(gymnasium.make, f"nfd_env:{ID}", world=tiny_world, obs_type="latent", **CPU)
+    venv = SubprocVecEnv([make_one] * 2, start_method=start_method)
+    try:
+        venv.seed(3)
+        observation = venv.reset()
+        alone = gymnasium.make(ID, world=tiny_world, obs_type="latent", **CPU)
+        assert np.array_equal(observation[0], alone.reset(seed=3)[0])
+        observation, rewards, *_ = venv.step(np.array([1, 2]))
+        first = alone.step(1)
+        assert np.array_equal(observation[0], first[0]) and rewards[0] == np.float32(first[1])
+    finally:
+        venv.close()
 
 
 def test_without_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,32 +8,145 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from torch import distributions as D
+from torch import nn
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 
 pytest.importorskip("torchrl")
+from tensordict.nn import TensorDictModule
+from torchrl.collectors import Collector
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical
 from torchrl.envs import GymWrapper
 from torchrl.envs.utils import check_env_specs
+from torchrl.modules import (
+    IndependentNormal,
+    NormalParamExtractor,
+    ProbabilisticActor,
+    TanhNormal,
+    ValueOperator,
+)
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
 
 from nfd_env.torchrl import TorchRLEnv
+from tests.clients.action_spaces import ACTION_SPACES
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
-SPACES = [
-    {"type": "Discrete", "n": 3, "start": 0},
-    {"type": "Discrete", "n": 3, "start": 2},
-    {"type": "MultiDiscrete", "nvec": [3, 2], "start": [0, 0]},
-    {"type": "MultiBinary", "n": 4},
-    {"type": "Box", "low": [-1.0, -1.0], "high": [1.0, 1.0]},
-]
 
 
-@pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{s['type']}-{s.get('start')}")
 @pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
-def test_specs(make_world: Callable[..., Path], space: dict[str, Any], obs_type: str) -> None:
-    env = TorchRLEnv(make_world(action_space=space), 3, obs_type=obs_type, **CPU)
+def test_specs(tiny_world: Path, obs_type: str) -> None:
+    check_env_specs(TorchRLEnv(tiny_world, 3, obs_type=obs_type, **CPU), seed=0)
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_every_action_space(make_world: Callable[..., Path], name: str) -> None:
+    env = TorchRLEnv(make_world(action_space=ACTION_SPACES[name]), 3, obs_type="latent", **CPU)
     check_env_specs(env, seed=0)
+    taken: list[np.ndarray] = []
+    step = env.env.step
+    env.env.step = lambda actions: step(taken.append(actions.numpy().copy()) or actions)
+    batch = env.rollout(30, break_when_any_done=False)
+    seen, space = np.concatenate(taken), env.env.single_action_space
+    assert all(space.contains(row.astype(space.dtype)) for row in seen)
+    if isinstance(space, spaces.Discrete):
+        assert set(seen) == {int(space.start) + i for i in range(3)}
+        assert set(batch["action"].flatten().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_every_action_space_learns(make_world: Callable[..., Path], name: str) -> None:
+    """Through TorchRL's own collector and loss."""
+    env = TorchRLEnv(make_world(action_space=ACTION_SPACES[name]), 3, obs_type="latent", **CPU)
+    actor = _actor(env)
+    critic = ValueOperator(nn.Sequential(nn.Flatten(-3), nn.Linear(96, 1)), ["observation"])
+    loss = ClipPPOLoss(actor, critic)
+    optimiser = torch.optim.Adam(loss.parameters(), 1e-3)
+    collector = Collector(
+        env, actor, frames_per_batch=24, total_frames=48, auto_register_policy_transforms=False
+    )
+    before = [p.detach().clone() for p in actor.parameters()]
+    for batch in collector:
+        GAE(gamma=0.9, lmbda=0.9, value_network=critic)(batch)
+        losses = loss(batch.reshape(-1))
+        total = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        assert torch.isfinite(total)
+    collector.shutdown()
+    assert any(not torch.equal(a, b) for a, b in zip(before, actor.parameters(), strict=True))
+
+
+def _actor(env: TorchRLEnv) -> ProbabilisticActor:
+    """A linear policy with the distribution that fits the action spec."""
+    spec = env.action_spec_unbatched
+    arguments: dict[str, Any] = {}
+    width, kind, keys = spec.shape[-1] if spec.shape else spec.n, D.Categorical, ["logits"]
+    if isinstance(spec, MultiCategorical):
+        # Independent choices: TorchRL has no distribution of its own for them.
+        width, kind, arguments = int(spec.nvec.sum()), Choices, {"nvec": spec.nvec.tolist()}
+    elif isinstance(spec, Binary):
+        kind = Switches
+    elif not isinstance(spec, Categorical):
+        kind, keys, bounds = TanhNormal, ["loc", "scale"], spec.space
+        if isinstance(spec, Bounded):
+            arguments = {"low": bounds.low.float(), "high": bounds.high.float()}
+        else:
+            kind = IndependentNormal
+    layers: list[nn.Module] = [nn.Flatten(-3), nn.Linear(96, width * len(keys))]
+    if len(keys) == 2:
+        layers.append(NormalParamExtractor())
+    return ProbabilisticActor(
+        TensorDictModule(nn.Sequential(*layers), ["observation"], keys),
+        in_keys=keys,
+        spec=spec,
+        distribution_class=kind,
+        distribution_kwargs=arguments,
+        return_log_prob=True,
+    )
+
+
+class Choices(D.Distribution):
+    """Several categorical choices from one row of logits."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, logits: torch.Tensor, nvec: list[int]) -> None:
+        self.parts = [D.Categorical(logits=part) for part in logits.split(nvec, -1)]
+        super().__init__(logits.shape[:-1], torch.Size([len(nvec)]), validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> torch.Tensor:
+        return torch.stack([part.mode for part in self.parts], -1)
+
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
+        return torch.stack([part.sample(sample_shape) for part in self.parts], -1)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self.parts, value.unbind(-1), strict=True)
+        return sum((part.log_prob(chosen) for part, chosen in pairs), torch.zeros(()))
+
+    def entropy(self) -> torch.Tensor:
+        return sum((part.entropy() for part in self.parts), torch.zeros(()))
+
+
+class Switches(D.Independent):
+    """Several switches from one row of logits."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__(D.Bernoulli(logits=logits), 1)
+
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
+        return super().sample(sample_shape).to(torch.int8)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return super().log_prob(value.float())
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "Disabled"])
@@ -107,14 +220,11 @@ def test_options(tiny_world: Path) -> None:
     assert torch.equal(observation[0], observation[1])
 
 
-def test_bad_input(tiny_world: Path, make_world: Callable[..., Path]) -> None:
+def test_bad_input(tiny_world: Path) -> None:
     with pytest.raises(ValueError, match="TorchRL decides on output"):
         TorchRLEnv(tiny_world, output="numpy")
     with pytest.raises(ValueError, match="obs_type must be one of"):
         TorchRLEnv(tiny_world, obs_type="sound")
-    shifted = {"type": "MultiDiscrete", "nvec": [3, 2], "start": [1, 0]}
-    with pytest.raises(ValueError, match="counts actions from 0"):
-        TorchRLEnv(make_world(action_space=shifted), **CPU)
 
 
 def test_without_torchrl(monkeypatch: pytest.MonkeyPatch) -> None:
