@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+
+# Far above what any config needs, far below what ends the interpreter.
+_MOST_BYTES, _MOST_LEVELS = 2**20, 64
 
 
 class ConfigError(ValueError):
@@ -32,8 +37,7 @@ def from_mapping(
     Raises:
         ConfigError: on an unknown key, a missing value or a value of the wrong type.
     """
-    if foreign:
-        _refuse_interpolations(values, where)
+    _check(values, where, foreign)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
         missing = OmegaConf.missing_keys(merged)
@@ -43,11 +47,7 @@ def from_mapping(
         reason = str(error).splitlines()[0]
         at = f"{where}: {key}: " if key else f"{where}: "
         raise ConfigError(f"{at}{reason}") from None
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-    ) as error:  # the dataclass's own check of its values
+    except (ValueError, TypeError, ArithmeticError) as error:  # the dataclass's own check
         raise ConfigError(f"{where}: {error}") from None
     if missing:
         raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
@@ -55,39 +55,88 @@ def from_mapping(
     return result
 
 
-def _refuse_interpolations(value: Any, where: str) -> None:
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{where}: ${{...}} is not allowed here, got {value[:80]!r}")
-    parts: Sequence[Any] = ()
-    if isinstance(value, Mapping):
-        parts = [*value.keys(), *value.values()]
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        parts = value
-    for part in parts:
-        _refuse_interpolations(part, where)
-
-
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read the YAML file ``path`` into ``schema``; ``overrides`` are ``key.sub=value`` strings.
+    """Read the user's own YAML file ``path`` into ``schema``.
+
+    Interpolations are resolved, and "~/" at the beginning of a value is the user's home.
+
+    Args:
+        schema: see ``from_mapping``.
+        path: the file.
+        overrides: ``key.sub=value`` strings.
 
     Raises:
         ConfigError: if the file is missing, is not YAML, or does not fit the schema.
     """
-    path = Path(path)
+    return from_mapping(schema, _at_home(read(path, overrides)), str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of the YAML file ``path``; ``${...}`` stays as it is written.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or is too large or too deep.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        values = OmegaConf.load(path)
+        with open(path, "rb") as file:
+            text = file.read(_MOST_BYTES + 1).decode()
+        _check_size(text)
+        values = OmegaConf.create(text)
         if overrides:
             values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(values)
     except Exception as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    plain = OmegaConf.to_container(values)
-    if not isinstance(plain, dict):
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
+    # OmegaConf makes {text: None} of a lone word.
+    if not isinstance(plain, dict) or plain == {text.strip(): None}:
         raise ConfigError(f"{path}: must hold key: value pairs, got {type(plain).__name__}")
-    return from_mapping(schema, {str(k): v for k, v in plain.items()}, str(path))
+    return {str(key): value for key, value in plain.items()}
+
+
+def _check_size(text: str) -> None:
+    """Refuse what would exhaust the parser's stack or the memory."""
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
+    level = 0
+    for event in yaml.parse(text, yaml.SafeLoader):  # which does not recurse, as loading does
+        if isinstance(event, yaml.AliasEvent):  # a small file of them unfolds into a huge one
+            raise ValueError("aliases (*name) are not allowed")
+        level += isinstance(event, yaml.CollectionStartEvent)
+        level -= isinstance(event, yaml.CollectionEndEvent)
+        if level > _MOST_LEVELS:
+            raise ValueError(f"it is nested deeper than {_MOST_LEVELS} levels")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a config dataclass, as ``from_mapping`` reads them back."""
     return dataclasses.asdict(config)
+
+
+def _check(value: Any, where: str, foreign: bool, level: int = 0) -> None:
+    """Refuse what is too deep or is not a number, and what a stranger wants to be resolved."""
+    if level > _MOST_LEVELS:
+        raise ConfigError(f"{where}: is nested deeper than {_MOST_LEVELS} levels")
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check(key, where, foreign, level + 1)
+            _check(part, f"{where}.{key}" if level else f"{where}: {key}", foreign, level + 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check(part, where, foreign, level + 1)
+    elif isinstance(value, str) and "${" in value and foreign:
+        raise ConfigError(f"{where}: ${{...}} is not allowed here, got {value[:80]!r}")
+    elif isinstance(value, float) and value != value:
+        raise ConfigError(f"{where}: must be a number, got {value}")
+
+
+def _at_home(value: Any) -> Any:
+    """``value`` with the user's home in place of "~/" at the beginning of strings."""
+    if isinstance(value, dict):
+        return {key: _at_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-_LOCK, _OWNER = ".lock", ".owner.json"
+_OWNER_LENGTH = 200  # characters of the owner's command that are worth showing
 
 
 class FolderInUseError(RuntimeError):
     """Another process is writing into the folder."""
+
+
+class FolderError(RuntimeError):
+    """A folder cannot be written to."""
 
 
 @contextmanager
@@ -26,7 +32,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     After an error, or a stop at any moment, ``path`` is what it was before.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    # Processes, threads and machines may write the same file; the last one wins, whole.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -36,46 +43,107 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class Ownership:
+    """The only right to write something in a folder, of one holder among all processes.
+
+    The operating system takes it back however the process ends, so nothing is left to clear up: the
+    files stay and mean nothing.
+    """
+
+    def __init__(self, folder: Path, what: str = "", wait: float = 0.0) -> None:
+        """Take it.
+
+        Args:
+            folder: an existing folder.
+            what: part of the folder that it is about; "" for the folder.
+            wait: seconds to wait for an owner that is about to end.
+
+        Raises:
+            FolderInUseError: when another process, or another part of this one, owns it.
+            FolderError: when the folder cannot be written to or knows no locks.
+        """
+        self._owner = folder / f".owner{what and '-' + what}.json"
+        # Not thread_local: who took it may give it back in another thread.
+        lock = FileLock(folder / f".lock{what and '-' + what}", thread_local=False)
+        end = time.monotonic() + wait
+        while True:
+            try:
+                lock.acquire(timeout=0)
+                break
+            except Timeout:
+                if time.monotonic() < end:
+                    time.sleep(0.05)
+                    continue
+                raise FolderInUseError(
+                    f"{folder}{what and ' (' + what + ')'} is being written by "
+                    f"{_described(self._owner)}; wait for it, or stop it, and run this again"
+                ) from None
+            except (OSError, NotImplementedError) as error:
+                raise FolderError(
+                    f"{folder} cannot be locked for writing: {_reason(error)}"
+                ) from None
+        self._lock = lock
+        try:
+            with atomic_write(self._owner) as temporary:
+                temporary.write_text(
+                    json.dumps(
+                        {
+                            "pid": os.getpid(),
+                            "host": socket.gethostname(),
+                            "command": " ".join(sys.argv)[:_OWNER_LENGTH],
+                        }
+                    )
+                )
+        except OSError as error:
+            self.release()
+            raise FolderError(f"{folder} cannot be written to: {_reason(error)}") from None
+
+    def release(self) -> None:
+        """Give it back; what is still to be written belongs to somebody else now."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self._owner.unlink(missing_ok=True)
+            self._lock.release()
+
+
 @contextmanager
 def owned_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Own ``folder`` (made where it is not there) for writing, as the only process.
 
-    The operating system frees it however the process ends, so nothing is left to clear up.
-
     Raises:
         FolderInUseError: when another process owns it; says which.
+        FolderError: when it cannot be made or written to.
     """
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
+    folder = make_folder(folder)
+    ownership = Ownership(folder)
     try:
-        lock.acquire()
-    except Timeout:
-        raise FolderInUseError(
-            f"{folder} is being written by {_owner(folder)}; wait for it, or stop it, and run this "
-            "again"
-        ) from None
-    try:
-        with atomic_write(folder / _OWNER) as temporary:
-            temporary.write_text(
-                json.dumps(
-                    {
-                        "pid": os.getpid(),
-                        "host": socket.gethostname(),
-                        "command": " ".join(sys.argv)[:200],
-                    }
-                )
-            )
         yield folder
     finally:
-        (folder / _OWNER).unlink(missing_ok=True)
-        lock.release()
+        ownership.release()
 
 
-def _owner(folder: Path) -> str:
-    """A description of the process that owns ``folder``."""
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make ``folder``, where "~" is the user's home, unless it is there.
+
+    Raises:
+        FolderError: when that cannot be.
+    """
+    folder = Path(folder).expanduser()
     try:
-        owner = json.loads((folder / _OWNER).read_text())
-        return f"process {owner['pid']} on {owner['host']} ({owner['command']})"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be made: {_reason(error)}") from None
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _described(owner: Path) -> str:
+    """The process that ``owner``, a file, tells of."""
+    try:
+        told = json.loads(owner.read_text())
+        return f"process {int(told['pid'])} on {told['host']} ({told['command']})"
     except (OSError, ValueError, KeyError, TypeError):  # between locking and writing it
         return "another process"

@@ -129,3 +129,75 @@ def test_the_shipped_training_configs_load(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("paper/*.yaml")), ids=lambda p: p.stem)
 def test_the_paper_configs_load(path: Path) -> None:
     assert config.load(DynamicsConfig, path).tokens == 84
+
+
+def test_wrong_types_that_omegaconf_does_not_name() -> None:
+    with pytest.raises(ConfigError, match=r"my\.yaml"):
+        config.from_mapping(Outer, {**GOOD, "inner": [1]}, "my.yaml")
+    with pytest.raises(ConfigError, match=r"my\.yaml: rate: must be a number, got nan"):
+        config.from_mapping(Outer, {**GOOD, "rate": float("nan")}, "my.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 100_000, "? " * 5_000])
+def test_nested_beyond_all_reason(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*nested deeper than 64 levels"):
+        config.load(Outer, path)
+
+
+def test_a_nested_override_and_nested_values() -> None:
+    values: Any = 1
+    for _ in range(100):
+        values = [values]
+    with pytest.raises(ConfigError, match="nested"):
+        config.from_mapping(Outer, {**GOOD, "rate": values})
+
+
+def test_a_file_that_is_no_config_by_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("title: " + "a" * 2**21)
+    with pytest.raises(ConfigError, match="larger"):
+        config.load(Outer, path)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"title: \x00", b"a: 1\na: 2\n", b"word"])
+def test_bytes_of_something_else(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"a\.yaml") as caught:
+        config.load(Outer, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_interpolations_are_for_the_users_own_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NFD_SECRET", "secret")
+    path = tmp_path / "a.yaml"
+    path.write_text("title: ${oc.env:NFD_SECRET}\ninner: {count: 2}\n")
+    assert config.load(Outer, path).title == "secret"
+    plain = config.read(path)
+    assert plain["title"] == "${oc.env:NFD_SECRET}"
+    with pytest.raises(ConfigError, match="title: .* is not allowed here") as caught:
+        config.from_mapping(Outer, plain, foreign=True)
+    assert "secret" not in str(caught.value)
+    names = {**GOOD, "inner": {"count": 1, "names": ["${title}"]}}
+    with pytest.raises(ConfigError, match="inner.names: .* is not allowed here"):
+        config.from_mapping(Outer, names, foreign=True)
+
+
+def test_a_small_file_that_unfolds_into_a_huge_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    rows = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    path.write_text("a0: &a0 [lol]\n" + "\n".join(rows))
+    with pytest.raises(ConfigError, match="aliases"):
+        config.load(Outer, path)
+
+
+def test_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("title: ~/data\ninner: {count: 2, names: [~/x, a~/b]}\n")
+    made = config.load(Outer, "~/a.yaml")
+    assert made == Outer(f"{tmp_path}/data", Inner(2, [f"{tmp_path}/x", "a~/b"]))
+    assert config.load(Outer, "~/a.yaml", ["title=~/b"]).title == f"{tmp_path}/b"
