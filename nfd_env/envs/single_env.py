@@ -2,119 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
 from os import PathLike
 from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
+from torch import Tensor
 
 from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
-from nfd_env.inference.world_model import Context
+from nfd_env.worlds.format import World
 
 
 class NFDEnv(gymnasium.Env):
     """One copy of a learned world.
 
     Spaces, rewards, ends, reset options and arguments are those of ``NFDVectorEnv`` without the
-    batch dimension; ``info`` holds ``hazard``, the probability with which the step could have
-    ended the episode, with ``ood=True`` the out-of-distribution signal ``ood``, and with
-    ``speculative_frames`` > 1 the counters ``speculation``. With ``context_observations`` the
-    ``info`` of ``reset`` holds ``context``.
+    batch dimension, ``num_envs`` and ``autoreset_mode``; so is ``info``, in numpy scalars and
+    arrays of the same keys and types at ``reset`` and ``step``. A Discrete action may also be an
+    array of shape (1,).
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(
-        self,
-        world: str | PathLike[str],
-        device: str | torch.device = "auto",
-        sampling_steps: int | None = None,
-        frame_skip: int = 1,
-        obs_type: str = "rgb",
-        output: str = "numpy",
-        max_episode_steps: int | None = None,
-        render_mode: str | None = None,
-        precision: str = "auto",
-        history_level: float | None = None,
-        temperature: float | None = None,
-        ood: bool = False,
-        context_observations: int = 0,
-        speculative_frames: int = 1,
-        draft_cost: float | None = None,
-        dynamics: str | None = None,
-        starts: Sequence[Context] | str | PathLike[str] | None = None,
-    ) -> None:
-        """See ``NFDVectorEnv``."""
+    def __init__(self, world: str | PathLike[str], device: Any = "auto", **options: Any) -> None:
+        """See ``NFDVectorEnv``.
+
+        Raises:
+            TypeError: on an option that it does not have.
+        """
+        for name in options:
+            if name not in _SIGNATURE.parameters:
+                near = difflib.get_close_matches(name, _SIGNATURE.parameters, 1)
+                raise TypeError(
+                    f"NFDEnv got an unexpected keyword argument {name!r}; "
+                    + (f"did you mean {near[0]!r}?" if near else "see help(NFDEnv)")
+                )
         self.vector = NFDVectorEnv(
-            world,
-            num_envs=1,
-            device=device,
-            sampling_steps=sampling_steps,
-            frame_skip=frame_skip,
-            obs_type=obs_type,
-            output=output,
-            autoreset_mode=AutoresetMode.DISABLED,
-            max_episode_steps=max_episode_steps,
-            render_mode=render_mode,
-            precision=precision,
-            history_level=history_level,
-            temperature=temperature,
-            ood=ood,
-            context_observations=context_observations,
-            speculative_frames=speculative_frames,
-            draft_cost=draft_cost,
-            dynamics=dynamics,
-            starts=starts,
+            world, 1, device, autoreset_mode=AutoresetMode.DISABLED, **options
         )
-        self.world = self.vector.world
-        self.render_mode = render_mode
+        self.render_mode = self.vector.render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         self.metadata = {k: v for k, v in self.vector.metadata.items() if k != "autoreset_mode"}
+
+    @property
+    def world(self) -> World:
+        """The loaded world."""
+        return self.vector.world
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start a new episode; see ``NFDVectorEnv`` for ``options``."""
-        super().reset(seed=seed)
+        if isinstance(seed, np.integer):
+            seed = int(seed)
         observation, info = self.vector.reset(seed=seed, options=options)
-        return observation[0], {name: info[name][0] for name in info if not name.startswith("_")}
+        super().reset(seed=seed)
+        return observation[0], _first(info)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Advance by one action; raises ValueError when it does not lie in the action space."""
-        if isinstance(action, torch.Tensor):
+        if isinstance(action, Tensor):
             batch: Any = action[None]
         else:
             try:
                 batch = np.asarray(action)[None]
             except ValueError:
                 raise ValueError(f"actions of {self.action_space} cannot be {action!r}") from None
+        if isinstance(action, Tensor | np.ndarray) and self.action_space.shape == ():
+            batch = batch[0] if tuple(batch.shape) == (1, 1) else batch
         observation, reward, terminated, truncated, info = self.vector.step(batch)
-        return (
-            observation[0],
-            float(reward[0]),
-            bool(terminated[0]),
-            bool(truncated[0]),
-            _first(info),
-        )
+        ends = bool(terminated[0]), bool(truncated[0])
+        return observation[0], float(reward[0]), *ends, _first(info)
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         """The current frame, uint8 (H, W, 3), with ``render_mode="rgb_array"``."""
         frames = self.vector.render()
         return None if frames is None else frames[0]
 
+    def get_action_meanings(self) -> list[str]:
+        """See ``NFDVectorEnv.get_action_meanings``."""
+        return self.vector.get_action_meanings()
+
     def get_keys_to_action(self) -> dict[tuple[str, ...], int]:
-        """The world's keymap for ``gymnasium.utils.play``: single-letter keys to actions."""
-        source = self.world.spec.source
-        mapping: dict[tuple[str, ...], int] = {}
-        for name, keys in source.keys.items():
-            for key in keys:
-                if len(key) == 1 and name in source.action_names:
-                    mapping[(key,)] = source.action_names.index(name)
-        return mapping
+        """See ``NFDVectorEnv.get_keys_to_action``."""
+        return self.vector.get_keys_to_action()
+
+    def set_sampling(self, **changed: Any) -> None:
+        """See ``NFDVectorEnv.set_sampling``."""
+        self.vector.set_sampling(**changed)
 
     def save_state(self) -> EnvState:
         """See ``NFDVectorEnv.save_state``."""
@@ -124,11 +103,31 @@ class NFDEnv(gymnasium.Env):
         """See ``NFDVectorEnv.restore_state``."""
         return self.vector.restore_state(state)[0]
 
+    def close(self) -> None:
+        """Free what the environment holds; it cannot be stepped any more."""
+        self.vector.close()
+
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:
-    """The plain values of the first environment, without masks."""
-    return {
-        name: _first(value) if isinstance(value, dict) else value[0].item()
-        for name, value in info.items()
-        if not name.startswith("_")
-    }
+    """What ``info`` says of the first environment, without masks: numpy scalars and arrays."""
+    first: dict[str, Any] = {}
+    for name, value in info.items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, dict):
+            first[name] = _first(value)
+        else:
+            one = value[0]
+            first[name] = one.cpu().numpy()[()] if isinstance(one, Tensor) and not one.ndim else one
+    return first
+
+
+def _signature() -> inspect.Signature:
+    """That of ``NFDVectorEnv`` without what a single environment has no use for."""
+    whole = inspect.signature(NFDVectorEnv.__init__)
+    left = [p for name, p in whole.parameters.items() if name not in ("num_envs", "autoreset_mode")]
+    return whole.replace(parameters=left)
+
+
+_SIGNATURE = _signature()
+NFDEnv.__init__.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # for help() and editors

@@ -11,22 +11,24 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from nfd_env.envs import checks, guests
+from nfd_env.envs.base import WorldVectorEnv
+from nfd_env.envs.observing import OBSERVATION_TYPES, observe, observe_before
 from nfd_env.inference.noise import mix
 from nfd_env.inference.speculation import SpeculativeState, Speculator, check_frames
 from nfd_env.inference.world_model import Context, WorldState
 from nfd_env.models.cache import may_look
 from nfd_env.models.captured import CapturedCall
-from nfd_env.worlds.format import World, load_starts, load_world
+from nfd_env.worlds.format import load_world
 
-OBSERVATION_TYPES = ("rgb", "latent", "features")
 _START = 0x5354  # separates the choice of a start from the noise that follows it
-_ENCODED_AT_A_TIME = 64  # frames of a context
 _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is relative to
+_MOST_CONTEXT = 4096  # observations before the first; far more than any policy looks back
+_MOST_SAMPLING_STEPS = 1000  # of the finest samplers in the literature
+_BITS = {"fp32": 32, "bf16": 16}
 
 
 @dataclass
@@ -66,7 +68,7 @@ class EnvState:
         )
 
 
-class NFDVectorEnv(VectorEnv):
+class NFDVectorEnv(WorldVectorEnv):
     """A batch of copies of a learned world, stepped together by one model.
 
     ## Description
@@ -156,6 +158,18 @@ class NFDVectorEnv(VectorEnv):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
+    # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
+    _NOT_COPIED = (
+        "world",
+        "model",
+        "_speculator",
+        "_decoder",
+        "_decoded",
+        "_state",
+        "_shown",
+        "_memory",
+    )
+
     def __init__(
         self,
         world: str | PathLike[str],
@@ -184,65 +198,38 @@ class NFDVectorEnv(VectorEnv):
             ValueError: on an argument out of range, or starts of another world.
             CheckpointError: when the world, or a file of starts, cannot be loaded.
             DeviceError: when the device is not there.
+            RuntimeError: in a process that was forked from one that used the GPU.
         """
         super().__init__()
-        _check_choice("obs_type", obs_type, OBSERVATION_TYPES)
-        _check_choice("output", output, ("numpy", "torch"))
-        _check_choice("render_mode", render_mode, (None, "rgb_array"))
-        for name, value in (("num_envs", num_envs), ("frame_skip", frame_skip)):
-            _check_at_least_one(name, value)
-        if not isinstance(context_observations, int | np.integer) or context_observations < 0:
-            raise ValueError(
-                "context_observations must be a whole number of at least 0, "
-                f"got {context_observations!r}"
-            )
-        if max_episode_steps is not None:
-            _check_at_least_one("max_episode_steps", max_episode_steps)
+        self._check_common(num_envs, frame_skip, obs_type, output, max_episode_steps)
+        checks.check_choice("render_mode", render_mode, (None, "rgb_array"))
+        self.render_mode = render_mode
+        self.context_observations = checks.check_whole(
+            "context_observations", context_observations, 0, _MOST_CONTEXT
+        )
         try:
-            self.autoreset_mode = AutoresetMode(autoreset_mode)
+            mode = AutoresetMode(autoreset_mode)
         except ValueError:
             raise ValueError(
                 f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, "
                 f"got {autoreset_mode!r}"
             ) from None
-        self.world: World = load_world(world, device, precision, dynamics)
-        self.model = self.world.model
-        self.starts = self._check_starts(starts)
-        if sampling_steps is not None:
-            _check_at_least_one("sampling_steps", sampling_steps)
-        changed = {
-            name: value
-            for name, value in (
-                ("steps", sampling_steps),
-                ("history_level", history_level),
-                ("temperature", temperature),
-            )
-            if value is not None
-        }
-        # A model of its own, of shared networks: envs may be stepped by threads beside each other.
-        self.model = self.model.with_sampling(replace(self.model.sampling, **changed))
+        if not isinstance(world, str | PathLike):
+            raise ValueError(f"world must be a folder or the name of a world, got {world!r}")
+        if not isinstance(device, str | torch.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+        guests.settle(device)
+        loaded = load_world(world, device, precision, dynamics)
+        self._look_like(loaded, mode)
+        self.model = loaded.model
+        self.starts = checks.check_starts(loaded, starts)
+        self.max_episode_steps = self.max_episode_steps or loaded.spec.max_episode_steps or None
         check_frames(speculative_frames, self.model.dynamics.config.window)
-        if draft_cost is not None and not draft_cost > 0:
+        if draft_cost is not None and not checks.check_number("draft_cost", draft_cost) > 0:
             raise ValueError(f"draft_cost must be above 0, or None to measure it, got {draft_cost}")
-        self.num_envs, self.frame_skip = num_envs, frame_skip
-        self.context_observations = context_observations
-        self.speculative_frames = speculative_frames
-        self._speculator: Speculator | None = None
-        if speculative_frames > 1:
-            self._speculator = Speculator(self.model, speculative_frames, frame_skip, draft_cost)
-        self.obs_type, self.output, self.render_mode = obs_type, output, render_mode
-        self.max_episode_steps = max_episode_steps or self.world.spec.max_episode_steps or None
-        fps = float(self.world.spec.fps) / frame_skip
-        self.metadata = {
-            **self.metadata,
-            # An int where it can be: gymnasium.utils.play insists on one.
-            "render_fps": int(fps) if fps.is_integer() else fps,
-            "autoreset_mode": self.autoreset_mode,
-        }
-        self.single_observation_space = observation_space(self.world, obs_type)
-        self.single_action_space = copy.deepcopy(self.world.action_space)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.speculative_frames, self._draft_cost = speculative_frames, draft_cost
+        self._changed: dict[str, Any] = {}
+        self.set_sampling(sampling_steps, history_level, temperature)
         self._state: WorldState | None = None
         self._shown: Tensor | None = None
         self._memory = self.model.heads.initial_state(num_envs)
@@ -254,8 +241,46 @@ class NFDVectorEnv(VectorEnv):
         self._episodes = [0] * num_envs
         self._ood_scale: float | None = None
         self._ood_limit = np.inf
-        if ood:
+        if checks.check_flag("ood", ood):
             self.watch_ood()
+
+    def set_sampling(
+        self,
+        sampling_steps: int | None = None,
+        history_level: float | None = None,
+        temperature: float | None = None,
+        dynamics: str | None = None,
+    ) -> None:
+        """Change how the next frames are drawn; the episodes go on.
+
+        Args:
+            sampling_steps: see the class; None leaves it as it is.
+            history_level: likewise.
+            temperature: likewise.
+            dynamics: likewise. The number of steps is that of the new dynamics, unless it was
+                given. What an episode remembers was read by the old ones: reset soon.
+
+        Raises:
+            ValueError: on a value out of range; nothing is changed then.
+        """
+        world, changed = self.world, dict(self._changed)
+        if sampling_steps is not None:
+            changed["steps"] = checks.check_whole(
+                "sampling_steps", sampling_steps, 1, _MOST_SAMPLING_STEPS
+            )
+        for name, value in (("history_level", history_level), ("temperature", temperature)):
+            if value is not None:
+                changed[name] = checks.check_number(name, value)
+        if dynamics not in (None, world.dynamics):
+            world = load_world(world.folder, self.model.device, self.model.precision, dynamics)
+        # A model of its own, of shared networks: envs may be stepped by threads beside each other.
+        model = world.model.with_sampling(replace(world.model.sampling, **changed))
+        self.world, self.model, self._changed = world, model, changed
+        self._speculator: Speculator | None = None
+        if self.speculative_frames > 1:
+            self._speculator = Speculator(
+                model, self.speculative_frames, self.frame_skip, self._draft_cost
+            )
 
     def watch_ood(self, limit: float = np.inf) -> None:
         """Report ``info["ood"]`` from now on, and truncate episodes in which it exceeds ``limit``.
@@ -266,7 +291,7 @@ class NFDVectorEnv(VectorEnv):
         Raises:
             ValueError: when ``limit`` is not above 0.
         """
-        if not limit > 0:
+        if not checks.check_number("the out-of-distribution limit", limit) > 0:
             raise ValueError(f"the out-of-distribution limit must be above 0, got {limit!r}")
         self._ood_limit = limit
         if self._ood_scale is None:
@@ -294,30 +319,29 @@ class NFDVectorEnv(VectorEnv):
             options: see the class.
 
         Raises:
-            ValueError: on a seed, mask or context that cannot be used.
+            ValueError: on a seed, mask or context that cannot be used; nothing is changed then.
+            gymnasium.error.ResetNeeded: when the first reset leaves environments out.
         """
-        seeds = self._check_seeds(seed)
-        options = options or {}
-        unknown = set(options) - {"context", "start", "reset_mask"}
-        if unknown:
-            raise ValueError(
-                f"unknown reset option {sorted(unknown)[0]!r}; known: context, start, reset_mask"
-            )
-        mask = self._check_mask(options.get("reset_mask"))
+        self._need_open()
+        seeds = checks.check_seeds(seed, self.num_envs)
+        given = checks.check_options(options, checks.RESET_OPTIONS)
+        mask = checks.check_mask(given.get("reset_mask"), self.num_envs, self._state is not None)
         rows = [int(r) for r in np.flatnonzero(mask)]
-        contexts = self._contexts(options, rows)
+        contexts = checks.chosen_contexts(self.world, self.starts, given, rows, self.num_envs)
+        keys = []
         for row in rows:
-            given = seeds[row]
-            if given is not None:
-                self._seeds[row], self._episodes[row] = given, 0
+            chosen = seeds[row]
+            if chosen is not None:
+                keys.append((chosen, 0))
             elif self._seeds[row] < 0:
-                self._seeds[row] = int(np.random.SeedSequence().generate_state(1)[0])
+                keys.append((int(np.random.SeedSequence().generate_state(1)[0]), 0))
             else:
-                self._episodes[row] += 1
-        infos = self._restart(rows, contexts, options.get("start") == "beginning")
-        if self.output == "numpy":
-            infos = {k: _to_numpy(v) for k, v in infos.items()}
-        return self.observe(), infos
+                keys.append((self._seeds[row], self._episodes[row] + 1))
+        beginning = isinstance(given.get("start"), str)
+        begun = self._restart(rows, keys, contexts, beginning)
+        none = np.zeros(self.num_envs, bool)
+        infos = self._infos(torch.zeros_like(self._tensor(none), dtype=torch.float32), none)
+        return self.observe(), self._output(infos | begun)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every environment by one action (``frame_skip`` frames).
@@ -329,9 +353,9 @@ class NFDVectorEnv(VectorEnv):
             ValueError: when the actions do not lie in the action space.
             gymnasium.error.ResetNeeded: before the first reset, and, with autoreset disabled, when
                 an environment has ended and was not reset.
+            gymnasium.error.ClosedEnvironmentError: after ``close``.
         """
-        if self._state is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step()")
+        self._need_begun("step")
         checked = self.world.codec.check(actions, self.num_envs)
         waiting = self._ended.copy()
         if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
@@ -352,28 +376,19 @@ class NFDVectorEnv(VectorEnv):
             rewards = rewards.masked_fill(self._tensor(reset_now), 0.0)
             terminated, truncated = terminated & ~reset_now, truncated & ~reset_now
             begun = self._next_episodes(np.flatnonzero(reset_now))
-        infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(~reset_now)}
-        if self._ood_scale is not None:
-            assert self._shown is not None
-            error = self.model.reencoding_error(self._shown, self.frames()) / self._ood_scale
-            infos |= {"ood": error, "_ood": infos["_hazard"].clone()}
-            truncated |= (error > self._ood_limit).cpu().numpy() & ~reset_now
-        if isinstance(self._state, SpeculativeState):
-            infos |= {"speculation": self._state.report(), "_speculation": infos["_hazard"].clone()}
+        infos = self._infos(hazard, ~reset_now)
+        if "ood" in infos:
+            truncated |= (infos["ood"] > self._ood_limit).cpu().numpy() & ~reset_now
         self._ended = terminated | truncated
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
             infos = self._finish(infos)
             begun = self._next_episodes(np.flatnonzero(self._ended))
             self._ended = np.zeros_like(self._ended)
-        infos |= begun
-        observation = self.observe()
-        if self.output == "torch":
-            return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
-        infos = {k: _to_numpy(v) for k, v in infos.items()}
-        return observation, rewards.double().cpu().numpy(), terminated, truncated, infos
+        return self._step_output(self.observe(), rewards, terminated, truncated, infos | begun)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
+        self._need_begun("render")
         if self.render_mode is None:
             gymnasium.logger.warn('render() does nothing without render_mode="rgb_array"')
             return None
@@ -385,24 +400,42 @@ class NFDVectorEnv(VectorEnv):
         Args:
             rows: of these environments only, which costs less.
         """
-        if self._shown is None:
-            raise gymnasium.error.ResetNeeded("call reset() before render()")
-        if self._decoded is None and rows is not None:
-            return self.model.decode(self._shown[list(rows)])
+        self._need_begun("frames")
+        assert self._shown is not None
+        listed = None if rows is None else checks.check_rows(rows, self.num_envs)
+        if self._decoded is None and listed is not None:
+            return self.model.decode(self._shown[listed])
         if self._decoded is None and self.model.captures:
             (self._decoded,) = self._decoder(lambda z: [self.model.decode(z)], self._shown)
         elif self._decoded is None:
             self._decoded = self.model.decode(self._shown)
-        return self._decoded.clone() if rows is None else self._decoded[list(rows)]
+        return self._decoded.clone() if listed is None else self._decoded[listed]
+
+    def observe(self, obs_type: str | None = None) -> Any:
+        """The current observations, of another type if ``obs_type`` is given; see the class.
+
+        Raises:
+            ValueError: when there is no such type.
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        self._need_begun("observe")
+        assert self._state is not None and self._shown is not None
+        checks.check_choice("obs_type", obs_type or self.obs_type, OBSERVATION_TYPES)
+        # The action of a step leads into each of its frames.
+        here = self._shown, self._state.action[:, 0], self._memory
+        return self._output(observe(self.world, obs_type or self.obs_type, self.frames, *here))
 
     def take(self, rows: Sequence[int]) -> NFDVectorEnv:
-        """An env of some of these environments, in this order, that goes on from where they are."""
+        """An env of some of these environments, in this order, that goes on from where they are.
+
+        It shares the networks, so it costs little; sampling can then be set for it alone.
+        """
         state = self.save_state(rows)
-        taken = copy.copy(self)
-        taken.num_envs = len(state.seeds)
-        taken._state, taken._decoder = None, CapturedCall()
-        taken.observation_space = batch_space(self.single_observation_space, taken.num_envs)
-        taken.action_space = batch_space(self.single_action_space, taken.num_envs)
+        taken = object.__new__(type(self))
+        taken.__dict__.update(self.__dict__, num_envs=state.world.batch, _state=None)
+        taken._decoder = CapturedCall()
+        taken.set_sampling()  # what is measured or captured is each env's own
+        taken._batch_spaces()
         taken.restore_state(state)
         return taken
 
@@ -412,8 +445,9 @@ class NFDVectorEnv(VectorEnv):
         Args:
             rows: of these environments only, in this order; one may be named repeatedly.
         """
-        if self._state is None or self._shown is None:
-            raise gymnasium.error.ResetNeeded("call reset() before save_state()")
+        self._need_begun("save_state")
+        assert self._state is not None and self._shown is not None
+        listed = range(self.num_envs) if rows is None else checks.check_rows(rows, self.num_envs)
         here = EnvState(
             self._state,
             self._shown,
@@ -423,7 +457,7 @@ class NFDVectorEnv(VectorEnv):
             self._seeds,
             self._episodes,
         )
-        return here.take(range(self.num_envs) if rows is None else rows)
+        return here.take(listed)
 
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
         """Go back to a saved state, which may be restored again; returns its observation.
@@ -434,40 +468,43 @@ class NFDVectorEnv(VectorEnv):
                 they are. All of them by default.
 
         Raises:
-            ValueError: when the state has another number of environments.
+            ValueError: when the state is of another world, or has another number of environments;
+                nothing is changed then.
             gymnasium.error.ResetNeeded: with ``rows``, before the first reset.
         """
+        self._need_open()
+        if not isinstance(state, EnvState):
+            raise ValueError(f"a state is what save_state() returned, got {state!r}")
         if rows is not None:
-            self._put_rows([int(r) for r in rows], state)
-            return self.observe()
-        if state.world.batch != self.num_envs:
+            self._need_begun("restore_state() of some rows")
+            listed = checks.check_rows(rows, self.num_envs, repeated=False)
+            if len(listed) != state.world.batch:
+                raise ValueError(
+                    f"a state of {state.world.batch} environments cannot go into {listed}"
+                )
+        elif state.world.batch != self.num_envs:
             raise ValueError(
                 f"the state has {state.world.batch} environments, this env has {self.num_envs}"
             )
+        else:
+            listed = list(range(self.num_envs))
         self._check_fits(state)
-        if self._state is None or self._speculator is not None:
+        if rows is None and (self._state is None or self._speculator is not None):
             self._state = state.world.fork()
         else:  # keeps what was captured on its memory
-            self._state.put(range(self.num_envs), state.world)
-        self._shown, self._decoded = state.shown.clone(), None
-        self._memory = state.memory.clone()
-        self._steps, self._ended = state.steps.copy(), state.ended.copy()
-        self._seeds, self._episodes = list(state.seeds), list(state.episodes)
+            assert self._state is not None
+            self._state.put(listed, state.world)
+        if rows is None:
+            self._shown, self._memory = state.shown.clone(), state.memory.clone()
+            self._steps, self._ended = state.steps.copy(), state.ended.copy()
+            self._seeds, self._episodes = list(state.seeds), list(state.episodes)
+        else:
+            self._put(listed, state.shown, state.memory)
+            self._steps[listed], self._ended[listed] = state.steps, state.ended
+            for row, seed, episode in zip(listed, state.seeds, state.episodes, strict=True):
+                self._seeds[row], self._episodes[row] = seed, episode
+        self._decoded = None
         return self.observe()
-
-    def _put_rows(self, rows: list[int], state: EnvState) -> None:
-        if self._state is None or self._shown is None:
-            raise gymnasium.error.ResetNeeded("call reset() before restore_state() of some rows")
-        if len(rows) != state.world.batch or len(set(rows)) != len(rows):
-            raise ValueError(f"a state of {state.world.batch} environments cannot go into {rows}")
-        self._check_fits(state)
-        self._state.put(rows, state.world)
-        index = torch.tensor(rows, device=self._shown.device)
-        self._shown, self._decoded = self._shown.index_copy(0, index, state.shown), None
-        self._memory = self._memory.index_copy(0, index, state.memory)
-        self._steps[rows], self._ended[rows] = state.steps, state.ended
-        for row, seed, episode in zip(rows, state.seeds, state.episodes, strict=True):
-            self._seeds[row], self._episodes[row] = seed, episode
 
     def _check_fits(self, state: EnvState) -> None:
         if state.world.speculative_frames != self.speculative_frames:
@@ -476,6 +513,70 @@ class NFDVectorEnv(VectorEnv):
                 f"{state.world.speculative_frames}, this env has speculative_frames="
                 f"{self.speculative_frames}; use the same for both"
             )
+
+    def _put(self, rows: list[int], shown: Tensor, memory: Tensor) -> None:
+        """Replace what some environments show; out of place, as others may hold the old."""
+        assert self._shown is not None
+        index = torch.tensor(rows, device=self.model.device)
+        self._shown = self._shown.index_copy(0, index, shown)
+        self._memory = self._memory.index_copy(0, index, memory)
+        self._decoded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the world, which is loaded again where the copy is made."""
+        state = {k: v for k, v in self.__dict__.items() if k not in self._NOT_COPIED}
+        if self.starts is self.world.starts:
+            state["starts"] = None
+        state["saved"] = None if self._state is None or self.closed else self.save_state()
+        # As it was decided here: elsewhere "auto" could mean something else.
+        parts = self.world.folder, str(self.model.device), self.model.precision
+        return state | {"loaded": (*parts, self.world.dynamics)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See ``__getstate__``."""
+        state = dict(state)
+        saved, loaded = state.pop("saved"), state.pop("loaded")
+        guests.settle(loaded[1])
+        self.__dict__.update(state)
+        self.world = load_world(*loaded)
+        if self.starts is None:
+            self.starts = self.world.starts
+        self.set_sampling()
+        self._decoder, self._decoded = CapturedCall(), None
+        self._state, self._shown = None, None
+        self._memory = self.model.heads.initial_state(self.num_envs)
+        if saved is not None:
+            self.restore_state(saved)
+
+    def __copy__(self) -> NFDVectorEnv:
+        """A copy goes its own way, also a shallow one."""
+        return copy.deepcopy(self)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Free what the episodes hold."""
+        self._state = self._shown = self._decoded = None
+        self._decoder = CapturedCall()
+
+    def _need_begun(self, what: str) -> None:
+        self._need_open()
+        if self._state is None or self._shown is None:
+            raise gymnasium.error.ResetNeeded(f"call reset() before {what}()")
+
+    def _infos(self, hazard: Tensor, stepped: np.ndarray) -> dict[str, Any]:
+        """What ``info`` says at any time; ``stepped`` tells who took a step."""
+        everyone = np.ones_like(stepped)
+        bits = np.full(self.num_envs, _BITS[self.model.precision])
+        infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(stepped)}
+        infos |= {"precision": self._tensor(bits), "_precision": self._tensor(everyone)}
+        if self._ood_scale is not None:
+            assert self._shown is not None
+            error = self.model.reencoding_error(self._shown, self.frames()) / self._ood_scale
+            infos |= {"ood": error, "_ood": self._tensor(stepped)}
+        if isinstance(self._state, SpeculativeState):
+            infos |= {"speculation": self._state.report(), "_speculation": self._tensor(stepped)}
+        if self.context_observations:
+            infos |= self._context([], [])
+        return infos
 
     def _advance(self, actions: Tensor, skip: np.ndarray) -> tuple[Tensor, np.ndarray, Tensor]:
         """Step the model ``frame_skip`` frames; rows in ``skip`` do not count."""
@@ -528,15 +629,17 @@ class NFDVectorEnv(VectorEnv):
 
     def _next_episodes(self, rows: np.ndarray) -> dict[str, Any]:
         listed = [int(r) for r in rows]
-        for row in listed:
-            self._episodes[row] += 1
-        return self._restart(listed, [None] * len(listed))
+        keys = [(self._seeds[row], self._episodes[row] + 1) for row in listed]
+        return self._restart(listed, keys, [None] * len(listed))
 
     def _restart(
-        self, rows: list[int], contexts: list[Context | None], beginning: bool = False
+        self,
+        rows: list[int],
+        keys: list[tuple[int, int]],
+        contexts: list[Context | None],
+        beginning: bool = False,
     ) -> dict[str, Any]:
-        """Begin episodes; returns what ``info`` says of that."""
-        keys = [(self._seeds[row], self._episodes[row]) for row in rows]
+        """Begin episodes with (seed, episode) ``keys``; returns what ``info`` says of that."""
         starts = [s for s in self.starts if s.beginning] if beginning else self.starts
         chosen = [
             context or starts[mix(*key, _START) % len(starts)]
@@ -546,204 +649,30 @@ class NFDVectorEnv(VectorEnv):
         state = start(chosen, keys)
         if isinstance(state, SpeculativeState) and isinstance(self._state, SpeculativeState):
             # A slot that was seeded anew begins like a new one.
-            state.succeed(self._state, [row if self._episodes[row] else None for row in rows])
-        shown = torch.stack([c.latents[-1] for c in chosen]).to(self.model.device, torch.float32)
-        index = torch.tensor(rows, device=self.model.device)
+            goes_on = [row if key[1] else None for row, key in zip(rows, keys, strict=True)]
+            state.succeed(self._state, goes_on)
+        shown = torch.stack([c.latents[-1].to(self.model.device, torch.float32) for c in chosen])
         # With drafts there is one for each frame of a pass; a start has one frame.
         memory = state.memory if state.memory.ndim == 2 else state.memory[:, 0]
-        self._memory = self._memory.index_copy(0, index, memory)
         if self._state is None:
             self._state, self._shown = state, shown
         else:
-            assert self._shown is not None
             self._state.put(rows, state)
-            self._shown = self._shown.index_copy(0, index, shown)
-        self._decoded = None
+        self._put(rows, shown, memory)
+        for row, (seed, episode) in zip(rows, keys, strict=True):
+            self._seeds[row], self._episodes[row] = seed, episode
         self._steps[rows], self._ended[rows] = 0, False
-        return self._context_info(rows, chosen) if self.context_observations else {}
+        return self._context(rows, chosen) if self.context_observations else {}
 
-    def _context_info(self, rows: list[int], contexts: Sequence[Context]) -> dict[str, Any]:
-        """``info["context"]`` of ``rows``, which have begun with ``contexts``."""
-        count, skip = self.context_observations, self.frame_skip
-        places = [-1 - skip * back for back in range(count, 0, -1)]
-        features = self.obs_type == "features"
-        seen = torch.stack(
-            [
-                (self.model.features_along(c) if features else c.latents)[
-                    [max(place, -len(c.latents)) for place in places]
-                ]
-                for c in contexts
-            ]
-        ).to(self.model.device, torch.float32)
-        if self.obs_type == "rgb":
-            seen = self.model.decode(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
-        context = seen.new_zeros(self.num_envs, *seen.shape[1:])
-        context[rows] = seen
-        mask = np.zeros(self.num_envs, bool)
-        mask[rows] = True
+    def _context(self, rows: list[int], contexts: Sequence[Context]) -> dict[str, Any]:
+        """``info["context"]``: of ``rows``, which have begun with ``contexts``."""
+        shape, dtype = self.single_observation_space.shape, self.single_observation_space.dtype
+        count = self.context_observations
+        zeros = np.zeros((self.num_envs, count, *shape), dtype)
+        context, mask = self._tensor(zeros), np.zeros(self.num_envs, bool)
+        if rows:
+            mask[rows] = True
+            context[rows] = observe_before(
+                self.world, self.obs_type, contexts, count, self.frame_skip
+            )
         return {"context": context, "_context": self._tensor(mask)}
-
-    def observe(self, obs_type: str | None = None) -> Any:
-        """The current observations, of another type if ``obs_type`` is given; see the class.
-
-        Raises:
-            ValueError: when there is no such type.
-            gymnasium.error.ResetNeeded: before the first reset.
-        """
-        if self._state is None or self._shown is None:
-            raise gymnasium.error.ResetNeeded("call reset() before observe()")
-        _check_choice("obs_type", obs_type or self.obs_type, OBSERVATION_TYPES)
-        match obs_type or self.obs_type:
-            case "rgb":
-                observation = self.frames()
-            case "latent":
-                observation = self._shown.clone()
-            case _:
-                # The action of a step leads into each of its frames.
-                action = self._state.action[:, 0]
-                observation = self.model.features(self._shown, action, self._memory).clone()
-        return observation if self.output == "torch" else observation.cpu().numpy()
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.copy()).to(self.model.device)
-
-    def _check_starts(
-        self, starts: Sequence[Context] | str | PathLike[str] | None
-    ) -> Sequence[Context]:
-        if starts is None:
-            return self.world.starts
-        shape, width = self.model.dynamics.config.latent_shape, self.world.codec.width
-        if isinstance(starts, str | PathLike):
-            return load_starts(starts, shape, width)
-        if not len(starts):
-            raise ValueError("starts must hold at least one recorded moment, or be None")
-        for number, start in enumerate(starts):
-            if not isinstance(start, Context):
-                raise ValueError(f"starts must be a file or Contexts, got {start!r}")
-            mine = tuple(start.latents.shape[1:]), tuple(start.actions.shape)
-            if not len(start.latents) or mine != (shape, (len(start.latents), width)):
-                raise ValueError(
-                    f"start {number} does not fit this world: it needs latents (K, "
-                    f"{', '.join(map(str, shape))}) and actions (K, {width}), K >= 1, got "
-                    f"{tuple(start.latents.shape)} and {tuple(start.actions.shape)}"
-                )
-        return starts
-
-    def _check_seeds(self, seed: Any) -> list[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            seeds: list[int | None] = [int(seed) + i for i in range(self.num_envs)]
-        elif isinstance(seed, Sequence | np.ndarray) and all(
-            s is None or isinstance(s, int | np.integer) for s in seed
-        ):
-            seeds = [None if s is None else int(s) for s in seed]
-        else:
-            raise ValueError(f"a seed must be a whole number or one for each slot, got {seed!r}")
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
-        if any(s is not None and s < 0 for s in seeds):
-            raise ValueError(f"seeds must not be negative, got {seed}")
-        return seeds
-
-    def _check_mask(self, mask: Any) -> np.ndarray:
-        if mask is None:
-            return np.ones(self.num_envs, bool)
-        mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(
-                f"reset_mask must be a bool array of shape ({self.num_envs},), "
-                f"got {mask.dtype} {mask.shape}"
-            )
-        if not mask.any():
-            raise ValueError("reset_mask selects no environment")
-        if self._state is None and not mask.all():
-            raise gymnasium.error.ResetNeeded("the first reset() must reset every environment")
-        return mask
-
-    def _contexts(self, options: Mapping[str, Any], rows: list[int]) -> list[Context | None]:
-        given = options.get("context")
-        start = options.get("start")
-        if given is not None and start is not None:
-            raise ValueError("give either the reset option context or start, not both")
-        if isinstance(start, str) and start == "beginning":
-            if not any(s.beginning for s in self.starts):
-                raise ValueError("none of the starts is the beginning of an episode")
-            return [None] * len(rows)
-        if start is not None:
-            known = isinstance(start, int | np.integer) and 0 <= start < len(self.starts)
-            if not known:
-                raise ValueError(
-                    f'start must be from 0 to {len(self.starts) - 1} or "beginning", got {start!r}'
-                )
-            return [self.starts[int(start)]] * len(rows)
-        if given is None:
-            return [None] * len(rows)
-        if not isinstance(given, Mapping | Sequence):
-            raise ValueError(f"context must be a mapping or a list of them, got {given!r}")
-        entries = [given] * self.num_envs if isinstance(given, Mapping) else list(given)
-        if len(entries) != self.num_envs:
-            raise ValueError(
-                f"context needs one entry per environment, got {len(entries)} for {self.num_envs}"
-            )
-        return [None if entries[r] is None else self._encode_context(entries[r]) for r in rows]
-
-    def _encode_context(self, entry: Mapping[str, Any]) -> Context:
-        """Latents and encoded actions of recorded frames.
-
-        Raises:
-            ValueError: on frames or actions of the wrong shape, type or number.
-        """
-        if not isinstance(entry, Mapping) or "frames" not in entry:
-            raise ValueError('a context is {"frames": (T, H, W, 3), "actions": (T-1, ...)}')
-        frames = np.asarray(entry["frames"])
-        height, width = self.world.spec.frame_size
-        if frames.ndim != 4 or frames.shape[1:] != (height, width, 3) or not len(frames):
-            raise ValueError(
-                f"context frames must have shape (T, {height}, {width}, 3) with T >= 1, "
-                f"got {frames.shape}"
-            )
-        if frames.dtype != np.uint8:
-            raise ValueError(f"context frames must be uint8, got {frames.dtype}")
-        given = entry.get("actions")
-        actions = np.atleast_1d(() if given is None else given)
-        codec = self.world.codec
-        if len(actions) != len(frames) - 1:
-            raise ValueError(
-                f"{len(frames)} context frames need {len(frames) - 1} actions, one between each "
-                f"two, got {len(actions)}"
-            )
-        into = torch.zeros(len(frames), codec.width)
-        if len(actions):
-            encoded = codec.encode(codec.check(actions, len(actions)))
-            into[-len(encoded) :] = encoded
-        parts = torch.from_numpy(frames.copy()).split(_ENCODED_AT_A_TIME)
-        return Context(torch.cat([self.model.encode(part) for part in parts]), into)
-
-
-def observation_space(world: World, obs_type: str) -> spaces.Box:
-    """What one environment of a world observes; see ``NFDVectorEnv``."""
-    if obs_type == "rgb":
-        return spaces.Box(0, 255, (*world.spec.frame_size, 3), np.uint8)
-    model = world.model
-    latent = obs_type == "latent"
-    shape = model.dynamics.config.latent_shape if latent else (model.feature_size,)
-    return spaces.Box(-np.inf, np.inf, shape, np.float32)
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _check_at_least_one(name: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _to_numpy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.cpu().numpy().copy()
-    if isinstance(value, dict):
-        return {k: _to_numpy(v) for k, v in value.items()}
-    return value

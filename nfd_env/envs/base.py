@@ -1,0 +1,147 @@
+"""What the learned world's vector env and the real game's have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from nfd_env.envs.checks import check_choice, check_room, check_whole
+from nfd_env.envs.observing import OBSERVATION_TYPES, OUTPUTS, observation_space, to_output
+from nfd_env.worlds.format import World
+
+_LONGEST_SKIP = 10_000  # frames; minutes of any game, so that more is a slip
+
+
+class WorldVectorEnv(VectorEnv):
+    """Spaces, output, and attributes by name of a batch that looks like a world."""
+
+    # What one environment of the batch calls by another name than the batch does.
+    _OF_ONE = {
+        "observation_space": "single_observation_space",
+        "action_space": "single_action_space",
+    }
+
+    world: World
+    obs_type: str
+    output: str
+
+    def _check_common(
+        self, num_envs: Any, frame_skip: Any, obs_type: Any, output: Any, max_episode_steps: Any
+    ) -> None:
+        """Keep the arguments that do not need the world; raises ValueError."""
+        check_choice("obs_type", obs_type, OBSERVATION_TYPES)
+        check_choice("output", output, OUTPUTS)
+        self.num_envs = check_whole("num_envs", num_envs)
+        self.frame_skip = check_whole("frame_skip", frame_skip, 1, _LONGEST_SKIP)
+        if max_episode_steps is not None:
+            max_episode_steps = check_whole("max_episode_steps", max_episode_steps)
+        self.max_episode_steps = max_episode_steps
+        self.obs_type, self.output = obs_type, output
+
+    def _look_like(self, world: World, autoreset_mode: AutoresetMode) -> None:
+        """Take the spaces and the frame rate of ``world``."""
+        self.world, self.autoreset_mode = world, autoreset_mode
+        self.metadata = {
+            **self.metadata,
+            # Whole, because gymnasium.utils.play and writers of films need that.
+            "render_fps": max(1, round(float(world.spec.fps) / self.frame_skip)),
+            "autoreset_mode": autoreset_mode,
+        }
+        self.single_observation_space = observation_space(world, self.obs_type)
+        self.single_action_space = copy.deepcopy(world.action_space)
+        shape, dtype = self.single_observation_space.shape, self.single_observation_space.dtype
+        size = self.num_envs * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        check_room("num_envs", self.num_envs, 3 * size)  # a batch and the bounds of its space
+        self._batch_spaces()
+
+    def _batch_spaces(self) -> None:
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def _need_open(self) -> None:
+        if self.closed:
+            raise gymnasium.error.ClosedEnvironmentError(
+                "this env was closed; make another one to go on"
+            )
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Call a method of every environment, or read an attribute; one result for each.
+
+        They are one object: what does not differ between them is there once, and repeated.
+        """
+        value = getattr(self, self._OF_ONE.get(name, name))
+        if callable(value):
+            value = value(*args, **kwargs)
+        own = name in ("render", "np_random_seed") and value is not None
+        return tuple(value) if own else (value,) * self.num_envs
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """An attribute of every environment, see ``call``."""
+        return self.call(name)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set an attribute of all environments.
+
+        Raises:
+            ValueError: when ``values`` is a list that differs between environments, which are one
+                object, or is of another length.
+        """
+        if isinstance(values, list | tuple):
+            if len(values) != self.num_envs or any(v != values[0] for v in values):
+                raise ValueError(
+                    f"{name} must be one value, or {self.num_envs} equal ones: the environments "
+                    f"of a batch are one object, got {values!r}"
+                )
+            values = values[0]
+        setattr(self, self._OF_ONE.get(name, name), values)
+
+    def get_action_meanings(self) -> list[str]:
+        """Names of the actions in upper case and in their order, as Atari's environments have it.
+
+        Raises:
+            ValueError: when the action space is not Discrete.
+        """
+        space = self.single_action_space
+        if not isinstance(space, spaces.Discrete):
+            raise ValueError(f"only actions of a Discrete space have names, not those of {space}")
+        names = self.world.spec.source.action_names
+        return [name.upper() for name in names] or [f"ACTION_{i}" for i in range(int(space.n))]
+
+    def get_keys_to_action(self) -> dict[tuple[str, ...], int]:
+        """The world's keymap for ``gymnasium.utils.play``: single-letter keys to actions."""
+        source, space = self.world.spec.source, self.single_action_space
+        first = int(space.start) if isinstance(space, spaces.Discrete) else 0
+        return {
+            (key,): first + source.action_names.index(name)
+            for name, keys in source.keys.items()
+            for key in keys
+            if len(key) == 1 and name in source.action_names
+        }
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy()).to(self.world.model.device)
+
+    def _output(self, value: Any) -> Any:
+        return to_output(value, self.output)
+
+    def _step_output(
+        self,
+        observation: Any,
+        reward: Tensor,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: Mapping[str, Any],
+    ) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        infos = self._output(dict(infos))
+        if self.output == "torch":
+            return observation, reward, self._tensor(terminated), self._tensor(truncated), infos
+        return observation, reward.double().cpu().numpy(), terminated, truncated, infos
