@@ -5,6 +5,8 @@ Importing this package only registers environment ids; torch is imported when an
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gymnasium.envs.registration import register
@@ -34,6 +36,16 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'nfd_env' has no attribute {name!r}")
 
+
+def _after_fork() -> None:
+    """One thread in a forked process: torch's others do not survive a fork and are waited for."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 for _id, _kwargs in (
     ("NFD/World-v0", {}),

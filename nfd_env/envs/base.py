@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -81,8 +80,9 @@ class WorldVectorEnv(VectorEnv):
         value = getattr(self, self._OF_ONE.get(name, name))
         if callable(value):
             value = value(*args, **kwargs)
-        own = name in ("render", "np_random_seed") and value is not None
-        return tuple(value) if own else (value,) * self.num_envs
+        if name in ("render", "np_random_seed") and isinstance(value, tuple):
+            return value  # one for each already
+        return (value,) * self.num_envs
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """An attribute of every environment, see ``call``."""
@@ -139,9 +139,9 @@ class WorldVectorEnv(VectorEnv):
         reward: Tensor,
         terminated: np.ndarray,
         truncated: np.ndarray,
-        infos: Mapping[str, Any],
+        infos: dict[str, Any],
     ) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        infos = self._output(dict(infos))
+        infos = self._output(infos)
         if self.output == "torch":
             return observation, reward, self._tensor(terminated), self._tensor(truncated), infos
         return observation, reward.double().cpu().numpy(), terminated, truncated, infos

@@ -28,9 +28,10 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """``value`` as an int; raises ValueError unless it is a whole number in the range."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limit = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {limit}, got {value!r}")
+    if not whole or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return int(value)
 
 
@@ -61,18 +62,14 @@ def check_room(name: str, value: int, size: int) -> None:
         )
 
 
-def check_rows(rows: Sequence[int], num_envs: int, repeated: bool = True) -> list[int]:
-    """Numbers of environments as a list.
-
-    Raises:
-        ValueError: when there is no such environment, or, unless ``repeated``, one is named twice.
-    """
+def check_rows(rows: Sequence[int], num_envs: int) -> list[int]:
+    """Numbers of environments as a list; raises ValueError when there is none or no such one."""
     try:
-        listed = [check_whole("a row", row, 0, num_envs - 1) for row in rows]
+        listed = [check_whole("the number of an environment", r, 0, num_envs - 1) for r in rows]
     except TypeError:
         raise ValueError(f"rows must be numbers of environments, got {rows!r}") from None
-    if not listed or not (repeated or len(set(listed)) == len(listed)):
-        raise ValueError(f"rows must be some environments, each at most once, got {listed}")
+    if not listed:
+        raise ValueError("rows must name at least one environment")
     return listed
 
 
@@ -200,7 +197,7 @@ def chosen_contexts(
         return [None] * len(rows)
     if start is not None:
         whole = isinstance(start, int | np.integer) and not isinstance(start, bool)
-        if not whole or not 0 <= start < len(starts):
+        if not (whole and 0 <= int(start) < len(starts)):  # type: ignore[arg-type]
             raise ValueError(
                 f'start must be from 0 to {len(starts) - 1} or "beginning", got {start!r}'
             )

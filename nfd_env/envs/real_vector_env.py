@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,16 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from nfd_env.envs.vector_env import OBSERVATION_TYPES, observation_space
-from nfd_env.worlds.format import World, load_world, make_real
+from nfd_env.envs import checks, guests
+from nfd_env.envs.base import WorldVectorEnv
+from nfd_env.envs.observing import observe
+from nfd_env.worlds.format import load_world, make_real
 
 
-class RealVectorEnv(VectorEnv):
+class RealVectorEnv(WorldVectorEnv):
     """Copies of the real game behind a world, with the interface of ``NFDVectorEnv``.
 
     An agent cannot tell the two apart but by the pictures: the frames go through the same crop and
@@ -65,28 +65,27 @@ class RealVectorEnv(VectorEnv):
             SourceError: when the real game is not installed.
         """
         super().__init__()
-        if obs_type not in OBSERVATION_TYPES or output not in ("numpy", "torch"):
-            raise ValueError(
-                f"obs_type must be one of {', '.join(OBSERVATION_TYPES)} and output numpy or "
-                f"torch, got {obs_type!r} and {output!r}"
-            )
-        if num_envs < 1 or frame_skip < 1 or (max_episode_steps or 1) < 1:
-            raise ValueError("num_envs, frame_skip and max_episode_steps must be at least 1")
-        self.world: World = load_world(world, device, precision)
+        self._check_common(num_envs, frame_skip, obs_type, output, max_episode_steps)
+        guests.settle(device)
+        self._look_like(load_world(world, device, precision), AutoresetMode.SAME_STEP)
         self.model = self.world.model
-        self.num_envs, self.frame_skip, self.obs_type = num_envs, frame_skip, obs_type
-        self.output, self.max_episode_steps = output, max_episode_steps
-        self.autoreset_mode = AutoresetMode.SAME_STEP
-        self.envs: list[gymnasium.Env] = [make_real(world, **kwargs) for _ in range(num_envs)]
+        self._owns = True
+        self.envs: list[gymnasium.Env] = []
+        try:
+            for _ in range(num_envs):
+                self.envs.append(make_real(world, **kwargs))
+        except BaseException:  # those that were made must not go on without an owner
+            for env in self.envs:
+                env.close()
+            raise
         self._pool = ThreadPoolExecutor(min(num_envs, os.cpu_count() or 1))
         self._steps = np.zeros(num_envs, np.int64)
         self._shown: np.ndarray | None = None
+        # What latents and features are made of; not kept up to date where pictures are observed.
+        kind = {"dtype": torch.float32, "device": self.model.device}
+        self._latents = torch.zeros(num_envs, *self.model.dynamics.config.latent_shape, **kind)
+        self._action = torch.zeros(num_envs, self.world.codec.width, **kind)
         self._memory = self.model.heads.initial_state(num_envs)
-        self._features = torch.zeros(num_envs, self.model.feature_size, device=self.model.device)
-        self.single_observation_space = observation_space(self.world, obs_type)
-        self.single_action_space = self.world.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
 
     def reset(
         self,
@@ -99,31 +98,22 @@ class RealVectorEnv(VectorEnv):
         The option ``reset_mask``, bool (num_envs,), says where; everywhere by default.
 
         Raises:
-            ValueError: on the wrong number of seeds, or a mask that cannot be used.
-            gymnasium.error.ResetNeeded: when the first reset has a mask.
+            ValueError: on the wrong number of seeds, another option, or a mask that cannot be used.
+            gymnasium.error.ResetNeeded: when the first reset leaves games out.
         """
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments")
-        given = (options or {}).get("reset_mask")
-        mask = np.ones(self.num_envs, bool) if given is None else np.asarray(given)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(f"reset_mask must be a bool array of shape ({self.num_envs},)")
+        self._need_open()
+        seeds = checks.check_seeds(seed, self.num_envs)
+        given = checks.check_options(options, ("reset_mask",))
+        mask = checks.check_mask(given.get("reset_mask"), self.num_envs, self._shown is not None)
         if self._shown is None:
-            if not mask.all():
-                raise gymnasium.error.ResetNeeded("the first reset() must reset every game")
             self._shown = np.zeros((self.num_envs, *self.world.spec.frame_size, 3), np.uint8)
         rows = np.flatnonzero(mask)
         begun = self._pool.map(lambda row: self.envs[row].reset(seed=seeds[row])[0], rows)
         for row, frame in zip(rows, begun, strict=True):
             self._shown[row] = frame
         self._steps[mask] = 0
-        if self.obs_type == "features":
-            return self._output(self._begin(rows, self._shown[rows])), {}
-        return self._observe(self._shown.copy()), {}
+        self._begin(rows, self._shown[rows])
+        return self._observe(self._shown), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every game by one action (``frame_skip`` frames).
@@ -131,69 +121,73 @@ class RealVectorEnv(VectorEnv):
         Raises:
             ValueError: when the actions do not lie in the action space.
         """
+        self._need_begun("step")
         checked = self.world.codec.check(actions, self.num_envs)
         results = list(self._pool.map(self._step_one, range(self.num_envs), checked.cpu().numpy()))
         frames, *columns = zip(*results, strict=True)
         shown, reward, terminated, truncated = (np.stack(column) for column in columns)
-        self._shown = shown.copy()
+        self._follow(frames, self.world.codec.encode(checked).to(self.model.device))
+        self._shown, ended = shown, terminated | truncated
         infos: dict[str, Any] = {}
-        ended = terminated | truncated
-        if self.obs_type == "features":
-            final = self._output(
-                self._follow(frames, self.world.codec.encode(checked).to(self.model.device))
-            )
-            observation = final
-            if ended.any():
-                rows = np.flatnonzero(ended)
-                observation = self._output(self._begin(rows, shown[rows]))
-        else:
-            observation, final = self._observe(shown), None
-            if ended.any():
-                final = self._observe(np.stack([drawn[-1] for drawn in frames]))
         if ended.any():
-            infos = {"final_obs": final, "_final_obs": ended}
-        if self.output == "torch":
-            infos = {k: v if isinstance(v, Tensor) else self._tensor(v) for k, v in infos.items()}
-            rewards = self._tensor(reward.astype(np.float32))
-            return observation, rewards, self._tensor(terminated), self._tensor(truncated), infos
-        return observation, reward, terminated, truncated, infos
+            final = self._observe(np.stack([drawn[-1] for drawn in frames]))
+            infos = {"final_obs": final, "_final_obs": self._tensor(ended)}
+            rows = np.flatnonzero(ended)
+            self._begin(rows, shown[rows])
+        rewards = self._tensor(reward.astype(np.float32))
+        return self._step_output(self._observe(shown), rewards, terminated, truncated, infos)
 
     def frames(self, rows: Sequence[int] | None = None) -> np.ndarray:
         """The current frames, uint8 (num_envs, H, W, 3), or of some environments only."""
-        if self._shown is None:
-            raise gymnasium.error.ResetNeeded("call reset() before frames()")
-        return self._shown.copy() if rows is None else self._shown[list(rows)]
+        shown = self._need_begun("frames")
+        return shown.copy() if rows is None else shown[checks.check_rows(rows, self.num_envs)]
 
     def take(self, rows: Sequence[int]) -> RealVectorEnv:
         """An env of some of these games, in this order, that goes on where they are.
 
         The games are shared: step one of the two only. They are closed by this one.
         """
-        if self._shown is None:
-            raise gymnasium.error.ResetNeeded("call reset() before take()")
-        taken, listed = copy.copy(self), list(rows)
-        taken.num_envs, taken.envs = len(listed), [self.envs[row] for row in listed]
-        taken.observation_space = batch_space(self.single_observation_space, len(listed))
-        taken.action_space = batch_space(self.single_action_space, len(listed))
-        taken._shown, taken._steps = self._shown[listed], self._steps[listed]
-        taken._memory, taken._features = self._memory[listed], self._features[listed]
-        taken.closed = True
+        shown, listed = self._need_begun("take"), checks.check_rows(rows, self.num_envs)
+        taken = object.__new__(type(self))
+        taken.__dict__.update(self.__dict__, num_envs=len(listed), _owns=False)
+        taken.envs = [self.envs[row] for row in listed]
+        taken._batch_spaces()
+        taken._shown, taken._steps = shown[listed], self._steps[listed]
+        for name in ("_latents", "_action", "_memory"):
+            setattr(taken, name, getattr(self, name)[listed])
         return taken
 
-    def _begin(self, rows: np.ndarray, frames: np.ndarray) -> Tensor:
-        """Features of all games, where those of ``rows`` have begun anew with ``frames``."""
-        index = torch.from_numpy(rows).to(self.model.device)
-        memory = self.model.heads.initial_state(len(rows))
-        action = torch.zeros(len(rows), self.world.codec.width, device=self.model.device)
-        latents = self.model.encode(torch.from_numpy(frames))
-        begun = self.model.features(latents, action, memory)
-        self._memory = self._memory.index_copy(0, index, memory)
-        self._features = self._features.index_copy(0, index, begun)
-        return self._features.clone()
+    def _need_begun(self, what: str) -> np.ndarray:
+        self._need_open()
+        if self._shown is None:
+            raise gymnasium.error.ResetNeeded(f"call reset() before {what}()")
+        return self._shown
 
-    def _follow(self, frames: Sequence[list[np.ndarray]], actions: Tensor) -> Tensor:
-        """Features of all games after their next frames, one to ``frame_skip`` of each."""
-        latents = self.model.encode(torch.from_numpy(np.concatenate(frames)))
+    def __reduce__(self) -> Any:
+        """Refuse to be copied."""
+        raise TypeError(
+            "a real game cannot be copied or pickled; make another RealVectorEnv, or copy the "
+            "learned world's NFDVectorEnv"
+        )
+
+    def _begin(self, rows: np.ndarray, frames: np.ndarray) -> None:
+        """Remember that the games of ``rows`` have begun anew with ``frames``."""
+        if self.obs_type == "rgb":
+            return
+        index = torch.from_numpy(rows).to(self.model.device)
+        self._latents = self._latents.index_copy(0, index, self._encode(frames))
+        self._action = self._action.index_fill(0, index, 0.0)
+        nothing = self.model.heads.initial_state(len(rows))
+        self._memory = self._memory.index_copy(0, index, nothing)
+
+    def _follow(self, frames: Sequence[list[np.ndarray]], actions: Tensor) -> None:
+        """Remember the next frames of all games, one to ``frame_skip`` of each."""
+        if self.obs_type == "rgb":
+            return
+        if self.obs_type == "latent":
+            self._latents = self._encode(np.stack([drawn[-1] for drawn in frames]))
+            return
+        latents = self._encode(np.concatenate(frames))
         counts = [len(drawn) for drawn in frames]
         ends = np.cumsum(counts) - 1
         for k in range(max(counts)):
@@ -202,9 +196,7 @@ class RealVectorEnv(VectorEnv):
             seen = latents[[int(ends[row]) - counts[row] + 1 + k for row in rows]]
             memory = self.model.remember(seen, actions[index], self._memory[index])
             self._memory = self._memory.index_copy(0, index, memory)
-        last = latents[[int(end) for end in ends]]
-        self._features = self.model.features(last, actions, self._memory)
-        return self._features.clone()
+        self._latents, self._action = latents[[int(end) for end in ends]], actions
 
     def _step_one(
         self, row: int, action: Any
@@ -229,19 +221,17 @@ class RealVectorEnv(VectorEnv):
         return frames, shown, total, terminated, truncated
 
     def _observe(self, frames: np.ndarray) -> Any:
-        if self.output == "numpy" and self.obs_type == "rgb":
-            return frames
-        tensor = self._tensor(frames)
-        return self._output(self.model.encode(tensor) if self.obs_type == "latent" else tensor)
+        """Observations of what was last remembered, whose pictures are ``frames``."""
+        here = self._latents, self._action, self._memory
+        return self._output(observe(self.world, self.obs_type, lambda: self._tensor(frames), *here))
 
-    def _output(self, observation: Tensor) -> Any:
-        return observation if self.output == "torch" else observation.cpu().numpy()
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device)
+    def _encode(self, frames: np.ndarray) -> Tensor:
+        return self.model.encode(torch.from_numpy(frames.copy()))
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop the games."""
+        """Stop the games, unless another env goes on with them."""
+        if not self._owns:
+            return
         self._pool.shutdown()
         for env in self.envs:
             env.close()

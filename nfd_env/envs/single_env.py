@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
@@ -27,7 +28,9 @@ class NFDEnv(gymnasium.Env):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(self, world: str | PathLike[str], device: Any = "auto", **options: Any) -> None:
+    def __init__(
+        self, world: str | PathLike[str], device: str | torch.device = "auto", **options: Any
+    ) -> None:
         """See ``NFDVectorEnv``.
 
         Raises:

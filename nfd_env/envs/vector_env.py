@@ -1,10 +1,13 @@
-"""The learned world as a batched Gymnasium environment: all the env logic there is."""
+"""The learned world as a batched Gymnasium environment: all the env logic there is.
+
+Longer than other files because the class's docstring is the reference of all its arguments.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -17,9 +20,10 @@ from torch import Tensor
 from nfd_env.envs import checks, guests
 from nfd_env.envs.base import WorldVectorEnv
 from nfd_env.envs.observing import OBSERVATION_TYPES, observe, observe_before
+from nfd_env.envs.state import EnvState
 from nfd_env.inference.noise import mix
 from nfd_env.inference.speculation import SpeculativeState, Speculator, check_frames
-from nfd_env.inference.world_model import Context, WorldState
+from nfd_env.inference.world_model import Context
 from nfd_env.models.cache import may_look
 from nfd_env.models.captured import CapturedCall
 from nfd_env.worlds.format import load_world
@@ -29,43 +33,6 @@ _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is re
 _MOST_CONTEXT = 4096  # observations before the first; far more than any policy looks back
 _MOST_SAMPLING_STEPS = 1000  # of the finest samplers in the literature
 _BITS = {"fp32": 32, "bf16": 16}
-
-
-@dataclass
-class EnvState:
-    """A saved moment of a vector env, see ``NFDVectorEnv.save_state``.
-
-    Attributes:
-        world: what the next frames depend on.
-        shown: (B, C, h, w), latents of the frames that are observed. Where an episode has ended
-            within a ``frame_skip``, the world may have gone on; this and ``memory`` have not.
-        memory: (B, width), the heads' recurrent state after these frames.
-        steps: int64 (B,), of the running episodes.
-        ended: bool (B,), episodes that have ended and wait for a reset.
-        seeds: of each environment.
-        episodes: number of the episode of its seed that each is in.
-    """
-
-    world: WorldState
-    shown: Tensor
-    memory: Tensor
-    steps: np.ndarray
-    ended: np.ndarray
-    seeds: list[int]
-    episodes: list[int]
-
-    def take(self, rows: Sequence[int]) -> EnvState:
-        """An independent copy of some environments, in this order, repeated where repeated."""
-        listed = [int(r) for r in rows]
-        return EnvState(
-            self.world.take(listed),
-            self.shown[torch.as_tensor(listed, device=self.shown.device)],
-            self.memory[torch.as_tensor(listed, device=self.memory.device)],
-            self.steps[listed],
-            self.ended[listed],
-            [self.seeds[r] for r in listed],
-            [self.episodes[r] for r in listed],
-        )
 
 
 class NFDVectorEnv(WorldVectorEnv):
@@ -98,14 +65,18 @@ class NFDVectorEnv(WorldVectorEnv):
     Truncation: after ``max_episode_steps`` steps.
 
     ## Information
-    ``hazard``: the probability with which the step could have terminated, float (num_envs,).
-    ``ood``, with ``ood=True``: how far the frame is out of the distribution of real frames, float
+    The same keys at ``reset`` and ``step``, but for the last two, and arrays or tensors of one
+    type each. Beside each ``name`` there is a mask ``_name``: False where no step was taken.
+    ``hazard``: the probability with which the step could have terminated, float32 (num_envs,).
+    ``precision``: bits of the numbers that frames are drawn in, int64 (num_envs,): 32 or 16.
+    ``ood``, with ``ood=True``: how far the frame is out of the distribution of real frames, float32
     (num_envs,); see ``watch_ood``.
     ``speculation``, with ``speculative_frames`` > 1: a dict of int64 (num_envs,) arrays that count
     the frames of each slot since its seed was last set: ``drafted`` ahead of their step,
     ``accepted`` (handed out without a transformer pass) and ``dropped``; the rest still waits.
-    ``context``, with ``context_observations`` = n > 0, where an episode begins: the observations
-    before its first, (num_envs, n, *observation shape), oldest first, one step apart.
+    ``context``, with ``context_observations`` = n > 0: where an episode begins (see ``_context``),
+    the observations before its first, (num_envs, n, *observation shape), oldest first, one step
+    apart; zeros elsewhere.
     With ``AutoresetMode.SAME_STEP`` also ``final_obs`` and ``final_info``.
 
     ## Arguments
@@ -154,21 +125,25 @@ class NFDVectorEnv(WorldVectorEnv):
     All noise is a function of (seed, episode, frame number): the same seed gives the same rollout
     bit for bit on one device, and slot i of a batch equals the single env with that slot's seed up
     to floating-point tolerance. An int seed s gives slot i the seed s + i.
+
+    ## Copies and other processes
+    ``copy.deepcopy`` and pickles hold the options and the running episodes; the world itself is
+    loaded again from its folder. A copy goes on as the original does. In worker processes, e.g. of
+    ``AsyncVectorEnv``, an env takes one thread unless OMP_NUM_THREADS says otherwise. One batch of
+    n is faster than n workers.
+
+    ## Gymnasium's wrappers
+    Those in ``gymnasium.wrappers.vector`` compute with numpy: use ``output="numpy"`` with them.
+    ``NormalizeObservation`` needs ``autoreset_mode`` NEXT_STEP; ``RecordEpisodeStatistics`` and
+    ``NormalizeReward`` know NEXT_STEP and SAME_STEP; ``RecordVideo`` shows an episode's last frame
+    with NEXT_STEP only. Wrappers from elsewhere: Stable-Baselines3 needs SAME_STEP (see
+    ``nfd_env.sb3``), TorchRL SAME_STEP or DISABLED (see ``nfd_env.torchrl``).
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
     # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
-    _NOT_COPIED = (
-        "world",
-        "model",
-        "_speculator",
-        "_decoder",
-        "_decoded",
-        "_state",
-        "_shown",
-        "_memory",
-    )
+    _NOT_COPIED = ("world", "model", "_speculator", "_decoder", "_decoded", "_now")
 
     def __init__(
         self,
@@ -221,6 +196,8 @@ class NFDVectorEnv(WorldVectorEnv):
         guests.settle(device)
         loaded = load_world(world, device, precision, dynamics)
         self._look_like(loaded, mode)
+        size = int(np.prod(self.observation_space.shape or ())) * 4  # as float32 latents or so
+        checks.check_room("context_observations", context_observations, context_observations * size)
         self.model = loaded.model
         self.starts = checks.check_starts(loaded, starts)
         self.max_episode_steps = self.max_episode_steps or loaded.spec.max_episode_steps or None
@@ -230,15 +207,9 @@ class NFDVectorEnv(WorldVectorEnv):
         self.speculative_frames, self._draft_cost = speculative_frames, draft_cost
         self._changed: dict[str, Any] = {}
         self.set_sampling(sampling_steps, history_level, temperature)
-        self._state: WorldState | None = None
-        self._shown: Tensor | None = None
-        self._memory = self.model.heads.initial_state(num_envs)
+        self._now: EnvState | None = None
         self._decoded: Tensor | None = None
         self._decoder = CapturedCall()
-        self._steps = np.zeros(num_envs, np.int64)
-        self._ended = np.zeros(num_envs, bool)
-        self._seeds = [-1] * num_envs
-        self._episodes = [0] * num_envs
         self._ood_scale: float | None = None
         self._ood_limit = np.inf
         if checks.check_flag("ood", ood):
@@ -303,7 +274,7 @@ class NFDVectorEnv(WorldVectorEnv):
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
         """The seed of each environment, -1 before the first reset."""
-        return tuple(self._seeds)
+        return (-1,) * self.num_envs if self._now is None else tuple(self._now.seeds)
 
     def reset(
         self,
@@ -325,18 +296,18 @@ class NFDVectorEnv(WorldVectorEnv):
         self._need_open()
         seeds = checks.check_seeds(seed, self.num_envs)
         given = checks.check_options(options, checks.RESET_OPTIONS)
-        mask = checks.check_mask(given.get("reset_mask"), self.num_envs, self._state is not None)
+        mask = checks.check_mask(given.get("reset_mask"), self.num_envs, self._now is not None)
         rows = [int(r) for r in np.flatnonzero(mask)]
         contexts = checks.chosen_contexts(self.world, self.starts, given, rows, self.num_envs)
         keys = []
         for row in rows:
-            chosen = seeds[row]
-            if chosen is not None:
-                keys.append((chosen, 0))
-            elif self._seeds[row] < 0:
+            chosen, now = seeds[row], self._now
+            if chosen is None and now is not None:
+                keys.append((now.seeds[row], now.episodes[row] + 1))
+            elif chosen is None:
                 keys.append((int(np.random.SeedSequence().generate_state(1)[0]), 0))
             else:
-                keys.append((self._seeds[row], self._episodes[row] + 1))
+                keys.append((chosen, 0))
         beginning = isinstance(given.get("start"), str)
         begun = self._restart(rows, keys, contexts, beginning)
         none = np.zeros(self.num_envs, bool)
@@ -355,9 +326,9 @@ class NFDVectorEnv(WorldVectorEnv):
                 an environment has ended and was not reset.
             gymnasium.error.ClosedEnvironmentError: after ``close``.
         """
-        self._need_begun("step")
+        now = self._begun("step")
         checked = self.world.codec.check(actions, self.num_envs)
-        waiting = self._ended.copy()
+        waiting = now.ended.copy()
         if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
             raise gymnasium.error.ResetNeeded(
                 f"environment {int(np.flatnonzero(waiting)[0])} has ended; reset it, for example "
@@ -367,11 +338,11 @@ class NFDVectorEnv(WorldVectorEnv):
             waiting if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros_like(waiting)
         )
         rewards, terminated, hazard = self._advance(checked, reset_now)
-        self._steps += 1
+        now.steps += 1
         begun: dict[str, Any] = {}
         truncated = np.zeros_like(terminated)
         if self.max_episode_steps is not None:
-            truncated = self._steps >= self.max_episode_steps
+            truncated = now.steps >= self.max_episode_steps
         if reset_now.any():
             rewards = rewards.masked_fill(self._tensor(reset_now), 0.0)
             terminated, truncated = terminated & ~reset_now, truncated & ~reset_now
@@ -379,16 +350,15 @@ class NFDVectorEnv(WorldVectorEnv):
         infos = self._infos(hazard, ~reset_now)
         if "ood" in infos:
             truncated |= (infos["ood"] > self._ood_limit).cpu().numpy() & ~reset_now
-        self._ended = terminated | truncated
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
+        now.ended = terminated | truncated
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and now.ended.any():
             infos = self._finish(infos)
-            begun = self._next_episodes(np.flatnonzero(self._ended))
-            self._ended = np.zeros_like(self._ended)
+            begun = self._next_episodes(np.flatnonzero(now.ended))
         return self._step_output(self.observe(), rewards, terminated, truncated, infos | begun)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
-        self._need_begun("render")
+        self._begun("render")
         if self.render_mode is None:
             gymnasium.logger.warn('render() does nothing without render_mode="rgb_array"')
             return None
@@ -400,15 +370,14 @@ class NFDVectorEnv(WorldVectorEnv):
         Args:
             rows: of these environments only, which costs less.
         """
-        self._need_begun("frames")
-        assert self._shown is not None
+        shown = self._begun("frames").shown
         listed = None if rows is None else checks.check_rows(rows, self.num_envs)
         if self._decoded is None and listed is not None:
-            return self.model.decode(self._shown[listed])
+            return self.model.decode(shown[listed])
         if self._decoded is None and self.model.captures:
-            (self._decoded,) = self._decoder(lambda z: [self.model.decode(z)], self._shown)
+            (self._decoded,) = self._decoder(lambda z: [self.model.decode(z)], shown)
         elif self._decoded is None:
-            self._decoded = self.model.decode(self._shown)
+            self._decoded = self.model.decode(shown)
         return self._decoded.clone() if listed is None else self._decoded[listed]
 
     def observe(self, obs_type: str | None = None) -> Any:
@@ -418,11 +387,10 @@ class NFDVectorEnv(WorldVectorEnv):
             ValueError: when there is no such type.
             gymnasium.error.ResetNeeded: before the first reset.
         """
-        self._need_begun("observe")
-        assert self._state is not None and self._shown is not None
+        now = self._begun("observe")
         checks.check_choice("obs_type", obs_type or self.obs_type, OBSERVATION_TYPES)
         # The action of a step leads into each of its frames.
-        here = self._shown, self._state.action[:, 0], self._memory
+        here = now.shown, now.world.action[:, 0], now.memory
         return self._output(observe(self.world, obs_type or self.obs_type, self.frames, *here))
 
     def take(self, rows: Sequence[int]) -> NFDVectorEnv:
@@ -432,7 +400,7 @@ class NFDVectorEnv(WorldVectorEnv):
         """
         state = self.save_state(rows)
         taken = object.__new__(type(self))
-        taken.__dict__.update(self.__dict__, num_envs=state.world.batch, _state=None)
+        taken.__dict__.update(self.__dict__, num_envs=len(state), _now=None)
         taken._decoder = CapturedCall()
         taken.set_sampling()  # what is measured or captured is each env's own
         taken._batch_spaces()
@@ -445,19 +413,10 @@ class NFDVectorEnv(WorldVectorEnv):
         Args:
             rows: of these environments only, in this order; one may be named repeatedly.
         """
-        self._need_begun("save_state")
-        assert self._state is not None and self._shown is not None
-        listed = range(self.num_envs) if rows is None else checks.check_rows(rows, self.num_envs)
-        here = EnvState(
-            self._state,
-            self._shown,
-            self._memory,
-            self._steps,
-            self._ended,
-            self._seeds,
-            self._episodes,
+        now = self._begun("save_state")
+        return now.take(
+            range(self.num_envs) if rows is None else checks.check_rows(rows, self.num_envs)
         )
-        return here.take(listed)
 
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
         """Go back to a saved state, which may be restored again; returns its observation.
@@ -476,33 +435,21 @@ class NFDVectorEnv(WorldVectorEnv):
         if not isinstance(state, EnvState):
             raise ValueError(f"a state is what save_state() returned, got {state!r}")
         if rows is not None:
-            self._need_begun("restore_state() of some rows")
-            listed = checks.check_rows(rows, self.num_envs, repeated=False)
-            if len(listed) != state.world.batch:
-                raise ValueError(
-                    f"a state of {state.world.batch} environments cannot go into {listed}"
-                )
-        elif state.world.batch != self.num_envs:
+            self._begun("restore_state() of some rows")
+            listed = checks.check_rows(rows, self.num_envs)
+            if len(listed) != len(state) or len(set(listed)) != len(listed):
+                raise ValueError(f"a state of {len(state)} environments cannot go into {listed}")
+        elif len(state) != self.num_envs:
             raise ValueError(
-                f"the state has {state.world.batch} environments, this env has {self.num_envs}"
+                f"the state has {len(state)} environments, this env has {self.num_envs}"
             )
         else:
             listed = list(range(self.num_envs))
         self._check_fits(state)
-        if rows is None and (self._state is None or self._speculator is not None):
-            self._state = state.world.fork()
+        if self._now is None:
+            self._now = state.take(listed)
         else:  # keeps what was captured on its memory
-            assert self._state is not None
-            self._state.put(listed, state.world)
-        if rows is None:
-            self._shown, self._memory = state.shown.clone(), state.memory.clone()
-            self._steps, self._ended = state.steps.copy(), state.ended.copy()
-            self._seeds, self._episodes = list(state.seeds), list(state.episodes)
-        else:
-            self._put(listed, state.shown, state.memory)
-            self._steps[listed], self._ended[listed] = state.steps, state.ended
-            for row, seed, episode in zip(listed, state.seeds, state.episodes, strict=True):
-                self._seeds[row], self._episodes[row] = seed, episode
+            self._now.put(listed, state)
         self._decoded = None
         return self.observe()
 
@@ -514,20 +461,12 @@ class NFDVectorEnv(WorldVectorEnv):
                 f"{self.speculative_frames}; use the same for both"
             )
 
-    def _put(self, rows: list[int], shown: Tensor, memory: Tensor) -> None:
-        """Replace what some environments show; out of place, as others may hold the old."""
-        assert self._shown is not None
-        index = torch.tensor(rows, device=self.model.device)
-        self._shown = self._shown.index_copy(0, index, shown)
-        self._memory = self._memory.index_copy(0, index, memory)
-        self._decoded = None
-
     def __getstate__(self) -> dict[str, Any]:
         """All but the world, which is loaded again where the copy is made."""
         state = {k: v for k, v in self.__dict__.items() if k not in self._NOT_COPIED}
         if self.starts is self.world.starts:
             state["starts"] = None
-        state["saved"] = None if self._state is None or self.closed else self.save_state()
+        state["saved"] = None if self._now is None else self.save_state()
         # As it was decided here: elsewhere "auto" could mean something else.
         parts = self.world.folder, str(self.model.device), self.model.precision
         return state | {"loaded": (*parts, self.world.dynamics)}
@@ -542,9 +481,7 @@ class NFDVectorEnv(WorldVectorEnv):
         if self.starts is None:
             self.starts = self.world.starts
         self.set_sampling()
-        self._decoder, self._decoded = CapturedCall(), None
-        self._state, self._shown = None, None
-        self._memory = self.model.heads.initial_state(self.num_envs)
+        self._decoder, self._decoded, self._now = CapturedCall(), None, None
         if saved is not None:
             self.restore_state(saved)
 
@@ -554,13 +491,15 @@ class NFDVectorEnv(WorldVectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free what the episodes hold."""
-        self._state = self._shown = self._decoded = None
+        self._now = self._decoded = None
         self._decoder = CapturedCall()
 
-    def _need_begun(self, what: str) -> None:
+    def _begun(self, what: str) -> EnvState:
+        """The present moment, which ``what`` needs."""
         self._need_open()
-        if self._state is None or self._shown is None:
+        if self._now is None:
             raise gymnasium.error.ResetNeeded(f"call reset() before {what}()")
+        return self._now
 
     def _infos(self, hazard: Tensor, stepped: np.ndarray) -> dict[str, Any]:
         """What ``info`` says at any time; ``stepped`` tells who took a step."""
@@ -568,35 +507,35 @@ class NFDVectorEnv(WorldVectorEnv):
         bits = np.full(self.num_envs, _BITS[self.model.precision])
         infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(stepped)}
         infos |= {"precision": self._tensor(bits), "_precision": self._tensor(everyone)}
+        now = self._begun("step")
         if self._ood_scale is not None:
-            assert self._shown is not None
-            error = self.model.reencoding_error(self._shown, self.frames()) / self._ood_scale
+            error = self.model.reencoding_error(now.shown, self.frames()) / self._ood_scale
             infos |= {"ood": error, "_ood": self._tensor(stepped)}
-        if isinstance(self._state, SpeculativeState):
-            infos |= {"speculation": self._state.report(), "_speculation": self._tensor(stepped)}
+        if isinstance(now.world, SpeculativeState):
+            infos |= {"speculation": now.world.report(), "_speculation": self._tensor(stepped)}
         if self.context_observations:
             infos |= self._context([], [])
         return infos
 
     def _advance(self, actions: Tensor, skip: np.ndarray) -> tuple[Tensor, np.ndarray, Tensor]:
         """Step the model ``frame_skip`` frames; rows in ``skip`` do not count."""
-        assert self._state is not None and self._shown is not None
+        now = self._begun("step")
         encoded = self.world.codec.encode(actions)
         running = torch.from_numpy(~skip).to(self.model.device)
-        rewards = torch.zeros(self.num_envs, device=self.model.device)
+        rewards = torch.zeros(self.num_envs, dtype=torch.float32, device=self.model.device)
         hazard = torch.zeros_like(rewards)
         terminated = torch.zeros_like(running)
-        shown, memory = self._shown, self._memory
+        shown, memory = now.shown, now.memory
         for frame in range(0 if skip.all() else self.frame_skip):
             # A GPU is not waited for; at worst it draws frames that do not count.
             if (may_look(running) or self._speculator) and not bool(running.any()):
                 break
             if self._speculator is None:
-                transition = self.model.step(self._state, encoded)
+                transition = self.model.step(now.world, encoded)
             else:
-                assert isinstance(self._state, SpeculativeState)
+                assert isinstance(now.world, SpeculativeState)
                 transition = self._speculator.step(
-                    self._state, encoded, self.frame_skip - frame, running.cpu().numpy()
+                    now.world, encoded, self.frame_skip - frame, running.cpu().numpy()
                 )
             rewards = rewards + transition.reward * running
             # The probability that the step ends the episode at one of its frames.
@@ -605,18 +544,18 @@ class NFDVectorEnv(WorldVectorEnv):
             memory = torch.where(running[:, None], transition.memory, memory)
             terminated = terminated | (running & transition.terminated)
             running = running & ~transition.terminated
-        self._shown, self._memory, self._decoded = shown, memory, None
+        now.shown, now.memory, self._decoded = shown, memory, None
         return rewards, terminated.cpu().numpy(), hazard
 
     def _finish(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Add ``final_obs`` and ``final_info`` of the environments that have just ended."""
-        mask = self._tensor(self._ended)
-        final = self.observe()
+        ended = self._begun("step").ended
+        mask, final = self._tensor(ended), self.observe()
         if self.output == "torch":
             infos = {**infos, "final_obs": final}
         else:
             rows = np.full(self.num_envs, None, dtype=object)
-            for row in np.flatnonzero(self._ended):
+            for row in np.flatnonzero(ended):
                 rows[row] = final[row]
             infos = {**infos, "final_obs": rows}
         infos["_final_obs"] = mask
@@ -629,7 +568,8 @@ class NFDVectorEnv(WorldVectorEnv):
 
     def _next_episodes(self, rows: np.ndarray) -> dict[str, Any]:
         listed = [int(r) for r in rows]
-        keys = [(self._seeds[row], self._episodes[row] + 1) for row in listed]
+        now = self._begun("step")
+        keys = [(now.seeds[row], now.episodes[row] + 1) for row in listed]
         return self._restart(listed, keys, [None] * len(listed))
 
     def _restart(
@@ -647,28 +587,32 @@ class NFDVectorEnv(WorldVectorEnv):
         ]
         start = self.model.start if self._speculator is None else self._speculator.start
         state = start(chosen, keys)
-        if isinstance(state, SpeculativeState) and isinstance(self._state, SpeculativeState):
+        if isinstance(state, SpeculativeState) and self._now is not None:
             # A slot that was seeded anew begins like a new one.
             goes_on = [row if key[1] else None for row, key in zip(rows, keys, strict=True)]
-            state.succeed(self._state, goes_on)
-        shown = torch.stack([c.latents[-1].to(self.model.device, torch.float32) for c in chosen])
-        # With drafts there is one for each frame of a pass; a start has one frame.
-        memory = state.memory if state.memory.ndim == 2 else state.memory[:, 0]
-        if self._state is None:
-            self._state, self._shown = state, shown
+            assert isinstance(self._now.world, SpeculativeState)
+            state.succeed(self._now.world, goes_on)
+        begun = EnvState(
+            state,
+            torch.stack([c.latents[-1].to(self.model.device, torch.float32) for c in chosen]),
+            # With drafts there is one for each frame of a pass; a start has one frame.
+            state.memory if state.memory.ndim == 2 else state.memory[:, 0],
+            np.zeros(len(rows), np.int64),
+            np.zeros(len(rows), bool),
+            [seed for seed, _ in keys],
+            [episode for _, episode in keys],
+        )
+        if self._now is None:
+            self._now = begun
         else:
-            self._state.put(rows, state)
-        self._put(rows, shown, memory)
-        for row, (seed, episode) in zip(rows, keys, strict=True):
-            self._seeds[row], self._episodes[row] = seed, episode
-        self._steps[rows], self._ended[rows] = 0, False
+            self._now.put(rows, begun)
+        self._decoded = None
         return self._context(rows, chosen) if self.context_observations else {}
 
     def _context(self, rows: list[int], contexts: Sequence[Context]) -> dict[str, Any]:
         """``info["context"]``: of ``rows``, which have begun with ``contexts``."""
-        shape, dtype = self.single_observation_space.shape, self.single_observation_space.dtype
-        count = self.context_observations
-        zeros = np.zeros((self.num_envs, count, *shape), dtype)
+        space, count = self.single_observation_space, self.context_observations
+        zeros = np.zeros((self.num_envs, count, *(space.shape or ())), space.dtype)
         context, mask = self._tensor(zeros), np.zeros(self.num_envs, bool)
         if rows:
             mask[rows] = True

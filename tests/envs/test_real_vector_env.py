@@ -124,7 +124,7 @@ def test_seeds_belong_to_slots(counter_world: Path) -> None:
 def test_bad_input(counter_world: Path) -> None:
     with pytest.raises(ValueError, match="obs_type must be one of rgb, latent, features"):
         RealVectorEnv(counter_world, obs_type="sound", **CPU)
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="frame_skip must be a whole number of at least 1, got 0"):
         RealVectorEnv(counter_world, frame_skip=0, **CPU)
     env = RealVectorEnv(counter_world, 2, **CPU)
     with pytest.raises(ValueError, match="3 seeds were given for 2"):

@@ -21,11 +21,11 @@ def test_spaces_and_types(tiny_world: Path) -> None:
     assert env.observation_space.shape == (32, 48, 3) and env.action_space.n == 3
     assert env.metadata["render_fps"] == 7 and "autoreset_mode" not in env.metadata
     observation, info = env.reset(seed=0)
-    assert observation in env.observation_space and info == {}
+    assert observation in env.observation_space and info == {"hazard": 0, "precision": 32}
     observation, reward, terminated, truncated, info = env.step(1)
     assert observation in env.observation_space
     assert type(reward) is float and type(terminated) is bool and type(truncated) is bool
-    assert info.keys() == {"hazard"} and type(info["hazard"]) is float
+    assert info.keys() == {"hazard", "precision"} and type(info["hazard"]) is np.float32
     assert np.array_equal(env.render(), observation)
 
 

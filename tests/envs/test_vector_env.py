@@ -77,11 +77,12 @@ def test_spaces_and_metadata(tiny_world: Path) -> None:
     assert env.single_observation_space.shape == (32, 48, 3)
     assert env.single_observation_space.dtype == np.uint8
     assert env.single_action_space.n == 3
-    assert env.metadata["render_fps"] == 35 / 2
+    assert env.metadata["render_fps"] == 18 and type(env.metadata["render_fps"]) is int
     assert env.metadata["autoreset_mode"] is env.autoreset_mode is AutoresetMode.NEXT_STEP
     assert "autoreset_mode" not in NFDVectorEnv.metadata
     observation, info = env.reset(seed=0)
-    assert observation in env.observation_space and info == {}
+    assert observation in env.observation_space
+    assert not info["hazard"].any() and not info["_hazard"].any()
     observation, rewards, terminated, truncated, info = env.step(env.action_space.sample())
     assert observation in env.observation_space
     assert rewards.shape == (2,) and rewards.dtype == np.float64
@@ -511,7 +512,7 @@ def test_frame_skip_counts_steps_not_frames(endless_world: Path) -> None:
     env = make(endless_world, 1, frame_skip=3, max_episode_steps=2)
     env.reset(seed=0)
     assert [bool(s[3][0]) for s in play(env, actions(1, 2))] == [False, True]
-    assert env._state is not None and env._state.frame == [2 + 6]
+    assert env._now is not None and env._now.world.frame == [2 + 6]
 
 
 def test_autoreset_with_frame_skip(hasty_world: Path) -> None:
@@ -721,8 +722,8 @@ def test_continuing_from_a_context_equals_having_played_it(endless_world: Path) 
     env = make(endless_world, 1)
     context = frames_and_actions(4)
     env.reset(seed=3, options={"context": context})
-    assert env._state is not None
-    into = env._state.action[0, 0]
+    assert env._now is not None
+    into = env._now.world.action[0, 0]
     assert into.tolist() == np.eye(3)[context["actions"][-1]].tolist()
 
 
@@ -938,7 +939,7 @@ def test_a_long_episode_stays_finite(endless_world: Path) -> None:
     env = make(endless_world, 1)
     env.reset(seed=0)
     steps = play(env, actions(1, 150))
-    assert env._state is not None and env._state.frame == [2 + 150]
+    assert env._now is not None and env._now.world.frame == [2 + 150]
     shown = np.stack([s[0] for s in steps])
     assert np.isfinite(shown).all()
     assert len({x.tobytes() for x in shown}) == 150
@@ -1031,7 +1032,7 @@ def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs
     numbers = {str(s[0].numpy().tobytes()): number for number, s in enumerate(shown)}
     assert len({len(s.latents) for s in given}) > 1
     (observation, infos), (same_one, nothing) = env.reset(seed=0), plain.reset(seed=0)
-    assert same(observation, same_one) and nothing == {}
+    assert same(observation, same_one) and "context" not in nothing
     check(infos, observation, np.ones(3, bool))
     waiting, begun = np.zeros(3, bool), 0
     for acts in actions(3, 60):
@@ -1047,7 +1048,8 @@ def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs
             check(infos, observation, resets)
             begun += int(resets.sum())
         else:
-            assert infos.keys() == same_infos.keys()
+            assert infos.keys() == same_infos.keys() | {"context", "_context"}
+            check(infos, observation, np.zeros(3, bool))
         assert same(observation, same_one) and same(rest, same_rest)
         waiting = ended
     assert begun > 3 or mode == AutoresetMode.DISABLED
@@ -1072,11 +1074,12 @@ def test_what_came_before_frames_of_the_callers_own(endless_world: Path) -> None
         frame_skip=3,
     )
     _, info = alone.reset(seed=0, options={"context": given})
-    assert info.keys() == {"context"} and close(info["context"], infos["context"][0].numpy())
+    assert info.keys() == {"hazard", "precision", "context"}
+    assert close(info["context"], infos["context"][0].numpy())
     # What is reported changes nothing in the world.
     plain = make(endless_world, frame_skip=3, output="torch")
     plain.reset(seed=0, options={"context": given})
-    assert same(play(env, actions(3, 4)), play(plain, actions(3, 4)))
+    assert same(*([step[:4] for step in play(e, actions(3, 4))] for e in (env, plain)))
 
 
 def test_given_moments_through_gymnasium(tiny_world: Path) -> None:
