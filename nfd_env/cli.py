@@ -486,19 +486,17 @@ def _export(args: argparse.Namespace) -> int:
 
 def _play_or_serve(name: str) -> Any:
     def run(args: argparse.Namespace) -> int:
-        return int(_player(name).run(args) or 0)
+        from nfd_env.play import commands
+
+        return commands.run(name, args)
 
     return run
 
 
 def _player_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    _player(name).add_arguments(parser)
+    from nfd_env.play import commands
 
-
-def _player(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(f"nfd_env.play.{'window' if name == 'play' else 'server'}")
+    commands.add_arguments(name, parser)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Game(Protocol):
         count: players at a time.
         fps: native frames a second.
         display_aspect: width / height as shown; 0 for square pixels.
+        display: "smooth", or "pixelated": enlarged with hard edges, by whole numbers.
         keymap: from keys to actions.
         frame_shape: (H, W, 3).
         default_sampling: None for a game that is not generated.
@@ -66,6 +67,7 @@ class Game(Protocol):
     count: int
     fps: float
     display_aspect: float
+    display: str
     keymap: Keymap
     frame_shape: tuple[int, ...]
     default_sampling: Sampling | None
@@ -121,7 +123,7 @@ class EnvGame:
         self.env, self.keymap, self.count = env, keymap, 1
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self.fps = float(fps or env.metadata.get("render_fps") or 30)
-        self.display_aspect = 0.0
+        self.display_aspect, self.display = 0.0, "smooth"
         self._seed: int | None = None
         env.reset()
         self.frame_shape: tuple[int, ...] = self._frame().shape

@@ -11,6 +11,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from nfd_env.sources.keys import NOOP, KeymapError, box_axes, default_controls, resting_action
+
 if TYPE_CHECKING:
     from nfd_env.sources.source import SourceConfig
 
@@ -27,10 +29,6 @@ _ALIASES = {
     "arrowup": "up",
     "arrowdown": "down",
 }
-
-
-class KeymapError(ValueError):
-    """A keymap does not fit its action space."""
 
 
 def key_name(key: str | int) -> str:
@@ -114,8 +112,9 @@ class Keymap:
         """
         self.space, self.bindings, self.names = space, list(bindings), list(names)
         self.additive = additive
-        self.noop = _resting(space, self.names) if noop is None else noop
+        self.noop = resting_action(space, self.names) if noop is None else noop
         self.keys = frozenset(k for b in self.bindings for k in b.keys)
+        self.axes = box_axes(space) if isinstance(space, spaces.Box) and additive else []
         for binding in self.bindings:
             action = self._add([binding]) if additive else binding.value
             if not self.contains(action):
@@ -126,20 +125,19 @@ class Keymap:
 
     @classmethod
     def from_source(cls, source: SourceConfig, space: spaces.Space) -> Keymap:
-        """The keymap of a world: its action names and keys; number keys where it has none.
+        """The keymap of a world: its action names and keys; the default ones where it has none.
 
-        For MultiDiscrete the names follow the one-hot order (all values of the first entry, then
-        of the second, ...), for MultiBinary there is one a bit, and for Box two an entry: its low
-        end, then its high end. A key may be a chord, such as "left+space".
+        The names are in the order of ``default_controls``. A key may be a chord, such as
+        "left+space".
 
         Raises:
             KeymapError: when ``keys`` names an action that is not in ``action_names``.
         """
         values = _entries(space)
-        names = list(source.action_names) or [str(i) for i in range(len(values))]
-        keys: Mapping[str, Sequence[str]] = source.keys
+        names, keys = list(source.action_names), dict(source.keys)
         if not keys:
-            keys = {n: [str((i + 1) % 10)] for i, n in enumerate(names[:10]) if n != "noop"}
+            names, keys = default_controls(space, names)
+        names = names or default_controls(space)[0]
         bindings = []
         for name, alternatives in keys.items():
             if name not in names or names.index(name) >= len(values):
@@ -182,26 +180,36 @@ class Keymap:
             bindings.append(Binding(frozenset(key_name(k) for k in chord), action, label))
         return cls(env.action_space, bindings, noop=noop)
 
-    def choose(self, pressed: Sequence[PressedKey]) -> Choice:
-        """The action of the pressed keys, given in the order in which they went down."""
+    def choose(
+        self, pressed: Sequence[PressedKey], deflections: Mapping[int, float] | None = None
+    ) -> Choice:
+        """The action of the pressed keys, given in the order in which they went down.
+
+        Args:
+            pressed: the keys.
+            deflections: of a gamepad's sticks, from -1 to 1, for some of ``axes``; a key for the
+                same entry wins.
+        """
         place = {p.key: i for i, p in enumerate(pressed)}
         tapped = [p.key for p in pressed if p.tapped]
         active = [b for b in self.bindings if b.keys <= place.keys()]
-        if not active:
-            return Choice(self.noop, self.label(self.noop), frozenset())
+        tilted = {i: d for i, d in (deflections or {}).items() if d and i < len(self.axes)}
+        if not active and not tilted:
+            return Choice(_own(self.noop), self.label(self.noop), frozenset())
         if self.additive:
             # Later keys come last, so that of two opposite ones the newer wins.
             active.sort(key=lambda b: max(place[k] for k in b.keys))
-            labels = list(dict.fromkeys(b.label for b in active))
+            labels = [self._axis_label(i, d) for i, d in sorted(tilted.items())]
+            labels = list(dict.fromkeys([*(b.label for b in active), *labels]))
             used = frozenset(k for b in active for k in b.keys)
-            return Choice(self._add(active), "+".join(labels), used)
+            return Choice(self._add(active, tilted), "+".join(labels), used)
 
         def rank(binding: Binding) -> tuple[int, int, int]:
             first = min((tapped.index(k) for k in binding.keys if k in tapped), default=len(tapped))
             return -first, len(binding.keys), max(place[k] for k in binding.keys)
 
         best = max(active, key=rank)
-        return Choice(best.value, best.label, best.keys)
+        return Choice(_own(best.value), best.label, best.keys)
 
     def contains(self, action: Any) -> bool:
         """Whether ``action`` lies in the action space."""
@@ -219,7 +227,7 @@ class Keymap:
             if not self.additive and np.array_equal(binding.value, action):
                 return binding.label
         if np.array_equal(action, self.noop):
-            return "noop"
+            return NOOP
         return str(np.asarray(action).tolist())
 
     def all_actions(self) -> list[Any]:
@@ -237,12 +245,54 @@ class Keymap:
                 found.setdefault(binding.label, next(iter(binding.keys)))
         return [{"label": label, "key": key} for label, key in found.items()]
 
-    def _add(self, active: Iterable[Binding]) -> Any:
+    def gamepad(self) -> Gamepad:
+        """What the parts of a gamepad do, by their names on a standard one.
+
+        Axes that go both ways lie on the sticks, pedals on the triggers. Where there are none, the
+        left stick and the cross press the arrow keys. The buttons press what is left, in order.
+        """
+        axes: dict[str, int] = {}
+        sticks, triggers = iter(("leftx", "lefty", "rightx", "righty")), iter(("rt", "lt"))
+        for axis in self.axes:
+            name = next(sticks if axis.both_ways else triggers, None)
+            if name is not None and axis.low < axis.high:
+                axes[name] = axis.entry
+        cross = {f"dp{key}": key for key in ("left", "right", "up", "down") if key in self.keys}
+        rest: dict[str, str] = {}
+        for binding in self.bindings:
+            tilts = self.axes and self.names.index(binding.label) // 2 in axes.values()
+            if len(binding.keys) == 1 and not binding.keys & set(cross.values()) and not tilts:
+                rest.setdefault(binding.label, *binding.keys)
+        names = ("a", "b", "x", "y", "lb", "rb", "lt", "rt", "ls", "rs")
+        free = [name for name in names if name not in axes]
+        return Gamepad(axes, {**cross, **dict(zip(free, rest.values(), strict=False))})
+
+    def _axis_label(self, entry: int, deflection: float) -> str:
+        axis = self.axes[entry]
+        name = self.names[2 * entry + (axis.at(deflection) > axis.rest)] if self.names else ""
+        return f"{name} {abs(deflection):.0%}"
+
+    def _add(self, active: Iterable[Binding], tilted: Mapping[int, float] | None = None) -> Any:
         action = np.array(self.noop)
+        for entry, deflection in (tilted or {}).items():
+            action.flat[entry] = self.axes[entry].at(deflection)
         for binding in active:
             index, value = binding.value
             action[index] = value
         return action
+
+
+@dataclass(frozen=True)
+class Gamepad:
+    """What a gamepad's parts do; names as on a standard gamepad ("a", "dpleft", "leftx", "rt").
+
+    Attributes:
+        axes: stick or trigger -> entry of the Box action that it sets.
+        buttons: button -> key that it presses.
+    """
+
+    axes: dict[str, int]
+    buttons: dict[str, str]
 
 
 _NAMED = {"left", "right", "up", "down", "space", "return", "tab", "backspace"} | set(
@@ -251,14 +301,16 @@ _NAMED = {"left", "right", "up", "down", "space", "return", "tab", "backspace"} 
 
 
 class KeyLatch:
-    """Which keys are down, and which were tapped since a step last consumed them.
+    """Which keys are down, which were tapped since a step consumed them, and where sticks are.
 
     Safe to use from several threads.
     """
 
-    def __init__(self, allowed: Iterable[str]) -> None:
-        """Follow the keys in ``allowed``; others are ignored."""
+    def __init__(self, allowed: Iterable[str], axes: int = 0) -> None:
+        """Follow the keys in ``allowed`` and the first ``axes`` axes; others are ignored."""
         self._allowed = frozenset(allowed)
+        self._axes = axes
+        self._deflections: dict[int, float] = {}
         self._held: dict[str, None] = {}
         self._tapped: dict[str, None] = {}
         self._lock = threading.Lock()
@@ -279,11 +331,25 @@ class KeyLatch:
             self._held.pop(key, None)
         return key in self._allowed
 
+    def tilt(self, axis: int, deflection: float) -> bool:
+        """A stick was moved to ``deflection``, from -1 to 1; whether it is one of ours."""
+        if not 0 <= axis < self._axes:
+            return False
+        with self._lock:
+            self._deflections[axis] = deflection
+        return True
+
+    def deflections(self) -> dict[int, float]:
+        """Where the sticks are now, by axis."""
+        with self._lock:
+            return dict(self._deflections)
+
     def release_all(self) -> None:
         """The window lost its focus, or the connection broke: no key counts any more."""
         with self._lock:
             self._held.clear()
             self._tapped.clear()
+            self._deflections.clear()
 
     def pressed(self) -> list[PressedKey]:
         """The keys that count now, in the order in which they went down."""
@@ -293,37 +359,29 @@ class KeyLatch:
 
     def consume(self, keymap: Keymap) -> Choice:
         """The action for one step; the taps it came from are spent, the others wait."""
-        choice = keymap.choose(self.pressed())
+        choice = keymap.choose(self.pressed(), self.deflections())
         with self._lock:
             for key in choice.used:
                 self._tapped.pop(key, None)
         return choice
 
 
-def _resting(space: spaces.Space, names: Sequence[str]) -> Any:
-    """The action "nothing": the one named noop, else the first; zeros where they are allowed."""
-    if isinstance(space, spaces.Discrete):
-        return int(space.start) + (names.index("noop") if "noop" in names else 0)
-    if isinstance(space, spaces.MultiDiscrete):
-        return np.array(space.start, space.dtype)
-    if isinstance(space, spaces.Box):
-        return np.clip(np.zeros(space.shape, space.dtype), space.low, space.high)
-    if isinstance(space, spaces.MultiBinary):
-        return np.zeros(space.shape, space.dtype)
-    raise KeymapError(f"no key can mean an action of {space}; pass noop=")
+def _own(action: Any) -> Any:
+    """An action that whoever gets it may change."""
+    return action.copy() if isinstance(action, np.ndarray) else action
 
 
 def _entries(space: spaces.Space) -> list[Any]:
-    """The values of a binding for each of the space's action names."""
+    """The values of a binding for each of the names of ``default_controls``."""
     if isinstance(space, spaces.Discrete):
         return [int(space.start) + i for i in range(int(space.n))]
     if isinstance(space, spaces.MultiDiscrete):
         starts = np.asarray(space.start)
-        return [(i, int(starts[i]) + v) for i, n in enumerate(space.nvec) for v in range(int(n))]
+        entries = np.ndenumerate(space.nvec)
+        return [(i, int(starts[i]) + value) for i, n in entries for value in range(int(n))]
     if isinstance(space, spaces.MultiBinary):
-        return [(i, 1) for i in range(int(space.shape[0]))]
+        return [(i, 1) for i in np.ndindex(space.shape)]
     if isinstance(space, spaces.Box):
-        ends = zip(space.low, space.high, strict=True)
-        finite = [(max(low, -1e3), min(high, 1e3)) for low, high in ends]
-        return [(i, end) for i, pair in enumerate(finite) for end in pair]
+        entries = zip(np.ndindex(space.shape), box_axes(space), strict=True)
+        return [(i, end) for i, axis in entries for end in (axis.low, axis.high)]
     raise KeymapError(f"no keymap is known for {space}")

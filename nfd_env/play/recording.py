@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
-import cv2
 import numpy as np
 from gymnasium import spaces
 
@@ -19,23 +18,39 @@ from nfd_env.play.game import Outcome
 from nfd_env.spaces import ActionCodec, space_to_dict
 
 
-def display_size(frame_shape: tuple[int, ...], aspect: float, height: int) -> tuple[int, int]:
+def display_size(
+    frame_shape: tuple[int, ...], aspect: float, height: int, pixelated: bool = False
+) -> tuple[int, int]:
     """(width, height) in even pixels at which a person should see a frame.
 
     Args:
         frame_shape: (H, W, 3).
         aspect: width / height as shown; 0 for square pixels.
         height: about how high.
+        pixelated: every pixel becomes a whole number of rows high, and of columns wide if its
+            pixels are square.
     """
     ratio = aspect or frame_shape[1] / frame_shape[0]
+    if pixelated:
+        times = max(1, round(height / frame_shape[0]))
+        times += times % 2 if frame_shape[0] % 2 or frame_shape[1] % 2 else 0
+        height = times * frame_shape[0]
     return max(2, round(height * ratio / 2) * 2), max(2, round(height / 2) * 2)
 
 
 class VideoFile:
     """An H.264 MP4 file that is written while playing; encoding happens on another thread."""
 
-    def __init__(self, target: str | Path | IO[bytes], fps: float, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        target: str | Path | IO[bytes],
+        fps: float,
+        size: tuple[int, int],
+        pixelated: bool = False,
+    ) -> None:
         """Open ``target`` for frames of ``size`` (width, height), both even.
+
+        With ``pixelated`` they are enlarged with hard edges.
 
         Raises:
             OSError: when the file cannot be written.
@@ -45,7 +60,7 @@ class VideoFile:
         if isinstance(target, str | Path):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             target = str(target)
-        self._size = size
+        self._size, self._pixelated = size, pixelated
         self._container = av.open(target, "w", format="mp4")
         rate = Fraction(fps).limit_denominator(1000)
         self._stream = self._container.add_stream("libx264", rate=rate)
@@ -77,11 +92,13 @@ class VideoFile:
 
     def _run(self) -> None:
         import av
+        from av.video.reformatter import Interpolation
 
         try:
             while (frame := self._frames.get()) is not None:
-                picture = cv2.resize(frame, self._size, interpolation=cv2.INTER_CUBIC)
-                shown = av.VideoFrame.from_ndarray(picture.astype(np.uint8), "rgb24")
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+                how = Interpolation.POINT if self._pixelated else Interpolation.BICUBIC
+                shown = picture.reformat(*self._size, "yuv420p", interpolation=how)
                 for packet in self._stream.encode(shown):
                     self._container.mux(packet)
             for packet in self._stream.encode(None):
@@ -94,10 +111,14 @@ class VideoFile:
 
 
 def write_video(
-    target: str | Path | IO[bytes], frames: Iterable[np.ndarray], fps: float, size: tuple[int, int]
+    target: str | Path | IO[bytes],
+    frames: Iterable[np.ndarray],
+    fps: float,
+    size: tuple[int, int],
+    pixelated: bool = False,
 ) -> None:
     """Write a whole MP4; see ``VideoFile``."""
-    video = VideoFile(target, fps, size)
+    video = VideoFile(target, fps, size, pixelated)
     for frame in frames:
         video.add(frame)
     video.close()

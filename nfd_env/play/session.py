@@ -84,7 +84,7 @@ class Session:
             drafts: whether the game can generate frames ahead.
         """
         self.keymap, self.agent = keymap, agent
-        self.keys = KeyLatch(keymap.keys)
+        self.keys = KeyLatch(keymap.keys, len(keymap.axes))
         self.paused = self.agent_on = self.over = False
         self.speed = 1.0
         self.sampling, self.steps_of = sampling, steps_of
@@ -124,6 +124,10 @@ class Session:
     def release(self, key: str, seq: int = 0) -> bool:
         """A key went up."""
         return self._input(self.keys.release(key), seq)
+
+    def tilt(self, axis: int, deflection: float, seq: int = 0) -> bool:
+        """A stick of a gamepad was moved, see ``Keymap.gamepad``; whether it means anything."""
+        return self._input(self.keys.tilt(axis, deflection), seq)
 
     def release_all(self) -> None:
         """Focus or connection was lost: let go of everything."""
@@ -271,7 +275,7 @@ class Session:
 
     def guesses_for_next(self, everything: bool) -> list[Any]:
         """Actions to assume for the next step, the likeliest first."""
-        likely = self.keymap.choose(self.keys.pressed()).action
+        likely = self.keymap.choose(self.keys.pressed(), self.keys.deflections()).action
         if self.agent_on and self.agent is not None and self.frame is not None:
             likely = self.last_choice.action if self.last_choice else likely
         if not everything:

@@ -70,6 +70,7 @@ class Slots:
         self.name, self.fps = self.spec.name, float(self.spec.fps)
         self.frame_shape: tuple[int, ...] = (*self.spec.frame_size, 3)
         self.display_aspect = self.spec.source.display_aspect
+        self.display = getattr(self.spec, "display", "smooth")
         self.keymap = Keymap.from_source(self.spec.source, self._all.single_action_space)
         first = Sampling(
             self._all.model.sampling.steps,

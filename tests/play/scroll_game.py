@@ -25,6 +25,7 @@ class ScrollGame:
     """Turning right moves the picture to the left by two columns a step, as in a real game."""
 
     name = "Scroll"
+    display = "smooth"
     default_sampling: Sampling | None = Sampling(2)
     steps_of: tuple[int, int] | None = (2, 6)
 

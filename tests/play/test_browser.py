@@ -7,7 +7,8 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from nfd_env.play.server import Limits, PlayServer  # noqa: E402
+from nfd_env.play.web.client import Limits  # noqa: E402
+from nfd_env.play.web.server import PlayServer  # noqa: E402
 from tests.play.browser import Browser, find_chromium, run  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 

@@ -12,7 +12,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from nfd_env.play import server as server_module  # noqa: E402
+from nfd_env.play.web import protocol  # noqa: E402
 from tests.play.test_server import Client, run  # noqa: E402
 
 CLIENTS = 16
@@ -90,7 +90,7 @@ def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is
             status, said = await server.stop()
             for client in clients:
                 await asyncio.wait_for(client.task, 5)
-                assert client.socket.close_code == server_module.GOING
+                assert client.socket.close_code == protocol.GOING
                 await client.__aexit__()
             assert status == 0 and "Traceback" not in said, said
             return clients, grown

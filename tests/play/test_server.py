@@ -12,8 +12,12 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from nfd_env.play import server as server_module  # noqa: E402
-from nfd_env.play.server import Limits, PlayServer, ServeError, is_loopback  # noqa: E402
+from nfd_env.play import commands  # noqa: E402
+from nfd_env.play.web import protocol  # noqa: E402
+from nfd_env.play.web.access import is_loopback  # noqa: E402
+from nfd_env.play.web.client import Limits  # noqa: E402
+from nfd_env.play.web.rooms import world_games  # noqa: E402
+from nfd_env.play.web.server import PlayServer, ServeError  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 from tests.tiny_world import make_tiny_world  # noqa: E402
 
@@ -153,7 +157,7 @@ def test_garbage_ends_that_client_only(garbage):
             else:
                 await bad.socket.send_str(garbage)
             await asyncio.wait_for(bad.task, 5)
-            assert bad.socket.close_code in (server_module.BAD_MESSAGE, 1009)
+            assert bad.socket.close_code in (protocol.BAD_MESSAGE, 1009)
             await good.pictures(5)
             assert server.counts()["seats"] == 1
 
@@ -176,7 +180,7 @@ def test_a_flood_is_cut_off():
             for _ in range(300):
                 await client.send(t="awake")
             await asyncio.wait_for(client.task, 5)
-            assert client.bye["code"] == server_module.TOO_FAST
+            assert client.bye["code"] == protocol.TOO_FAST
 
     run(main)
 
@@ -188,9 +192,9 @@ def test_full_then_free_again_and_idle_players_lose_their_place():
             async with Client(server, http) as first:
                 await first.pictures(2)
                 async with Client(server, http) as second:
-                    assert second.bye["code"] == server_module.FULL
+                    assert second.bye["code"] == protocol.FULL
                 await asyncio.wait_for(first.task, 5)
-                assert first.bye["code"] == server_module.IDLE
+                assert first.bye["code"] == protocol.IDLE
             async with Client(server, http) as third:
                 await third.pictures(2)
 
@@ -259,7 +263,7 @@ def test_clients_that_stopped_reading_hold_up_neither_the_others_nor_the_end():
                 await alive.pictures(2)
                 began = time.monotonic()
                 await asyncio.wait_for(alive.task, 6)
-                assert alive.bye["code"] == server_module.IDLE
+                assert alive.bye["code"] == protocol.IDLE
                 assert time.monotonic() - began < 4
             dead += [await http.ws_connect(server.url + "ws", autoping=False) for _ in range(2)]
             began = time.monotonic()
@@ -328,7 +332,7 @@ def test_a_broken_model_lets_its_players_go_and_the_server_lives_on():
         async with Running(games) as (server, http):
             async with Client(server, http, world="Bad") as client:
                 await asyncio.wait_for(client.task, 10)
-                assert client.bye["code"] == server_module.FAILED
+                assert client.bye["code"] == protocol.FAILED
             for world in ("Missing", "../etc"):
                 async with Client(server, http, world=world) as client:
                     assert client.bye is not None
@@ -374,7 +378,7 @@ def test_two_players_of_one_world_have_worlds_of_their_own(tmp_path):
     world = str(make_tiny_world(tmp_path / "tiny", hazard_bias=-30.0))
 
     async def main():
-        games = server_module.world_games(world, "cpu")
+        games = world_games(world, "cpu")
         limits = Limits(clients=2)
         async with (
             Running(games, limits=limits) as (server, http),
@@ -393,8 +397,8 @@ def test_two_players_of_one_world_have_worlds_of_their_own(tmp_path):
 
 def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
     parser = argparse.ArgumentParser()
-    server_module.add_arguments(parser)
-    assert server_module.run(parser.parse_args(["NoSuchWorld"])) == 2
+    commands.add_arguments("serve", parser)
+    assert commands.run("serve", parser.parse_args(["NoSuchWorld"])) == 2
     said = capsys.readouterr().err
     assert "unknown world 'NoSuchWorld'" in said and said.count("\n") == 1
     world = str(make_tiny_world(tmp_path / "tiny"))
@@ -402,7 +406,7 @@ def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
     async def main():
         async with Running() as (server, _):
             arguments = parser.parse_args([world, "--port", str(server.port), "--device", "cpu"])
-            return await asyncio.to_thread(server_module.run, arguments)
+            return await asyncio.to_thread(commands.run, "serve", arguments)
 
     assert run(main) == 2
     said = capsys.readouterr().err
@@ -412,7 +416,7 @@ def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
         (["--port", "0", "--host", "203.0.113.7"], "choose another with --host"),
         (["--port", "0", "--max-clients", "0"], "max_clients"),
     ):
-        assert server_module.run(parser.parse_args([world, "--device", "cpu", *wrong])) == 2
+        assert commands.run("serve", parser.parse_args([world, "--device", "cpu", *wrong])) == 2
         said = capsys.readouterr().err
         assert meant in said and said.count("\n") == 1
 

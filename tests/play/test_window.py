@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ pygame = pytest.importorskip("pygame")
 
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.envs.single_env import NFDEnv  # noqa: E402
-from nfd_env.play import window  # noqa: E402
+from nfd_env.play import commands, window  # noqa: E402
 from nfd_env.play.slots import Slots  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 from tests.tiny_world import make_tiny_world  # noqa: E402
@@ -173,20 +174,19 @@ def test_gymnasiums_own_player_takes_our_env(world):
 def test_no_display_is_one_clear_message(world, monkeypatch, capsys):
     monkeypatch.setenv("SDL_VIDEODRIVER", "x11")
     monkeypatch.delenv("DISPLAY", raising=False)
-    parser = window.argparse.ArgumentParser()
-    window.add_arguments(parser)
-    assert window.run(parser.parse_args([str(world), "--device", "cpu"])) == 2
+    parser = argparse.ArgumentParser()
+    commands.add_arguments("play", parser)
+    assert commands.run("play", parser.parse_args([str(world), "--device", "cpu"])) == 2
     said = capsys.readouterr().err
     assert said.startswith("nfd play: no window can be opened") and said.count("\n") == 1
-    assert window.run(parser.parse_args(["NoSuchWorld"])) == 2
+    assert commands.run("play", parser.parse_args(["NoSuchWorld"])) == 2
     assert "unknown world 'NoSuchWorld'" in capsys.readouterr().err
 
 
 def test_a_missing_pygame_names_the_extra():
     code = (
         "import sys; sys.modules['pygame'] = None\n"
-        "import argparse; from nfd_env.play import window as w\n"
-        "p = argparse.ArgumentParser(); w.add_arguments(p); sys.exit(w.run(p.parse_args(['x'])))"
+        "from nfd_env.cli import main; sys.exit(main(['play', 'x']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

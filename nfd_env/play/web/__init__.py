@@ -1,0 +1,6 @@
+"""The browser player (aiohttp): one page, a WebSocket a player, one batched model a world.
+
+``protocol`` (what goes over the socket), ``access`` (who may come in), ``connection`` (how long a
+request may take), ``pictures`` (JPEG and films), ``client`` (one player), ``rooms`` (the worlds
+that are played) and ``server``, which puts them together.
+"""

@@ -1,0 +1,37 @@
+"""Pictures on their way to a browser: JPEG for each, MP4 for the last minute."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from nfd_env.play.game import Game
+from nfd_env.play.recording import display_size, write_video
+
+# Small pictures of games have hard edges of pure colours: little loss, no colour subsampling.
+_QUALITY = 92
+
+
+def jpeg(frame: np.ndarray) -> bytes:
+    """Compress a frame, uint8 (H, W, 3)."""
+    target = io.BytesIO()
+    Image.fromarray(frame).save(target, "JPEG", quality=_QUALITY, subsampling=0)
+    return target.getvalue()
+
+
+def film(jpegs: Sequence[bytes], game: Game) -> bytes:
+    """The MP4 of a play from its pictures."""
+
+    def frames() -> Iterator[np.ndarray]:
+        for picture in jpegs:
+            yield np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+
+    first = next(frames())
+    target = io.BytesIO()
+    pixelated = game.display == "pixelated"
+    size = display_size(first.shape, game.display_aspect, 288, pixelated)
+    write_video(target, frames(), game.fps, size, pixelated)
+    return target.getvalue()

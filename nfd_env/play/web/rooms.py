@@ -1,0 +1,116 @@
+"""The worlds that are played: each is loaded when somebody first picks it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nfd_env.play.agents import load_agent
+from nfd_env.play.engine import Engine, Player
+from nfd_env.play.game import Game
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Room:
+    """A world that is being played, and whom its players can hand over to."""
+
+    game: Game
+    engine: Engine
+    agent: Any
+
+
+class Rooms:
+    """All of them, by the name of the world."""
+
+    def __init__(self, games: Mapping[str, Callable[[int], Game]], seats: int, agent: Any) -> None:
+        """Offer ``games``, each with so many seats; ``agent`` is of the first one at least."""
+        self._games, self._seats, self._agent = dict(games), seats, agent
+        self._open: dict[str, Room] = {}
+        self._making: dict[str, asyncio.Lock] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """What can be played; the first is the page's default."""
+        return list(self._games)
+
+    @property
+    def taken(self) -> int:
+        """Seats that are taken."""
+        return sum(len(room.engine.players) for room in self._open.values())
+
+    async def open(self, name: str) -> Room:
+        """The room of a world, which is loaded if need be.
+
+        Raises:
+            KeyError: for an unknown name.
+            Exception: whatever loading the world raised.
+        """
+        make = self._games[name]
+        async with self._making.setdefault(name, asyncio.Lock()):
+            room = self._open.get(name)
+            if room is None or room.engine.error is not None:
+                loop = asyncio.get_running_loop()
+                room = await loop.run_in_executor(None, self._make, name, make)
+                room.engine.start()
+                self._open[name] = room
+            return room
+
+    def _make(self, name: str, make: Callable[[int], Game]) -> Room:
+        game = make(self._seats)
+        agent = None
+        if self._agent is not None:
+            try:
+                agent = load_agent(self._agent, game.keymap.space)
+            except ValueError as error:
+                # It was made for the world that was named; the others are only offered beside it.
+                if name == self.names[0]:
+                    raise
+                log.warning("world %s is played without the agent: %s", name, error)
+        return Room(game, Engine(game), agent)
+
+    def of(self, player: Player) -> Room | None:
+        """Where a player sits."""
+        return next((r for r in self._open.values() if player in r.engine.players), None)
+
+    async def close(self) -> None:
+        """Stop all engines."""
+        rooms, self._open = list(self._open.values()), {}
+        for room in rooms:
+            await asyncio.get_running_loop().run_in_executor(None, room.engine.close)
+
+
+def world_games(
+    world: str,
+    device: str = "auto",
+    sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: str | None = None,
+) -> dict[str, Callable[[int], Game]]:
+    """The worlds that the page offers: the given one first, then the shipped ones.
+
+    Raises:
+        CheckpointError: when the given one is not there or is damaged.
+    """
+    from nfd_env.play.slots import Slots
+    from nfd_env.worlds.format import find_world, read_spec, shipped_worlds
+
+    folders = {read_spec(find_world(world)).name: str(find_world(world))}
+    for name in shipped_worlds():
+        folders.setdefault(read_spec(find_world(name)).name, name)
+
+    def maker(folder: str) -> Callable[[int], Game]:
+        return lambda count: Slots(
+            folder,
+            count,
+            device,
+            sampling_steps,
+            speculative_frames=speculative_frames,
+            dynamics=dynamics,
+        )
+
+    return {name: maker(folder) for name, folder in folders.items()}

@@ -1,0 +1,462 @@
+"""The server of the browser player: the page, the sockets, and who sits where."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from aiohttp import WSMsgType, web
+
+from nfd_env.play import PlayError
+from nfd_env.play.engine import Engine
+from nfd_env.play.game import Game
+from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
+from nfd_env.play.web import protocol
+from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback, read_token
+from nfd_env.play.web.client import Client, Limits, new_socket, part
+from nfd_env.play.web.connection import Connection, Gate, connection_factory
+from nfd_env.play.web.pictures import film
+from nfd_env.play.web.rooms import Room, Rooms, world_games
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+class ServeError(PlayError):
+    """The server cannot be started; the message says what to do."""
+
+
+class PlayServer:
+    """Serves the page and the sockets; see ``serve`` for the usual way in."""
+
+    def __init__(
+        self,
+        games: Mapping[str, Callable[[int], Game]],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        token: str | None = None,
+        origins: Sequence[str] = (),
+        limits: Limits | None = None,
+        agent: Any = None,
+        encoders: int = 1,
+    ) -> None:
+        """Prepare; ``start`` binds.
+
+        Args:
+            games: name -> function that makes the game for so many players; the first is the
+                page's default. A game is made when somebody first picks it.
+            host: address to bind to.
+            port: TCP port, 0 for a free one.
+            token: whoever knows it may play; required unless ``host`` is a loopback address.
+            origins: addresses that the page may be opened at beside the server's own, such as
+                "https://hub.example.org": those of a proxy.
+            limits: see ``Limits``.
+            agent: whom players can hand over to, see ``load_agent``.
+            encoders: threads that compress pictures.
+
+        Raises:
+            ServeError: when a token is required, or the port or an origin is none.
+        """
+        if not games:
+            raise ServeError("there is no world to serve")
+        if not 0 <= port <= 65535:
+            raise ServeError(f"a port is from 1 to 65535, or 0 for a free one, got {port}")
+        if not is_loopback(host) and not token:
+            raise ServeError(
+                f"{host} can be reached from other machines: give a token, or stay on 127.0.0.1 "
+                "and forward the port with ssh -L"
+            )
+        self.host, self.port, self.limits = host, port, limits or Limits()
+        try:
+            self._access = Access(host, token, origins)
+        except ValueError as error:
+            raise ServeError(str(error)) from None
+        self.rooms = Rooms(games, self.limits.clients, agent)
+        self._clients: set[Client] = set()
+        self._encoder = ThreadPoolExecutor(encoders, "jpeg")
+        self._films = ThreadPoolExecutor(1, "film")
+        self._runner: web.AppRunner | None = None
+        self._listener: asyncio.Server | None = None
+        self._janitor: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the page is, without a token."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/"
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            ServeError: when the port is in use or the address is not ours.
+        """
+        app = web.Application(middlewares=[self._guard()], client_max_size=4096)
+        app.on_response_prepare.append(_secure)
+        for path in STATIC.iterdir():
+            app.router.add_get("/" if path.name == "index.html" else f"/{path.name}", self._file)
+        app.router.add_get("/api/worlds", self._worlds)
+        app.router.add_get("/ws", self._socket)
+        app.router.add_get("/clip/{key}.mp4", self._clip)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2)
+        await self._runner.setup()
+        assert self._runner.server is not None
+        limits = self.limits
+        gate = Gate(limits.connections, limits.connections_each, limits.head_seconds)
+        try:
+            self._listener = await asyncio.get_running_loop().create_server(
+                connection_factory(self._runner.server, gate), self.host, self.port
+            )
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ServeError(_cannot_listen(error, self.host, self.port)) from None
+        self.port = self._listener.sockets[0].getsockname()[1]
+        self._janitor = asyncio.create_task(self._clean_up())
+
+    async def stop(self) -> None:
+        """Say goodbye to everybody and free everything."""
+        if self._janitor is not None:
+            self._janitor.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        goodbye = "the server is stopping"
+        await asyncio.gather(*(part(c.socket, protocol.GOING, goodbye) for c in self._clients))
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self.rooms.close()
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._films.shutdown(wait=False, cancel_futures=True)
+
+    def counts(self) -> dict[str, int]:
+        """Players now, and pictures that were sent and dropped for them."""
+        return {
+            "clients": len(self._clients),
+            "seats": self.rooms.taken,
+            "sent": sum(c.sent for c in self._clients),
+            "dropped": sum(c.dropped for c in self._clients),
+        }
+
+    # -- HTTP --------------------------------------------------------------------------------
+
+    def _guard(self) -> Any:
+        @web.middleware
+        async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
+            if isinstance(request.protocol, Connection):
+                request.protocol.head_arrived()
+            self._access.check(request, f"nfd_token_{self.port}")
+            return await handler(request)
+
+        return guard
+
+    async def _file(self, request: web.Request) -> web.Response:
+        path = STATIC / (request.path.strip("/") or "index.html")
+        kind = _KINDS[path.suffix]
+        return web.Response(body=path.read_bytes(), content_type=kind, charset="utf-8")
+
+    async def _worlds(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "worlds": self.rooms.names,
+                "players": len(self._clients),
+                "seats": self.limits.clients,
+            }
+        )
+
+    async def _clip(self, request: web.Request) -> web.Response:
+        """The last minute of a player, who alone knows the key, as an MP4."""
+        key = request.match_info["key"].encode(errors="replace")
+        client = next(
+            (c for c in self._clients if secrets.compare_digest(c.key.encode(), key)), None
+        )
+        room = None if client is None or client.player is None else self.rooms.of(client.player)
+        if client is None or room is None or not client.history:
+            raise web.HTTPNotFound(text="There is no such play (any more).\n")
+        if client.downloading:
+            raise web.HTTPTooManyRequests(text="One film at a time.\n")
+        client.downloading = True
+        try:
+            body = await asyncio.get_running_loop().run_in_executor(
+                self._films, film, list(client.history), room.game
+            )
+        finally:
+            client.downloading = False
+        name = quote(f"{room.game.name}.mp4", safe="")
+        return web.Response(
+            body=body,
+            content_type="video/mp4",
+            headers={"Content-Disposition": f"attachment; filename*=UTF-8''{name}"},
+        )
+
+    # -- WebSocket ---------------------------------------------------------------------------
+
+    async def _socket(self, request: web.Request) -> web.WebSocketResponse:
+        socket = new_socket(self.limits)
+        await socket.prepare(request)
+        client: Client | None = None
+        sender: asyncio.Task[None] | None = None
+        room: Room | None = None
+        try:
+            name = request.query.get("world") or self.rooms.names[0]
+            if name not in self.rooms.names:
+                await part(socket, protocol.BAD_MESSAGE, "there is no such world here")
+                return socket
+            if len(self._clients) >= self.limits.clients:
+                await self._say_full(socket)
+                return socket
+            # Taken before the world is loaded, so that no more come in meanwhile.
+            client = Client(socket, self.limits, self._encoder)
+            self._clients.add(client)
+            self._tell_number()
+            await socket.send_json({"t": "loading", "world": name})
+            room = await self._open(socket, name)
+            if room is None:
+                return socket
+            game = room.game
+            session = Session(game.keymap, game.default_sampling, game.steps_of, room.agent)
+            if not client.sit(session, room.engine, _seed_number(request.query.get("seed"))):
+                await self._say_full(socket)
+                return socket
+            await socket.send_json(self._hello(client, room, name))
+            sender = asyncio.create_task(client.send_pictures())
+            await self._listen(client, session, room.engine)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            if client is not None:
+                self._clients.discard(client)
+                self._tell_number()
+                if client.player is not None and room is not None:
+                    room.engine.leave(client.player)
+            if sender is not None:
+                sender.cancel()
+        return socket
+
+    async def _open(self, socket: web.WebSocketResponse, name: str) -> Room | None:
+        try:
+            return await self.rooms.open(name)
+        except (ValueError, OSError, RuntimeError) as error:
+            log.error("world %s: %s", name, error)
+        except Exception:
+            log.exception("world %s cannot be loaded", name)
+        why = "this world cannot be loaded; see the server's output"
+        await part(socket, protocol.FAILED, why)
+        return None
+
+    def _hello(self, client: Client, room: Room, name: str) -> dict[str, Any]:
+        game, keymap = room.game, room.game.keymap
+        return {
+            "t": "hello",
+            "key": client.key,
+            "world": name,
+            "fps": game.fps,
+            "aspect": game.display_aspect,
+            "display": game.display,
+            "size": [game.frame_shape[1], game.frame_shape[0]],
+            "keys": sorted(keymap.keys),
+            "buttons": keymap.buttons(),
+            "gamepad": asdict(keymap.gamepad()),
+            "speeds": SPEEDS,
+            "steps": sampling_choices(game),
+            "has_teacher": game.steps_of is not None,
+            "has_agent": room.agent is not None,
+            "replay_seconds": self.limits.replay_seconds,
+            "idle_seconds": self.limits.idle_seconds,
+        }
+
+    async def _say_full(self, socket: web.WebSocketResponse) -> None:
+        await part(socket, protocol.FULL, f"all {self.limits.clients} places are taken")
+
+    def _tell_number(self) -> None:
+        for client in self._clients:
+            client.players = len(self._clients)
+
+    async def _listen(self, client: Client, session: Session, engine: Engine) -> None:
+        async for message in client.socket:
+            if not client.may_speak():
+                await part(client.socket, protocol.TOO_FAST, "too many messages")
+                return
+            try:
+                if message.type != WSMsgType.TEXT:
+                    raise protocol.BadMessage("messages must be text")
+                _act(client, session, engine, protocol.parse(message.data))
+            except ControlError as error:
+                await client.socket.send_json({"t": "refused", "why": str(error)})
+            except protocol.BadMessage as error:
+                log.warning("a client was let go: %s", error)
+                await part(client.socket, protocol.BAD_MESSAGE, str(error))
+                return
+
+    async def _clean_up(self) -> None:
+        """Free the slots of players who have gone away, and of broken worlds."""
+        while True:
+            await asyncio.sleep(min(1.0, self.limits.idle_seconds / 4))
+            now = time.monotonic()
+            for client in list(self._clients):
+                session, player = client.session, client.player
+                if session is None or player is None:
+                    continue
+                room = self.rooms.of(player)
+                if room is None or room.engine.error is not None:
+                    why = "the model failed; see the server's output"
+                    await part(client.socket, protocol.FAILED, why)
+                elif now - session.last_input > self.limits.idle_seconds:
+                    why = "you were away, so your place was given back"
+                    await part(client.socket, protocol.IDLE, why)
+
+
+def serve(
+    world: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_clients: int = 8,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    allow_origin: Sequence[str] = (),
+    device: str = "auto",
+    sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: str | None = None,
+    agent: Any = None,
+    idle_seconds: float = 180.0,
+    ready: Callable[[PlayServer], None] | None = None,
+) -> None:
+    """Serve the browser player until interrupted.
+
+    Args:
+        world: a world folder, or the name of a shipped world; the others are offered beside it.
+        host: address to bind to. Beyond loopback a token is required: one is made up and printed
+            when none is given.
+        port: TCP port, 0 for a free one.
+        max_clients: players at a time, 1 or more.
+        token: whoever knows it may play. Other users of the machine can read a command line;
+            better use ``token_file``, or the environment variable NFD_TOKEN.
+        token_file: a file that holds the token.
+        allow_origin: addresses of proxies that the page may be opened at, such as
+            "https://hub.example.org".
+        device: see ``nfd_env.devices.resolve_device``.
+        sampling_steps: denoising steps a frame; None for the world's default.
+        speculative_frames: frames drawn jointly while the action is kept; with 1 players can still
+            switch to 2.
+        dynamics: "student" or "teacher"; None for the world's default. Players can switch.
+        agent: whom players can hand over to, see ``nfd_env.play.agents.load_agent``.
+        idle_seconds: a player without any input for so long loses the slot.
+        ready: called once the page can be opened.
+
+    Raises:
+        ServeError: when the address cannot be bound, or an origin is none.
+        CheckpointError: when the world cannot be loaded.
+        DeviceError: when the device is not there.
+        ValueError: when an argument is out of range.
+        OSError: when the token's file cannot be read.
+    """
+    if max_clients < 1 or not idle_seconds > 0:
+        raise ValueError("max_clients must be at least 1 and idle_seconds above 0")
+    secret = read_token(token, token_file)
+    made_up = secret is None and not is_loopback(host)
+    if made_up:
+        secret = secrets.token_urlsafe(16)
+    usual = Limits()
+    server = PlayServer(
+        world_games(world, device, sampling_steps, speculative_frames, dynamics),
+        host=host,
+        port=port,
+        token=secret,
+        origins=allow_origin,
+        limits=Limits(
+            clients=max_clients,
+            idle_seconds=idle_seconds,
+            connections=max(usual.connections, 8 * max_clients),
+            connections_each=max(usual.connections_each, 8 * max_clients),
+        ),
+        agent=agent,
+    )
+
+    async def main() -> None:
+        import signal
+
+        await server.start()
+        try:
+            await server.rooms.open(server.rooms.names[0])
+            # A token that is somebody's own is known to them, and need not be in a log.
+            query = f"?token={secret}" if made_up else "?token=..." if secret else ""
+            print(f"Play at {server.url}{query}   (Ctrl+C stops)", flush=True)
+            if is_loopback(host):
+                print(
+                    f"From another machine: ssh -L {server.port}:127.0.0.1:{server.port} "
+                    f"<this machine>, then open http://127.0.0.1:{server.port}/",
+                    flush=True,
+                )
+            if ready is not None:
+                ready(server)
+            stopped = asyncio.Event()
+            if threading.current_thread() is threading.main_thread():
+                loop = asyncio.get_running_loop()
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.add_signal_handler(number, stopped.set)
+            await stopped.wait()
+        finally:
+            await server.stop()
+
+    # The engine's thread holds the interpreter in short stretches only, so that the event loop
+    # gets its turn quickly.
+    sys.setswitchinterval(0.001)
+    asyncio.run(main())
+
+
+def _act(client: Client, session: Session, engine: Engine, message: protocol.Message) -> None:
+    """Do what a message says.
+
+    Raises:
+        BadMessage: when it cannot be.
+        ControlError: when a control does not take the value.
+    """
+    if isinstance(message, protocol.Key):
+        act = session.press if message.down else session.release
+        act(message.key, message.number)
+    elif isinstance(message, protocol.Tilt):
+        session.tilt(message.entry, message.deflection, message.number)
+    elif isinstance(message, protocol.Ack):
+        client.acknowledge(message.number)
+    elif isinstance(message, protocol.Release):
+        session.release_all()
+    elif isinstance(message, protocol.Control):
+        session.control(message.name, message.value)
+        engine.wake()
+    else:
+        session.last_input = time.monotonic()
+
+
+async def _secure(request: web.Request, response: web.StreamResponse) -> None:
+    """Every answer carries the security headers, refusals too."""
+    response.headers.update(SECURITY_HEADERS)
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> str:
+    """What is the matter, in the system's words, and which option helps."""
+    number = error.errno or 0  # negative: a failed name lookup's, which strerror does not know
+    what = os.strerror(number) if number > 0 else error.strerror or error
+    option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+    return f"cannot listen on {host} port {port} ({what}); choose another with {option}"
+
+
+def _seed_number(text: str | None) -> int | None:
+    """A seed from an address; None where there is none, or none that can be used."""
+    if not text or len(text) > 10 or not text.isdecimal():
+        return None
+    return int(text) if int(text) < 2**32 else None

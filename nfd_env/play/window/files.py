@@ -1,0 +1,123 @@
+"""What the window keeps of a play: a film, and recordings for ``nfd train``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nfd_env.play.game import Game
+from nfd_env.play.recording import PlayRecorder, VideoFile, display_size
+from nfd_env.play.session import Session
+
+
+class Files:
+    """Starts and ends films and recordings."""
+
+    def __init__(
+        self,
+        game: Game,
+        session: Session,
+        source: dict[str, Any],
+        folder: str | Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            game: what is played.
+            session: whose play is kept.
+            source: source section of the data set, plain values.
+            folder: of the data set; None for one that is named after the game.
+            say: told what happens.
+        """
+        self._game, self._session, self._source, self._say = game, session, source, say
+        self._folder = Path(folder or f"recordings-{game.name}")
+        self._video: VideoFile | None = None
+        self._video_path = Path()
+        self._recorder: PlayRecorder | None = None
+
+    @property
+    def filming(self) -> bool:
+        """Whether an MP4 is being recorded."""
+        return self._video is not None
+
+    @property
+    def saving(self) -> bool:
+        """Whether the play is appended to a data set."""
+        return self._recorder is not None
+
+    def add(self, frame: np.ndarray) -> None:
+        """A picture for the film."""
+        if self._video is not None:
+            self._video.add(frame)
+
+    def start_film(self, path: Path) -> None:
+        """Begin an MP4.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        pixelated = self._game.display == "pixelated"
+        size = display_size(self._game.frame_shape, self._game.display_aspect, 288, pixelated)
+        self._video = VideoFile(path, self._game.fps, size, pixelated)
+        self._video_path = path
+        self._say(f"recording {path}")
+
+    def start_saving(self) -> None:
+        """Begin to append the play to the data set.
+
+        Raises:
+            RecordingError: when the folder holds recordings of something else.
+            OSError: when it cannot be written.
+        """
+        game, session = self._game, self._session
+        recorder = PlayRecorder(
+            self._folder, game.frame_shape, game.keymap.space, self._source, game.fps
+        )
+        if session.frame is not None and not session.over:
+            recorder.began(session.frame, session.seed)
+        self._recorder = session.recorder = recorder
+        self._say(f"saving the play in {self._folder}")
+
+    def toggle_film(self, shown: np.ndarray | None) -> None:
+        """Begin or end an MP4 in the current folder; ``shown`` is its first picture."""
+        if self._video is not None:
+            return self.stop_film()
+        try:
+            self.start_film(Path(f"nfd-play-{time.strftime('%Y%m%d-%H%M%S')}.mp4"))
+        except OSError as error:
+            return self._say(f"cannot record: {error}")
+        if shown is not None:
+            self.add(shown)
+
+    def toggle_saving(self) -> None:
+        """Begin or end saving the play."""
+        if self._recorder is not None:
+            return self.stop_saving()
+        try:
+            self.start_saving()
+        except (ValueError, OSError) as error:
+            self._say(f"cannot save: {error}")
+
+    def stop_film(self) -> None:
+        """Finish the MP4."""
+        video, self._video = self._video, None
+        if video is not None:
+            try:
+                video.close()
+                self._say(f"wrote {self._video_path}")
+            except OSError as error:
+                self._say(str(error))
+                print(error, file=sys.stderr)
+
+    def stop_saving(self) -> None:
+        """Commit what was played last."""
+        recorder, self._recorder, self._session.recorder = self._recorder, None, None
+        if recorder is not None:
+            recorder.close()
+            self._say(f"{recorder.saved} episodes saved in {recorder.folder}")

@@ -1,0 +1,195 @@
+"""What the window shows: the picture, the bar below it, banners and the help."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from nfd_env.play.engine import Shown
+from nfd_env.play.game import Game
+
+BAR = 74  # pixels of the HUD below the picture, before scaling
+_GROUND, _LINE, _TEXT, _DIM = (13, 15, 20), (38, 43, 54), (232, 236, 243), (128, 138, 156)
+_ACCENT, _WARN, _LIVE = (110, 168, 255), (255, 184, 77), (255, 92, 92)
+
+CONTROLS = (
+    ("F1", "this help"),
+    ("F2  P", "pause"),
+    ("F3  .", "single step"),
+    ("F4  R", "reset: next episode"),
+    ("F5  N", "new seed"),
+    ("F6 F7  - +", "slower, faster"),
+    ("F8  T", "sampling steps"),
+    ("F9  G", "generate ahead on / off"),
+    ("F10 O", "hand over to the agent"),
+    ("F11 V", "record an MP4"),
+    ("F12 K", "save the play for nfd train"),
+    ("Tab J", "speculation: frames drawn jointly"),
+    ("Bksp M", "student / teacher"),
+    ("Esc", "quit"),
+)
+
+
+class Hud:
+    """Draws into a pygame window."""
+
+    def __init__(self, pygame: Any, window: Any, game: Game) -> None:
+        """Draw ``game`` into ``window``."""
+        self._pygame, self._window, self._game = pygame, window, game
+        self._fonts = {size: pygame.font.Font(None, size) for size in (18, 22, 26, 44)}
+        self._notice, self._notice_until = "", 0.0
+        self.help = False
+
+    def say(self, text: str) -> None:
+        """Show a line over the picture for some seconds."""
+        self._notice, self._notice_until = text, time.monotonic() + 4
+
+    def draw(
+        self,
+        shown: Shown,
+        latency: float | None = None,
+        filming: bool = False,
+        saving: bool = False,
+    ) -> None:
+        """Draw everything.
+
+        Args:
+            shown: the picture and its numbers.
+            latency: seconds from key to picture.
+            filming: whether an MP4 is being recorded.
+            saving: whether the play is appended to a data set.
+        """
+        pygame, window, hud = self._pygame, self._window, shown.hud
+        width, height = window.get_size()
+        room = max(1, height - BAR)
+        window.fill(_GROUND)
+        self._draw_picture(shown.frame, width, room)
+        self._draw_bar(hud, width, height, latency, filming, saving)
+        if hud["over"]:
+            text = f"return {hud['return']:g} in {hud['step']} steps - any key goes on"
+            self._banner("Episode over", text, width, room)
+        elif hud["paused"]:
+            self._banner("Paused", "P goes on, . takes one step", width, room)
+        if self.help:
+            self._draw_help(width, room)
+        if time.monotonic() < self._notice_until:
+            text = self._fonts[18].render(self._notice, True, _TEXT)
+            box = text.get_rect(midbottom=(width // 2, room - 10)).inflate(20, 12)
+            pygame.draw.rect(window, _LINE, box, border_radius=8)
+            window.blit(text, text.get_rect(center=box.center))
+        pygame.display.flip()
+
+    def _draw_picture(self, frame: np.ndarray, width: int, room: int) -> None:
+        pygame = self._pygame
+        picture = pygame.image.frombuffer(
+            np.ascontiguousarray(frame).tobytes(), frame.shape[1::-1], "RGB"
+        )
+        pixelated = self._game.display == "pixelated"
+        size = fit(frame.shape, self._game.display_aspect, width, room, pixelated)
+        enlarge = pygame.transform.scale if pixelated else pygame.transform.smoothscale
+        self._window.blit(enlarge(picture, size), ((width - size[0]) // 2, (room - size[1]) // 2))
+
+    def _draw_bar(
+        self,
+        hud: dict[str, Any],
+        width: int,
+        height: int,
+        latency: float | None,
+        filming: bool,
+        saving: bool,
+    ) -> None:
+        pygame, window = self._pygame, self._window
+        top = height - BAR
+        pygame.draw.line(window, _LINE, (0, top), (width, top))
+        cells = [
+            ("ACTION", hud["action"] or "-"),
+            ("REWARD", f"{hud['reward']:+.2f}"),
+            ("RETURN", f"{hud['return']:g}"),
+            ("STEP", str(hud["step"])),
+            ("FPS", f"{hud['fps']:.1f}"),
+            ("INPUT", "-" if latency is None else f"{1000 * latency:.0f} ms"),
+        ]
+        if hud["sampling_steps"] is not None:
+            cells.append(("SAMPLING", str(hud["sampling_steps"])))
+            cells.append(("AHEAD", _share(hud["lookahead"], hud["guessed"])))
+            cells.append(("ACCEPTED", _share(hud["speculation"], hud["acceptance"])))
+        cell = (width - 24) / len(cells)
+        for i, (name, value) in enumerate(cells):
+            x = 16 + i * cell
+            window.blit(self._fonts[18].render(name, True, _DIM), (x, top + 10))
+            words = self._fonts[26].render(value, True, _TEXT)
+            window.blit(words, (x, top + 25), (0, 0, cell - 8, words.get_height()))
+        marks = [
+            (f"x{hud['speed']:g}", _DIM, hud["speed"] != 1.0),
+            ("AGENT PLAYS", _ACCENT, hud["agent"]),
+            ("TEACHER", _WARN, hud["teacher"]),
+            ("REC", _LIVE, filming),
+            ("SAVING", _WARN, saving),
+        ]
+        x = 16.0
+        seed = f"seed {hud['seed']}  episode {hud['episode']}"
+        for text, colour, on in [*marks, (seed, _DIM, True)]:
+            if on:
+                surface = self._fonts[18].render(text, True, colour)
+                window.blit(surface, (x, top + 53))
+                x += surface.get_width() + 18
+        hint = self._fonts[18].render("F1 help", True, _DIM)
+        window.blit(hint, (width - hint.get_width() - 16, top + 53))
+
+    def _banner(self, title: str, text: str, width: int, room: int) -> None:
+        pygame = self._pygame
+        shade = pygame.Surface((width, 96), pygame.SRCALPHA)
+        shade.fill((8, 10, 14, 190))
+        self._window.blit(shade, (0, room // 2 - 48))
+        for content, size, colour, offset in (
+            (title, 44, _TEXT, -16),
+            (text, 22, _DIM, 22),
+        ):
+            surface = self._fonts[size].render(content, True, colour)
+            self._window.blit(surface, surface.get_rect(center=(width // 2, room // 2 + offset)))
+
+    def _draw_help(self, width: int, room: int) -> None:
+        pygame = self._pygame
+        shade = pygame.Surface((width, room), pygame.SRCALPHA)
+        shade.fill((8, 10, 14, 225))
+        self._window.blit(shade, (0, 0))
+        keymap = self._game.keymap
+        own = [("+".join(sorted(b.keys)), b.label) for b in keymap.bindings]
+        for column, rows in enumerate((own, list(CONTROLS))):
+            x, y = 30 + column * width // 3, 24
+            line = min(24, max(14, (room - 40) // (max(len(own), len(CONTROLS)) + 1)))
+            title = ("Play", "Controls")[column]
+            self._window.blit(self._fonts[26].render(title, True, _ACCENT), (x, y))
+            for keys, meaning in rows:
+                y += line
+                self._window.blit(self._fonts[22].render(keys, True, _TEXT), (x, y + 8))
+                self._window.blit(self._fonts[22].render(meaning, True, _DIM), (x + 100, y + 8))
+
+
+def fit(
+    frame_shape: tuple[int, ...], aspect: float, width: int, height: int, pixelated: bool = False
+) -> tuple[int, int]:
+    """The largest (width, height) of a picture within the given one.
+
+    Args:
+        frame_shape: (H, W, 3).
+        aspect: width / height as shown; 0 for square pixels.
+        width: most.
+        height: most.
+        pixelated: every pixel is a whole number of rows high, and of columns wide if pixels are
+            square; if there is room for that.
+    """
+    ratio = aspect or frame_shape[1] / frame_shape[0]
+    wide = max(1, min(width, round(height * ratio)))
+    high = max(1, round(wide / ratio))
+    times = high // frame_shape[0]
+    if pixelated and times >= 1:
+        high = times * frame_shape[0]
+        wide = times * frame_shape[1] if not aspect else round(high * ratio)
+    return wide, high
+
+
+def _share(on: bool, share: float | None) -> str:
+    return "off" if not on else "-" if share is None else f"{share:.0%}"

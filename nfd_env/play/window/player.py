@@ -1,0 +1,311 @@
+"""A person, a window, a game."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from nfd_env.play.agents import load_agent
+from nfd_env.play.engine import Engine, Shown
+from nfd_env.play.game import EnvGame, Game
+from nfd_env.play.keys import Keymap, key_name
+from nfd_env.play.recording import display_size
+from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
+from nfd_env.play.window.display import import_pygame, open_display
+from nfd_env.play.window.files import Files
+from nfd_env.play.window.gamepad import Gamepads
+from nfd_env.play.window.hud import BAR, Hud
+
+
+class KeyboardPlayer:
+    """A window in which a person plays a game with the keyboard.
+
+    Give it any Gymnasium environment made with ``render_mode="rgb_array"`` and a keymap::
+
+        env = gymnasium.make("CarRacing-v3", render_mode="rgb_array", continuous=False)
+        KeyboardPlayer(env, keys_to_action={"d": 1, "a": 2, "w": 3, "s": 4}).run()
+
+    or, as ``play`` does, a learned world, whose next frames are then generated ahead.
+    """
+
+    def __init__(
+        self,
+        game: gymnasium.Env | Game,
+        keys_to_action: Mapping[Any, Any] | None = None,
+        *,
+        noop: Any = None,
+        fps: float | None = None,
+        scale: float | None = None,
+        seed: int | None = None,
+        agent: Any = None,
+        record: str | Path | None = None,
+        save: str | Path | None = None,
+        source: dict[str, Any] | None = None,
+        on_shown: Callable[[Shown], None] | None = None,
+    ) -> None:
+        """Open the window; ``run`` plays.
+
+        Args:
+            game: a Gymnasium environment, or a ``Game``.
+            keys_to_action: Gymnasium's format; None for the environment's own
+                ``get_keys_to_action``.
+            noop: the action without any key; None for the space's resting action.
+            fps: steps a second; None for the environment's own rate.
+            scale: size of the window, 1 for about 480 pixels of height; None to fit.
+            seed: of the first episode; None for a random one.
+            agent: whom to hand over to, see ``load_agent``.
+            record: an MP4 file that is written from the start.
+            save: folder of a data set that the play is appended to from the start.
+            source: source section of that data set, plain values.
+            on_shown: called with every picture that the window shows.
+
+        Raises:
+            WindowError: when pygame is missing or there is no display.
+            KeymapError: when the environment has no keymap.
+            ValueError: when the agent cannot be loaded.
+            RecordingError: when ``save`` holds recordings of something else.
+        """
+        self._pygame = import_pygame()
+        self._threaded = not isinstance(game, gymnasium.Env)
+        if isinstance(game, gymnasium.Env):
+            keymap = Keymap.from_env(game, keys_to_action, noop)
+            source = source or {"env_id": game.spec.id if game.spec else "", "frames": "render"}
+            self.game: Game = EnvGame(game, keymap, fps)
+        else:
+            self.game = game
+        space = self.game.keymap.space
+        self.session = Session(
+            self.game.keymap,
+            self.game.default_sampling,
+            self.game.steps_of,
+            agent=None if agent is None else load_agent(agent, space),
+            drafts=self._threaded,
+        )
+        self.engine = Engine(self.game)
+        self._seed, self._scale = seed, scale
+        self._record, self._save = record, save
+        self._on_shown = on_shown
+        self._shown: Shown | None = None
+        self._drawn = 0
+        self._running = False
+        self._controls = self._control_keys()
+        self._open()
+        self._files = Files(self.game, self.session, source or {}, save, self._hud.say)
+        self._gamepads = Gamepads(self._pygame, self.game.keymap.gamepad(), self.session)
+
+    def run(self, max_frames: int | None = None) -> int:
+        """Play until the window is closed, or ``max_frames`` pictures were shown.
+
+        Returns:
+            How many pictures were shown.
+
+        Raises:
+            Exception: whatever the game itself raised.
+        """
+        pygame = self._pygame
+        # What was asked for from the start.
+        if self._record is not None:
+            self._files.start_film(Path(self._record))
+        if self._save is not None:
+            self._files.start_saving()
+        player = self.engine.join(self.session, self._take, self._seed)
+        assert player is not None
+        self._running = True
+        try:
+            if self._threaded:
+                self.engine.start()
+            while self._running:
+                for event in pygame.event.get():
+                    self._event(event)
+                wait = 0.002 if self._threaded else min(self.engine.poll(), 0.002)
+                if self.engine.error is not None:
+                    raise self.engine.error
+                shown = self._shown
+                if shown is not None and shown.number != self._drawn:
+                    self._draw(shown)
+                    self._drawn = shown.number
+                    if self._on_shown is not None:
+                        self._on_shown(shown)
+                    if max_frames is not None and shown.number >= max_frames:
+                        break
+                elif wait > 0:
+                    time.sleep(wait)
+        finally:
+            self.close()
+        return self._drawn
+
+    def stop(self) -> None:
+        """Let ``run`` return after the current picture."""
+        self._running = False
+
+    def close(self) -> None:
+        """Finish the recordings and close the window."""
+        self.engine.close()
+        self._files.stop_film()
+        self._files.stop_saving()
+        self._pygame.display.quit()
+        self._pygame.quit()
+
+    def _open(self) -> None:
+        pygame, game = self._pygame, self.game
+        open_display()
+        pygame.font.init()
+        height = round(480 * (self._scale or 1.0))
+        pixelated = game.display == "pixelated"
+        width, height = display_size(game.frame_shape, game.display_aspect, height, pixelated)
+        if self._scale is None:
+            desktop = pygame.display.get_desktop_sizes()[0]
+            shrink = min(1.0, 0.85 * desktop[0] / width, 0.8 * desktop[1] / (height + BAR))
+            width, height = round(width * shrink), round(height * shrink)
+        window = pygame.display.set_mode((max(width, 560), height + BAR), pygame.RESIZABLE)
+        pygame.display.set_caption(f"{game.name} - nfd play (F1: help)")
+        self._hud = Hud(pygame, window, game)
+
+    def _control_keys(self) -> dict[str, Callable[[], None]]:
+        """Function keys, and letters that the game itself does not use."""
+        control = self._control
+        actions: list[tuple[str, tuple[str, ...], Callable[[], None]]] = [
+            ("f1", ("h",), self._toggle_help),
+            ("f2", ("p",), lambda: control("pause")),
+            ("f3", (".",), lambda: control("step")),
+            ("f4", ("r",), lambda: control("reset")),
+            ("f5", ("n",), lambda: control("seed")),
+            ("f6", ("-",), lambda: self._change_speed(-1)),
+            ("f7", ("+", "="), lambda: self._change_speed(1)),
+            ("f8", ("t",), self._change_sampling),
+            ("f9", ("g",), lambda: control("lookahead")),
+            ("f10", ("o",), lambda: control("agent")),
+            ("f11", ("v",), self._toggle_film),
+            ("f12", ("k",), lambda: self._files.toggle_saving()),
+            ("tab", ("j",), lambda: control("speculation")),
+            ("backspace", ("m",), lambda: control("teacher")),
+            ("escape", (), self.stop),
+        ]
+        return {
+            key: do
+            for function_key, letters, do in actions
+            for key in (function_key, *letters)
+            if key not in self.game.keymap.keys
+        }
+
+    def _take(self, shown: Shown) -> None:
+        """Receive a picture; on the engine's thread, so that a film misses none."""
+        if not (self.session.paused and shown.seq == 0):
+            self._files.add(shown.frame)
+        self._shown = shown
+
+    def _event(self, event: Any) -> None:
+        pygame = self._pygame
+        if event.type == pygame.QUIT:
+            self.stop()
+        elif self._gamepads.event(event):
+            pass
+        elif event.type in (pygame.KEYDOWN, pygame.KEYUP):
+            key = key_name(pygame.key.name(event.key))
+            if event.type == pygame.KEYUP:
+                self.session.release(key)
+            elif key in self._controls:
+                self._controls[key]()
+            else:
+                self.session.press(key)
+        elif event.type == pygame.WINDOWFOCUSLOST:
+            self._gamepads.release()
+        elif event.type in (pygame.VIDEORESIZE, pygame.WINDOWEXPOSED) and self._shown is not None:
+            self._draw(self._shown)
+
+    def _control(self, name: str, value: Any = None) -> None:
+        try:
+            self.session.control(name, value)
+        except ControlError as error:
+            self._hud.say(str(error))
+        self.engine.wake()
+
+    def _change_speed(self, direction: int) -> None:
+        place = SPEEDS.index(self.session.speed) + direction
+        self._control("speed", SPEEDS[min(max(place, 0), len(SPEEDS) - 1)])
+
+    def _change_sampling(self) -> None:
+        choices = sampling_choices(self.game) or [1]
+        now = self.session.sampling.steps if self.session.sampling else 0
+        self._control("sampling_steps", next((c for c in choices if c > now), choices[0]))
+
+    def _toggle_help(self) -> None:
+        self._hud.help = not self._hud.help
+        if self._shown is not None:
+            self._draw(self._shown)
+
+    def _toggle_film(self) -> None:
+        self._files.toggle_film(None if self._shown is None else self._shown.frame)
+
+    def _draw(self, shown: Shown) -> None:
+        latency = self.session.latencies.percentile(50)
+        self._hud.draw(shown, latency, self._files.filming, self._files.saving)
+
+
+def play(
+    world: str,
+    *,
+    device: str = "auto",
+    seed: int | None = None,
+    scale: float | None = None,
+    sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: str | None = None,
+    record: str | Path | None = None,
+    save: str | Path | None = None,
+    agent: Any = None,
+    max_episode_steps: int | None = None,
+    max_frames: int | None = None,
+    on_shown: Callable[[Shown], None] | None = None,
+) -> int:
+    """Play a learned world in a window, at its native rate.
+
+    Args:
+        world: a world folder, or the name of a shipped world.
+        device: see ``nfd_env.devices.resolve_device``.
+        seed: of the first episode; None for a random one.
+        scale: size of the window, 1 for about 480 pixels of height; None to fit the screen.
+        sampling_steps: denoising steps a frame; None for the world's default.
+        speculative_frames: frames drawn jointly while the action is kept; with 1 a key can still
+            switch to 2.
+        dynamics: "student" or "teacher"; None for the world's default. A key switches.
+        record: an MP4 file to write.
+        save: folder of a data set to append the play to.
+        agent: whom F10 hands over to, see ``nfd_env.play.agents.load_agent``.
+        max_episode_steps: episodes are cut off there; None for the world's default.
+        max_frames: stop after so many pictures.
+        on_shown: called with every picture that the window shows.
+
+    Returns:
+        How many pictures were shown.
+
+    Raises:
+        WindowError: when pygame is missing or there is no display.
+        CheckpointError: when the world cannot be loaded.
+        DeviceError: when the device is not there.
+        ValueError: when an argument cannot be used.
+    """
+    import_pygame()
+    from nfd_env import config
+    from nfd_env.play.slots import Slots
+    from nfd_env.worlds.format import find_world
+
+    # What fails fast comes before the world is loaded.
+    find_world(world)
+    open_display()
+    slots = Slots(world, 1, device, sampling_steps, max_episode_steps, speculative_frames, dynamics)
+    player = KeyboardPlayer(
+        slots,
+        scale=scale,
+        seed=seed,
+        agent=agent,
+        record=record,
+        save=save,
+        source=config.to_dict(slots.spec.source),
+        on_shown=on_shown,
+    )
+    return player.run(max_frames)

@@ -1,0 +1,222 @@
+"""Names for the actions of a space, and keys for them, where nobody has given any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+NOOP = "noop"
+"""The action that rests; in a MultiDiscrete space the names of its entries' rests begin so."""
+
+# Keys for an axis that goes both ways, (down, up), and for what is on or off.
+_PAIRS = [
+    tuple(pair.split())
+    for pair in ("left right", "down up", "a d", "s w", "j l", "k i", "f h", "g t", "z x", "n m")
+]
+_PEDALS = ("up", "down", "w", "s", "space", "left shift", "e", "q", "c", "v")
+_BUTTONS = tuple("1234567890") + tuple("qwertyuiop")
+# What the names of actions mean in many games, and a second key for the hand on the letters.
+_KNOWN = {
+    "left": ("left", "a"),
+    "right": ("right", "d"),
+    "up": ("up", "w"),
+    "down": ("down", "s"),
+    "fire": ("space",),
+    "jump": ("space",),
+    "shoot": ("space",),
+    "attack": ("space",),
+    "accelerate": ("up", "w"),
+    "gas": ("up", "w"),
+    "brake": ("down", "s"),
+}
+
+
+class KeymapError(ValueError):
+    """Keys do not fit an action space."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One number of a Box action.
+
+    Attributes:
+        entry: its place in the action, counted through all dimensions.
+        low: its value at one end; -1, or one from the other end, where the space has none.
+        high: its value at the other end.
+        rest: its value without a key: 0 where the space has it, else the middle.
+    """
+
+    entry: int
+    low: float
+    high: float
+    rest: float
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether it rests between its ends, as a steering wheel does, and a pedal does not."""
+        return self.low < self.rest < self.high
+
+    def at(self, deflection: float) -> float:
+        """Its value for a deflection from -1 (low) over 0 (rest) to 1 (high).
+
+        An axis that rests at one end takes the size of the deflection only.
+        """
+        deflection = min(max(deflection, -1.0), 1.0)
+        if not self.both_ways:
+            return self.rest + abs(deflection) * (self.low + self.high - 2 * self.rest)
+        side = self.high if deflection > 0 else self.low
+        return self.rest + abs(deflection) * (side - self.rest)
+
+
+def box_axes(space: spaces.Box) -> list[Axis]:
+    """The axes of a Box, in C order."""
+    axes = []
+    for entry, ends in enumerate(zip(space.low.ravel(), space.high.ravel(), strict=True)):
+        low, high = map(float, ends)
+        if math.isinf(low) and math.isinf(high):
+            low, high = -1.0, 1.0
+        elif math.isinf(low):
+            low = min(-1.0, high - 1)
+        elif math.isinf(high):
+            high = max(1.0, low + 1)
+        rest = 0.0 if low <= 0 <= high else (low + high) / 2
+        if np.issubdtype(space.dtype, np.integer):
+            rest = float(round(rest))
+        axes.append(Axis(entry, low, high, rest))
+    return axes
+
+
+def resting_action(space: spaces.Space, names: Sequence[str] = ()) -> Any:
+    """The action of a person who does nothing.
+
+    Discrete: the one named "noop", else the first. MultiDiscrete: the same for each entry, where
+    a name may also begin with "noop". Box: see ``Axis.rest``. MultiBinary: nothing set.
+
+    Args:
+        space: the action space.
+        names: of the actions, in the order of ``default_controls``.
+
+    Raises:
+        KeymapError: for a space of another kind.
+    """
+    if isinstance(space, spaces.Discrete):
+        return int(space.start) + (list(names).index(NOOP) if NOOP in names else 0)
+    if isinstance(space, spaces.MultiDiscrete):
+        rest = np.array(space.start, space.dtype)
+        first = 0
+        for index, count in np.ndenumerate(space.nvec):
+            own = [name.split()[:1] == [NOOP] for name in names[first : first + int(count)]]
+            rest[index] += own.index(True) if True in own else 0
+            first += int(count)
+        return rest
+    if isinstance(space, spaces.MultiBinary):
+        return np.zeros(space.shape, space.dtype)
+    if isinstance(space, spaces.Box):
+        rest = [axis.rest for axis in box_axes(space)]
+        return np.array(rest).reshape(space.shape).astype(space.dtype)
+    raise KeymapError(f"a person cannot play {space}: give the resting action as noop=")
+
+
+def default_controls(
+    space: spaces.Space, names: Sequence[str] = ()
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Names for the actions of ``space``, and the keys that a person holds for them.
+
+    ============== =================================================================
+    Discrete       a name an action; the first, or the one named "noop", has no key
+    MultiDiscrete  a name a value: all of the first entry, then of the second, ...;
+                   an entry rests at its first value, or at one named "noop ..."
+    MultiBinary    a name a bit; keys held together set several
+    Box            two names a number: its low end, then its high end; the first axis
+                   that goes both ways is steered by the left and right keys, pedals
+                   (axes that rest at one end) are pressed by up and down
+    ============== =================================================================
+
+    Args:
+        space: the action space.
+        names: given ones are kept, and one such as "left" or "fire" gets the usual key.
+
+    Returns:
+        The names, all different, and action name -> key names (see ``play.keys.key_name``). Spaces
+        with more actions than there are handy keys leave the last ones without.
+
+    Raises:
+        KeymapError: for a space of another kind, or another number of names.
+    """
+    if isinstance(space, spaces.Box):
+        made, wanted = _box_controls(box_axes(space))
+    else:
+        made = list(_plain_names(space))
+        wanted = {}
+    given = list(names) or made
+    if len(given) != len(made):
+        raise KeymapError(f"{space} has {len(made)} actions to name, but {len(given)} names")
+    keys: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    if isinstance(space, spaces.Box):
+        renamed = dict(zip(made, given, strict=True))
+        return given, {renamed[name]: [key] for name, key in wanted.items()}
+    for name in given:
+        free = [key for key in _KNOWN.get(name.lower(), ()) if key not in taken]
+        if free:
+            keys[name] = free
+            taken.update(free)
+    acting = [name for name in given if name.split()[:1] != [NOOP]]
+    # The number keys count a Discrete space's actions, the resting one too.
+    counted = given if isinstance(space, spaces.Discrete) else acting
+    for name, key in zip(counted, _BUTTONS, strict=False):
+        if name in acting and name not in keys and key not in taken:
+            keys[name] = [key]
+            taken.add(key)
+    return given, keys
+
+
+def _plain_names(space: spaces.Space) -> Iterator[str]:
+    if isinstance(space, spaces.Discrete):
+        yield from (str(int(space.start) + i) for i in range(int(space.n)))
+    elif isinstance(space, spaces.MultiDiscrete):
+        starts = np.asarray(space.start).ravel()
+        for i, count in enumerate(np.asarray(space.nvec).ravel()):
+            yield f"{NOOP} {i + 1}"
+            yield from (f"dial {i + 1} at {int(starts[i]) + v}" for v in range(1, int(count)))
+    elif isinstance(space, spaces.MultiBinary):
+        yield from (f"button {i + 1}" for i in range(math.prod(space.shape)))
+    else:
+        raise KeymapError(f"no keys are known for {space}")
+
+
+def _box_controls(axes: list[Axis]) -> tuple[list[str], dict[str, str]]:
+    """Names of both ends of each axis, and a key for those that are not where it rests."""
+    names: list[str] = []
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    # Wheels choose first: a pedal must not take the up key from the second of two sticks.
+    pairs = iter(_PAIRS)
+    wheels = {axis.entry: next(pairs, None) for axis in axes if axis.both_ways}
+    taken.update(chain.from_iterable(pair for pair in wheels.values() if pair))
+    pedals = iter([key for key in _PEDALS if key not in taken])
+    words = chain(("accelerate", "brake"), (f"pedal {i}" for i in range(3, len(axes) + 3)))
+    for axis in axes:
+        number = axis.entry + 1
+        if axis.both_ways:
+            pair = wheels[axis.entry]
+            plain = pair in _PAIRS[:2]
+            ends = pair if pair and plain else (f"axis {number} low", f"axis {number} high")
+            names += ends
+            keys |= {n: k for n, k in zip_longest(ends, pair or ()) if k}
+        elif axis.low == axis.high:
+            names += (f"fixed {number}", f"fixed {number} too")
+        else:
+            word = next(words)
+            ends = (f"{word} off", word) if axis.rest == axis.low else (word, f"{word} off")
+            names += ends
+            key = next(pedals, None)
+            if key is not None:
+                keys[word] = key
+    return names, keys
