@@ -48,6 +48,7 @@ ALLOWED = {
     "nfd_env.worlds": WORLDS,
     "nfd_env.envs": ENVS,
     "nfd_env.data": RECORDINGS,
+    "nfd_env.play": ENVS | RECORDINGS | {"nfd_env.players", "nfd_env.play"},
 }
 OUTSIDE = {"agents", "examples", "tests"}
 

@@ -71,7 +71,7 @@ async def main():
     parser.add_argument("--browser", action="store_true")
     args = parser.parse_args()
     code = (
-        "import sys; from nfd_env.play.server import serve; "
+        "import sys; from nfd_env.play.web.server import serve; "
         "serve(sys.argv[1], port=0, sampling_steps=int(sys.argv[2]) or None)"
     )
     command = [sys.executable, "-c", code, args.world, str(args.sampling_steps or 0)]
