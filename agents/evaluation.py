@@ -10,7 +10,7 @@ from agents.load import Agent
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.evaluation.agents import Episodes, play_episodes
 from nfd_env.sources.source import SourceError
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 
 def describe(metrics: Mapping[str, float], real: bool, missing: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.models.weights import save_weights
 from nfd_env.training.starts import StartsConfig, recorded_starts
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.sb3 import SB3VecEnv, make_vec_env
 from nfd_env.training.starts import StartsConfig, recorded_starts
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
 from stable_baselines3.common.callbacks import BaseCallback  # isort: skip

@@ -14,7 +14,7 @@ from gymnasium.envs.registration import register
 if TYPE_CHECKING:
     from nfd_env.envs.single_env import NFDEnv
     from nfd_env.envs.vector_env import NFDVectorEnv
-    from nfd_env.worlds.format import World, load_world, make_real
+    from nfd_env.worlds.load import World, load_world, make_real
 
 __version__ = "0.1.0"
 __all__ = ["NFDEnv", "NFDVectorEnv", "World", "load_world", "make_real"]
@@ -22,9 +22,9 @@ __all__ = ["NFDEnv", "NFDVectorEnv", "World", "load_world", "make_real"]
 _WHERE = {
     "NFDEnv": "nfd_env.envs.single_env",
     "NFDVectorEnv": "nfd_env.envs.vector_env",
-    "World": "nfd_env.worlds.format",
-    "load_world": "nfd_env.worlds.format",
-    "make_real": "nfd_env.worlds.format",
+    "World": "nfd_env.worlds.load",
+    "load_world": "nfd_env.worlds.load",
+    "make_real": "nfd_env.worlds.load",
 }
 
 

@@ -285,7 +285,8 @@ def _show_tables(
 
 
 def _worlds(args: argparse.Namespace) -> int:
-    from nfd_env.worlds.format import find_world, read_spec, shipped_worlds
+    from nfd_env.worlds.format import read_spec
+    from nfd_env.worlds.load import find_world, shipped_worlds
 
     for name in shipped_worlds():
         spec = read_spec(find_world(name))
@@ -316,7 +317,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from nfd_env.evaluation import benchmark, compare
     from nfd_env.evaluation.untrained import write_untrained
-    from nfd_env.worlds.format import load_world
+    from nfd_env.worlds.load import load_world
 
     def run(world: Any) -> dict[str, Any]:
         return benchmark.benchmark(
@@ -366,7 +367,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from nfd_env.data.shards import RecordedDataset
     from nfd_env.evaluation import evaluate, reports
-    from nfd_env.worlds.format import load_world
+    from nfd_env.worlds.load import load_world
 
     if args.long_steps and args.steps is None:
         raise ValueError("--long-steps chooses among --steps, which was not given")
@@ -479,8 +480,10 @@ def _train(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from nfd_env import config
     from nfd_env.training.export import ExportConfig, export
+    from nfd_env.worlds.format import folder_bytes
 
-    print(export(config.load(ExportConfig, args.config, args.overrides)))
+    folder = export(config.load(ExportConfig, args.config, args.overrides))
+    print(f"{folder}: {folder_bytes(folder) / 1e6:.1f} MB")
     return 0
 
 

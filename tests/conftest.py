@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from nfd_env import config
+from nfd_env.worlds.checksums import write_checksums
 from tests.counter_env import record_counter_episodes, source
 from tests.tiny_world import make_tiny_world
 
@@ -90,6 +91,7 @@ def counter_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     values = yaml.safe_load((folder / "world.yaml").read_text())
     values["source"] = config.to_dict(source())
     (folder / "world.yaml").write_text(yaml.safe_dump(values))
+    write_checksums(folder)
     return folder
 
 

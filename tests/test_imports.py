@@ -25,11 +25,12 @@ BASE = {
     "nfd_env.files",
     "nfd_env.devices",
     "nfd_env.metrics",
+    "nfd_env.video",
 }
 MODELS = BASE | {"nfd_env.flow", "nfd_env.models"}
 INFERENCE = MODELS | {"nfd_env.inference"}
 WORLDS = INFERENCE | {"nfd_env.sources", "nfd_env.worlds"}
-ENVS = WORLDS | {"nfd_env.envs", "nfd_env.video"}
+ENVS = WORLDS | {"nfd_env.envs"}
 RECORDINGS = MODELS | {"nfd_env.sources", "nfd_env.data"}
 
 # What each part may import of nfd_env, the most specific name first.
@@ -41,6 +42,7 @@ ALLOWED = {
     "nfd_env.precision": set(),
     "nfd_env.devices": set(),
     "nfd_env.metrics": set(),
+    "nfd_env.video": {"nfd_env.files"},
     "nfd_env.flow": {"nfd_env.flow"},
     "nfd_env.models": MODELS,
     "nfd_env.inference": INFERENCE,

@@ -30,6 +30,7 @@ import numpy as np
 import yaml
 
 from nfd_env.data.episode import Episode
+from nfd_env.models.weights import fingerprint_values
 from nfd_env.sources.source import PRESENTATION
 
 _TERMINATED, _TRUNCATED = 1, 2
@@ -60,6 +61,13 @@ class DatasetSpec:
     source: dict[str, Any]
     fps: float
     signals: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of what networks are trained on: the form of frames, and the actions."""
+        return fingerprint_values(
+            {"frame_shape": list(self.frame_shape), "action_space": self.action_space}
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``dataset.yaml``, or check that the one there says the same.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nfd_env.envs.checks import check_choice, check_room, check_whole
 from nfd_env.envs.observing import OBSERVATION_TYPES, OUTPUTS, observation_space, to_output
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 _LONGEST_SKIP = 10_000  # frames; minutes of any game, so that more is a slip
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nfd_env.inference.world_model import Context
-from nfd_env.worlds.format import World, load_starts
+from nfd_env.worlds.load import World
+from nfd_env.worlds.starts import load_starts
 
 RESET_OPTIONS = ("context", "start", "reset_mask")
 _ENCODED_AT_A_TIME = 64  # frames of a context

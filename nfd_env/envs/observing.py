@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from nfd_env.inference.world_model import Context
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 OBSERVATION_TYPES = ("rgb", "latent", "features")
 OUTPUTS = ("numpy", "torch")

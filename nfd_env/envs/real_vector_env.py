@@ -18,7 +18,7 @@ from torch import Tensor
 from nfd_env.envs import checks, guests
 from nfd_env.envs.base import WorldVectorEnv
 from nfd_env.envs.observing import observe
-from nfd_env.worlds.format import load_world, make_real
+from nfd_env.worlds.load import load_world, make_real
 
 
 class RealVectorEnv(WorldVectorEnv):

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 
 class NFDEnv(gymnasium.Env):

@@ -26,7 +26,7 @@ from nfd_env.inference.speculation import SpeculativeState, Speculator, check_fr
 from nfd_env.inference.world_model import Context
 from nfd_env.models.cache import may_look
 from nfd_env.models.captured import CapturedCall
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 _START = 0x5354  # separates the choice of a start from the noise that follows it
 _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is relative to
@@ -109,7 +109,7 @@ class NFDVectorEnv(WorldVectorEnv):
     dynamics: "student" or "teacher" in a distilled world that comes with both, the teacher with
         its own number of sampling steps; None for the world's default.
     starts: recorded moments that episodes start from: a sequence of ``Context``, or a file of
-        ``nfd_env.worlds.format.save_starts``; None for those that come with the world. With
+        ``nfd_env.worlds.starts.save_starts``; None for those that come with the world. With
         thousands of them and a small ``max_episode_steps``, what is generated stays close to what
         was recorded. They are kept as they are given, and go to the device when they are used.
 

@@ -23,7 +23,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.named import import_named
 from nfd_env.sources.source import SourceError
 from nfd_env.video import caption, enlarge, write_mp4
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 LOADER = "agents.load:load_agent"
 _FILES = (".safetensors", ".zip")
@@ -238,7 +238,7 @@ def evaluate_agent(
         folder: where the report ``eval_agent.json`` and the film ``eval_agent.mp4`` of the first
             episodes go; None for neither.
         device: see ``nfd_env.devices.resolve_device``.
-        precision: see ``nfd_env.worlds.format.load_world``.
+        precision: see ``nfd_env.worlds.load.load_world``.
         sampling_steps: of the learned world; None for its default.
         num_envs: learned worlds stepped together.
         real_envs: real games run beside each other.

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.streams import ActionStream
 from nfd_env.inference.world_model import WorldModel
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 _MATMUL_SIZE, _MATMUL_SIZE_GPU = 1024, 8192
 

@@ -21,7 +21,7 @@ from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.evaluation.streams import HELD, ActionStream
 from nfd_env.evaluation.tables import table
 from nfd_env.inference.world_model import WorldModel
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 BASELINE_STEPS = 18  # of DPM-Solver++, arXiv 2506.01380
 STEPS = (18, 8, 4, 2, 1)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
-from nfd_env.video import caption, enlarge, read_mp4, write_gif, write_mp4, write_png
-from nfd_env.worlds.format import CheckpointError, load_world
+from nfd_env.video import caption, enlarge, write_gif, write_mp4, write_png
+from nfd_env.worlds.clip import load_clip
+from nfd_env.worlds.load import load_world
 
 
 def demo(
@@ -38,7 +38,7 @@ def demo(
         device: see ``nfd_env.devices.resolve_device``.
         seed: of the world's noise.
         sampling_steps: None for the world's default.
-        precision: see ``nfd_env.worlds.format.load_world``.
+        precision: see ``nfd_env.worlds.load.load_world``.
         gif: also write the first six seconds as a small moving picture.
 
     Returns:
@@ -49,11 +49,8 @@ def demo(
     """
     begin = time.perf_counter()
     loaded = load_world(world, device, precision)
-    clip = loaded.folder / "clip.mp4"
-    if not clip.is_file():
-        raise CheckpointError(f"{loaded.folder} has no clip.mp4 to play along with")
-    real = read_mp4(clip)
-    actions = load_file(loaded.folder / "clip.safetensors")["actions"].numpy()
+    clip = load_clip(loaded.folder)
+    real, actions = clip.frames, clip.actions
     env = NFDVectorEnv(world, device=device, sampling_steps=sampling_steps, precision=precision)
     keep = env.model.dynamics.config.sight.reach
     first = keep - 1

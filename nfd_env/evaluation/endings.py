@@ -16,7 +16,7 @@ from torch import Tensor
 from nfd_env.data.windows import shown_transitions
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.inference.world_model import WorldModel
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 AHEAD = (4, 12, 32)  # frames before the end at which the world takes over
 EARLIER = 4  # an end at most so many frames before the recorded one counts as that one

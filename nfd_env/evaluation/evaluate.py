@@ -32,7 +32,7 @@ from nfd_env.metrics import (
     sharpness,
     ssim,
 )
-from nfd_env.worlds.format import World, load_world
+from nfd_env.worlds.load import World, load_world
 
 FEW = 4  # most steps that a student is compared at
 _LONG_SEEDS = 10_000  # episode numbers of the noise of long rollouts start there

@@ -22,7 +22,7 @@ from nfd_env.metrics import (
     sharpness,
     ssim,
 )
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 HORIZONS = (1, 8, 32, 128)
 EARLY = 100  # frames 1 to EARLY of a window are compared as a distribution

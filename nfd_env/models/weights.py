@@ -91,7 +91,7 @@ def save_weights(
     header = {"class": type(network).__name__, "config": json.dumps(config.to_dict(settings))}
     if kind:
         header["kind"] = kind
-        header["fingerprint"] = fingerprint or _fingerprint(network.state_dict())
+        header["fingerprint"] = fingerprint or fingerprint_network(network)
         header["made_from"] = json.dumps(dict(made_from or {}), sort_keys=True)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=header)
@@ -139,14 +139,12 @@ def read_origin(path: str | Path) -> Origin | None:
     if "kind" not in header:
         return None
     try:
-        made_from = json.loads(header["made_from"])
-        fingerprint = header["fingerprint"]
-        usable = isinstance(made_from, dict) and all(isinstance(v, str) for v in made_from.values())
-    except (KeyError, ValueError, RecursionError):
-        usable = False
-    if not usable or header["kind"] not in KINDS:
-        raise CheckpointError(f"{path}: its header does not say properly where it comes from")
-    return Origin(header["kind"], fingerprint, made_from)
+        origin = Origin(header["kind"], header["fingerprint"], json.loads(header["made_from"]))
+        if origin.kind in KINDS and all(isinstance(v, str) for v in origin.made_from.values()):
+            return origin
+    except (KeyError, ValueError, AttributeError, RecursionError):
+        pass
+    raise CheckpointError(f"{path}: its header does not say properly where it comes from")
 
 
 def fingerprint_of(path: str | Path) -> str:
@@ -157,6 +155,11 @@ def fingerprint_of(path: str | Path) -> str:
     """
     origin = read_origin(path)
     return origin.fingerprint if origin else _fingerprint(_read(Path(path))[1])
+
+
+def fingerprint_network(network: nn.Module) -> str:
+    """The identity of the weights that ``network`` has now."""
+    return _fingerprint(network.state_dict())
 
 
 def fingerprint_values(values: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from nfd_env.metrics import frechet_distance
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import sinusoid
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 
@@ -234,6 +234,11 @@ class DistillStage:
         first = settings.student or settings.teacher
         student = load_weights(first, Dynamics, DynamicsConfig)
         recordings = RecordedDataset(settings.recordings)
+        self._made_from = {
+            "tokenizer": fingerprint_of(settings.tokenizer),
+            "recordings": recordings.spec.fingerprint,
+            "teacher": fingerprint_of(settings.teacher),
+        }
         encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
         self._train = LatentDataset(recordings, settings.latents, "train")
         self._validation = LatentDataset(recordings, settings.latents, "validation")
@@ -484,7 +489,9 @@ class DistillStage:
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the student's weights with their config."""
         assert isinstance(network, Distiller)
-        save_weights(path, network.student, network.student.config)
+        save_weights(
+            path, network.student, network.student.config, kind="student", made_from=self._made_from
+        )
 
 
 def load_teacher(path: str) -> Dynamics:

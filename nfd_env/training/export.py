@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
@@ -22,13 +22,25 @@ from nfd_env.inference.world_model import Context, SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import load_weights, with_int8_weights
+from nfd_env.models.weights import (
+    CheckpointError,
+    Origin,
+    load_weights,
+    read_origin,
+    with_int8_weights,
+)
 from nfd_env.sources.source import SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
-from nfd_env.video import write_mp4
-from nfd_env.worlds.format import WorldSpec, save_world
-
-_NETWORKS = ("tokenizer", "dynamics", "heads", "teacher")
+from nfd_env.worlds.clip import Clip
+from nfd_env.worlds.format import (
+    DISPLAYS,
+    NETWORKS,
+    WorldSpec,
+    check_fit,
+    check_origins,
+    owned_world,
+    save_world,
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class ExportConfig:
         hazard_odds: > 0, factor on the odds of the termination head's hazard. Heads are trained on
             recorded frames, and see an end coming less surely in generated ones; choose it so that
             a hit kills as often in the world as in the game.
-        earlier: provenance file of the world whose weights these runs went on from, copied into the
-            provenance; a run folder that holds weights alone has its stage there. "" for none.
+        earlier: provenance file of the world whose weights these runs went on from: a run folder
+            that holds weights alone has its stage there. "" for none.
         sampling: the world's default sampling.
         teacher: run folder of the flow model behind a distilled ``dynamics``, to ship both; "" for
             none.
@@ -61,6 +73,10 @@ class ExportConfig:
         start_margin: frames that a recorded episode must still go on for after a start.
         clip_frames: length of the held-out clip for ``nfd demo``.
         max_episode_steps: see ``WorldSpec``.
+        display: see ``WorldSpec``.
+        title: see ``WorldSpec``.
+        description: see ``WorldSpec``.
+        scores: see ``WorldSpec``.
     """
 
     name: str
@@ -83,12 +99,18 @@ class ExportConfig:
     teacher: str = ""
     teacher_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=18))
     int8: list[str] = field(default_factory=list)
+    display: str = DISPLAYS[0]
+    title: str = ""
+    description: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the numbers of starts and the names of networks."""
-        unknown = set(self.int8) - set(_NETWORKS)
+        if self.clip_frames < 1:
+            raise ValueError(f"clip_frames must be at least 1, got {self.clip_frames}")
+        unknown = set(self.int8) - set(NETWORKS)
         if unknown:
-            raise ValueError(f"int8 knows {', '.join(_NETWORKS)}, got {sorted(unknown)[0]!r}")
+            raise ValueError(f"int8 knows {', '.join(NETWORKS)}, got {sorted(unknown)[0]!r}")
         if "teacher" in self.int8 and not self.teacher:
             raise ValueError("int8 names the teacher, but there is none")
         if not 0 < self.hazard_odds < math.inf:
@@ -106,17 +128,23 @@ def export(settings: ExportConfig) -> Path:
         CheckpointError: when a stage has not been finished.
         RecordingError: when the recordings are missing or their episodes too short for a start.
     """
-    tokenizer = load_weights(
-        Path(settings.tokenizer) / "model.safetensors", Tokenizer, TokenizerConfig
-    )
-    dynamics = load_weights(Path(settings.dynamics) / "model.safetensors", Dynamics, DynamicsConfig)
-    heads = load_weights(Path(settings.heads) / "model.safetensors", Heads, HeadsConfig)
+    folder = Path(settings.folder).expanduser()
+    with owned_world(folder):  # what is in the way is said before the work begins
+        pass
+    paths = {
+        name: Path(getattr(settings, name)).expanduser() / "model.safetensors"
+        for name in NETWORKS
+        if getattr(settings, name)
+    }
+    tokenizer = load_weights(paths["tokenizer"], Tokenizer, TokenizerConfig)
+    dynamics = load_weights(paths["dynamics"], Dynamics, DynamicsConfig)
+    heads = load_weights(paths["heads"], Heads, HeadsConfig)
     with torch.no_grad():
         heads.output.bias[0] += math.log(settings.hazard_odds)
     teacher = None
     if settings.teacher:
-        path = Path(settings.teacher) / "model.safetensors"
-        teacher = load_weights(path, Dynamics, DynamicsConfig)
+        teacher = load_weights(paths["teacher"], Dynamics, DynamicsConfig)
+    origins = {n: found for n, path in paths.items() if (found := read_origin(path)) is not None}
     recordings = RecordedDataset(settings.recordings)
     spec = WorldSpec(
         name=settings.name,
@@ -127,7 +155,16 @@ def export(settings: ExportConfig) -> Path:
         sampling=settings.sampling,
         teacher=settings.teacher_sampling if teacher else None,
         max_episode_steps=settings.max_episode_steps,
+        display=settings.display,
+        title=settings.title,
+        description=settings.description,
+        recordings=settings.recordings,
+        scores=settings.scores,
     )
+    # Before the starts are encoded: parts that do not belong together are refused at once.
+    check_fit(folder, spec, tokenizer, dynamics, heads, teacher)
+    check_origins(folder, spec, origins, paths)
+    _check_recordings(recordings, origins)
     space = space_from_dict(recordings.spec.action_space)
     space.seed(0)
     codec = ActionCodec(space)
@@ -151,10 +188,30 @@ def export(settings: ExportConfig) -> Path:
     networks = {"tokenizer": tokenizer, "dynamics": dynamics, "heads": heads, "teacher": teacher}
     if settings.int8:
         provenance["int8"] = {name: _int8_errors(networks[name], starts) for name in settings.int8}
-    folder = Path(settings.folder)
-    save_world(folder, spec, tokenizer, dynamics, heads, starts, provenance, teacher, settings.int8)
-    _save_clip(folder, recordings, settings.clip_frames)
-    return folder
+    return save_world(
+        folder,
+        spec,
+        tokenizer,
+        dynamics,
+        heads,
+        starts,
+        provenance,
+        teacher,
+        settings.int8,
+        origins,
+        _clip(recordings, settings.clip_frames),
+    )
+
+
+def _check_recordings(recordings: RecordedDataset, origins: Mapping[str, Origin]) -> None:
+    """Refuse networks that were trained on frames or actions of another kind."""
+    mine = recordings.spec.fingerprint
+    for name, origin in origins.items():
+        if origin.made_from.get("recordings", mine) != mine:
+            raise CheckpointError(
+                f"the {name} was trained on recordings of other frames or actions than those in "
+                f"{recordings.folder}"
+            )
 
 
 def _moments(
@@ -220,15 +277,11 @@ def _start(
     return Context(latents, encoded_into(episode, codec, first, frames), first == 0)
 
 
-def _save_clip(folder: Path, recordings: RecordedDataset, frames: int) -> None:
-    """Film a held-out episode, the longest but for ``frames``, with its actions."""
+def _clip(recordings: RecordedDataset, frames: int) -> Clip:
+    """A held-out episode, the longest but for ``frames``, with its actions."""
     episode = max(recordings.split("validation"), key=lambda e: min(len(e), frames))
     count = min(len(episode), frames)
-    write_mp4(
-        folder / "clip.mp4", episode.frames[: count + 1], recordings.spec.fps, crf=20, exact=True
-    )
-    actions = torch.from_numpy(episode.actions[:count].copy())
-    save_file({"actions": actions}, folder / "clip.safetensors")
+    return Clip(episode.frames[: count + 1], episode.actions[:count])
 
 
 def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str, Any]:
@@ -244,13 +297,15 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         row["mean_return"] = round(row.pop("return") / row["episodes"], 1)
     earlier = yaml.safe_load(Path(settings.earlier).read_text()) if settings.earlier else {}
     stages = {}
-    for stage in _NETWORKS:
+    for stage in NETWORKS:
         if not getattr(settings, stage):
             continue
-        path = Path(getattr(settings, stage)) / "state.pt"
+        path = Path(getattr(settings, stage)).expanduser() / "state.pt"
         if not path.exists() and stage in earlier.get("stages", {}):
             stages[stage] = {**earlier["stages"][stage], "made": "earlier"}
             continue
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, so nothing is known of this stage's training")
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = state.get("kept") or {"step": state["step"], "metrics": state["metrics"]}
         stages[stage] = {
@@ -274,5 +329,4 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         "configs": {
             Path(path).name: yaml.safe_load(Path(path).read_text()) for path in settings.configs
         },
-        **({"earlier": earlier} if earlier else {}),
     }

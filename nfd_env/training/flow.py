@@ -18,7 +18,7 @@ from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.inference.rollout import rollout_latents
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 
@@ -75,6 +75,10 @@ class FlowStage:
         self.settings = settings
         self._device = torch.device(settings.train.device)
         recordings = RecordedDataset(settings.recordings)
+        self._made_from = {
+            "tokenizer": fingerprint_of(settings.tokenizer),
+            "recordings": recordings.spec.fingerprint,
+        }
         encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
         self._train = LatentDataset(recordings, settings.latents, "train")
         self._validation = LatentDataset(recordings, settings.latents, "validation")
@@ -174,4 +178,4 @@ class FlowStage:
 
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""
-        save_weights(path, network, self.settings.model)
+        save_weights(path, network, self.settings.model, kind="flow", made_from=self._made_from)

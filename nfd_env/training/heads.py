@@ -14,7 +14,7 @@ from torch.nn import functional
 from nfd_env.data.latents import LatentDataset, LatentEpisode, encode_recordings
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.stretches import Stretch, StretchSampler
 
@@ -71,6 +71,10 @@ class HeadsStage:
         self.settings = settings
         self._device = torch.device(settings.train.device)
         recordings = RecordedDataset(settings.recordings)
+        self._made_from = {
+            "tokenizer": fingerprint_of(settings.tokenizer),
+            "recordings": recordings.spec.fingerprint,
+        }
         encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
         self._train = LatentDataset(recordings, settings.latents, "train")
         self._validation = LatentDataset(recordings, settings.latents, "validation")
@@ -212,7 +216,7 @@ class HeadsStage:
 
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""
-        save_weights(path, network, self.config)
+        save_weights(path, network, self.config, kind="heads", made_from=self._made_from)
 
 
 def _constant_loss(rate: float) -> float:

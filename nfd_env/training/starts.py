@@ -11,7 +11,7 @@ from nfd_env.data.latents import LatentDataset, LatentEpisode
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into
 from nfd_env.inference.world_model import Context
-from nfd_env.worlds.format import World
+from nfd_env.worlds.load import World
 
 _CHECKED = 64  # frames that the tokenizer is tried on
 _STRANGE = 2.0  # times the re-encoding error of the world's own starts

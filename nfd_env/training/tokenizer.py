@@ -49,6 +49,7 @@ class TokenizerStage:
         torch.manual_seed(settings.train.seed)
         self.network = Tokenizer(settings.model)
         data = RecordedDataset(settings.recordings)
+        self._made_from = {"recordings": data.spec.fingerprint}
         self._train, self._validation = data.split("train"), data.split("validation")
         self._places = Places(len(e) + 1 for e in self._train)
         self._held_out = self._spread(64)
@@ -100,4 +101,6 @@ class TokenizerStage:
 
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""
-        save_weights(path, network, self.settings.model)
+        save_weights(
+            path, network, self.settings.model, kind="tokenizer", made_from=self._made_from
+        )

@@ -1,51 +1,62 @@
-"""A world on disk, and how it is found and loaded.
+"""A world on disk.
 
 A world is a folder::
 
     world.yaml               what it is: spaces, frame rate, source, sampling
-    tokenizer.safetensors    the networks, each with its config in the header
+    tokenizer.safetensors    the networks, each with its config and origin in the header
     dynamics.safetensors
     teacher.safetensors      optional: the flow model that the dynamics was distilled from
     heads.safetensors
     starts.safetensors       latents and actions of recorded moments that episodes start from
+    clip.mp4                 optional: a held-out recording to play along with ...
+    clip.safetensors         ... and its actions
     provenance.yaml          data, commands, seeds, wall time and metrics behind the weights
+    checksums.json           SHA-256 of each of them
 """
 
 from __future__ import annotations
 
-import functools
+import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import torch
 import yaml
-from gymnasium import spaces
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 from nfd_env import config
-from nfd_env.devices import resolve_device
-from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig, WorldModel
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig
-from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.packing import keep_freed_memory, pack_convolutions, pack_linears
-from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.precision import fastest_precision
-from nfd_env.sources.source import SourceConfig, make_source
+from nfd_env.files import Ownership, make_folder
+from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig
+from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.heads import Heads
+from nfd_env.models.tokenizer import Tokenizer
+from nfd_env.models.weights import (
+    CheckpointError,
+    Origin,
+    fingerprint_network,
+    save_weights,
+)
+from nfd_env.sources.source import SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.worlds.checksums import verify, write_checksums
+from nfd_env.worlds.clip import Clip, save_clip
+from nfd_env.worlds.starts import save_starts
 
-SHIPPED = Path(__file__).parent
 FORMAT = 1
+NETWORKS = ("tokenizer", "dynamics", "heads", "teacher")
+DISPLAYS = ("smooth", "pixelated")
 
-
-class UnknownWorldError(CheckpointError):
-    """There is no such world."""
+_LARGEST_FRAME = 4096  # pixels a side
+_MOST_STEPS = 1000  # of sampling: a frame would take minutes
+_LONGEST_NAME = 100
+# What a file that has lost its end would lack; everything else has a default.
+_REQUIRED = ("name", "frame_size", "fps", "action_space", "source", "sampling", "format")
+_SAMPLING = ("steps", "sampler", "shift", "history_level", "temperature")
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,14 @@ class WorldSpec:
         action_space: see ``nfd_env.spaces.space_to_dict``.
         source: the real environment that was recorded.
         sampling: the default sampling.
-        teacher: the teacher's sampling, where the folder holds one.
+        teacher: the teacher's sampling, where the world was distilled.
         max_episode_steps: episodes are truncated there; 0 for never.
+        display: how a small frame is enlarged for a person: "smooth" or "pixelated".
+        title: for people; "" for the name.
+        description: for people, a few sentences.
+        recordings: data-set folder that the world was made from, on its maker's machine; "" for
+            unknown.
+        scores: name of a measurement -> what it gave.
         format: version of the folder's layout.
     """
 
@@ -69,259 +86,100 @@ class WorldSpec:
     fps: float
     action_space: dict[str, Any]
     source: SourceConfig
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig
     teacher: SamplingConfig | None = None
     max_episode_steps: int = 0
+    display: str = DISPLAYS[0]
+    title: str = ""
+    description: str = ""
+    recordings: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
-
-@dataclass(frozen=True)
-class World:
-    """A loaded world.
-
-    Attributes:
-        folder: where it was loaded from.
-        spec: what it is.
-        model: its networks.
-        action_space: of one environment.
-        codec: checks and encodes actions.
-        starts: the recorded moments that episodes start from.
-        dynamics: which dynamics ``model`` has: "student", the distilled one; "teacher", the flow
-            model it was distilled from; "flow" in a world that has no other.
-    """
-
-    folder: Path
-    spec: WorldSpec
-    model: WorldModel
-    action_space: spaces.Space
-    codec: ActionCodec
-    starts: list[Context]
-    dynamics: str
-
-
-def shipped_worlds() -> list[str]:
-    """Names of the worlds that come with the package."""
-    return sorted(p.parent.name for p in SHIPPED.glob("*/world.yaml"))
-
-
-def find_world(world: str | os.PathLike[str]) -> Path:
-    """The folder of a world given by path or by shipped name.
-
-    Raises:
-        UnknownWorldError: naming the shipped worlds.
-    """
-    path = Path(world)
-    if (path / "world.yaml").is_file():
-        return path
-    shipped = SHIPPED / _folder_name(str(world))
-    if (shipped / "world.yaml").is_file():
-        return shipped
-    if path.is_dir():
-        raise UnknownWorldError(f"{path} is no world folder: it has no world.yaml")
-    raise UnknownWorldError(
-        f"unknown world {str(world)!r}: neither a folder nor a shipped world "
-        f"({', '.join(shipped_worlds()) or 'none are shipped'})"
-    )
-
-
-def load_world(
-    world: str | os.PathLike[str],
-    device: str | torch.device = "auto",
-    precision: str = "auto",
-    dynamics: str | None = None,
-) -> World:
-    """Load a world; loading the same one again in a process returns the same weights.
-
-    Args:
-        world: a world folder, or the name of a shipped world.
-        device: see ``nfd_env.devices.resolve_device``.
-        precision: "fp32", "bf16", or "auto": bf16 where this machine multiplies bf16 matrices at
-            least twice as fast. Weights, activations and the cache are kept in it; latents and the
-            heads stay fp32.
-        dynamics: "student", "teacher" (with its own sampling, loaded when it is first asked for),
-            or "flow", see ``World``; None for the world's default.
-
-    Raises:
-        UnknownWorldError: when there is no such world.
-        ValueError: on an unknown precision or dynamics, or one that the world does not have.
-        CheckpointError: when a file is missing, damaged or does not belong to the others.
-        DeviceError: when the device is not there.
-    """
-    folder = find_world(world).resolve()
-    changed = tuple(sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()))
-    resolved = resolve_device(device)
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision must be auto, fp32 or bf16, got {precision!r}")
-    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
-        if precision == "auto":
-            precision = fastest_precision(resolved, advantage=2.0)
-        loaded = _load(folder, changed, resolved, precision)
-        default = loaded.world
-        if dynamics in (None, default.dynamics):
-            return default
-        has = [default.dynamics, *(["teacher"] if default.spec.teacher else [])]
-        if dynamics not in has:
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (0 < len(self.name) <= _LONGEST_NAME and self.name.isprintable()):
+            raise ValueError(f"name must have 1 to {_LONGEST_NAME} printable characters")
+        if set("/\\") & set(self.name) or self.name in (".", ".."):
+            raise ValueError(f"name must not look like a path, got {self.name!r}")
+        sides = self.frame_size
+        if len(sides) != 2 or not all(1 <= side <= _LARGEST_FRAME for side in sides):
             raise ValueError(
-                f"dynamics={dynamics!r} was asked for, {default.spec.name} has: {', '.join(has)}"
+                f"frame_size must be [height, width] from 1 to {_LARGEST_FRAME}, got {sides}"
             )
-        return loaded.teacher
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
+        if self.max_episode_steps < 0:
+            raise ValueError(f"max_episode_steps must be at least 0, got {self.max_episode_steps}")
+        if self.display not in DISPLAYS:
+            raise ValueError(f"display must be {' or '.join(DISPLAYS)}, got {self.display!r}")
+        for key, sampling in (("sampling", self.sampling), ("teacher", self.teacher)):
+            if sampling is not None and sampling.steps > _MOST_STEPS:
+                raise ValueError(f"{key}.steps must be at most {_MOST_STEPS}, got {sampling.steps}")
+            if sampling is not None and not 0 < sampling.shift < math.inf:
+                raise ValueError(f"{key}.shift must be above 0 and finite, got {sampling.shift}")
+        if not 0 <= self.source.display_aspect < math.inf:
+            raise ValueError(
+                f"source.display_aspect must be at least 0, got {self.source.display_aspect}"
+            )
+        try:
+            ActionCodec(space_from_dict(self.action_space))
+        except (ValueError, TypeError, KeyError, AssertionError, OverflowError) as error:
+            raise ValueError(f"action_space: {error!r:.200}") from None
 
-
-class _Loaded:
-    """A world with its default dynamics, and with its teacher once that is asked for."""
-
-    def __init__(self, world: World, device: torch.device, precision: str) -> None:
-        self.world, self._device, self._precision = world, device, precision
-
-    @functools.cached_property
-    def teacher(self) -> World:
-        """The same world, sharing all but the dynamics."""
-        world = self.world
-        path = world.folder / "teacher.safetensors"
-        dynamics = load_weights(path, Dynamics, DynamicsConfig)
-        mine, other = (
-            (c.latent_shape, c.action_width) for c in (dynamics.config, world.model.dynamics.config)
-        )
-        if mine != other:
-            raise CheckpointError(f"{world.folder}: teacher and student do not fit together")
-        _prepare(dynamics, self._device, self._precision)
-        assert world.spec.teacher is not None
-        model = WorldModel(world.model.tokenizer, dynamics, world.model.heads, world.spec.teacher)
-        return replace(world, model=model, dynamics="teacher")
-
-
-@functools.lru_cache(maxsize=8)
-def _load(
-    folder: Path, changed: tuple[tuple[str, int], ...], device: torch.device, precision: str
-) -> _Loaded:
-    spec = read_spec(folder)
-    tokenizer = load_weights(folder / "tokenizer.safetensors", Tokenizer, TokenizerConfig)
-    dynamics = load_weights(folder / "dynamics.safetensors", Dynamics, DynamicsConfig)
-    heads = load_weights(folder / "heads.safetensors", Heads, HeadsConfig)
-    space = space_from_dict(spec.action_space)
-    codec = ActionCodec(space)
-    shape = dynamics.config.latent_shape
-    factor = tokenizer.config.downsampling
-    expected = (
-        tokenizer.config.latent_channels,
-        spec.frame_size[0] // factor,
-        spec.frame_size[1] // factor,
-    )
-    latent_size = shape[0] * shape[1] * shape[2]
-    if shape != expected or heads.config.latent_size != latent_size:
-        raise CheckpointError(f"{folder}: tokenizer, dynamics and heads do not fit together")
-    if dynamics.config.action_width != codec.width or heads.config.action_width != codec.width:
-        raise CheckpointError(f"{folder}: the networks were trained for another action space")
-    for network in (tokenizer, heads):
-        network.to(device).requires_grad_(False)
-    if precision == "bf16":
-        tokenizer.to(torch.bfloat16)
-    pack_convolutions(tokenizer)
-    if device.type == "cpu":
-        keep_freed_memory()
-    _prepare(dynamics, device, precision)
-    model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
-    starts = [
-        replace(start, latents=start.latents.float(), actions=start.actions.float())
-        for start in load_starts(folder / "starts.safetensors", shape, codec.width)
-    ]
-    kind = "student" if spec.sampling.sampler == CONSISTENCY else "flow"
-    world = World(folder, spec, model, space, codec, starts, kind)
-    return _Loaded(world, device, precision)
-
-
-def _prepare(dynamics: Dynamics, device: torch.device, precision: str) -> None:
-    """Make ready for inference."""
-    dynamics.to(device).requires_grad_(False)
-    dynamics.fold_norms()
-    if precision == "bf16":
-        dynamics.to(torch.bfloat16)
-    pack_linears(dynamics.modulation, rows=2)
-    pack_linears(dynamics, rows=2 * dynamics.config.tokens)
+    @property
+    def dynamics(self) -> str:
+        """What the world's own dynamics is: "student" or "flow"."""
+        return "student" if self.sampling.sampler == CONSISTENCY else "flow"
 
 
 def read_spec(folder: Path) -> WorldSpec:
     """``world.yaml`` of a world folder.
 
     Raises:
-        CheckpointError: when it is damaged or of a newer format.
+        CheckpointError: when it is damaged, incomplete or of a newer format.
     """
+    verify(folder, "world.yaml")
+    path = folder / "world.yaml"
     try:
-        spec = config.load(WorldSpec, folder / "world.yaml")
+        values = config.read(path)
+        if values.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(
+                f"{folder}: world format {values['format']}, this nfd_env reads format {FORMAT}"
+            )
+        parts: list[tuple[str, Any, Sequence[str]]] = [("", values, _REQUIRED)]
+        parts += [(f"{k}.", values.get(k), _SAMPLING) for k in ("sampling", "teacher")]
+        missing = [
+            prefix + key
+            for prefix, part, keys in parts
+            if isinstance(part, dict)
+            for key in keys
+            if key not in part
+        ]
+        if missing:
+            raise config.ConfigError(f"{path}: incomplete: it lacks {', '.join(missing)}")
+        return config.from_mapping(WorldSpec, values, str(path), foreign=True)
     except config.ConfigError as error:
         raise CheckpointError(str(error)) from None
-    if spec.format != FORMAT:
-        raise CheckpointError(
-            f"{folder}: world format {spec.format}, this nfd_env reads format {FORMAT}"
-        )
-    return spec
-
-
-def make_real(world: str | os.PathLike[str], **kwargs: Any) -> gymnasium.Env:
-    """The real game behind a world, with the world's observations, actions and frame rate.
-
-    Args:
-        world: a world folder, or the name of a shipped world.
-        kwargs: further arguments of the real environment.
-
-    Raises:
-        UnknownWorldError: when there is no such world.
-        SourceError: when the real game is not installed; says what to install.
-    """
-    return make_source(read_spec(find_world(world)).source, **kwargs)
-
-
-def load_starts(path: str | os.PathLike[str], shape: tuple[int, ...], width: int) -> list[Context]:
-    """The recorded moments in a file of ``save_starts``, such as a world's starts.safetensors.
-
-    Args:
-        path: the file.
-        shape: (C, h, w) of a latent of the world that is to start from them.
-        width: of its encoded actions.
-
-    Returns:
-        Contexts as they are stored, in half precision.
-
-    Raises:
-        CheckpointError: when the file is missing, damaged or of another world.
-    """
-    try:
-        tensors = load_file(path)
-        latents, actions = tensors["latents"], tensors["actions"]
-        # Worlds written before there was a choice start at beginnings only.
-        beginning = tensors.get("beginning", torch.ones(len(latents))).bool().tolist()
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path}: missing or damaged ({error})") from None
-    fits = latents.shape[2:] == shape and actions.shape == (*latents.shape[:2], width)
-    if not (fits and len(latents) == len(beginning) and latents.numel()):
-        raise CheckpointError(f"{path}: holds start frames of another world")
-    return [Context(*start) for start in zip(latents, actions, beginning, strict=True)]
-
-
-def save_starts(path: str | os.PathLike[str], starts: list[Context]) -> None:
-    """Write contexts of equal length for ``load_starts``, in half precision."""
-    save_file(
-        {
-            "latents": torch.stack([s.latents for s in starts]).half().contiguous(),
-            "actions": torch.stack([s.actions for s in starts]).half().contiguous(),
-            "beginning": torch.tensor([s.beginning for s in starts], dtype=torch.uint8),
-        },
-        path,
-    )
 
 
 def save_world(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     spec: WorldSpec,
     tokenizer: Tokenizer,
     dynamics: Dynamics,
     heads: Heads,
-    starts: list[Context],
+    starts: Sequence[Context],
     provenance: Mapping[str, Any],
     teacher: Dynamics | None = None,
     int8: Collection[str] = (),
-) -> None:
+    origins: Mapping[str, Origin] | None = None,
+    clip: Clip | None = None,
+) -> Path:
     """Write a world folder, all or nothing, with fp16 weights.
+
+    At every moment the folder, or ".<name>.replaced" beside it, which the next load or save puts
+    back, is a whole world.
 
     Args:
         folder: replaced when it already holds a world.
@@ -333,30 +191,201 @@ def save_world(
         provenance: plain values: data, commands, seeds, wall times, metrics.
         teacher: the flow model behind a distilled ``dynamics``; goes with ``spec.teacher``.
         int8: names of the networks that are stored in one byte a weight instead of two.
+        origins: where each network comes from, see ``nfd_env.models.weights.read_origin``; None
+            for networks that were not trained, or not from files.
+        clip: a held-out recording.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: when the parts do not belong together, or the folder holds something else.
+        FolderInUseError: when another process is writing the same world.
     """
-    assert (teacher is None) == (spec.teacher is None), "a teacher and its sampling go together"
-    folder = Path(folder)
-    if folder.is_dir() and not (folder / "world.yaml").exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is in the way: it is not empty and holds no world")
-    temporary = folder.with_name(f".{folder.name}.writing")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    networks = {"tokenizer": tokenizer, "dynamics": dynamics, "heads": heads, "teacher": teacher}
-    for name, network in networks.items():
-        if network is not None:
-            path = temporary / f"{name}.safetensors"
-            save_weights(path, network, network.config, torch.float16, name in int8)
-    save_starts(temporary / "starts.safetensors", starts)
-    for name, values in (("world", config.to_dict(spec)), ("provenance", dict(provenance))):
-        (temporary / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(temporary, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    folder = Path(folder).expanduser()
+    networks: dict[str, nn.Module] = {
+        "tokenizer": tokenizer,
+        "dynamics": dynamics,
+        "heads": heads,
+        **({"teacher": teacher} if teacher is not None else {}),
+    }
+    if (teacher is None) != (spec.teacher is None):
+        raise CheckpointError(f"{folder}: a teacher and its sampling go together")
+    if not starts:
+        raise CheckpointError(f"{folder}: a world needs starts")
+    check_fit(folder, spec, tokenizer, dynamics, heads, teacher)
+    if origins is None:
+        origins = _made_together(spec, networks)
+    check_origins(folder, spec, origins, networks)
+    with owned_world(folder):
+        temporary, replaced = _temporary(folder), _replaced(folder)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name, network in networks.items():
+                save_weights(
+                    temporary / f"{name}.safetensors",
+                    network,
+                    network.config,
+                    torch.float16,
+                    name in int8,
+                    **vars(origins[name]),
+                )
+            save_starts(temporary / "starts.safetensors", starts)
+            if clip is not None:
+                save_clip(temporary, clip, spec.fps)
+            for name, values in (("world", config.to_dict(spec)), ("provenance", provenance)):
+                text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+                (temporary / f"{name}.yaml").write_text(text, encoding="utf-8")
+            write_checksums(temporary)
+            read_spec(temporary)  # what cannot be read must not replace what can
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(temporary, folder)
+        finally:
+            _put_back(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
-def _folder_name(name: str) -> str:
-    """Turn "DoomTakeCover" into "doom_take_cover"; folder names stay as they are."""
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+@contextmanager
+def owned_world(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """Own the world ``folder`` for writing, and end what a killed owner has left.
+
+    Args:
+        folder: of a world, or of none yet.
+        wait: seconds to wait for another owner to end.
+
+    Raises:
+        CheckpointError: when something else is in the way.
+        FolderInUseError: when another process owns it.
+        FolderError: when there cannot be written.
+    """
+    ownership = Ownership(make_folder(folder.parent), folder.name, wait)
+    try:
+        _put_back(folder)
+        if folder.is_dir() and not (folder / "world.yaml").exists() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is in the way: it is not empty and holds no world")
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is in the way: it is a file")
+        yield
+    finally:
+        ownership.release()
+
+
+def _put_back(folder: Path) -> None:
+    """End what a ``save_world`` that was killed, or failed, has left."""
+    replaced, temporary = _replaced(folder), _temporary(folder)
+    if not replaced.is_dir():
+        return
+    if not folder.exists():
+        os.replace(replaced, folder)
+    else:
+        # By another name first: what is called "replaced" is always whole.
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(replaced, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def was_replaced(folder: Path) -> bool:
+    """Whether the world of ``folder`` lies in ".<name>.replaced" only, see ``save_world``."""
+    return bool(folder.name) and not folder.exists() and _replaced(folder).is_dir()
+
+
+def check_fit(
+    folder: Path,
+    spec: WorldSpec,
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    heads: Heads,
+    teacher: Dynamics | None = None,
+) -> None:
+    """Refuse networks whose sizes differ.
+
+    Raises:
+        CheckpointError: naming ``folder``.
+    """
+    factor = tokenizer.config.downsampling
+    height, width = spec.frame_size
+    shape = (tokenizer.config.latent_channels, height // factor, width // factor)
+    if (
+        height % factor
+        or width % factor
+        or dynamics.config.latent_shape != shape
+        or heads.config.latent_size != math.prod(shape)
+    ):
+        raise CheckpointError(f"{folder}: tokenizer, dynamics and heads do not fit together")
+    actions = ActionCodec(space_from_dict(spec.action_space)).width
+    if dynamics.config.action_width != actions or heads.config.action_width != actions:
+        raise CheckpointError(f"{folder}: the networks were trained for another action space")
+    if teacher is not None and (
+        teacher.config.latent_shape != shape or teacher.config.action_width != actions
+    ):
+        raise CheckpointError(f"{folder}: teacher and student do not fit together")
+
+
+def check_origins(
+    folder: Path, spec: WorldSpec, origins: Mapping[str, Origin], names: Collection[str]
+) -> None:
+    """Refuse networks that were not made from each other.
+
+    Args:
+        folder: named in the errors.
+        spec: what the world is.
+        origins: of the networks, by their names.
+        names: of the networks whose origin must be there.
+
+    Raises:
+        CheckpointError: naming the parts that do not belong together.
+    """
+    for name in names:
+        if name not in origins:
+            raise CheckpointError(
+                f"{folder}: the weights of the {name} do not say what they were made from; train "
+                "that stage again with this version"
+            )
+        if origins[name].kind != _kind(name, spec):
+            raise CheckpointError(
+                f"{folder}: the {name} must be a {_kind(name, spec)} to be sampled by "
+                f"{spec.sampling.sampler}, got a {origins[name].kind}"
+            )
+    wanted = [(name, "tokenizer") for name in ("dynamics", "heads", "teacher")]
+    if spec.dynamics == "student":
+        wanted.append(("dynamics", "teacher"))
+    for name, source in wanted:
+        if name in names and source in names:
+            made_from = origins[name].made_from.get(source)
+            if made_from != origins[source].fingerprint:
+                raise CheckpointError(
+                    f"{folder}: the {name} was not made with this {source}; train that stage again"
+                )
+    games = {name: origins[name].made_from.get("recordings") for name in names}
+    known = {game for game in games.values() if game}
+    if len(known) > 1:
+        raise CheckpointError(
+            f"{folder}: {', '.join(games)} were made from recordings of different frames or actions"
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    """How much room the files of a world folder take."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _made_together(spec: WorldSpec, networks: Mapping[str, nn.Module]) -> dict[str, Origin]:
+    prints = {name: fingerprint_network(network) for name, network in networks.items()}
+    inputs = {k: v for k, v in prints.items() if k in ("tokenizer", "teacher")}
+    return {name: Origin(_kind(name, spec), own, inputs) for name, own in prints.items()}
+
+
+def _kind(name: str, spec: WorldSpec) -> str:
+    """The kind of weights that the network ``name`` of a world has."""
+    return {"dynamics": spec.dynamics, "teacher": "flow"}.get(name, name)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.writing")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")

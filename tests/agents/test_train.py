@@ -31,7 +31,7 @@ from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.models.weights import load_weights
 from nfd_env.spaces import ActionCodec
 from nfd_env.training.starts import StartsConfig
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 METRICS = {"deaths_per_1000_frames", "real_deaths_per_1000_frames", "real_score"}

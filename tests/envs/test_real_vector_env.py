@@ -14,7 +14,7 @@ from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.inference.world_model import Context
 from nfd_env.sources.source import SourceError
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 from tests.counter_env import read
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

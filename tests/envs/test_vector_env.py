@@ -17,7 +17,8 @@ import nfd_env  # noqa: F401  # registers the ids
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.inference.world_model import Context
-from nfd_env.worlds.format import CheckpointError, save_starts
+from nfd_env.models.weights import CheckpointError
+from nfd_env.worlds.starts import save_starts
 
 MODES = list(AutoresetMode)
 

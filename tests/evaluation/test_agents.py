@@ -27,6 +27,7 @@ from nfd_env.evaluation.agents import (
 from nfd_env.models.weights import save_weights
 from nfd_env.sources.source import SourceError
 from nfd_env.video import read_mp4
+from nfd_env.worlds.checksums import write_checksums
 from tests.counter_env import ENV_ID, read
 
 RIGHT = 2
@@ -40,6 +41,7 @@ def edited(folder: Path, to: Path, source: dict[str, Any], **values: Any) -> Pat
     path = to / "world.yaml"
     spec = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**spec, **values, "source": {**spec["source"], **source}}))
+    write_checksums(to)
     return to
 
 
@@ -216,12 +218,12 @@ def test_a_policy_that_looks_inside_the_game(world: Path) -> None:
 
 
 def test_without_the_real_game_that_is_said(world: Path, tmp_path: Path) -> None:
-    folder = edited(world, tmp_path / "w", {"imports": ["no_such_game.wrapper"]})
+    folder = edited(world, tmp_path / "w", {"imports": ["gym_super_mario_bros"]})
     report = evaluate_agent("random", str(folder), 2, **CPU, max_frames=5, progress=False)
     assert report["real"] is None and len(report["learned"]["scores"]) == 2
     text = format_report(report)
-    assert "NO REAL SCORE" in text and "pip install no_such_game" in text
-    with pytest.raises(SourceError, match="pip install no_such_game"):
+    assert "NO REAL SCORE" in text and "pip install gym_super_mario_bros" in text
+    with pytest.raises(SourceError, match="pip install gym_super_mario_bros"):
         evaluate_agent("random", str(folder), 2, **CPU, real_only=True)
 
 

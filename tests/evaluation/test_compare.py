@@ -20,7 +20,7 @@ from nfd_env.evaluation.compare import (
     take_turns,
 )
 from nfd_env.evaluation.streams import ActionStream
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 
 def env(world: Path, num_envs: int = 2, **kwargs: Any) -> NFDVectorEnv:

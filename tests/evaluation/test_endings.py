@@ -11,7 +11,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation import endings
 from nfd_env.evaluation.endings import AHEAD, EARLIER, LATER, replay_endings
 from nfd_env.evaluation.held_out import EncodedEpisodes
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 
 HAZARD = 0.02
 

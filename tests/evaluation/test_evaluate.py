@@ -14,7 +14,7 @@ from nfd_env.evaluation import evaluate as module
 from nfd_env.evaluation.evaluate import evaluate, evaluate_drafts, evaluate_steps
 from nfd_env.evaluation.reports import format_report, format_rows
 from nfd_env.inference.world_model import Transition, WorldModel
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 from tests.counter_env import read
 
 SMALL: dict[str, Any] = {"windows": 4, "long_rollouts": 1, "progress": False}

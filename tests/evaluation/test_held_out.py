@@ -10,7 +10,7 @@ import torch
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.evaluation.held_out import EncodedEpisodes, HeldOut, recorded_context
 from nfd_env.inference.world_model import WorldModel
-from nfd_env.worlds.format import World, load_world
+from nfd_env.worlds.load import World, load_world
 from tests.counter_env import read
 
 pytestmark = pytest.mark.usefixtures("short")

@@ -10,7 +10,7 @@ from nfd_env.evaluation.plain import PlainDynamics, PlainModel
 from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.inference.world_model import Context, SamplingConfig
 from nfd_env.models.dynamics import Dynamics, with_low_rank
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

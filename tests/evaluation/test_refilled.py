@@ -11,7 +11,7 @@ from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
 from nfd_env.models.dynamics import Dynamics
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

@@ -15,7 +15,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.inference.speculation import SpeculativeState, Speculator
 from nfd_env.inference.world_model import Context, Drawn, SamplingConfig, WorldModel, WorldState
 from nfd_env.models.dynamics import Dynamics
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

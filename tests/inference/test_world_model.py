@@ -11,7 +11,7 @@ from torch import Tensor
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.inference import world_model
 from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel, WorldState
-from nfd_env.worlds.format import load_world
+from nfd_env.worlds.load import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

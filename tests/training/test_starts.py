@@ -15,7 +15,7 @@ from nfd_env.data.latents import LatentDataset, encode_recordings
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
 from nfd_env.training import starts as module
 from nfd_env.training.starts import StartsConfig, recorded_starts
-from nfd_env.worlds.format import World, load_world
+from nfd_env.worlds.load import World, load_world
 
 
 @pytest.fixture(scope="module")

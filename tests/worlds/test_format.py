@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,17 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from nfd_env.devices import DeviceError, resolve_device
 from nfd_env.inference.world_model import SamplingConfig
+from nfd_env.models.weights import CheckpointError
 from nfd_env.sources.source import SourceError
-from nfd_env.worlds import format as checkpoint
-from nfd_env.worlds.format import (
-    CheckpointError,
-    UnknownWorldError,
-    find_world,
-    load_world,
-    make_real,
-    save_world,
-    shipped_worlds,
-)
+from nfd_env.worlds import load as worlds
+from nfd_env.worlds.checksums import write_checksums
+from nfd_env.worlds.format import save_world
+from nfd_env.worlds.load import UnknownWorldError, find_world, load_world, make_real, shipped_worlds
 from tests.tiny_world import make_tiny_world
 
 FILES = ["tokenizer", "dynamics", "heads", "starts"]
@@ -59,7 +55,12 @@ def test_round_trip(tiny_world: Path) -> None:
 def test_what_lies_in_the_folder(tiny_world: Path) -> None:
     names = sorted(p.name for p in tiny_world.iterdir())
     weights = [f"{n}.safetensors" for n in FILES]
-    assert names == sorted([*weights, "world.yaml", "provenance.yaml"])
+    assert names == sorted([*weights, "world.yaml", "provenance.yaml", "checksums.json"])
+    assert json.loads((tiny_world / "checksums.json").read_text()) == {
+        name: hashlib.sha256((tiny_world / name).read_bytes()).hexdigest()
+        for name in names
+        if name != "checksums.json"
+    }
     assert yaml.safe_load((tiny_world / "provenance.yaml").read_text()) == {"made_by": "tests"}
     for name in FILES:
         with safe_open(tiny_world / f"{name}.safetensors", "pt") as file:
@@ -107,7 +108,7 @@ def test_a_shipped_world_is_found_by_either_name(
     tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_world, tmp_path / "my_tiny_world")
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(worlds, "SHIPPED", tmp_path)
     assert shipped_worlds() == ["my_tiny_world"]
     assert find_world("MyTinyWorld") == find_world("my_tiny_world") == tmp_path / "my_tiny_world"
     with pytest.raises(UnknownWorldError, match="my_tiny_world"):
@@ -125,6 +126,9 @@ def test_a_missing_file(copied: Path, name: str) -> None:
 def test_a_truncated_file(copied: Path, name: str) -> None:
     path = copied / f"{name}.safetensors"
     os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=f"{name}.safetensors.*does not match its checksum"):
+        load_world(copied)
+    write_checksums(copied)
     with pytest.raises(CheckpointError, match=f"{name}.safetensors.*damaged"):
         load_world(copied)
 
@@ -133,6 +137,7 @@ def test_a_truncated_file(copied: Path, name: str) -> None:
 def test_files_that_changed_places(copied: Path, name: str) -> None:
     other = {"tokenizer": "dynamics", "dynamics": "heads", "heads": "tokenizer"}[name]
     shutil.copy(copied / f"{other}.safetensors", copied / f"{name}.safetensors")
+    write_checksums(copied)
     with pytest.raises(CheckpointError, match=f"holds a {other.title()}, not a {name.title()}"):
         load_world(copied)
 
@@ -142,15 +147,18 @@ def test_networks_of_another_action_space(copied: Path, make_world: Callable[...
     for name in ("dynamics", "heads"):
         kept = (copied / f"{name}.safetensors").read_bytes()
         shutil.copy(other / f"{name}.safetensors", copied / f"{name}.safetensors")
+        write_checksums(copied)
         with pytest.raises(CheckpointError, match="another action space"):
             load_world(copied)
         (copied / f"{name}.safetensors").write_bytes(kept)
+        write_checksums(copied)
     load_world(copied)
 
 
 def edit(folder: Path, **values: object) -> None:
     path = folder / "world.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+    write_checksums(folder)
 
 
 def test_networks_of_another_frame_size(copied: Path) -> None:
@@ -162,9 +170,11 @@ def test_networks_of_another_frame_size(copied: Path) -> None:
 def test_start_frames_of_another_world(copied: Path) -> None:
     path = copied / "starts.safetensors"
     save_file({"latents": torch.zeros(2, 3, 4, 4, 5), "actions": torch.zeros(2, 3, 3)}, path)
+    write_checksums(copied)
     with pytest.raises(CheckpointError, match="start frames of another world"):
         load_world(copied)
     save_file({"something": torch.zeros(2)}, path)
+    write_checksums(copied)
     with pytest.raises(CheckpointError, match="missing or damaged"):
         load_world(copied)
 
@@ -176,6 +186,7 @@ def test_a_damaged_description(copied: Path) -> None:
     with pytest.raises(CheckpointError, match="world.yaml.*bogus"):
         load_world(copied)
     path.write_text(text[: len(text) // 2] + ": [")
+    write_checksums(copied)
     with pytest.raises(CheckpointError, match="world.yaml"):
         load_world(copied)
     path.write_text(text)
@@ -218,7 +229,7 @@ def test_an_interrupted_write_leaves_the_old_world(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    name = {"weights": "save_weights", "starts": "save_file", "description": "yaml.safe_dump"}
+    name = {"weights": "save_weights", "starts": "save_starts", "description": "yaml.safe_dump"}
     with monkeypatch.context() as patch:
         patch.setattr(f"nfd_env.worlds.format.{name[crash]}", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -232,7 +243,7 @@ def test_an_interrupted_write_leaves_the_old_world(
     make_tiny_world(tmp_path / "new", seed=2)
     assert contents(folder).keys() == before.keys()
     assert contents(folder)["starts.safetensors"] != before["starts.safetensors"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "world"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[:5] != ".lock") == ["new", "world"]
 
 
 @pytest.mark.parametrize("moves", [1, 2])
@@ -255,9 +266,7 @@ def test_a_crash_while_the_folders_are_swapped_loses_no_world(
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             make_tiny_world(folder, seed=2)
-    assert old in [contents(p) for p in tmp_path.iterdir()]
-    if folder.exists():
-        assert contents(folder) == old
+    assert contents(folder) == old
     load_world(make_tiny_world(folder, seed=2))
 
 
@@ -268,7 +277,7 @@ def test_something_else_is_in_the_way(tmp_path: Path, tiny_world: Path) -> None:
     with pytest.raises(CheckpointError, match="is in the way"):
         make_tiny_world(folder)
     assert contents(folder) == {"thesis.tex": b"years of work"}
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+    assert [p.name for p in tmp_path.iterdir() if p.name[:5] != ".lock"] == ["thesis"]
     (tmp_path / "empty").mkdir()
     load_world(make_tiny_world(tmp_path / "empty"))
 
@@ -316,7 +325,7 @@ def test_make_real_of_a_game_that_is_not_installed(copied: Path) -> None:
     source = {"env_id": "Game-v0", "imports": ["no_such_game.envs"]}
     edit(copied, source=source)
     with pytest.raises(SourceError, match="pip install no_such_game"):
-        make_real(copied)
+        make_real(copied, trust=True)
     load_world(copied)  # the learned world needs no game
 
 
@@ -341,8 +350,12 @@ def test_a_teacher_is_loaded_only_when_it_is_asked_for(
 ) -> None:
     folder = shutil.copytree(distilled_world, tmp_path / "world")
     (folder / "teacher.safetensors").write_bytes(b"damaged")
-    load_world(folder, "cpu", "fp32")
+    student = load_world(folder, "cpu", "fp32")
     with pytest.raises(CheckpointError, match="teacher.safetensors.*damaged"):
+        load_world(folder, "cpu", "fp32", "teacher")
+    (folder / "teacher.safetensors").unlink()
+    assert load_world(folder, "cpu", "fp32") is student
+    with pytest.raises(CheckpointError, match="teacher.safetensors: this copy.*no teacher"):
         load_world(folder, "cpu", "fp32", "teacher")
 
 
@@ -364,5 +377,6 @@ def test_a_teacher_of_another_world(distilled_world: Path, tmp_path: Path) -> No
     folder = shutil.copytree(distilled_world, tmp_path / "world")
     other = make_tiny_world(tmp_path / "other", {"type": "Discrete", "n": 5, "start": 0})
     shutil.copy(other / "dynamics.safetensors", folder / "teacher.safetensors")
+    write_checksums(folder)
     with pytest.raises(CheckpointError, match="teacher and student do not fit together"):
         load_world(folder, "cpu", "fp32", "teacher")

@@ -12,7 +12,7 @@ import yaml
 
 import nfd_env  # noqa: F401  (registers the environments)
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.worlds.format import find_world, shipped_worlds
+from nfd_env.worlds.load import find_world, shipped_worlds
 
 WORLDS = shipped_worlds()
 NOOP, RIGHT, LEFT = 0, 1, 2

@@ -97,7 +97,8 @@ def world_games(
         CheckpointError: when the given one is not there or is damaged.
     """
     from nfd_env.play.slots import Slots
-    from nfd_env.worlds.format import find_world, read_spec, shipped_worlds
+    from nfd_env.worlds.format import read_spec
+    from nfd_env.worlds.load import find_world, shipped_worlds
 
     folders = {read_spec(find_world(world)).name: str(find_world(world))}
     for name in shipped_worlds():

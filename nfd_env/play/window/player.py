@@ -292,7 +292,7 @@ def play(
     import_pygame()
     from nfd_env import config
     from nfd_env.play.slots import Slots
-    from nfd_env.worlds.format import find_world
+    from nfd_env.worlds.load import find_world
 
     # What fails fast comes before the world is loaded.
     find_world(world)

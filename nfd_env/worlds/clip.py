@@ -1,0 +1,60 @@
+"""A recorded episode that lies in a world folder, to play along with: frames and actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nfd_env.models.weights import CheckpointError
+from nfd_env.video import read_mp4, write_mp4
+from nfd_env.worlds.checksums import verify
+
+_VIDEO, _ACTIONS = "clip.mp4", "clip.safetensors"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A held-out recording.
+
+    Attributes:
+        frames: uint8 (T + 1, H, W, 3), T >= 1.
+        actions: (T, ...), ``actions[t]`` leads from ``frames[t]`` to ``frames[t + 1]``.
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray
+
+
+def save_clip(folder: Path, clip: Clip, fps: float) -> None:
+    """Write ``clip`` into a world folder; ``fps`` frames a second."""
+    write_mp4(folder / _VIDEO, clip.frames, fps, crf=20, exact=True)
+    save_file({"actions": torch.from_numpy(clip.actions.copy())}, folder / _ACTIONS)
+
+
+def load_clip(folder: Path) -> Clip:
+    """The clip of a world folder.
+
+    Raises:
+        CheckpointError: when the world has none, or a file is damaged.
+    """
+    if not (folder / _VIDEO).is_file():
+        raise CheckpointError(f"{folder} has no {_VIDEO} to play along with")
+    verify(folder, _VIDEO, _ACTIONS)
+    try:
+        actions = load_file(folder / _ACTIONS, device="cpu")["actions"].numpy()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder / _ACTIONS}: missing or damaged ({error})") from None
+    try:
+        frames = read_mp4(folder / _VIDEO)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not 0 < len(actions) == len(frames) - 1:
+        raise CheckpointError(
+            f"{folder}: {_VIDEO} has {len(frames)} frames and {_ACTIONS} {len(actions)} actions"
+        )
+    return Clip(frames, actions)

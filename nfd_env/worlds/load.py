@@ -1,0 +1,304 @@
+"""Worlds found and loaded, once a process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+from gymnasium import spaces
+
+from nfd_env.devices import resolve_device
+from nfd_env.files import FolderError
+from nfd_env.inference.world_model import Context, WorldModel
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.packing import keep_freed_memory, pack_convolutions, pack_linears
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import CheckpointError, load_weights, neutral_torch, read_origin
+from nfd_env.precision import fastest_precision
+from nfd_env.sources.source import make_source
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.worlds.checksums import sha256, verify
+from nfd_env.worlds.format import (
+    WorldSpec,
+    check_fit,
+    check_origins,
+    owned_world,
+    read_spec,
+    was_replaced,
+)
+from nfd_env.worlds.starts import load_starts
+from nfd_env.worlds.trust import check_trusted
+
+SHIPPED = Path(__file__).parent
+
+_MOST_LOADED = 8  # worlds kept in memory
+_PATIENCE = 10.0  # seconds to wait for another process to put a world into its place
+_NETWORKS = ("tokenizer", "dynamics", "heads")
+
+
+class UnknownWorldError(CheckpointError):
+    """There is no such world."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A loaded world.
+
+    Attributes:
+        folder: where it was loaded from.
+        spec: what it is.
+        model: its networks.
+        action_space: of one environment.
+        codec: checks and encodes actions.
+        starts: the recorded moments that episodes start from.
+        dynamics: which dynamics ``model`` has: "student", the distilled one; "teacher", the flow
+            model it was distilled from; "flow" in a world that has no other.
+        fingerprint: of its networks, the same for student and teacher, wherever the folder lies.
+    """
+
+    folder: Path
+    spec: WorldSpec
+    model: WorldModel
+    action_space: spaces.Space
+    codec: ActionCodec
+    starts: list[Context]
+    dynamics: str
+    fingerprint: str
+
+
+def shipped_worlds() -> list[str]:
+    """Names of the worlds that come with the package."""
+    return sorted(p.parent.name for p in SHIPPED.glob("*/world.yaml"))
+
+
+def find_world(world: str | os.PathLike[str]) -> Path:
+    """The folder of a world given by path (``~`` too) or by shipped name.
+
+    A world whose writer was killed in the middle of replacing it is put back first.
+
+    Raises:
+        UnknownWorldError: naming the shipped worlds.
+        TypeError: when ``world`` is no text and no path.
+    """
+    text = os.fspath(world)
+    path = Path(text).expanduser()
+    try:
+        if was_replaced(path):
+            _recover(path)
+        if (path / "world.yaml").is_file():
+            return path
+        folder = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UnknownWorldError(f"unknown world {text!r}: {error.strerror}") from None
+    known = shipped_worlds()
+    if _folder_name(text) in known:
+        return SHIPPED / _folder_name(text)
+    if folder:
+        raise UnknownWorldError(f"{path} is no world folder: it has no world.yaml")
+    raise UnknownWorldError(
+        f"unknown world {text!r}: neither a folder nor a shipped world "
+        f"({', '.join(known) or 'none are shipped'})"
+    )
+
+
+def load_world(
+    world: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    dynamics: str | None = None,
+) -> World:
+    """Load a world; loading the same one again in a process returns the same weights.
+
+    Torch's random numbers and defaults are neither used nor changed. Any thread may load.
+
+    Args:
+        world: a world folder, or the name of a shipped world.
+        device: see ``nfd_env.devices.resolve_device``.
+        precision: "fp32", "bf16", or "auto": bf16 where this machine multiplies bf16 matrices at
+            least twice as fast. Weights, activations and the cache are kept in it; latents and the
+            heads stay fp32.
+        dynamics: "student", "teacher" (with its own sampling, loaded when it is first asked for),
+            or "flow", see ``World``; None for the world's default.
+
+    Raises:
+        UnknownWorldError: when there is no such world.
+        ValueError: on an unknown precision or dynamics, or one that the world does not have.
+        CheckpointError: when a file is missing, damaged or does not belong to the others.
+        DeviceError: when the device is not there.
+    """
+    resolved = resolve_device(device)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+    if precision == "auto":
+        with torch.random.fork_rng(devices=[]):
+            precision = fastest_precision(resolved, advantage=2.0)
+    while True:
+        folder = find_world(world).resolve()
+        files = None
+        try:
+            files = _files(folder)
+            with neutral_torch():
+                return _cached(folder, files, resolved, precision).with_dynamics(dynamics)
+        except (CheckpointError, OSError):
+            if _files(find_world(world).resolve()) == files:  # not replaced meanwhile
+                raise
+
+
+class _Loaded:
+    """A world with its default dynamics, and with its teacher once that is asked for."""
+
+    def __init__(self, world: World, device: torch.device, precision: str) -> None:
+        self._world, self._device, self._precision = world, device, precision
+        self._teacher: World | None = None
+
+    def with_dynamics(self, name: str | None) -> World:
+        """See ``load_world``."""
+        world = self._world
+        if name in (None, world.dynamics):
+            return world
+        has = [world.dynamics, *(["teacher"] if world.spec.teacher else [])]
+        if name not in has:
+            raise ValueError(
+                f"dynamics={name!r} was asked for, {world.spec.name} has: {', '.join(has)}"
+            )
+        if self._teacher is None:
+            self._teacher = self._load_teacher()
+        return self._teacher
+
+    def _load_teacher(self) -> World:
+        world, spec = self._world, self._world.spec
+        path = world.folder / "teacher.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: this copy of the world has no teacher")
+        verify(world.folder, path.name)
+        teacher = load_weights(path, Dynamics, DynamicsConfig)
+        model = world.model
+        check_fit(world.folder, spec, model.tokenizer, model.dynamics, model.heads, teacher)
+        _check_origins(world.folder, spec, (*_NETWORKS, "teacher"))
+        _prepare(teacher, self._device, self._precision)
+        assert spec.teacher is not None
+        taught = WorldModel(model.tokenizer, teacher, model.heads, spec.teacher)
+        return replace(world, model=taught, dynamics="teacher")
+
+
+# The last worlds that were loaded; ``neutral_torch`` lets one thread at a time in here.
+_loaded: OrderedDict[tuple[Any, ...], _Loaded] = OrderedDict()
+
+
+def _cached(
+    folder: Path, files: Mapping[str, tuple[int, ...]], device: torch.device, precision: str
+) -> _Loaded:
+    # A teacher that comes or goes leaves the rest as it is.
+    relevant = sorted((name, s) for name, s in files.items() if name != "teacher.safetensors")
+    key = (folder, tuple(relevant), device, precision)
+    if key not in _loaded:
+        _loaded[key] = _load(folder, device, precision)
+        if len(_loaded) > _MOST_LOADED:
+            _loaded.popitem(last=False)
+    _loaded.move_to_end(key)
+    return _loaded[key]
+
+
+def _load(folder: Path, device: torch.device, precision: str) -> _Loaded:
+    spec = read_spec(folder)
+    paths = {name: folder / f"{name}.safetensors" for name in (*_NETWORKS, "starts")}
+    verify(folder, *(path.name for path in paths.values()))
+    tokenizer = load_weights(paths["tokenizer"], Tokenizer, TokenizerConfig)
+    dynamics = load_weights(paths["dynamics"], Dynamics, DynamicsConfig)
+    heads = load_weights(paths["heads"], Heads, HeadsConfig)
+    check_fit(folder, spec, tokenizer, dynamics, heads)
+    _check_origins(folder, spec, _NETWORKS)
+    space = space_from_dict(spec.action_space)
+    codec = ActionCodec(space)
+    starts = [
+        replace(start, latents=start.latents.float(), actions=start.actions.float())
+        for start in load_starts(paths["starts"], dynamics.config.latent_shape, codec.width)
+    ]
+    for network in (tokenizer, heads):
+        network.to(device).requires_grad_(False)
+    if precision == "bf16":
+        tokenizer.to(torch.bfloat16)
+    pack_convolutions(tokenizer)
+    if device.type == "cpu":
+        keep_freed_memory()
+    _prepare(dynamics, device, precision)
+    model = WorldModel(tokenizer, dynamics, heads, spec.sampling)
+    sums = "".join(sha256(paths[name]) for name in _NETWORKS)
+    fingerprint = hashlib.sha256(sums.encode()).hexdigest()
+    world = World(folder, spec, model, space, codec, starts, spec.dynamics, fingerprint)
+    return _Loaded(world, device, precision)
+
+
+def _check_origins(folder: Path, spec: WorldSpec, names: tuple[str, ...]) -> None:
+    """Compare the origins of those networks that say theirs: older versions kept none."""
+    found = {name: read_origin(folder / f"{name}.safetensors") for name in names}
+    origins = {name: origin for name, origin in found.items() if origin is not None}
+    check_origins(folder, spec, origins, list(origins))
+
+
+def _prepare(dynamics: Dynamics, device: torch.device, precision: str) -> None:
+    """Make ready for inference."""
+    dynamics.to(device).requires_grad_(False)
+    dynamics.fold_norms()
+    if precision == "bf16":
+        dynamics.to(torch.bfloat16)
+    pack_linears(dynamics.modulation, rows=2)
+    pack_linears(dynamics, rows=2 * dynamics.config.tokens)
+
+
+def make_real(
+    world: str | os.PathLike[str], *, trust: bool = False, **kwargs: Any
+) -> gymnasium.Env:
+    """The real game behind a world, with the world's observations, actions and frame rate.
+
+    Args:
+        world: a world folder, or the name of a shipped world.
+        trust: let the world import any module, and name files to its game. Without it, only
+            packages of games that are known, and what this process has imported already.
+        kwargs: further arguments of the real environment.
+
+    Raises:
+        UnknownWorldError: when there is no such world.
+        UntrustedWorldError: when it needs ``trust``.
+        SourceError: when the real game is not installed; says what to install.
+    """
+    folder = find_world(world)
+    source = read_spec(folder).source
+    if not trust:
+        check_trusted(source, folder)
+    return make_source(source, **kwargs)
+
+
+def _files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> time of change, size and inode of the files in a world folder."""
+    found = {}
+    for path in folder.iterdir():
+        status = path.stat()
+        found[path.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
+    return found
+
+
+def _recover(folder: Path) -> None:
+    """Put a world back whose writer was killed, or wait for a writer who is at it."""
+    try:
+        with owned_world(folder, _PATIENCE):
+            pass
+    except (FolderError, OSError) as error:
+        raise UnknownWorldError(
+            f"{folder} was being replaced when its writer was stopped; its world lies in "
+            f"{folder.with_name(f'.{folder.name}.replaced')} and cannot be put back ({error}): "
+            "rename that folder"
+        ) from None
+
+
+def _folder_name(name: str) -> str:
+    """Turn "DoomTakeCover" into "doom_take_cover"; folder names stay as they are."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
