@@ -1,0 +1,51 @@
+"""What a real environment is, as plain values, and what is said when it is not that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# What a person sees and presses: it can change later without anything to be recorded anew.
+PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
+
+
+class SourceError(RuntimeError):
+    """The real environment of a world cannot be made here, or does what no environment should."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which real environment to record, and how its frames become observations.
+
+    Attributes:
+        env_id: Gymnasium id of the real environment, or "envpool/" and the name of an EnvPool task.
+        imports: modules to import first, so that the id is registered.
+        kwargs: passed to ``gymnasium.make``.
+        frames: "observation" or "render": where the RGB frames come from.
+        key: entry of a Dict observation that holds the frame; "" for a plain Box observation.
+        crop: [top, bottom, left, right] in pixels; empty for the whole frame.
+        size: [height, width] after an area-averaging resize; empty for no resize.
+        terminal_frame: False when the environment shows no frame at the terminal step (ViZDoom
+            hands out zeros there): the last frame is then shown again.
+        actions: where the environment has Discrete actions, those that the world has, in this
+            order; empty for all. Many games have keys that do nothing.
+        fps: frames a second at which a person plays it, frame skip counted; 0 for what the
+            environment says of itself.
+        display_aspect: width / height at which a person should see a frame; 0 for square pixels.
+        action_names: one name per Discrete action, e.g. ["noop", "right", "left"].
+        keys: action name -> key names that a person holds for it.
+    """
+
+    env_id: str
+    imports: list[str] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    frames: str = "observation"
+    key: str = ""
+    crop: list[int] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    terminal_frame: bool = True
+    actions: list[int] = field(default_factory=list)
+    fps: float = 0.0
+    display_aspect: float = 0.0
+    action_names: list[str] = field(default_factory=list)
+    keys: dict[str, list[str]] = field(default_factory=dict)
