@@ -91,7 +91,7 @@ def save_and_die(folder: Path, call: int, after: bool) -> bool:
 def test_killed_at_every_touch_of_the_disk(
     tmp_path: Path, versions: list[dict[str, bytes]], after: bool
 ) -> None:
-    seen = set()
+    seen, call = set(), 0
     for call in range(1, 100):
         folder = tmp_path / str(call) / "world"
         folder.parent.mkdir()
@@ -103,10 +103,10 @@ def test_killed_at_every_touch_of_the_disk(
             seen.add("between the renames")
         # Found by a reader ...
         assert find_world(folder) == folder
-        load_world(folder, "cpu", "fp32")
         seen.add(version_of(folder, versions))
         # ... and the next writer is not in trouble.
         if interesting:
+            load_world(folder, "cpu", "fp32")
             make_tiny_world(folder, seed=2)
             assert version_of(folder, versions) == 1
             assert not list(folder.parent.glob(".world*"))
@@ -177,7 +177,7 @@ def test_a_reader_beside_a_writer_sees_whole_worlds(
     weights = set()
     end = time.monotonic() + 30
     while len(weights) < 2 and time.monotonic() < end:
-        for _ in range(20):
+        for _ in range(4):
             world = load_world(folder, "cpu", "fp32")
             weights.add(float(world.model.dynamics.embed.weight[0, 0]))
     assert len(weights) == 2
