@@ -122,10 +122,12 @@ class ExportConfig:
 
 
 def export(settings: ExportConfig) -> Path:
-    """Write the world folder that ``settings`` describes; returns it.
+    """Write the world folder that ``settings`` describes, all or nothing; returns it.
 
     Raises:
-        CheckpointError: when a stage has not been finished.
+        CheckpointError: when a stage has not been finished, or its weights were not made from the
+            other stages' or from such recordings.
+        FolderInUseError: when another process is writing the same world.
         RecordingError: when the recordings are missing or their episodes too short for a start.
     """
     folder = Path(settings.folder).expanduser()
@@ -306,7 +308,10 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
             continue
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, so nothing is known of this stage's training")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch names no type for what a damaged file makes it raise
+            raise CheckpointError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
         weights = state.get("kept") or {"step": state["step"], "metrics": state["metrics"]}
         stages[stage] = {
             "steps": state["step"],

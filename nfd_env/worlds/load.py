@@ -76,7 +76,8 @@ class World:
 
 def shipped_worlds() -> list[str]:
     """Names of the worlds that come with the package."""
-    return sorted(p.parent.name for p in SHIPPED.glob("*/world.yaml"))
+    found = (path.parent.name for path in SHIPPED.glob("*/world.yaml"))
+    return sorted(name for name in found if name[0] != ".")  # which is a save in the making
 
 
 def find_world(world: str | os.PathLike[str]) -> Path:

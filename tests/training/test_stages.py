@@ -17,6 +17,7 @@ from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
 from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.envs.single_env import NFDEnv
+from nfd_env.files import FolderInUseError
 from nfd_env.inference.world_model import SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -29,6 +30,8 @@ from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import Stage, TrainConfig, train
 from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
 from nfd_env.video import read_mp4
+from nfd_env.worlds.clip import load_clip
+from nfd_env.worlds.format import owned_world
 from nfd_env.worlds.load import load_world
 from tests.counter_env import read, record_counter_episodes, source
 
@@ -493,6 +496,98 @@ def test_student_and_teacher_are_exported_together_in_fewer_bytes(
     env = NFDEnv(small, "cpu", precision="fp32", dynamics="teacher", sampling_steps=2)
     env.reset(seed=0)
     assert env.step(1)[0] in env.observation_space
+
+
+@pytest.fixture
+def plan(
+    tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
+) -> ExportConfig:
+    """A quick export, in a folder that holds nothing else."""
+    return ExportConfig(
+        "Counter",
+        str(tmp_path / "world"),
+        str(recordings),
+        str(tokenizer.folder),
+        str(flow.folder),
+        str(heads.folder),
+        starts=2,
+        beginnings=1,
+        clip_frames=4,
+    )
+
+
+def test_an_export_that_fails_at_its_last_file_leaves_the_world_before(
+    plan: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nfd_env.worlds.clip.write_mp4", full)
+        with pytest.raises(OSError, match="No space"):
+            export(plan)
+    assert not (tmp_path / "world").exists()
+    folder = export(replace(plan, title="Counting", description="By ones.", display="pixelated"))
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert {"clip.mp4", "clip.safetensors", "checksums.json"} <= before.keys()
+    spec = load_world(folder, "cpu", "fp32").spec
+    assert (spec.title, spec.description, spec.display) == ("Counting", "By ones.", "pixelated")
+    assert spec.recordings == plan.recordings and len(load_clip(folder).actions) == 4
+    monkeypatch.setattr("nfd_env.worlds.clip.write_mp4", full)
+    with pytest.raises(OSError, match="No space"):
+        export(plan)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not list(tmp_path.glob(".world*"))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "dynamics", "heads"])
+def test_weights_from_before_or_of_another_training_are_not_exported(
+    plan: ExportConfig, tmp_path: Path, part: str
+) -> None:
+    networks = {
+        "tokenizer": (Tokenizer, TokenizerConfig),
+        "dynamics": (Dynamics, DynamicsConfig),
+        "heads": (Heads, HeadsConfig),
+    }
+    other = shutil.copytree(getattr(plan, part), tmp_path / part)
+    path = other / "model.safetensors"
+    made = read_origin(path)
+    assert made is not None
+    network = load_weights(path, *networks[part])
+    changed = replace(plan, **{part: str(other)})
+    save_weights(path, network, network.config)
+    with pytest.raises(CheckpointError, match=f"{part} do not say what they were made from"):
+        export(changed)
+    inputs = {**made.made_from, "tokenizer": "another"}
+    save_weights(path, network, network.config, kind=made.kind, made_from=inputs, fingerprint="f")
+    with pytest.raises(CheckpointError, match="was not made with this tokenizer"):
+        export(changed)
+    inputs = {**made.made_from, "recordings": "another"}
+    own = made.fingerprint
+    save_weights(path, network, network.config, kind=made.kind, made_from=inputs, fingerprint=own)
+    with pytest.raises(CheckpointError, match="recordings of (different|other) frames"):
+        export(changed)
+    assert not (tmp_path / "world").exists()
+
+
+def test_networks_of_other_recordings_are_not_exported(
+    plan: ExportConfig, recordings: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(recordings, tmp_path / "recordings")
+    text = (other / "dataset.yaml").read_text()
+    (other / "dataset.yaml").write_text(text.replace("start: 0", "start: 5"))
+    with pytest.raises(CheckpointError, match="trained on recordings of other frames or actions"):
+        export(replace(plan, recordings=str(other)))
+    assert not (tmp_path / "world").exists()
+
+
+def test_an_export_says_at_once_what_is_in_the_way(plan: ExportConfig, tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is in the way"):
+        export(replace(plan, tokenizer="not looked at"))
+    with owned_world(tmp_path / "new"), pytest.raises(FolderInUseError):
+        export(replace(plan, folder=str(tmp_path / "new"), tokenizer="not looked at"))
 
 
 @pytest.mark.parametrize(

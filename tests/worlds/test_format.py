@@ -108,6 +108,7 @@ def test_a_shipped_world_is_found_by_either_name(
     tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_world, tmp_path / "my_tiny_world")
+    shutil.copytree(tiny_world, tmp_path / ".my_tiny_world.writing")
     monkeypatch.setattr(worlds, "SHIPPED", tmp_path)
     assert shipped_worlds() == ["my_tiny_world"]
     assert find_world("MyTinyWorld") == find_world("my_tiny_world") == tmp_path / "my_tiny_world"
@@ -313,7 +314,7 @@ def test_make_real(tiny_world: Path) -> None:
     pytest.importorskip("pygame")
     env = make_real(tiny_world)
     world = load_world(tiny_world)
-    assert list(env.observation_space.shape) == [*world.spec.frame_size, 3]
+    assert list(env.observation_space.shape or ()) == [*world.spec.frame_size, 3]
     observation, _ = env.reset(seed=0)
     assert observation.dtype == np.uint8 and observation in env.observation_space
     env.close()
