@@ -26,6 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 
 KINDS = ("tokenizer", "flow", "student", "heads")
 _SCALE = ".int8_scale"
+_CALLS_A_TENSOR = 100  # of torch, to make a network: some ten are usual
 
 
 class CheckpointError(ValueError):
@@ -117,7 +118,9 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
         raise CheckpointError(f"{path}: holds no usable config: {error}") from None
     with neutral_torch():
         try:
-            with torch.device("meta"):  # a config that asks for terabytes costs nothing here
+            # A config that asks for terabytes, or for millions of layers, costs nothing here.
+            most = _CALLS_A_TENSOR * (len(tensors) + 16)
+            with torch.device("meta"), _AtMost(most):
                 wanted = network_type(settings).state_dict()
         except (ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
             raise CheckpointError(f"{path}: holds no usable config: {error}") from None
@@ -199,6 +202,22 @@ class _NoRandomWeights(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") in self._DRAWING:
             return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+class _AtMost(TorchFunctionMode):
+    """Ends what calls torch more than ``calls`` times."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self._left = calls
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("it asks for far more layers than the file has tensors")
         return func(*args, **(kwargs or {}))
 
 

@@ -54,6 +54,7 @@ DISPLAYS = ("smooth", "pixelated")
 _LARGEST_FRAME = 4096  # pixels a side
 _MOST_STEPS = 1000  # of sampling: a frame would take minutes
 _LONGEST_NAME = 100
+_LONGEST_WINDOW = 4096  # frames: the keys and values of more would fill any memory
 # What a file that has lost its end would lack; everything else has a default.
 _REQUIRED = ("name", "frame_size", "fps", "action_space", "source", "sampling", "format")
 _SAMPLING = ("steps", "sampler", "shift", "history_level", "temperature")
@@ -315,6 +316,8 @@ def check_fit(
         or heads.config.latent_size != math.prod(shape)
     ):
         raise CheckpointError(f"{folder}: tokenizer, dynamics and heads do not fit together")
+    if any(d is not None and d.config.window > _LONGEST_WINDOW for d in (dynamics, teacher)):
+        raise CheckpointError(f"{folder}: a window of more than {_LONGEST_WINDOW} frames")
     actions = ActionCodec(space_from_dict(spec.action_space)).width
     if dynamics.config.action_width != actions or heads.config.action_width != actions:
         raise CheckpointError(f"{folder}: the networks were trained for another action space")

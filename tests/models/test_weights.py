@@ -261,6 +261,7 @@ def test_whole_numbers_in_place_of_weights(saved: Path) -> None:
         '{"width": ' * 100_000,
         '{"width": 1000000000}',
         '{"width": -1}',
+        '{"layers": 1000000}',
         '{"patch": 0}',
         "[]",
         "3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from nfd_env.inference.world_model import SamplingConfig
 from nfd_env.models.weights import CheckpointError, Origin, read_origin
@@ -131,3 +134,15 @@ def test_weights_that_are_not_numbers_are_not_written(tiny_world: Path, tmp_path
         save_world(folder, world.spec, *parts)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert not list(tmp_path.glob(".world*"))
+
+
+def test_a_window_that_would_fill_the_memory(tiny_world: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_world, tmp_path / "world")
+    path = folder / "dynamics.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    header["config"] = json.dumps(json.loads(header["config"]) | {"window": 10**9})
+    save_file(load_file(path), path, header)
+    write_checksums(folder)
+    with pytest.raises(CheckpointError, match="a window of more than 4096 frames"):
+        load_world(folder)
