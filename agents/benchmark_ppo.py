@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from agents import train_ppo, train_sb3
-from agents.ppo import Player, gae, ppo_loss, rollout, update
+from agents.ppo import Position, gae, ppo_loss, rollout, update
 from agents.train_ppo import TrainPPOConfig
 from agents.train_sb3 import TrainSB3Config
 from nfd_env import config
@@ -31,6 +31,7 @@ def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
     ppo = settings.ppo
     return TrainSB3Config(
         folder=settings.folder,
+        world=settings.world,
         decisions=settings.decisions,
         num_envs=settings.num_envs,
         obs_type=settings.obs_type,
@@ -65,25 +66,30 @@ def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
 class NativeRun:
     """Some updates of the native PPO at a time."""
 
-    def __init__(self, world: str, settings: TrainPPOConfig) -> None:
+    def __init__(self, settings: TrainPPOConfig) -> None:
         """Make the environments and the network."""
         torch.manual_seed(settings.seed)
         self._settings = settings
-        self._env: Any = train_ppo.make_env(world, settings, real=False)
+        self._env: Any = train_ppo.make_env(settings)
         self._policy, self._optimiser = train_ppo.make_policy(self._env, settings)
         self._act, self._loss, self._gae = (
             train_ppo.compiled(function, settings.compile)
             for function in (self._policy.act, ppo_loss, gae)
         )
         observation, info = self._env.reset(seed=settings.seed)
-        self._player = Player.start(observation, settings.frame_stack, info.get("context"))
+        self._position = Position.start(observation, settings.frame_stack, info.get("context"))
 
     def run(self, updates: int) -> None:
         """Roll out and update ``updates`` times."""
         ppo = self._settings.ppo
         for _ in range(updates):
-            batch, self._player = rollout(
-                self._env, self._act, self._player, ppo.rollout_steps, self._policy.look
+            batch, self._position = rollout(
+                self._env,
+                self._act,
+                self._position,
+                ppo.rollout_steps,
+                self._policy.look,
+                self._policy.playable,
             )
             logs = update(self._policy, self._optimiser, batch, ppo, self._loss, self._gae)
             float(logs["surrogate"])  # waits for the device
@@ -96,9 +102,9 @@ class NativeRun:
 class SB3Run:
     """Some updates of Stable-Baselines3's PPO at a time."""
 
-    def __init__(self, world: str, settings: TrainSB3Config) -> None:
+    def __init__(self, settings: TrainSB3Config) -> None:
         """Make the environments and the model."""
-        self._venv, spec = train_sb3.make_env(world, settings)
+        self._venv, spec = train_sb3.make_env(settings)
         self._model = train_sb3.make_model(self._venv, spec, settings)
         self._batch = settings.num_envs * self._model.n_steps
 
@@ -112,7 +118,7 @@ class SB3Run:
 
 
 def benchmark(
-    world: str, settings: TrainPPOConfig, updates: int = 2, repeats: int = 3, rgb: bool = True
+    settings: TrainPPOConfig, updates: int = 2, repeats: int = 3, rgb: bool = True
 ) -> dict[str, dict[str, float]]:
     """Decisions a second, played and learnt from, of both trainers.
 
@@ -120,7 +126,6 @@ def benchmark(
     both; the first turn of each is a warm-up and not counted.
 
     Args:
-        world: a world folder or the name of a shipped world.
         settings: of both; ``decisions``, ``initial`` and evaluations are ignored.
         updates: updates in a turn.
         repeats: turns.
@@ -134,9 +139,9 @@ def benchmark(
     """
     made: dict[str, Any] = {}
     for obs_type in dict.fromkeys([settings.obs_type, "rgb"] if rgb else [settings.obs_type]):
-        same = replace(settings, obs_type=obs_type, initial="")
-        made[f"native, {obs_type}"] = NativeRun(world, same)
-        made[f"sb3, {obs_type}"] = SB3Run(world, as_sb3(same))
+        same = replace(settings, obs_type=obs_type, initial="", real=False)
+        made[f"native, {obs_type}"] = NativeRun(same)
+        made[f"sb3, {obs_type}"] = SB3Run(as_sb3(same))
     rates: dict[str, list[float]] = {name: [] for name in made}
     decisions = updates * settings.num_envs * settings.ppo.rollout_steps
     for turn in range(repeats + 1):
@@ -194,8 +199,7 @@ def format_report(report: dict[str, dict[str, float]], settings: TrainPPOConfig)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m agents.benchmark_ppo", description=__doc__)
-    parser.add_argument("--world", default="DoomTakeCover", help="a folder or a shipped world")
-    parser.add_argument("--config", default="configs/doom_take_cover/ppo.yaml")
+    parser.add_argument("config", help="YAML file of agents.train_ppo")
     parser.add_argument("--updates", type=int, default=1, help="updates in a turn")
     parser.add_argument("--repeats", type=int, default=3, help="counted turns of each")
     parser.add_argument("--no-rgb", action="store_true", help="leave the comparison on frames out")
@@ -206,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(TrainPPOConfig, args.config, args.overrides)
         rgb = not args.no_rgb
-        report = benchmark(args.world, settings, args.updates, args.repeats, rgb)
+        report = benchmark(settings, args.updates, args.repeats, rgb)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"benchmark_ppo: {error}", file=sys.stderr)
         return 1

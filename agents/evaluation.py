@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from agents.load import Agent
 from nfd_env.envs.real_vector_env import RealVectorEnv
-from nfd_env.evaluation.agents import Episodes, play_episodes
+from nfd_env.evaluation.agents import Scores, longest_episode
+from nfd_env.evaluation.episodes import Episodes, play_episodes
+from nfd_env.players.player import NetworkPlayer, SB3Player
 from nfd_env.sources.source import SourceError
 from nfd_env.worlds.load import World
 
@@ -17,7 +19,7 @@ def describe(metrics: Mapping[str, float], real: bool, missing: str) -> dict[str
     """The metrics that may be shown: a world's score never without the real game's beside it.
 
     Args:
-        metrics: "score" or "deaths_per_1000_frames" of the training episodes and "real_score", as
+        metrics: "score" or "ends_per_1000_frames" of the training episodes and "real_score", as
             far as they are known.
         real: the training is in the real game.
         missing: why the real game cannot be played; "" where it can.
@@ -31,8 +33,8 @@ def _inside(metrics: Mapping[str, float]) -> str:
     parts = []
     if "score" in metrics:
         parts.append(f"{metrics['score']:.0f}")
-    if "deaths_per_1000_frames" in metrics:
-        parts.append(f"{metrics['deaths_per_1000_frames']:.2f} deaths in 1,000 frames")
+    if "ends_per_1000_frames" in metrics:
+        parts.append(f"{metrics['ends_per_1000_frames']:.2f} ends in 1,000 frames")
     return f"in the world {', '.join(parts)}; " if parts else ""
 
 
@@ -48,7 +50,7 @@ class Judge:
         self._env: RealVectorEnv | None = None
         self.missing = ""
 
-    def play(self, agent: Agent) -> Episodes | None:
+    def play(self, agent: NetworkPlayer | SB3Player) -> Episodes | None:
         """Real episodes, always with the same seeds; None without the real game."""
         if self.missing:
             return None
@@ -61,7 +63,8 @@ class Judge:
                     obs_type=agent.spec.obs_type,
                     frame_skip=agent.spec.frame_skip,
                     output="torch",
-                    max_episode_steps=self._max_episode_steps,
+                    max_episode_steps=self._max_episode_steps
+                    or math.ceil(longest_episode(self._world.spec) / agent.spec.frame_skip),
                 )
             except SourceError as error:
                 self.missing = str(error)
@@ -70,14 +73,21 @@ class Judge:
             return play_episodes(self._env, agent, self._episodes, seed=1_000_000)
 
     def report(
-        self, agent: Agent, decision: int, metrics: dict[str, float], real: bool = False
+        self,
+        agent: NetworkPlayer | SB3Player,
+        decision: int,
+        metrics: dict[str, float],
+        real: bool = False,
     ) -> str:
-        """Play; puts "real_score" (the mean) and "real_deaths_per_1000_frames" into ``metrics``.
+        """Play, and put what came out into ``metrics``.
+
+        "real_score" (the mean), "real_score_error" (its standard error), "real_length" (mean
+        frames of an episode) and "real_ends_per_1000_frames".
 
         Args:
             agent: as it is after ``decision`` decisions of its training.
             decision: see there.
-            metrics: with "deaths_per_1000_frames" of the training episodes, and their "score" where
+            metrics: with "ends_per_1000_frames" of the training episodes, and their "score" where
                 those are whole episodes.
             real: the training is in the real game.
 
@@ -87,14 +97,15 @@ class Judge:
         played = self.play(agent)
         if played is None:
             return f"no score of the real game beside the world's: {self.missing}"
-        scores, frames = played.scores, int(played.steps.sum()) * agent.spec.frame_skip
-        metrics["real_score"] = float(scores.mean())
-        metrics["real_deaths_per_1000_frames"] = 1000 * float((~played.truncated).sum()) / frames
+        scores = Scores.of(played, agent.spec.frame_skip)
+        metrics["real_score"], metrics["real_score_error"] = scores.mean, scores.standard_error
+        metrics["real_length"] = scores.length
+        metrics["real_ends_per_1000_frames"] = scores.ends_per_1000_frames
         inside = "" if real else _inside(metrics)
         return (
-            f"decision {decision}: {inside}in the real game {scores.mean():.0f} +- "
-            f"{scores.std():.0f} ({len(scores)} episodes), "
-            f"{metrics['real_deaths_per_1000_frames']:.2f} deaths in 1,000 frames"
+            f"decision {decision}: {inside}in the real game {scores.mean:.4g} ± "
+            f"{scores.standard_error:.2g} (standard error of {len(scores.scores)} episodes of "
+            f"{scores.length:.0f} ± {scores.length_error:.2g} frames)"
         )
 
     def close(self) -> None:

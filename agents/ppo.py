@@ -16,10 +16,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from agents.network import ActorCritic, new_stack, push
+from nfd_env.players.policy import ActorCritic, new_stack, push
 
 Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-Look = Callable[[Tensor], Tensor]
+View = Callable[[Tensor], Tensor]
 Loss = Callable[[ActorCritic, TensorDict, "PPOConfig"], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -65,7 +65,7 @@ class PPOConfig:
 
 
 @dataclass
-class Player:
+class Position:
     """Where a rollout goes on.
 
     Attributes:
@@ -77,7 +77,9 @@ class Player:
     score: Tensor
 
     @classmethod
-    def start(cls, observation: Tensor, frame_stack: int, context: Tensor | None = None) -> Player:
+    def start(
+        cls, observation: Tensor, frame_stack: int, context: Tensor | None = None
+    ) -> Position:
         """From the observations (B, ...) of a reset, and those before them (B, k, ...) if known."""
         score = torch.zeros(len(observation), device=observation.device)
         return cls(new_stack(observation.clone(), frame_stack, context), score)
@@ -85,19 +87,26 @@ class Player:
 
 @torch.no_grad()
 def rollout(
-    env: Any, act: Act, player: Player, steps: int, look: Look | None = None
-) -> tuple[TensorDict, Player]:
+    env: Any,
+    act: Act,
+    position: Position,
+    steps: int,
+    look: View | None = None,
+    playable: View | None = None,
+) -> tuple[TensorDict, Position]:
     """Play ``steps`` decisions in every environment.
 
     Args:
         env: a vector env of tensors that resets in the step that ends an episode, as made with
             ``output="torch"`` and ``autoreset_mode="SameStep"``. Where it reports
             ``info["context"]``, the stacks of new episodes begin with that.
-        act: what is looked at -> actions, log-probabilities, values.
-        player: where to go on.
+        act: what is looked at -> raw actions, log-probabilities, values.
+        position: where to go on.
         steps: T.
         look: stack -> what is looked at of it, all that the batch keeps, see ``ActorCritic.look``;
             None for the whole stack.
+        playable: raw actions, which the batch keeps -> actions that ``env`` takes, see
+            ``ActorCritic.playable``; None where they are the same.
 
     Returns:
         A batch of size (T, B) and where to go on. ``next_value`` is the value of what the action
@@ -105,17 +114,18 @@ def rollout(
         have terminated; ``score`` is the episode's whole reward where one ended, else NaN.
     """
     look = look or (lambda stack: stack)
+    playable = playable or (lambda raw: raw)
     rows: list[dict[str, Tensor]] = []
     last: list[Tensor] = []  # what is looked at where episodes ended, in their order
     for _ in range(steps):
-        seen = look(player.stack)
+        seen = look(position.stack)
         action, log_prob, value = act(seen)
-        observation, reward, terminated, truncated, info = env.step(action)
+        observation, reward, terminated, truncated, info = env.step(playable(action))
         ended = terminated | truncated
         any_ended = "final_obs" in info
         if any_ended:
-            last.append(look(push(player.stack, info["final_obs"]))[ended])
-        score = player.score + reward
+            last.append(look(push(position.stack, info["final_obs"]))[ended])
+        score = position.score + reward
         rows.append(
             {
                 "observation": seen,
@@ -129,18 +139,18 @@ def rollout(
                 "score": torch.where(ended, score, torch.nan),
             }
         )
-        stack = push(player.stack, observation, ended if any_ended else None, info.get("context"))
-        player = Player(stack, score.masked_fill(ended, 0.0))
-    count = len(player.score)
+        stack = push(position.stack, observation, ended if any_ended else None, info.get("context"))
+        position = Position(stack, score.masked_fill(ended, 0.0))
+    count = len(position.score)
     batch = TensorDict(
         {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
         batch_size=(steps, count),
     )
-    values = _values(act, torch.cat([look(player.stack), *last]), count)
+    values = _values(act, torch.cat([look(position.stack), *last]), count)
     next_value = torch.cat([batch["value"][1:], values[None, :count]])
     next_value[batch["ended"]] = values[count:]
     batch["next_value"] = next_value
-    return batch, player
+    return batch, position
 
 
 def _values(act: Act, seen: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train an agent with the native PPO: ``python -m agents.train_ppo --world DoomTakeCover``.
+"""Train an agent with the native PPO: ``python -m agents.train_ppo CONFIG``.
 
 The same command goes on with a run that was interrupted; its environments then begin new episodes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -21,14 +20,16 @@ import torch
 from tqdm import tqdm
 
 from agents.evaluation import Judge, describe
-from agents.load import NativeAgent, load_agent
-from agents.network import ActorCritic, AgentError, AgentSpec, PolicyConfig
-from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
+from agents.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env import config
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
+from nfd_env.files import atomic_write, owned_folder
 from nfd_env.models.weights import save_weights
+from nfd_env.players.load import find_agent, load_network
+from nfd_env.players.player import NetworkPlayer
+from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import load_world
 
@@ -39,7 +40,10 @@ class TrainPPOConfig:
 
     Attributes:
         folder: the run's folder: agent, state and logs.
+        world: a world folder or the name of a shipped world.
         decisions: total decisions over all environments. Raising it later continues the run.
+        real: train in the real game behind the world instead, for comparison; ``starts``,
+            ``horizon_frames``, ``env`` and ``guard`` then mean nothing.
         num_envs: environments stepped together.
         obs_type: "latent", "rgb" or "features".
         frame_skip: frames for which each action is repeated.
@@ -70,7 +74,9 @@ class TrainPPOConfig:
     """
 
     folder: str
+    world: str
     decisions: int
+    real: bool = False
     num_envs: int = 32
     obs_type: str = "latent"
     frame_skip: int = 4
@@ -120,7 +126,7 @@ class TrainPPOConfig:
         return bool(self.starts or self.horizon_frames)
 
 
-def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
+def make_env(settings: TrainPPOConfig) -> Any:
     """The vector env of tensors to train in: the learned world, or the real game behind it."""
     kwargs: dict[str, Any] = {
         "device": settings.device,
@@ -128,7 +134,8 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
         "obs_type": settings.obs_type,
         "output": "torch",
     }
-    if real:
+    world = settings.world
+    if settings.real:
         steps = settings.max_episode_steps
         return RealVectorEnv(world, settings.num_envs, max_episode_steps=steps, **kwargs)
     kwargs |= {"max_episode_steps": settings.horizon_steps, "autoreset_mode": "SameStep"}
@@ -140,9 +147,7 @@ def make_env(world: str, settings: TrainPPOConfig, real: bool) -> Any:
     return env if settings.guard is None else settings.guard.around(env)
 
 
-def make_policy(
-    env: Any, settings: TrainPPOConfig, real: bool = False
-) -> tuple[ActorCritic, torch.optim.Optimizer]:
+def make_policy(env: Any, settings: TrainPPOConfig) -> tuple[ActorCritic, torch.optim.Optimizer]:
     """A new policy for ``env``, on its device, and what improves it.
 
     Raises:
@@ -150,13 +155,11 @@ def make_policy(
             begin with an agent of another network, world or kind of training.
     """
     base = env.unwrapped
-    spec = AgentSpec.of(base, settings.frame_stack, "real game" if real else "world")
+    spec = AgentSpec.of(base, settings.frame_stack, "real game" if settings.real else "world")
     sizes = settings.channels, settings.width, settings.frame_offsets
     network = ActorCritic(PolicyConfig(spec, *sizes))
     if settings.initial:
-        agent = load_agent(settings.initial)
-        if not isinstance(agent, NativeAgent):
-            raise AgentError(f"{settings.initial} is not an agent of the native PPO")
+        agent = load_network(find_agent(settings.initial, base.world.folder))
         if (agent.spec.obs_type, spec.obs_type) != ("latent", "features"):
             agent.spec.check(base)
         network.begin_with(agent.policy)
@@ -169,41 +172,41 @@ def compiled(function: Any, wanted: bool) -> Any:
     return torch.compile(function, dynamic=False) if wanted else function
 
 
-def train(
-    world: str, settings: TrainPPOConfig, real: bool = False, progress: bool = True
-) -> dict[str, float]:
+def train(settings: TrainPPOConfig, progress: bool = True) -> dict[str, float]:
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
 
     Args:
-        world: a world folder or the name of a shipped world.
-        settings: how.
-        real: train in the real game instead, for comparison.
+        settings: what and how.
         progress: show a progress bar.
 
     Returns:
-        The last metrics: ``deaths_per_1000_frames`` of the latest training episodes and, where
-        those are whole, their ``score``; where the real game is installed and evaluations are on,
-        also ``real_deaths_per_1000_frames`` and ``real_score``.
+        The last metrics: ``ends_per_1000_frames`` of the latest training episodes and, where those
+        are whole, their ``score``; where the real game is installed and evaluations are on, also
+        those of ``agents.evaluation.Judge.report``.
 
     Raises:
         AgentError: when the folder holds a run of another world, or the policy cannot take the
             world's actions or observations.
+        FolderInUseError: when another process trains there.
     """
+    with owned_folder(settings.folder) as folder:
+        return _train(settings, folder, progress)
+
+
+def _train(settings: TrainPPOConfig, folder: Path, progress: bool) -> dict[str, float]:
     from torch.utils.tensorboard import SummaryWriter
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    env = make_env(world, settings, real)
-    policy, optimiser = make_policy(env, settings, real)
+    env, real = make_env(settings), settings.real
+    policy, optimiser = make_policy(env, settings)
     spec = policy.config.spec
-    folder = Path(settings.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state_path, agent_path = folder / "state.pt", folder / "agent.safetensors"
     done, elapsed, evaluated = 0, 0.0, 0
     metrics: dict[str, float] = {}
     if state_path.exists():
-        state = torch.load(state_path, map_location=policy.start.device, weights_only=True)
+        state = torch.load(state_path, map_location=policy.device, weights_only=True)
         if state["config"] != config.to_dict(policy.config):
             raise AgentError(
                 f"{folder} holds a run of another world, observation type or network; "
@@ -246,28 +249,29 @@ def train(
             "evaluated": evaluated,
             "metrics": metrics,
         }
-        temporary = state_path.with_suffix(".tmp")
-        torch.save(values, temporary)
-        os.replace(temporary, state_path)
+        with atomic_write(state_path) as temporary:
+            torch.save(values, temporary)
         save_weights(agent_path, policy, policy.config)
 
     def evaluate() -> None:
         nonlocal evaluated
         evaluated = done
-        bar.write(judge.report(NativeAgent(policy), done, metrics, real))
+        bar.write(judge.report(NetworkPlayer(policy), done, metrics, real))
         if not judge.missing:
             writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
 
     # Another seed on every start, so that a resumed run does not repeat its first episodes.
     observation, info = env.reset(seed=settings.seed + done)
-    player = Player.start(observation, settings.frame_stack, info.get("context"))
+    position = Position.start(observation, settings.frame_stack, info.get("context"))
     try:
         while done < settings.decisions:
             rate = settings.ppo.learning_rate * (1 - done / settings.decisions)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             begin = time.monotonic()
-            batch, player = rollout(env, act, player, settings.ppo.rollout_steps, policy.look)
+            batch, position = rollout(
+                env, act, position, settings.ppo.rollout_steps, policy.look, policy.playable
+            )
             middle = time.monotonic()
             logs = update(policy, optimiser, batch, settings.ppo, loss_of, advantage_of)
             values = {f"train/{name}": float(value) for name, value in logs.items()}
@@ -278,8 +282,8 @@ def train(
                 )
             done += batch.numel()
             hazards.append(float(batch["hazard"].mean()) / settings.frame_skip)
-            metrics["deaths_per_1000_frames"] = 1000 * float(np.mean(hazards))
-            values["rollout/deaths_per_1000_frames"] = metrics["deaths_per_1000_frames"]
+            metrics["ends_per_1000_frames"] = 1000 * float(np.mean(hazards))
+            values["rollout/ends_per_1000_frames"] = metrics["ends_per_1000_frames"]
             finished.extend(batch["score"][batch["ended"]].tolist())
             if finished:
                 mean = float(np.mean(finished))
@@ -311,20 +315,19 @@ def train(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m agents.train_ppo", description=__doc__)
-    parser.add_argument("--world", default="DoomTakeCover", help="a folder or a shipped world")
-    parser.add_argument("--config", default="configs/doom_take_cover/ppo.yaml")
+    parser.add_argument("config", help="YAML file")
     parser.add_argument(
         "--real",
         action="store_true",
-        help="train in the real game instead, to compare (folder with _real behind it)",
+        help="real=true, in a folder with _real behind its name",
     )
     parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
     args = parser.parse_args(arguments)
     try:
         settings = config.load(TrainPPOConfig, args.config, args.overrides)
         if args.real:
-            settings = replace(settings, folder=f"{settings.folder}_real")
-        train(args.world, settings, args.real)
+            settings = replace(settings, real=True, folder=f"{settings.folder}_real")
+        train(settings)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Train PPO of Stable-Baselines3: ``python -m agents.train_sb3 --world DoomTakeCover``.
+"""Train PPO of Stable-Baselines3: ``python -m agents.train_sb3 CONFIG``.
 
 The same command goes on with a run that was interrupted; its environments then begin new episodes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -22,11 +21,13 @@ from gymnasium import spaces
 from tqdm import tqdm
 
 from agents.evaluation import Judge, describe
-from agents.load import SPEC_ATTRIBUTE, SB3Agent
-from agents.network import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
+from nfd_env.files import atomic_write, owned_folder
+from nfd_env.players.load import SPEC_ATTRIBUTE
+from nfd_env.players.player import SB3Player
+from nfd_env.players.policy import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env.sb3 import SB3VecEnv, make_vec_env
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import load_world
@@ -44,6 +45,7 @@ class TrainSB3Config:
 
     Attributes:
         folder: the run's folder: agent, logs.
+        world: a world folder or the name of a shipped world.
         decisions: total decisions over all environments. Raising it later continues the run.
         num_envs: environments stepped together.
         obs_type: "latent", "rgb" or "features".
@@ -69,6 +71,7 @@ class TrainSB3Config:
     """
 
     folder: str
+    world: str
     decisions: int
     num_envs: int = 32
     obs_type: str = "latent"
@@ -171,10 +174,10 @@ def native_env(venv: VecEnv) -> NFDVectorEnv:
     return venv.unwrapped.env.unwrapped
 
 
-def make_env(world: str, settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
+def make_env(settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
     """The monitored and stacked VecEnv to train in, and the spec of its agents."""
     env_kwargs: dict[str, Any] = {
-        "world": world,
+        "world": settings.world,
         "device": settings.device,
         "frame_skip": settings.frame_skip,
         "obs_type": settings.obs_type,
@@ -182,7 +185,9 @@ def make_env(world: str, settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
         **settings.env,
     }
     if settings.starts is not None:
-        env_kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
+        env_kwargs["starts"] = recorded_starts(
+            settings.starts, load_world(settings.world, settings.device)
+        )
     guard = None if settings.guard is None else settings.guard.around
     venv = make_vec_env("NFD/World-v0", settings.num_envs, settings.seed, None, env_kwargs, guard)
     spec = AgentSpec.of(native_env(venv), settings.frame_stack)
@@ -266,8 +271,8 @@ class Progress(BaseCallback):
         if infos and whole:
             self.metrics["score"] = float(sum(info["r"] for info in infos) / len(infos))
         if self._hazards:
-            deaths = self.metrics["deaths_per_1000_frames"] = 1000 * float(np.mean(self._hazards))
-            self.logger.record("rollout/deaths_per_1000_frames", deaths)
+            ends = self.metrics["ends_per_1000_frames"] = 1000 * float(np.mean(self._hazards))
+            self.logger.record("rollout/ends_per_1000_frames", ends)
         every = self._settings.evaluate_every
         if every and done // every > self._evaluated // every:
             self.evaluate()
@@ -288,19 +293,18 @@ class Progress(BaseCallback):
             return
         done = self._evaluated = self.model.num_timesteps
         spec = config.from_mapping(AgentSpec, getattr(self.model, SPEC_ATTRIBUTE))
-        self._bar.write(self._judge.report(SB3Agent(self.model, spec), done, self.metrics))
+        self._bar.write(self._judge.report(SB3Player(self.model, spec), done, self.metrics))
         if not self._judge.missing:
             self.logger.record("evaluation/real_score", self.metrics["real_score"])
 
     def save(self) -> None:
         """Write the agent, all or nothing."""
-        temporary = self._path.with_name("agent.tmp.zip")
-        self.model.save(temporary)
-        os.replace(temporary, self._path)
+        with atomic_write(self._path) as temporary:
+            self.model.save(temporary)
         self._saved = time.monotonic()
 
 
-def train(world: str, settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
+def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
 
     Returns:
@@ -308,11 +312,15 @@ def train(world: str, settings: TrainSB3Config, progress: bool = True) -> dict[s
 
     Raises:
         AgentError: when the folder holds a run of another world, or PPO cannot take the settings.
+        FolderInUseError: when another process trains there.
     """
-    folder = Path(settings.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with owned_folder(settings.folder) as folder:
+        return _train(settings, folder, progress)
+
+
+def _train(settings: TrainSB3Config, folder: Path, progress: bool) -> dict[str, float]:
     path = folder / "agent.zip"
-    venv, spec = make_env(world, settings)
+    venv, spec = make_env(settings)
     if path.exists():
         model = _resume(path, venv, spec)
         venv.seed(settings.seed + model.num_timesteps)  # not the first episodes again
@@ -349,13 +357,12 @@ def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m agents.train_sb3", description=__doc__)
-    parser.add_argument("--world", default="DoomTakeCover", help="a folder or a shipped world")
-    parser.add_argument("--config", default="configs/doom_take_cover/ppo_sb3.yaml")
+    parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
     args = parser.parse_args(arguments)
     try:
         settings = config.load(TrainSB3Config, args.config, args.overrides)
-        train(args.world, settings)
+        train(settings)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -9,11 +9,11 @@ import argparse
 
 import torch
 
-from agents.network import ActorCritic, AgentSpec, PolicyConfig
-from agents.ppo import Player, PPOConfig, rollout, update
+from agents.ppo import Position, PPOConfig, rollout, update
 from nfd_env import NFDVectorEnv
-from nfd_env.evaluation.agents import evaluate_agent, format_report
+from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent, format_report
 from nfd_env.models.weights import save_weights
+from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=20_000, help="decisions of all environments")
@@ -29,14 +29,15 @@ policy = ActorCritic(PolicyConfig(AgentSpec.of(env, frame_stack=3))).to(env.mode
 steps = max(1, min(64, args.steps // args.num_envs))
 settings = PPOConfig(rollout_steps=steps, minibatch_size=steps * args.num_envs // 2)
 optimiser = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
-player = Player.start(env.reset(seed=0)[0], frame_stack=3)
+position = Position.start(env.reset(seed=0)[0], frame_stack=3)
 for number in range(max(1, args.steps // (steps * args.num_envs))):
-    batch, player = rollout(env, policy.act, player, settings.rollout_steps)
+    batch, position = rollout(env, policy.act, position, settings.rollout_steps)
     logs = update(policy, optimiser, batch, settings)
     print(f"update {number}: entropy {logs['entropy']:.3f}, value loss {logs['value_loss']:.3f}")
 agent = f"{args.out}/agent.safetensors"
 save_weights(agent, policy, policy.config)
 
 # What it is worth shows in the real game, not in the world that it learned in.
-report = evaluate_agent(agent, episodes=args.episodes, folder=args.out, max_frames=args.max_frames)
+evaluation = AgentEvaluation(agent, episodes=args.episodes, max_frames=args.max_frames)
+report = evaluate_agent(evaluation, args.out)
 print(format_report(report))

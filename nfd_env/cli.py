@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,8 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     parser = _parser()
     args = parser.parse_args(arguments)
-    if os.getcwd() not in sys.path:  # a console script does not look where it is started
-        sys.path.insert(0, os.getcwd())  # for policies, agents and loaders named module:Class
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -152,9 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "agent",
         help="random, an agent file (.safetensors, or .zip of Stable-Baselines3; DQN:agent.zip "
-        "where it is not PPO), or module:Class of a behaviour policy",
+        "where it is not PPO), the name of an agent that comes with a world, or module:Class of a "
+        "behaviour policy",
     )
-    sub.add_argument("--world", default="DoomTakeCover", help="world folder or shipped world")
+    sub.add_argument(
+        "--world", default="", help="world folder or shipped world; default: the agent's own"
+    )
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     _sampling(sub)
@@ -166,11 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-envs", type=int, default=25, help="worlds stepped together")
     sub.add_argument("--real-envs", type=int, default=8, help="real games beside each other")
     sub.add_argument(
-        "--max-frames", type=int, default=2100, help="longest episode in frames (default 2100)"
+        "--max-frames",
+        type=int,
+        default=0,
+        help="longest episode in frames; default: the world's own limit, or a minute",
     )
-    sub.add_argument(
-        "--threshold", type=float, default=750.0, help="report the share of scores above it"
-    )
+    sub.add_argument("--threshold", type=float, help="report the share of scores above it")
     sub.add_argument(
         "--obs-type", choices=("rgb", "latent", "features"), help="default: the agent's own"
     )
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="argument of a behaviour policy, e.g. caution=30; may be repeated",
     )
-    sub.add_argument("--loader", help="module:function that loads agent files")
+    sub.add_argument("--trust", action="store_true", help="a .zip may run its author's code")
     sub.add_argument("--out", default="outputs/eval_agent", help="folder for the film")
     _json(sub)
 
@@ -401,9 +402,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _eval_agent(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     import yaml
 
-    from nfd_env.evaluation.agents import LOADER, evaluate_agent, format_report
+    from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent, format_report
 
     kwargs = {}
     for given in args.agent_arg:
@@ -411,31 +414,10 @@ def _eval_agent(args: argparse.Namespace) -> int:
         if not (key and equals):
             raise ValueError(f"--agent-arg takes KEY=VALUE, got {given!r}")
         kwargs[key] = yaml.safe_load(value)
-    report = evaluate_agent(
-        args.agent,
-        args.world,
-        args.episodes,
-        args.seed,
-        args.out,
-        device=args.device,
-        precision=args.precision,
-        sampling_steps=args.sampling_steps,
-        num_envs=args.num_envs,
-        real_envs=args.real_envs,
-        max_frames=args.max_frames,
-        threshold=args.threshold,
-        obs_type=args.obs_type,
-        frame_skip=args.frame_skip,
-        dynamics=args.dynamics,
-        history_level=args.history_level,
-        temperature=args.temperature,
-        greedy=args.greedy,
-        through_tokenizer=args.through_tokenizer,
-        real_only=args.real_only,
-        agent_kwargs=kwargs,
-        loader=args.loader or LOADER,
-    )
-    return _show(args, report, format_report(report))
+    named = set(AgentEvaluation.__dataclass_fields__) - {"agent_kwargs"}
+    settings = {name: value for name, value in vars(args).items() if name in named}
+    report = evaluate_agent(AgentEvaluation(agent_kwargs=kwargs, **settings), args.out)
+    return _show(args, asdict(report), format_report(report))
 
 
 def _collect(args: argparse.Namespace) -> int:

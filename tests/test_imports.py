@@ -32,6 +32,7 @@ INFERENCE = MODELS | {"nfd_env.inference"}
 WORLDS = INFERENCE | {"nfd_env.sources", "nfd_env.worlds"}
 ENVS = WORLDS | {"nfd_env.envs"}
 RECORDINGS = MODELS | {"nfd_env.sources", "nfd_env.data"}
+PLAYERS = ENVS | RECORDINGS | {"nfd_env.players"}
 
 # What each part may import of nfd_env, the most specific name first.
 ALLOWED = {
@@ -50,7 +51,9 @@ ALLOWED = {
     "nfd_env.worlds": WORLDS,
     "nfd_env.envs": ENVS,
     "nfd_env.data": RECORDINGS,
-    "nfd_env.play": ENVS | RECORDINGS | {"nfd_env.players", "nfd_env.play"},
+    "nfd_env.players": PLAYERS,
+    "nfd_env.evaluation": PLAYERS | {"nfd_env.training", "nfd_env.evaluation"},
+    "nfd_env.play": PLAYERS | {"nfd_env.play"},
 }
 OUTSIDE = {"agents", "examples", "tests"}
 

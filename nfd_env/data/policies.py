@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from nfd_env.named import import_named
+from nfd_env.named import check_trusted, import_named
 
 
 class BehaviourPolicy(Protocol):
@@ -54,8 +54,19 @@ class RandomHeld:
 class SB3Agent:
     """A saved Stable-Baselines3 agent that acts on the recorded frames."""
 
-    def __init__(self, path: str, algorithm: str = "PPO", deterministic: bool = False) -> None:
-        """Load ``path`` with the class ``stable_baselines3.<algorithm>``."""
+    def __init__(
+        self,
+        path: str,
+        algorithm: str = "PPO",
+        deterministic: bool = False,
+        trust: bool = False,
+    ) -> None:
+        """Load ``path`` with the class ``stable_baselines3.<algorithm>``.
+
+        Raises:
+            UntrustedError: without ``trust``, as the file may run its author's code.
+        """
+        check_trusted(path, trust)
         import stable_baselines3
 
         self._agent = getattr(stable_baselines3, algorithm).load(path, device="cpu")

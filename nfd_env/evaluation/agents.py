@@ -2,353 +2,299 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from nfd_env.data.policies import BehaviourPolicy, make_policy
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.named import import_named
+from nfd_env.evaluation.episodes import Episodes, play_episodes
+from nfd_env.evaluation.film import beside
+from nfd_env.files import atomic_write
+from nfd_env.players.load import behaviour_policy, find_agent, load_player, read_agent_spec
+from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
-from nfd_env.video import caption, enlarge, write_mp4
-from nfd_env.worlds.load import load_world
+from nfd_env.video import write_mp4
+from nfd_env.worlds.format import WorldSpec
+from nfd_env.worlds.load import UnknownWorldError, World, find_world, load_world
 
-LOADER = "agents.load:load_agent"
-_FILES = (".safetensors", ".zip")
 _LABELS = {"real": "real game", "learned": "learned world"}
-
-
-class Player(Protocol):
-    """Chooses the actions of a batch of environments."""
-
-    def reset(self, n: int, seed: int | None = None) -> None:
-        """New episodes begin in ``n`` environments; ``seed`` makes the choices repeatable."""
-        ...
-
-    def act(self, observations: Any, first: Any = None) -> Any:
-        """Actions (n, ...) for observations (n, ...).
-
-        ``first``, bool (n,), says whose observation is the first of a new episode.
-        """
-        ...
-
-
-class PolicyPlayer:
-    """A behaviour policy of the recordings, one instance an environment; see ``Player``."""
-
-    def __init__(self, policies: list[BehaviourPolicy], env: Any) -> None:
-        """Play ``env``, a real or learned vector env of frames, one policy an environment."""
-        self._policies = policies
-        if isinstance(env, NFDVectorEnv):
-            # All that a learned world has to show a policy is its action space.
-            spaces = [copy.deepcopy(env.single_action_space) for _ in policies]
-            self._envs: list[Any] = [SimpleNamespace(action_space=space) for space in spaces]
-        else:
-            self._envs = env.envs
-        self.reset(len(policies))  # what it cannot play shows now
-
-    def reset(self, n: int, seed: int | None = None) -> None:
-        """See ``Player``."""
-        self._rng = np.random.default_rng(seed)
-        self._begin(range(n))
-
-    def act(self, observations: Any, first: Any = None) -> Any:
-        """See ``Player``."""
-        if first is not None:
-            self._begin(int(row) for row in np.flatnonzero(first))
-        return np.stack(
-            [np.asarray(p.act(o)) for p, o in zip(self._policies, observations, strict=True)]
-        )
-
-    def _begin(self, rows: Any) -> None:
-        for row in rows:
-            try:
-                self._policies[row].reset(self._envs[row], self._rng.spawn(1)[0])
-            except AttributeError as error:
-                if isinstance(self._envs[row], SimpleNamespace):
-                    raise ValueError(
-                        f"the policy cannot play the learned world: it wants more of the game than "
-                        f"its frames and action space ({error}); --real-only scores it in the "
-                        "real game alone"
-                    ) from None
-                raise
+_FILM_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Episodes:
-    """Whole episodes of one environment.
+class AgentEvaluation:
+    """Which agent is played where, and for how long.
 
     Attributes:
-        scores: float64 (N,), sums of rewards.
-        steps: int64 (N,), decisions.
-        truncated: bool (N,), cut off at the limit.
-        film: uint8 (H, W, 3) frames of the first episode, one a decision.
+        agent: "random" (held keys); a file of ours (``.safetensors``) or of Stable-Baselines3
+            (``.zip``); the name of an agent that lies beside a world; or "module:Class" of a
+            behaviour policy.
+        world: a world folder or a shipped name; "" for the one that the agent was trained in.
+        episodes: on each side.
+        seed: episode i has the environment seed ``seed`` + i.
+        max_frames: an episode is truncated there on either side; 0 for the world's own limit, or
+            a minute at its frame rate where it has none.
+        threshold: the share of scores above it is reported; None for no such share.
+        obs_type: "rgb", "latent" or "features"; None for what the agent's file says, or "rgb".
+        frame_skip: frames an action is repeated for; None for what the agent's file says, or 1.
+        greedy: take the most probable action, where the agent would draw one.
+        through_tokenizer: show the agent real frames as the world's tokenizer renders them, which
+            is how generated frames look.
+        real_only: leave the learned world out.
+        trust: a ``.zip`` may run code of its author, see ``nfd_env.named.check_trusted``.
+        agent_kwargs: arguments of a behaviour policy.
+        num_envs: learned worlds stepped together.
+        real_envs: real games run beside each other.
+        device: see ``nfd_env.devices.resolve_device``.
+        precision: see ``nfd_env.worlds.load.load_world``.
+        sampling_steps: of the learned world; None for its default.
+        dynamics: of the learned world, see ``NFDVectorEnv``; so are the next two.
+        history_level: see there.
+        temperature: see there.
     """
 
-    scores: np.ndarray
-    steps: np.ndarray
-    truncated: np.ndarray
-    film: list[np.ndarray]
+    agent: str
+    world: str = ""
+    episodes: int = 100
+    seed: int = 0
+    max_frames: int = 0
+    threshold: float | None = None
+    obs_type: str | None = None
+    frame_skip: int | None = None
+    greedy: bool = False
+    through_tokenizer: bool = False
+    real_only: bool = False
+    trust: bool = False
+    agent_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_envs: int = 25
+    real_envs: int = 8
+    device: str = "auto"
+    precision: str = "auto"
+    sampling_steps: int | None = None
+    dynamics: str | None = None
+    history_level: float | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("episodes", "num_envs", "real_envs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_frames < 0:
+            raise ValueError(f"max_frames must be at least 1, or 0, got {self.max_frames}")
+        if self.frame_skip is not None and self.frame_skip < 1:
+            raise ValueError(f"frame_skip must be at least 1, got {self.frame_skip}")
 
 
-def play_episodes(
-    env: Any,
-    player: Player,
-    episodes: int,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    see: Callable[[Any], Any] | None = None,
-    film: int = 0,
-    progress: str = "",
-) -> Episodes:
-    """Play ``episodes`` whole episodes, number i with the environment seed ``seed`` + i.
+@dataclass(frozen=True)
+class Scores:
+    """What an agent scored on one side.
 
-    Args:
-        env: a real or learned vector env with SAME_STEP autoreset and episodes that end. When most
-            of its environments have no more to do, only the others go on (``take``).
-        player: chooses the actions.
-        episodes: how many.
-        seed: of the first episode, and of the player.
-        options: of every reset.
-        see: what the player sees of an observation; None for all of it.
-        film: frames of the first episode to keep.
-        progress: label of a progress bar; "" for none.
+    Attributes:
+        mean: return of an episode.
+        standard_error: of ``mean``.
+        sd: standard deviation of the returns.
+        median: of the returns; so are ``min`` and ``max``.
+        min: see there.
+        max: see there.
+        share_above_threshold: None without a threshold.
+        length: mean frames of an episode, with those that were truncated.
+        length_error: standard error of ``length``.
+        truncated: episodes that were cut off.
+        ends_per_1000_frames: how often episodes terminated.
+        ends_error: its standard error, as of a Poisson process.
+        decisions: of all episodes.
+        scores: the return of each episode.
     """
-    count = env.num_envs
-    scores, steps = np.zeros(episodes), np.zeros(episodes, np.int64)
-    truncations = np.zeros(episodes, bool)
-    seats = np.arange(count)  # which of the player's environments each row of ``env`` is
-    # An environment whose work is done plays on unscored (-1) until the batch shrinks.
-    playing = np.where(seats < episodes, seats, -1)
-    waiting = iter(range(count, episodes))
-    observation, _ = env.reset(seed=seed, options=dict(options or {}))
-    player.reset(count, seed)
-    shown, first = observation, None  # for the player, one a seat
 
-    def picture() -> np.ndarray:
-        return torch.as_tensor(env.frames([0])[0]).cpu().numpy()
+    mean: float
+    standard_error: float
+    sd: float
+    median: float
+    min: float
+    max: float
+    share_above_threshold: float | None
+    length: float
+    length_error: float
+    truncated: int
+    ends_per_1000_frames: float
+    ends_error: float
+    decisions: int
+    scores: list[float]
 
-    filmed = [picture()] if film else []
-    with _bar(episodes, progress) as bar:
-        while (playing >= 0).any():
-            shown = _put(shown, seats, observation)
-            actions = player.act(see(shown) if see else shown, first)[seats]
-            observation, *outcome, _ = env.step(actions)
-            reward, terminated, truncated = (torch.as_tensor(x).cpu().numpy() for x in outcome)
-            ended, active = terminated | truncated, playing >= 0
-            first = np.zeros(count, bool)
-            first[seats] = ended
-            scores[playing[active]] += reward[active]
-            steps[playing[active]] += 1
-            truncations[playing[active]] = (truncated & ~terminated)[active]
-            if playing[0] == 0 and not ended[0] and len(filmed) < film:
-                filmed.append(picture())
-            seeds: list[int | None] = [None] * len(seats)
-            for row in np.flatnonzero(ended & active):
-                playing[row] = next(waiting, -1)
-                if playing[row] >= 0:
-                    seeds[row] = seed + int(playing[row])
-            bar.set_postfix(decisions=int(steps.sum()), refresh=False)
-            bar.update(int((ended & active).sum()))
-            again = np.array([s is not None for s in seeds])
-            if again.any():
-                observation, _ = env.reset(
-                    seed=seeds, options={**(options or {}), "reset_mask": again}
-                )
-            rows = np.flatnonzero(playing >= 0)
-            if 0 < len(rows) <= len(seats) // 2:
-                env, observation = env.take(rows), observation[rows]
-                seats, playing = seats[rows], playing[rows]
-    return Episodes(scores, steps, truncations, filmed)
+    @classmethod
+    def of(cls, played: Episodes, frame_skip: int, threshold: float | None = None) -> Scores:
+        """Summarise episodes of ``frame_skip`` frames a decision."""
+        scores, lengths = played.scores, played.steps * frame_skip
+        frames, ends = int(lengths.sum()), int((~played.truncated).sum())
+        return cls(
+            mean=float(scores.mean()),
+            standard_error=_standard_error(scores),
+            sd=float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
+            median=float(np.median(scores)),
+            min=float(scores.min()),
+            max=float(scores.max()),
+            share_above_threshold=None if threshold is None else float((scores > threshold).mean()),
+            length=float(lengths.mean()),
+            length_error=_standard_error(lengths),
+            truncated=int(played.truncated.sum()),
+            ends_per_1000_frames=1000 * ends / frames,
+            ends_error=1000 * math.sqrt(ends) / frames,
+            decisions=int(played.steps.sum()),
+            scores=scores.tolist(),
+        )
 
 
-def _put(shown: Any, seats: np.ndarray, observation: Any) -> Any:
-    """``shown`` with these rows in place of its own, which a player may have kept."""
-    if len(seats) == len(shown):
-        return observation
-    shown = shown.clone() if isinstance(shown, torch.Tensor) else shown.copy()
-    shown[seats] = observation
-    return shown
+@dataclass(frozen=True)
+class Gap:
+    """What the learned world promises beyond what the real game gives.
+
+    Attributes:
+        mean: difference of the mean returns, learned minus real.
+        standard_error: of ``mean``.
+        length: difference of the mean lengths in frames.
+        length_error: its standard error.
+        kolmogorov_smirnov: distance of the two distributions of returns, from 0 to 1.
+    """
+
+    mean: float
+    standard_error: float
+    length: float
+    length_error: float
+    kolmogorov_smirnov: float
+
+    @classmethod
+    def between(cls, learned: Scores, real: Scores) -> Gap:
+        """The gap of two sides' scores."""
+        left, right = np.sort(learned.scores), np.sort(real.scores)
+        grid = np.concatenate((left, right))
+        below = [np.searchsorted(x, grid, side="right") / len(x) for x in (left, right)]
+        return cls(
+            learned.mean - real.mean,
+            math.hypot(learned.standard_error, real.standard_error),
+            learned.length - real.length,
+            math.hypot(learned.length_error, real.length_error),
+            float(np.abs(below[0] - below[1]).max()),
+        )
 
 
-def _bar(episodes: int, label: str) -> tqdm[Any]:
-    """A bar that moves between ends of episodes too, and does not flood a log."""
-    seconds = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=episodes,
-        desc=label,
-        disable=not label,
-        unit="episode",
-        miniters=0,
-        mininterval=seconds,
-        maxinterval=seconds,
-    )
+@dataclass(frozen=True)
+class AgentReport:
+    """What ``evaluate_agent`` found.
+
+    Attributes:
+        world: its name.
+        settings: what was asked for; ``obs_type``, ``frame_skip`` and ``max_frames`` are filled in.
+        learned: scores in the learned world; None with ``real_only``.
+        real: scores in the real game; None where it cannot be made.
+        gap: None unless there are both.
+        missing: why the real game could not be made; "" where it could.
+        dynamics: of the learned world; "" without it.
+        sampling: likewise, plain values.
+        video: the film's file; "" for none.
+    """
+
+    world: str
+    settings: AgentEvaluation
+    learned: Scores | None
+    real: Scores | None
+    gap: Gap | None
+    missing: str = ""
+    dynamics: str = ""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    video: str = ""
+
+
+def longest_episode(spec: WorldSpec) -> int:
+    """Frames after which a world's episodes are cut off: its own limit, or a minute."""
+    return spec.max_episode_steps or round(60 * spec.fps)
 
 
 def evaluate_agent(
-    agent: str,
-    world: str = "DoomTakeCover",
-    episodes: int = 100,
-    seed: int = 0,
-    folder: str | Path | None = None,
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    sampling_steps: int | None = None,
-    num_envs: int = 25,
-    real_envs: int = 8,
-    max_frames: int = 2100,
-    threshold: float = 750.0,
-    obs_type: str | None = None,
-    frame_skip: int | None = None,
-    dynamics: str | None = None,
-    history_level: float | None = None,
-    temperature: float | None = None,
-    greedy: bool = False,
-    through_tokenizer: bool = False,
-    real_only: bool = False,
-    agent_kwargs: Mapping[str, Any] | None = None,
-    loader: str = LOADER,
-    progress: bool = True,
-) -> dict[str, Any]:
+    settings: AgentEvaluation, folder: str | Path | None = None, progress: bool = True
+) -> AgentReport:
     """Play an agent in a learned world and in the real game behind it.
 
     Both sides have the same crop and resize, observation type, frame skip, actions and length of
     an episode. Episodes of the learned world begin at its recorded beginnings, as real ones do.
 
     Args:
-        agent: "random" (held keys); a file of ours (``.safetensors``) or of Stable-Baselines3
-            (``.zip``, which may run code of its author when it is loaded); or "module:Class" of a
-            behaviour policy.
-        world: a world folder or a shipped name.
-        episodes: on each side.
-        seed: episode i has the environment seed ``seed`` + i.
+        settings: whom, where and for how long.
         folder: where the report ``eval_agent.json`` and the film ``eval_agent.mp4`` of the first
             episodes go; None for neither.
-        device: see ``nfd_env.devices.resolve_device``.
-        precision: see ``nfd_env.worlds.load.load_world``.
-        sampling_steps: of the learned world; None for its default.
-        num_envs: learned worlds stepped together.
-        real_envs: real games run beside each other.
-        max_frames: an episode is truncated there on either side.
-        threshold: the share of scores above it is reported; 750 counts as solving TakeCover.
-        obs_type: "rgb", "latent" or "features"; None for what the agent's file says, or "rgb".
-        frame_skip: frames an action is repeated for; None for what the agent's file says, or 1.
-        dynamics: of the learned world, see ``NFDVectorEnv``; so are the next two.
-        history_level: see there.
-        temperature: see there.
-        greedy: take the most probable action, where the agent would draw one.
-        through_tokenizer: show the agent real frames as the world's tokenizer renders them, which
-            is how generated frames look.
-        real_only: leave the learned world out.
-        agent_kwargs: arguments of a behaviour policy.
-        loader: "module:function", called with (file, vector env or None, greedy) for an agent's
-            file; returns a ``Player`` with a ``spec`` that has ``obs_type`` and ``frame_skip``.
         progress: show progress bars.
-
-    Returns:
-        Nested plain values, see ``format_report``. ``learned`` and ``real`` hold the scores;
-        ``real`` is None, and ``missing`` says why, where the real game cannot be made.
 
     Raises:
         ValueError: when the agent cannot be loaded, was trained for something else, or cannot take
-            the observations.
+            the observations; UntrustedError among them.
         SourceError: with ``real_only``, when the real game cannot be made.
     """
-    for name, value in (("episodes", episodes), ("max_frames", max_frames)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    is_file = agent.endswith(_FILES)
-    if is_file:
-        if obs_type is None and frame_skip is None:
-            spec = _load(loader, agent, None, greedy).spec
-            obs_type, frame_skip = spec.obs_type, spec.frame_skip
-    elif obs_type not in (None, "rgb"):
+    agent = find_agent(settings.agent, settings.world or None)
+    spec = read_agent_spec(agent, None, settings.trust)
+    world = _world_of(settings, spec)
+    loaded = load_world(world, settings.device, settings.precision)
+    is_policy = not agent.endswith((".safetensors", ".zip"))
+    if is_policy and settings.obs_type not in (None, "rgb"):
         raise ValueError(
-            f"{agent} acts on frames and cannot take obs_type={obs_type!r}: leave it away"
+            f"{agent} acts on frames and cannot take obs_type={settings.obs_type!r}: leave it away"
         )
-    obs_type, frame_skip = obs_type or "rgb", frame_skip or 1
+    obs_type = settings.obs_type or (spec.obs_type if spec else "rgb")
+    frame_skip = settings.frame_skip or (spec.frame_skip if spec else 1)
+    max_frames = settings.max_frames or longest_episode(loaded.spec)
     common: dict[str, Any] = {
-        "device": device,
-        "precision": precision,
+        "device": settings.device,
+        "precision": settings.precision,
         "obs_type": obs_type,
         "frame_skip": frame_skip,
         "max_episode_steps": math.ceil(max_frames / frame_skip),
     }
-    # What does not look at frames (random keys) spares the learned world drawing them.
-    sees = is_file or getattr(_policy(agent, agent_kwargs), "needs_frames", True)
-    loaded = load_world(world, device, precision)
+    policy = behaviour_policy(agent, settings.agent_kwargs) if is_policy else None
     fps = loaded.spec.fps / frame_skip
-    film = round(60 * fps) if folder is not None else 0
-
-    def player(env: Any) -> Player:
-        if is_file:
-            return _load(loader, agent, env, greedy)
-        return PolicyPlayer([_policy(agent, agent_kwargs) for _ in range(env.num_envs)], env)
 
     def tokenized(observation: np.ndarray) -> np.ndarray:
-        frames = torch.from_numpy(observation)
-        return loaded.model.decode(loaded.model.encode(frames)).cpu().numpy()
+        return loaded.model.decode(loaded.model.encode(torch.from_numpy(observation))).cpu().numpy()
 
-    report: dict[str, Any] = {
-        "world": loaded.spec.name,
-        "agent": agent,
-        "episodes": episodes,
-        "seed": seed,
-        "obs_type": obs_type,
-        "frame_skip": frame_skip,
-        "max_frames": max_frames,
-        "threshold": threshold,
-        "through_tokenizer": through_tokenizer,
-        "learned": None,
-        "real": None,
-        "missing": "",
-    }
     envs: dict[str, Any] = {}
+    missing = ""
     try:
         try:
-            needs = {} if is_file else getattr(_policy(agent, agent_kwargs), "real_kwargs", {})
-            envs["real"] = RealVectorEnv(world, min(real_envs, episodes), **common, **needs)
+            needs = getattr(policy, "real_kwargs", {})
+            count = min(settings.real_envs, settings.episodes)
+            envs["real"] = RealVectorEnv(world, count, **common, **needs)
         except SourceError as error:
-            if real_only:
+            if settings.real_only:
                 raise
-            report["missing"] = str(error)
-        if not real_only:
-            envs["learned"] = NFDVectorEnv(
-                world,
-                min(num_envs, episodes),
-                sampling_steps=sampling_steps,
-                dynamics=dynamics,
-                history_level=history_level,
-                temperature=temperature,
-                autoreset_mode="SameStep",
-                **{**common, "obs_type": obs_type if sees else "latent"},
+            missing = str(error)
+        if not settings.real_only:
+            # What does not look at frames (random keys) spares the learned world drawing them.
+            sees = getattr(policy, "needs_frames", True)
+            envs["learned"] = _learned_env(
+                loaded, settings, {**common, "obs_type": obs_type if sees else "latent"}
             )
-            report["dynamics"] = envs["learned"].world.dynamics
-            report["sampling"] = asdict(envs["learned"].model.sampling)
         # Whatever the agent cannot play is found out before anything is played.
-        players = {side: player(env) for side, env in envs.items()}
+        players = {
+            side: load_player(agent, env, settings.greedy, settings.trust, settings.agent_kwargs)
+            for side, env in envs.items()
+        }
         played = {
             side: play_episodes(
                 env,
                 players[side],
-                episodes,
-                seed,
+                settings.episodes,
+                settings.seed,
                 {"start": "beginning"} if side == "learned" else None,
-                tokenized if side == "real" and through_tokenizer and obs_type == "rgb" else None,
-                film,
+                tokenized
+                if side == "real" and settings.through_tokenizer and obs_type == "rgb"
+                else None,
+                0 if folder is None else round(_FILM_SECONDS * fps),
                 _LABELS[side] * progress,
             )
             for side, env in envs.items()
@@ -356,133 +302,113 @@ def evaluate_agent(
     finally:
         for env in envs.values():
             env.close()
-    for side, made in played.items():
-        report[side] = _summary(made, frame_skip, threshold)
-    if len(played) == 2:
-        report["gap"] = _gap(report["learned"], report["real"])
+    scores = {side: Scores.of(p, frame_skip, settings.threshold) for side, p in played.items()}
+    filled = {"obs_type": obs_type, "frame_skip": frame_skip, "max_frames": max_frames}
+    learned = envs.get("learned")
+    video = "" if folder is None else str(Path(folder) / "eval_agent.mp4")
+    report = AgentReport(
+        loaded.spec.name,
+        AgentEvaluation(**{**asdict(settings), **filled, "world": str(world)}),
+        scores.get("learned"),
+        scores.get("real"),
+        Gap.between(scores["learned"], scores["real"]) if len(scores) == 2 else None,
+        missing,
+        "" if learned is None else learned.world.dynamics,
+        {} if learned is None else asdict(learned.model.sampling),
+        video,
+    )
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # Before the film, which takes a while.
-        (Path(folder) / "eval_agent.json").write_text(json.dumps(report, indent=2))
-        aspect = loaded.spec.source.display_aspect
-        path = Path(folder) / "eval_agent.mp4"
-        report["video"] = str(write_mp4(path, _side_by_side(played, aspect), fps))
+        with atomic_write(Path(folder) / "eval_agent.json") as path:
+            path.write_text(json.dumps(asdict(report), indent=2))
+        write_mp4(video, _film(played, loaded.spec.source.display_aspect), fps)
     return report
 
 
-def load_player(agent: str, env: Any, greedy: bool = False, loader: str = LOADER) -> Player:
-    """The ``Player`` of an agent for ``env``; see ``evaluate_agent`` for arguments and errors.
-
-    What a player from a file was trained on is not compared with ``env``.
-    """
-    if agent.endswith(_FILES):
-        return _load(loader, agent, None, greedy)
-    return PolicyPlayer([_policy(agent, None) for _ in range(env.num_envs)], env)
-
-
-def _load(loader: str, agent: str, env: Any, greedy: bool) -> Any:
+def _world_of(settings: AgentEvaluation, spec: AgentSpec | None) -> Path:
+    if settings.world:
+        return find_world(settings.world)
+    if spec is None or not spec.world:
+        raise AgentError(f"{settings.agent} does not say which world it plays: give the world")
     try:
-        load = import_named(loader)
-    except ValueError as error:
-        raise ValueError(
-            f"the loader of agents {error}: run this command from the folder of a clone, where "
-            "agents/ lies, or name your own --loader"
+        return find_world(spec.world)
+    except UnknownWorldError:
+        raise AgentError(
+            f"{settings.agent} was trained in the world {spec.world}, which does not come with the "
+            "package: give the world's folder"
         ) from None
-    try:
-        return load(agent, env, greedy)
-    except ValueError as error:
-        hint = (
-            "" if env is not None else " (--obs-type and --frame-skip say what the file does not)"
-        )
-        raise ValueError(f"{error}{hint}") from None
 
 
-def _policy(name: str, kwargs: Mapping[str, Any] | None) -> BehaviourPolicy:
-    return make_policy("random_held" if name == "random" else name, dict(kwargs or {}))
+def _learned_env(world: World, settings: AgentEvaluation, common: dict[str, Any]) -> NFDVectorEnv:
+    return NFDVectorEnv(
+        world.folder,
+        min(settings.num_envs, settings.episodes),
+        sampling_steps=settings.sampling_steps,
+        dynamics=settings.dynamics,
+        history_level=settings.history_level,
+        temperature=settings.temperature,
+        autoreset_mode="SameStep",
+        **common,
+    )
 
 
-def _summary(played: Episodes, frame_skip: int, threshold: float) -> dict[str, Any]:
-    scores = played.scores
-    ends = int((~played.truncated).sum())
-    frames = int(played.steps.sum()) * frame_skip
-    sd = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
-    return {
-        "mean": float(scores.mean()),
-        "standard_error": sd / math.sqrt(len(scores)),
-        "sd": sd,
-        "median": float(np.median(scores)),
-        "min": float(scores.min()),
-        "max": float(scores.max()),
-        "share_above_threshold": float((scores > threshold).mean()),
-        "truncated": int(played.truncated.sum()),
-        "ends_per_1000_frames": 1000 * ends / frames,
-        "ends_standard_error": 1000 * math.sqrt(ends) / frames,  # of a Poisson process
-        "decisions": int(played.steps.sum()),
-        "scores": scores.tolist(),
-    }
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _gap(learned: Mapping[str, Any], real: Mapping[str, Any]) -> dict[str, float]:
-    """What the learned world promises beyond what the real game gives."""
-    left, right = np.sort(learned["scores"]), np.sort(real["scores"])
-    grid = np.concatenate((left, right))
-    below = [np.searchsorted(x, grid, side="right") / len(x) for x in (left, right)]
-    return {
-        "mean": learned["mean"] - real["mean"],
-        "standard_error": math.hypot(learned["standard_error"], real["standard_error"]),
-        "kolmogorov_smirnov": float(np.abs(below[0] - below[1]).max()),
-    }
-
-
-def _side_by_side(played: Mapping[str, Episodes], aspect: float) -> Iterator[np.ndarray]:
+def _film(played: Mapping[str, Episodes], aspect: float) -> Iterator[np.ndarray]:
     """The first episodes beside each other; the one that ends first stands still."""
     shown: dict[str, np.ndarray] = {}
     for frames in zip_longest(*(episodes.film for episodes in played.values())):
-        panels: list[np.ndarray] = []
+        panels = []
         for (side, episodes), frame in zip(played.items(), frames, strict=True):
             text = _LABELS[side]
             if frame is None:
                 text += f": ended, score {episodes.scores[0]:g}"
             else:
-                shown[side] = enlarge(frame, 192, aspect)
-            panels.append(caption(shown[side], text))
-            panels.append(np.full((panels[0].shape[0], 8, 3), 255, np.uint8))
-        joined = np.concatenate(panels[:-1], 1)
-        yield joined[: joined.shape[0] // 2 * 2, : joined.shape[1] // 2 * 2]
+                shown[side] = frame
+            panels.append((shown[side], text))
+        yield beside(panels, aspect)
 
 
-def format_report(report: Mapping[str, Any]) -> str:
+def format_report(report: AgentReport) -> str:
     """The report as a Markdown table and what it means."""
+    settings = report.settings
+    above = [] if settings.threshold is None else [f"above {settings.threshold:g}"]
+    columns = ["", "mean ± s.e.", "sd", "median", "min", "max", *above, "frames an episode"]
+    columns.append("ends in 1,000 frames")
     lines = [
-        f"{report['agent']} in {report['world']}: {report['episodes']} episodes, seeds from "
-        f"{report['seed']}, {report['obs_type']} observations, frame skip "
-        f"{report['frame_skip']}, at most {report['max_frames']} frames an episode",
+        f"{settings.agent} in {report.world}: {settings.episodes} episodes, seeds from "
+        f"{settings.seed}, {settings.obs_type} observations, frame skip {settings.frame_skip}, at "
+        f"most {settings.max_frames} frames an episode",
         "",
-        f"| | mean ± s.e. | sd | median | min | max | above {report['threshold']:g} | "
-        "ends in 1,000 frames |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
     ]
-    for side, label in _LABELS.items():
-        row = report[side]
-        if row is not None:
-            lines.append(
-                f"| {label} | {row['mean']:.4g} ± {row['standard_error']:.2g} | {row['sd']:.3g} | "
-                f"{row['median']:.4g} | {row['min']:.4g} | {row['max']:.4g} | "
-                f"{row['share_above_threshold']:.0%} | {row['ends_per_1000_frames']:.2f} ± "
-                f"{row['ends_standard_error']:.2g} |"
-            )
+    for label, row in ((_LABELS["real"], report.real), (_LABELS["learned"], report.learned)):
+        if row is None:
+            continue
+        share = row.share_above_threshold
+        cells = [label, f"{row.mean:.4g} ± {row.standard_error:.2g}", f"{row.sd:.3g}"]
+        cells += [f"{row.median:.4g}", f"{row.min:.4g}", f"{row.max:.4g}"]
+        cells += [] if share is None else [f"{share:.0%}"]
+        cells.append(f"{row.length:.0f} ± {row.length_error:.2g}")
+        cells.append(f"{row.ends_per_1000_frames:.2f} ± {row.ends_error:.2g}")
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    if "gap" in report:
-        gap = report["gap"]
+    if report.gap is not None:
+        gap = report.gap
         lines.append(
-            f"gap, learned minus real: {gap['mean']:+.4g} ± {gap['standard_error']:.2g} in the "
-            f"mean; Kolmogorov-Smirnov distance {gap['kolmogorov_smirnov']:.2f}"
+            f"gap, learned minus real: {gap.mean:+.4g} ± {gap.standard_error:.2g} in the mean, "
+            f"{gap.length:+.0f} ± {gap.length_error:.2g} frames in the length; Kolmogorov-Smirnov "
+            f"distance {gap.kolmogorov_smirnov:.2f}"
         )
-    if report["missing"]:
+    if report.missing:
         lines.append(
             "NO REAL SCORE: the real game could not be played, so what the learned world says is "
-            f"unchecked. {report['missing']}"
+            f"unchecked. {report.missing}"
         )
-    if "video" in report:
-        lines.append(f"film of the first episodes: {report['video']}")
+    if report.video:
+        lines.append(f"film of the first episodes: {report.video}")
     return "\n".join(lines)

@@ -11,7 +11,8 @@ import torch
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
-from nfd_env.video import caption, enlarge, write_gif, write_mp4, write_png
+from nfd_env.evaluation.film import beside
+from nfd_env.video import enlarge, write_gif, write_mp4, write_png
 from nfd_env.worlds.clip import load_clip
 from nfd_env.worlds.load import load_world
 
@@ -85,17 +86,13 @@ def demo(
     def picture(index: int) -> np.ndarray:
         action = actions[first + index]
         name = names[int(action)] if names and np.ndim(action) == 0 else str(action)
-        panels = [
-            caption(enlarge(frame, 192, aspect), text)
-            for frame, text in (
+        return beside(
+            [
                 (shown[index], f"real recording   {name}"),
                 (made[index], f"generated, same actions   frame {index + 1}"),
-            )
-        ]
-        gap = np.full((panels[0].shape[0], 8, 3), 255, np.uint8)
-        joined = np.concatenate((panels[0], gap, panels[1]), 1)
-        height, width = joined.shape[0] // 2 * 2, joined.shape[1] // 2 * 2
-        return joined[:height, :width]
+            ],
+            aspect,
+        )
 
     video = write_mp4(folder / "demo.mp4", (picture(i) for i in range(len(made))), loaded.spec.fps)
     picks = np.linspace(0, len(made) - 1, 6).astype(int)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
 
 
-def progress_bar(items: Sequence[int], label: str, show: bool) -> tqdm[int]:
-    """Iterate over ``items`` under a bar; where stderr is no terminal, it is rarely printed."""
-    seconds = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, desc=label, disable=not show, mininterval=seconds, maxinterval=seconds)
+def progress_bar(
+    items: Iterable[Any] | None, label: str, show: bool, total: int | None = None, unit: str = "it"
+) -> tqdm[Any]:
+    """A bar over ``items``, or one to ``update`` by hand; in a log it is rarely printed.
+
+    It also moves between items, when what it shows behind them changes.
+    """
+    seconds = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        items,
+        desc=label,
+        total=total,
+        unit=unit,
+        disable=not show,
+        miniters=0,
+        mininterval=seconds,
+        maxinterval=seconds,
+    )

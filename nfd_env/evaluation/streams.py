@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nfd_env.data.policies import RandomHeld
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.evaluation.agents import PolicyPlayer, load_player
+from nfd_env.players.load import load_player
+from nfd_env.players.player import Player, PolicyPlayer
 
 HELD = {"held keys": (5, 20), "agent": (1, 20), "random": (1, 1)}
 
@@ -24,15 +25,21 @@ class ActionStream:
     """
 
     def __init__(
-        self, name: str, env: NFDVectorEnv, agent: str | None = None, seed: int = 0
+        self,
+        name: str,
+        env: NFDVectorEnv,
+        agent: str | None = None,
+        seed: int = 0,
+        trust: bool = False,
     ) -> None:
         """Drive ``env``.
 
         Args:
             name: of the stream.
             env: with any observations; an agent is shown those that it was trained on.
-            agent: see ``nfd_env.evaluation.agents.evaluate_agent``.
+            agent: see ``nfd_env.players.load.load_player``.
             seed: of all randomness.
+            trust: see there.
 
         Raises:
             ValueError: on another name, or an agent that cannot be loaded.
@@ -41,11 +48,12 @@ class ActionStream:
             raise ValueError(f"the action streams are {', '.join(HELD)}, got {name!r}")
         self._env, self._obs_type, self._every = env, "", 1
         if name == "agent" and agent is not None:
-            self._player = load_player(agent, env)
-            spec = getattr(self._player, "spec", None)
-            self._obs_type = getattr(spec, "obs_type", "rgb")
+            # It is shown its own observations at its own pace, whatever those of ``env`` are.
+            self._player: Player = load_player(agent, env, trust=trust, check=False)
+            spec = self._player.spec
+            self._obs_type = spec.obs_type if spec else "rgb"
             # An agent that decides on every k-th frame keeps its action in between.
-            self._every = max(1, getattr(spec, "frame_skip", 1) // env.frame_skip)
+            self._every = max(1, (spec.frame_skip if spec else 1) // env.frame_skip)
         else:
             policies: list[Any] = [RandomHeld(*HELD[name]) for _ in range(env.num_envs)]
             self._player = PolicyPlayer(policies, env)

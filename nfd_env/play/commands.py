@@ -25,7 +25,8 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         help="frames drawn jointly while the action is kept (default 1; a key can switch to 2)",
     )
     add("--dynamics", help="student or teacher, in a world that has both")
-    add("--agent", help="whom players can hand over to: random, an SB3 .zip, or module:Class")
+    add("--agent", help="whom players can hand over to: random, a file or name, or module:Class")
+    add("--trust", action="store_true", help="an agent's .zip may run its author's code")
     if name == "play":
         add("--seed", type=int, help="seed of the first episode")
         add("--scale", type=float, help="window size; 1 is about 480 pixels high")

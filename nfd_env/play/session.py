@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from nfd_env.play.game import Game, Outcome, Sampling
 from nfd_env.play.keys import Choice, KeyLatch, Keymap
+from nfd_env.players.frames import FramePlayer
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,13 @@ SPEEDS = (0.25, 0.5, 1.0, 1.5, 2.0)
 MAX_SAMPLING_STEPS = 32
 RESTART_AFTER = 2.0  # seconds that the last frame of an episode is shown for
 
-Agent = Callable[[np.ndarray], Any]
-"""Chooses an action for a frame, uint8 (H, W, 3)."""
+
+def agent_for(game: Game, agent: Any, trust: bool = False) -> FramePlayer | None:
+    """Whom players of ``game`` can hand over to, see ``FramePlayer``; None for None."""
+    if agent is None:
+        return None
+    world = getattr(game, "world", None)
+    return FramePlayer(agent, game.keymap.space, game.frame_shape, world, trust)
 
 
 class ControlError(ValueError):
@@ -71,7 +76,7 @@ class Session:
         keymap: Keymap,
         sampling: Sampling | None = None,
         steps_of: tuple[int, int] | None = None,
-        agent: Agent | None = None,
+        agent: FramePlayer | None = None,
         drafts: bool = True,
     ) -> None:
         """Start with no key down.
@@ -103,6 +108,7 @@ class Session:
         self.last_choice: Choice | None = None
         self.last_input = time.monotonic()
         self.recorder: Any = None
+        self._handed_over = False  # the agent has begun to follow this episode
         self._reset_wanted = False
         self._seed_wanted: int | None = None
         self._single_steps = 0
@@ -258,12 +264,17 @@ class Session:
         choice = self.keys.consume(self.keymap)
         if self.agent_on and self.agent is not None and self.frame is not None:
             choice = self._ask_agent(self.agent, self.frame) or choice
+        else:
+            self._handed_over = False
         self.last_choice = choice
         return choice
 
-    def _ask_agent(self, agent: Agent, frame: np.ndarray) -> Choice | None:
+    def _ask_agent(self, agent: FramePlayer, frame: np.ndarray) -> Choice | None:
         """What the agent chooses; one that fails gives back to the person, who plays on."""
         try:
+            if not self._handed_over:
+                agent.begin()
+                self._handed_over = True
             action = agent(frame)
             if not self.keymap.contains(action):
                 raise ValueError(f"it chose {action!r}, which is not in {self.keymap.space}")
@@ -287,6 +298,7 @@ class Session:
         """An episode has begun."""
         self.episode = self.episode + 1 if seed == self.seed else 1
         self.seed, self.frame, self.over = seed, frame, False
+        self._handed_over = False
         self.steps, self.total_reward, self.reward, self.action = 0, 0.0, 0.0, ""
         if self.recorder is not None:
             self.recorder.began(frame, seed)

@@ -66,7 +66,8 @@ class Slots:
             num_envs=count, sampling_steps=sampling_steps, dynamics=dynamics, **self._arguments
         )
         self.count = count
-        self.spec = self._all.world.spec
+        self.world = self._all.world
+        self.spec = self.world.spec
         self.name, self.fps = self.spec.name, float(self.spec.fps)
         self.frame_shape: tuple[int, ...] = (*self.spec.frame_size, 3)
         self.display_aspect = self.spec.source.display_aspect

@@ -11,10 +11,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.network import ActorCritic, AgentSpec, PolicyConfig
-from agents.ppo import Player, PPOConfig, gae, ppo_loss, rollout, update
+from agents.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
@@ -29,7 +29,7 @@ def make(world: Path, num_envs: int = 3, **kwargs: Any) -> tuple[Any, ActorCriti
 @pytest.mark.parametrize("obs_type", ["latent", "rgb"])
 def test_a_rollout_is_what_was_played(tiny_world: Path, obs_type: str) -> None:
     env, policy = make(tiny_world, obs_type=obs_type)
-    start = Player.start(env.reset(seed=2)[0], 2)
+    start = Position.start(env.reset(seed=2)[0], 2)
     batch, player = rollout(env, policy.act, start, 20)
     assert batch.batch_size == (20, 3) and batch["observation"].dtype == start.stack.dtype
     # The same actions again, step by step.
@@ -67,9 +67,9 @@ def test_rollouts_go_on_where_the_last_one_stopped(tiny_world: Path) -> None:
     def act(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return policy.act(stack, greedy=True)
 
-    player = Player.start(env.reset(seed=0)[0], 2)
+    player = Position.start(env.reset(seed=0)[0], 2)
     whole, _ = rollout(env, act, player, 16)
-    player = Player.start(env.reset(seed=0)[0], 2)
+    player = Position.start(env.reset(seed=0)[0], 2)
     first, player = rollout(env, act, player, 7)
     second, _ = rollout(env, act, player, 9)
     both = torch.cat([first, second])
@@ -82,7 +82,7 @@ def test_a_batch_keeps_what_the_policy_looks_at(tiny_world: Path) -> None:
     env, _ = make(tiny_world)
     config = PolicyConfig(AgentSpec.of(env, 5), channels=8, width=16, frame_offsets=[0, 3])
     policy = ActorCritic(config)
-    player = Player.start(env.reset(seed=0)[0], 5)
+    player = Position.start(env.reset(seed=0)[0], 5)
     batch, player = rollout(env, policy.act, player, 12, policy.look)
     seen = batch["observation"]
     assert seen.shape == (12, 3, 2, 4, 4, 6)
@@ -105,7 +105,7 @@ def test_episodes_begin_with_what_came_before_them(tiny_world: Path) -> None:
         return result
 
     env.step = watched
-    player = Player.start(begun[0][0], 3, begun[0][1]["context"])
+    player = Position.start(begun[0][0], 3, begun[0][1]["context"])
     batch, player = rollout(env, policy.act, player, 20)
     stacks = [*batch["observation"], player.stack]
     count = 0
@@ -120,7 +120,7 @@ def test_episodes_begin_with_what_came_before_them(tiny_world: Path) -> None:
 def test_the_real_game_has_no_hazard_but_its_ends(counter_world: Path) -> None:
     env: Any = RealVectorEnv(counter_world, 2, obs_type="latent", output="torch", length=3, **CPU)
     policy = ActorCritic(PolicyConfig(AgentSpec.of(env, 2), channels=8, width=16))
-    batch, _ = rollout(env, policy.act, Player.start(env.reset(seed=0)[0], 2), 6)
+    batch, _ = rollout(env, policy.act, Position.start(env.reset(seed=0)[0], 2), 6)
     assert batch["terminated"][:, 0].tolist() == [False, False, True] * 2
     assert torch.equal(batch["hazard"], batch["terminated"].float())
 
@@ -176,7 +176,7 @@ def test_hazard_has_the_mean_of_drawn_ends_without_their_variance() -> None:
 def test_everything_compiles_without_a_break(tiny_world: Path) -> None:
     env, policy = make(tiny_world)
     config = PPOConfig(rollout_steps=4, minibatch_size=6, epochs=2)
-    batch, _ = rollout(env, policy.act, Player.start(env.reset(seed=0)[0], 2), 4)
+    batch, _ = rollout(env, policy.act, Position.start(env.reset(seed=0)[0], 2), 4)
 
     def compiled(function: Any) -> Any:
         return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
@@ -219,7 +219,7 @@ def test_it_learns(tiny_world: Path, use_hazard: bool) -> None:
     env = Bandit(32)
     config = PPOConfig(rollout_steps=8, minibatch_size=64, use_hazard=use_hazard)
     optimiser = torch.optim.Adam(policy.parameters(), lr=3e-3)
-    player = Player.start(env.observe(), 2)
+    player = Position.start(env.observe(), 2)
     batch = TensorDict()
     for _ in range(15):
         batch, player = rollout(env, policy.act, player, config.rollout_steps)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,6 @@ from gymnasium import spaces
 
 from agents import train_ppo
 from agents.evaluation import Judge, describe
-from agents.load import NativeAgent, load_agent
-from agents.network import ActorCritic, AgentError, PolicyConfig, new_stack
 from agents.ppo import PPOConfig
 from agents.train_ppo import TrainPPOConfig
 from nfd_env import config
@@ -26,19 +25,24 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
-from nfd_env.evaluation.agents import play_episodes
 from nfd_env.evaluation.benchmark import describe_device
+from nfd_env.evaluation.episodes import play_episodes
 from nfd_env.models.weights import load_weights
-from nfd_env.spaces import ActionCodec
+from nfd_env.players.load import load_network, load_player, read_agent_spec
+from nfd_env.players.player import NetworkPlayer
+from nfd_env.players.policy import ActorCritic, AgentError, PolicyConfig, new_stack
+from nfd_env.spaces import CountedFromZero
 from nfd_env.training.starts import StartsConfig
 from nfd_env.worlds.load import load_world
+from tests.clients.action_spaces import ACTION_SPACES, FINITE
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
-METRICS = {"deaths_per_1000_frames", "real_deaths_per_1000_frames", "real_score"}
+METRICS = {"ends_per_1000_frames", "real_ends_per_1000_frames", "real_score"}
+METRICS |= {"real_score_error", "real_length"}
 SPEC = {"obs_type": "latent", "frame_skip": 2}  # of the trained agents below
 
 
-def settings(folder: Path, **kwargs: Any) -> TrainPPOConfig:
+def settings(folder: Path, world: Path | str = "Tiny", **kwargs: Any) -> TrainPPOConfig:
     values: dict[str, Any] = {
         "decisions": 64,
         "num_envs": 4,
@@ -51,7 +55,7 @@ def settings(folder: Path, **kwargs: Any) -> TrainPPOConfig:
         "device": "cpu",
         "ppo": PPOConfig(rollout_steps=8, minibatch_size=16, epochs=2),
     }
-    return TrainPPOConfig(folder=str(folder), **{**values, **kwargs})
+    return TrainPPOConfig(folder=str(folder), world=str(world), **{**values, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,7 @@ def trained(counter_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A finished run on the counter world, evaluated in the real game. Do not write into it."""
     folder = tmp_path_factory.mktemp("run")
     metrics = train_ppo.train(
-        str(counter_world),
-        settings(folder, evaluate_every=32, evaluate_episodes=3),
+        settings(folder, counter_world, evaluate_every=32, evaluate_episodes=3),
         progress=False,
     )
     assert metrics.keys() == METRICS | {"score"}
@@ -75,16 +78,16 @@ def make(world: Path, num_envs: int = 3, real: bool = False, **kwargs: Any) -> A
 
 
 def test_it_leaves_an_agent_state_and_logs(trained: Path) -> None:
-    names = {p.name for p in trained.iterdir()}
+    names = {p.name for p in trained.iterdir() if not p.name.startswith(".")}
     assert names == {"agent.safetensors", "state.pt", "tensorboard"}
-    assert load_agent(trained / "agent.safetensors").spec.trained_in == "world"
+    assert load_network(trained / "agent.safetensors").spec.trained_in == "world"
 
 
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("output", ["numpy", "torch"])
 def test_the_agent_plays_both(trained: Path, counter_world: Path, real: bool, output: str) -> None:
     env = make(counter_world, real=real, output=output)
-    agent = load_agent(trained / "agent.safetensors", env)
+    agent = load_player(trained / "agent.safetensors", env)
     first = play_episodes(env, agent, 5, seed=3).scores
     assert first.shape == (5,) and np.isfinite(first).all()
     assert np.array_equal(play_episodes(env, agent, 5, seed=3).scores, first)
@@ -95,8 +98,8 @@ def test_the_agent_plays_both(trained: Path, counter_world: Path, real: bool, ou
 
 def test_it_decides_on_the_stack(trained: Path, counter_world: Path) -> None:
     env = make(counter_world, output="torch")
-    agent: Any = load_agent(trained / "agent.safetensors", env, greedy=True)
-    assert isinstance(agent, NativeAgent)
+    agent: Any = load_player(trained / "agent.safetensors", env, greedy=True)
+    assert isinstance(agent, NetworkPlayer)
     agent.reset(3)
     a, b = env.reset(seed=0)[0], env.reset(seed=9)[0]
     agent.act(a)
@@ -107,20 +110,20 @@ def test_it_decides_on_the_stack(trained: Path, counter_world: Path) -> None:
 
 
 def test_the_same_command_continues(tiny_world: Path, tmp_path: Path) -> None:
-    short = settings(tmp_path, decisions=32)
-    train_ppo.train(str(tiny_world), short, progress=False)
+    short = settings(tmp_path, tiny_world, decisions=32)
+    train_ppo.train(short, progress=False)
     before = torch.load(tmp_path / "state.pt", weights_only=True)
     assert before["decisions"] == 32
-    train_ppo.train(str(tiny_world), short, progress=False)  # there is nothing left to do
+    train_ppo.train(short, progress=False)  # there is nothing left to do
     same = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(torch.equal(same["policy"][k], v) for k, v in before["policy"].items())
-    train_ppo.train(str(tiny_world), replace(short, decisions=96), progress=False)
+    train_ppo.train(replace(short, decisions=96), progress=False)
     after = torch.load(tmp_path / "state.pt", weights_only=True)
     assert after["decisions"] == 96
     steps = [s["optimiser"]["state"][0]["step"].item() for s in (before, after)]
     assert steps == [4, 12]  # two minibatches, two epochs: four to an update
-    agent = load_agent(tmp_path / "agent.safetensors")
-    assert isinstance(agent, NativeAgent)
+    agent = load_network(tmp_path / "agent.safetensors")
+    assert isinstance(agent, NetworkPlayer)
     for name, value in agent.policy.state_dict().items():
         assert torch.equal(value, after["policy"][name])
 
@@ -138,31 +141,31 @@ def test_killed_in_an_update_it_continues_from_the_checkpoint(
 
     original = train_ppo.update
     monkeypatch.setattr(train_ppo, "update", interrupted)
-    plan = settings(tmp_path, decisions=128, checkpoint_seconds=0.0)
+    plan = settings(tmp_path, tiny_world, decisions=128, checkpoint_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
-        train_ppo.train(str(tiny_world), plan, progress=False)
+        train_ppo.train(plan, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["decisions"] == 64
-    train_ppo.train(str(tiny_world), plan, progress=False)
+    train_ppo.train(plan, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["decisions"] == 128
     assert len(updates) == 5
 
 
 def test_training_in_the_real_game(counter_world: Path, tmp_path: Path) -> None:
-    metrics = train_ppo.train(str(counter_world), settings(tmp_path), real=True, progress=False)
+    metrics = train_ppo.train(settings(tmp_path, counter_world, real=True), progress=False)
     assert np.isfinite(metrics["score"])
-    agent = load_agent(tmp_path / "agent.safetensors", make(counter_world))
+    agent = load_player(tmp_path / "agent.safetensors", make(counter_world))
     assert agent.spec.trained_in == "real game"
     with pytest.raises(AgentError, match="choose another folder"):
-        train_ppo.train(str(counter_world), settings(tmp_path), progress=False)
+        train_ppo.train(settings(tmp_path, counter_world), progress=False)
 
 
 def test_without_the_real_game_it_says_so(
     counter_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "tests.counter_env", None)  # which registers the game
-    plan = settings(tmp_path, evaluate_every=32, evaluate_episodes=2)
-    metrics = train_ppo.train(str(counter_world), plan, progress=True)
-    assert metrics.keys() == {"score", "deaths_per_1000_frames"}
+    plan = settings(tmp_path, counter_world, evaluate_every=32, evaluate_episodes=2)
+    metrics = train_ppo.train(plan, progress=True)
+    assert metrics.keys() == {"score", "ends_per_1000_frames"}
     printed = "".join(capsys.readouterr())
     assert printed.count("no score of the real game beside the world's") == 1
 
@@ -182,14 +185,14 @@ def branched(
 @pytest.mark.parametrize("trainer", ["native", "sb3"])
 def test_guarded_training(counter_world: Path, tmp_path: Path, trainer: str) -> None:
     def score(name: str, guard: GuardConfig | None, real: bool = False) -> float:
-        plan: Any = settings(tmp_path / name, decisions=256, guard=guard)
+        plan: Any = settings(tmp_path / name, counter_world, decisions=256, guard=guard)
         if trainer == "native":
-            return train_ppo.train(str(counter_world), plan, real, progress=False)["score"]
+            return train_ppo.train(replace(plan, real=real), progress=False)["score"]
         pytest.importorskip("stable_baselines3")
         from agents import train_sb3
         from agents.benchmark_ppo import as_sb3
 
-        return train_sb3.train(str(counter_world), as_sb3(plan), progress=False)["score"]
+        return train_sb3.train(as_sb3(plan), progress=False)["score"]
 
     free = score("free", None)
     assert score("lenient", GuardConfig(penalty=1e6, threshold=1e6, truncate=True)) == free
@@ -206,10 +209,12 @@ def test_guarded_training(counter_world: Path, tmp_path: Path, trainer: str) -> 
 def test_branched_rollouts(
     counter_world: Path, tmp_path: Path, branched: dict[str, Any], trainer: str
 ) -> None:
-    plan: Any = settings(tmp_path / "run", evaluate_every=32, evaluate_episodes=2, **branched)
+    plan: Any = settings(
+        tmp_path / "run", counter_world, evaluate_every=32, evaluate_episodes=2, **branched
+    )
     if trainer == "native":
-        env = train_ppo.make_env(str(counter_world), plan, real=False)
-        metrics = train_ppo.train(str(counter_world), plan, progress=False)
+        env = train_ppo.make_env(plan)
+        metrics = train_ppo.train(plan, progress=False)
     else:
         pytest.importorskip("stable_baselines3")
         from agents import train_sb3
@@ -217,13 +222,13 @@ def test_branched_rollouts(
 
         plan = as_sb3(plan)
         plan = replace(plan, evaluate_every=32, evaluate_episodes=2)
-        env = train_sb3.make_env(str(counter_world), plan)[0].unwrapped.env  # type: ignore
-        metrics = train_sb3.train(str(counter_world), plan, progress=False)
+        env = train_sb3.make_env(plan)[0].unwrapped.env  # type: ignore
+        metrics = train_sb3.train(plan, progress=False)
     assert len(env.starts) == 40 and env.max_episode_steps == 4  # of two frames
     # What an episode of 8 frames pays is no score, and real episodes are not cut off there.
     assert metrics.keys() == METRICS
-    assert metrics["real_deaths_per_1000_frames"] == pytest.approx(1000 / 12)
-    assert 0 < metrics["deaths_per_1000_frames"] < 1000
+    assert metrics["real_ends_per_1000_frames"] == pytest.approx(1000 / 12)
+    assert 0 < metrics["ends_per_1000_frames"] < 1000
 
 
 def test_it_can_begin_with_an_agent(trained: Path, counter_world: Path, tmp_path: Path) -> None:
@@ -255,23 +260,23 @@ def test_it_can_begin_with_an_agent(trained: Path, counter_world: Path, tmp_path
         with pytest.raises(AgentError, match="cannot begin with"):
             train_ppo.make_policy(env, settings(tmp_path, initial=initial, **other))
     with pytest.raises(AgentError, match="cannot begin with"):
-        train_ppo.make_policy(env, settings(tmp_path, initial=initial), real=True)
+        train_ppo.make_policy(env, settings(tmp_path, initial=initial, real=True))
 
 
 def test_an_agent_of_features(trained: Path, counter_world: Path, tmp_path: Path) -> None:
     initial = str(trained / "agent.safetensors")
-    plan = settings(tmp_path, obs_type="features", initial=initial)
+    plan = settings(tmp_path, counter_world, obs_type="features", initial=initial)
     plan = replace(plan, evaluate_every=32, evaluate_episodes=2)
-    metrics = train_ppo.train(str(counter_world), plan, progress=False)
+    metrics = train_ppo.train(plan, progress=False)
     assert metrics.keys() == METRICS | {"score"}
     path = tmp_path / "agent.safetensors"
     for real in (False, True):
         env = make(counter_world, real=real, obs_type="features")
-        agent = load_agent(path, env)
+        agent = load_player(path, env)
         assert len(agent.spec.heads) == 16 and agent.spec.latent_shape == [4, 4, 6]
         assert np.isfinite(play_episodes(env, agent, 4, seed=0).scores).all()
     with pytest.raises(AgentError, match="obs_type='features'"):
-        load_agent(path, make(counter_world))
+        load_player(path, make(counter_world))
     longer = settings(tmp_path / "longer", obs_type="features", initial=str(path))
     further, _ = train_ppo.make_policy(make(counter_world, obs_type="features"), longer)
     learned = load_weights(path, ActorCritic, PolicyConfig).state_dict()
@@ -287,7 +292,7 @@ def test_no_score_of_a_world_without_the_real_one() -> None:
 
 
 def test_the_judge_always_asks_the_same(trained: Path, counter_world: Path) -> None:
-    agent = load_agent(trained / "agent.safetensors")
+    agent = load_network(trained / "agent.safetensors")
     judge = Judge(load_world(counter_world, **CPU), 3, 8, "cpu")
     state = torch.get_rng_state()
     first, second = judge.play(agent), judge.play(agent)
@@ -302,15 +307,15 @@ def test_command_line(
 ) -> None:
     path = tmp_path / "ppo.yaml"
     path.write_text(
-        f"folder: {tmp_path / 'run'}\ndecisions: 32\nnum_envs: 4\ndevice: cpu\n"
-        "max_episode_frames: 8\nppo: {rollout_steps: 8, minibatch_size: 16}\n"
+        f"folder: {tmp_path / 'run'}\nworld: {tiny_world}\ndecisions: 32\nnum_envs: 4\n"
+        "device: cpu\nmax_episode_frames: 8\nppo: {rollout_steps: 8, minibatch_size: 16}\n"
     )
-    command = ["--world", str(tiny_world), "--config", str(path)]
+    command = [str(path)]
     assert train_ppo.main([*command, "frame_stack=2", "channels=8"]) == 0
     printed = capsys.readouterr()
     assert f"nfd eval-agent {tmp_path / 'run'}/agent.safetensors" in printed.out
     assert "score=" not in printed.err  # the real game was not asked
-    agent = load_agent(tmp_path / "run" / "agent.safetensors")
+    agent = load_network(tmp_path / "run" / "agent.safetensors")
     assert (agent.spec.frame_stack, agent.spec.frame_skip) == (2, 4)
     for wrong, message in (
         (["ppo.bogus=1"], "bogus"),
@@ -320,7 +325,7 @@ def test_command_line(
         assert train_ppo.main([*command, *wrong]) == 1
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
-    assert train_ppo.main(["--world", "Mars", "--config", str(path)]) == 1
+    assert train_ppo.main([*command, "world=Mars"]) == 1
     assert "unknown world 'Mars'" in capsys.readouterr().err
 
 
@@ -362,20 +367,20 @@ def test_agents_of_another_world_or_action_space(
     trained: Path, make_world: Callable[..., Path], counter_world: Path
 ) -> None:
     path = trained / "agent.safetensors"
-    load_agent(path, make(counter_world))
+    load_player(path, make(counter_world))
     with pytest.raises(AgentError, match="latents of the tokenizer"):
-        load_agent(path, make(make_world(seed=1)))
+        load_player(path, make(make_world(seed=1)))
     four = make_world(action_space={"type": "MultiBinary", "n": 4})
     with pytest.raises(AgentError, match="trained for the action space"):
-        load_agent(path, make(four))
+        load_player(path, make(four))
     with pytest.raises(AgentError, match="obs_type='latent'"):
-        load_agent(path, make(counter_world, obs_type="rgb"))
+        load_player(path, make(counter_world, obs_type="rgb"))
     with pytest.raises(AgentError, match="frame_skip=2"):
-        load_agent(path, make(counter_world, frame_skip=1))
+        load_player(path, make(counter_world, frame_skip=1))
 
 
 def test_observations_of_another_shape(trained: Path) -> None:
-    agent = load_agent(trained / "agent.safetensors")
+    agent = load_network(trained / "agent.safetensors")
     agent.reset(2)
     with pytest.raises(
         AgentError, match=r"takes observations \(2, 4, 4, 6\), got \(2, 32, 48, 3\)"
@@ -385,49 +390,50 @@ def test_observations_of_another_shape(trained: Path) -> None:
 
 def test_files_that_are_no_agents(tiny_world: Path, tmp_path: Path) -> None:
     with pytest.raises(AgentError, match="no such checkpoint"):
-        load_agent(tmp_path / "agent.safetensors")
+        load_network(tmp_path / "agent.safetensors")
     with pytest.raises(AgentError, match="holds a Tokenizer, not a ActorCritic"):
-        load_agent(tiny_world / "tokenizer.safetensors")
+        load_network(tiny_world / "tokenizer.safetensors")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"nonsense")
     with pytest.raises(AgentError, match="damaged or not a safetensors file"):
-        load_agent(damaged)
+        load_network(damaged)
 
 
-def test_box_actions_are_for_sb3(make_world: Callable[..., Path], tmp_path: Path) -> None:
-    world = make_world(action_space={"type": "Box", "low": [-1.0, -1.0], "high": [1.0, 1.0]})
-    with pytest.raises(AgentError, match="use agents.train_sb3"):
-        train_ppo.train(str(world), settings(tmp_path), progress=False)
+def assert_in(space: spaces.Space, actions: np.ndarray) -> None:
+    assert all(action.astype(space.dtype) in space for action in actions)
 
 
-@pytest.mark.parametrize(
-    "space",
-    [
-        {"type": "Discrete", "n": 3, "start": 2},
-        {"type": "MultiDiscrete", "nvec": [3, 2], "start": [0, 0]},
-        {"type": "MultiBinary", "n": 4},
-    ],
-    ids=lambda s: s["type"],
-)
-def test_other_action_spaces(
+@pytest.mark.parametrize("space", ACTION_SPACES.values(), ids=ACTION_SPACES.keys())
+def test_every_action_space(
     make_world: Callable[..., Path], tmp_path: Path, space: dict[str, Any]
 ) -> None:
     world = make_world(action_space=space)
-    train_ppo.train(str(world), settings(tmp_path, decisions=32), progress=False)
+    metrics = train_ppo.train(settings(tmp_path, world), progress=False)
+    assert np.isfinite(metrics["score"])
     env = make(world)
-    agent = load_agent(tmp_path / "agent.safetensors", env)
-    agent.reset(3)
-    ActionCodec(env.single_action_space).check(agent.act(env.reset(seed=0)[0]), 3)
+    agent = load_player(tmp_path / "agent.safetensors", env)
+    agent.reset(3, seed=0)
+    observation, _ = env.reset(seed=0)
+    played = []
+    for _ in range(20):
+        action = agent.act(observation)
+        played.append(action)
+        assert all(
+            a.astype(env.single_action_space.dtype) in env.single_action_space for a in action
+        )
+        observation, *_ = env.step(action)
+    assert len(np.unique(np.array(played))) > 1
+    assert np.isfinite(play_episodes(env, agent, 2, seed=0).scores).all()
 
 
 # Stable-Baselines3.
 
 
-def sb3_settings(folder: Path, **kwargs: Any) -> Any:
+def sb3_settings(folder: Path, world: Path | str = "Tiny", **kwargs: Any) -> Any:
     pytest.importorskip("stable_baselines3")
     from agents.benchmark_ppo import as_sb3
 
-    return replace(as_sb3(settings(folder)), **kwargs)
+    return replace(as_sb3(settings(folder, world)), **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -438,20 +444,51 @@ def test_sb3_trains_and_plays(
     counter_world: Path, tmp_path: Path, obs_type: str, policy: str
 ) -> None:
     plan = sb3_settings(
-        tmp_path, obs_type=obs_type, policy=policy, evaluate_every=32, evaluate_episodes=2
+        tmp_path,
+        counter_world,
+        obs_type=obs_type,
+        policy=policy,
+        evaluate_every=32,
+        evaluate_episodes=2,
     )
     if policy == "trunk":
         plan = replace(plan, frame_stack=4, frame_offsets=[0, 3])
     from agents import train_sb3
 
-    metrics = train_sb3.train(str(counter_world), plan, progress=False)
+    metrics = train_sb3.train(plan, progress=False)
     assert metrics.keys() == METRICS | {"score"}
     for real in (False, True):
         env = make(counter_world, real=real, obs_type=obs_type)
-        agent = load_agent(tmp_path / "agent.zip", env)
+        agent = load_player(tmp_path / "agent.zip", env, trust=True)
         assert np.isfinite(play_episodes(env, agent, 4, seed=0).scores).all()
+    env = make(counter_world, obs_type=obs_type, frame_skip=1)
     with pytest.raises(AgentError, match="frame_skip=2"):
-        load_agent(tmp_path / "agent.zip", make(counter_world, obs_type=obs_type, frame_skip=1))
+        load_player(tmp_path / "agent.zip", env, trust=True)
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_an_sb3_agent_of_every_action_space(
+    make_world: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    env = make(make_world(action_space=ACTION_SPACES[name]))
+    seen = spaces.Box(-np.inf, np.inf, env.single_observation_space.shape, np.float32)
+    given = CountedFromZero(env.single_action_space).space
+
+    class Game(gymnasium.Env):
+        observation_space, action_space = seen, given
+
+    model = stable_baselines3.PPO("MlpPolicy", Game(), n_steps=8, batch_size=8, device="cpu")
+    model.save(tmp_path / "own.zip")
+    agent = load_player(tmp_path / "own.zip", env, trust=True)
+    agent.reset(3, seed=0)
+    observation, _ = env.reset(seed=0)
+    for _ in range(20):
+        action = agent.act(observation)
+        assert all(
+            a.astype(env.single_action_space.dtype) in env.single_action_space for a in action
+        )
+        observation, *_ = env.step(action)
 
 
 def test_sb3_looks_at_the_chosen_observations() -> None:
@@ -467,18 +504,18 @@ def test_sb3_looks_at_the_chosen_observations() -> None:
         other.unflatten(1, (6, 4))[:, -1 - back] += 1
         assert torch.equal(extractor(other), base) == (back not in (0, 1, 4))
     with pytest.raises(ValueError, match="frame_offsets must lie from 0 to frame_stack - 1"):
-        TrainSB3Config("x", 1, frame_stack=3, frame_offsets=[0, 3])
+        TrainSB3Config("x", "Tiny", 1, frame_stack=3, frame_offsets=[0, 3])
     with pytest.raises(ValueError, match="frame_offsets need trunk"):
-        TrainSB3Config("x", 1, policy="MlpPolicy", frame_offsets=[0])
+        TrainSB3Config("x", "Tiny", 1, policy="MlpPolicy", frame_offsets=[0])
 
 
 def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) -> None:
     """The agent gives its model exactly what VecFrameStack did."""
-    plan = sb3_settings(tmp_path, frame_stack=3)
+    plan = sb3_settings(tmp_path, tiny_world, frame_stack=3)
     from agents import train_sb3
-    from agents.load import SB3Agent
+    from nfd_env.players.player import SB3Player
 
-    venv, spec = train_sb3.make_env(str(tiny_world), plan)
+    venv, spec = train_sb3.make_env(plan)
     seen: list[np.ndarray] = []
 
     class Model:
@@ -486,7 +523,7 @@ def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) 
             seen.append(observation.copy())
             return np.zeros(len(observation), int), None
 
-    agent = SB3Agent(Model(), spec)
+    agent = SB3Player(Model(), spec)
     agent.reset(plan.num_envs)
     stacked, dones = venv.reset(), np.zeros(plan.num_envs, bool)
     for _ in range(14):
@@ -496,20 +533,20 @@ def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) 
 
 
 def test_sb3_continues(tiny_world: Path, tmp_path: Path) -> None:
-    plan = sb3_settings(tmp_path)
+    plan = sb3_settings(tmp_path, tiny_world)
     from stable_baselines3 import PPO
 
     from agents import train_sb3
 
-    train_sb3.train(str(tiny_world), plan, progress=False)
+    train_sb3.train(plan, progress=False)
     assert PPO.load(tmp_path / "agent.zip").num_timesteps == 64
-    train_sb3.train(str(tiny_world), replace(plan, decisions=96), progress=False)
+    train_sb3.train(replace(plan, decisions=96), progress=False)
     model = PPO.load(tmp_path / "agent.zip")
     assert model.num_timesteps == 96 and model._n_updates == 2 * 3
     with pytest.raises(AgentError, match="another world, observation type, frame skip or stack"):
-        train_sb3.train(str(tiny_world), replace(plan, frame_skip=1), progress=False)
+        train_sb3.train(replace(plan, frame_skip=1), progress=False)
     with pytest.raises(AgentError, match="cannot be continued"):
-        train_sb3.train(str(tiny_world), replace(plan, frame_stack=3), progress=False)
+        train_sb3.train(replace(plan, frame_stack=3), progress=False)
 
 
 def test_somebodys_own_sb3_agent(
@@ -524,24 +561,27 @@ def test_somebodys_own_sb3_agent(
     venv = VecFrameStack(make_vec_env("NFD/World-v0", 2, env_kwargs=kwargs), 2, "first")
     stable_baselines3.DQN("MlpPolicy", venv, buffer_size=10, device="cpu").save(tmp_path / "own")
     path = f"DQN:{tmp_path / 'own.zip'}"
-    with pytest.raises(AgentError, match="does not say what it was trained on"):
-        load_agent(path)
+    assert read_agent_spec(path, trust=True) is None
     env = make(tiny_world)
-    agent = load_agent(path, env)
+    agent = load_player(path, env, trust=True)
     assert agent.spec.frame_stack == 2
     assert np.isfinite(play_episodes(env, agent, 3, seed=0).scores).all()
     of_features = make_vec_env("NFD/World-v0", 2, env_kwargs={**kwargs, "obs_type": "features"})
     stacked = VecFrameStack(of_features, 3)
     stable_baselines3.DQN("MlpPolicy", stacked, buffer_size=10).save(tmp_path / "features")
-    assert load_agent(f"DQN:{tmp_path / 'features.zip'}", make(tiny_world, obs_type="features"))
+    assert load_player(
+        f"DQN:{tmp_path / 'features.zip'}", make(tiny_world, obs_type="features"), trust=True
+    )
     with pytest.raises(AgentError, match=r"takes observations \(8, 4, 6\)"):
-        load_agent(path, make(tiny_world, obs_type="rgb"))
+        load_player(path, make(tiny_world, obs_type="rgb"), trust=True)
     with pytest.raises(AgentError, match="for the action space"):
-        load_agent(path, make(make_world(action_space={"type": "MultiBinary", "n": 4})))
+        load_player(
+            path, make(make_world(action_space={"type": "MultiBinary", "n": 4})), trust=True
+        )
     with pytest.raises(AgentError, match="cannot be loaded as PPO"):
-        load_agent(tmp_path / "own.zip", env)
+        load_player(tmp_path / "own.zip", make(tiny_world), trust=True)
     with pytest.raises(AgentError, match="no such file"):
-        load_agent(tmp_path / "other.zip", env)
+        load_player(tmp_path / "other.zip", env, trust=True)
 
 
 def test_sb3_settings_that_do_not_go(tiny_world: Path, tmp_path: Path) -> None:
@@ -553,17 +593,17 @@ def test_sb3_settings_that_do_not_go(tiny_world: Path, tmp_path: Path) -> None:
         sb3_settings(tmp_path, policy="Transformer")
     from agents import train_sb3
 
-    wrong = sb3_settings(tmp_path, ppo={"bogus": 1})
+    wrong = sb3_settings(tmp_path, world=tiny_world, ppo={"bogus": 1})
     with pytest.raises(AgentError, match="bogus"):
-        train_sb3.train(str(tiny_world), wrong, progress=False)
+        train_sb3.train(wrong, progress=False)
 
 
 def test_the_benchmark_measures_both(tiny_world: Path, tmp_path: Path) -> None:
     pytest.importorskip("stable_baselines3")
     from agents.benchmark_ppo import benchmark, format_report
 
-    plan = settings(tmp_path)
-    report = benchmark(str(tiny_world), plan, updates=1, repeats=2)
+    plan = settings(tmp_path, tiny_world)
+    report = benchmark(plan, updates=1, repeats=2)
     assert list(report) == ["native, latent", "sb3, latent", "native, rgb", "sb3, rgb"]
     for row in report.values():
         assert 0 < row["lowest"] <= row["decisions_per_second"] <= row["highest"]
@@ -584,14 +624,14 @@ def test_loading_without_stable_baselines3(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "agent.zip").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(AgentError, match=r"pip install 'nfd-env\[sb3\]'"):
-        load_agent(tmp_path / "agent.zip")
+        read_agent_spec(tmp_path / "agent.zip", trust=True)
 
 
 def test_the_agent_moves_with_its_file(trained: Path, counter_world: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "agent.safetensors", tmp_path / "other.safetensors")
     env = make(counter_world)
     scores = [
-        play_episodes(env, load_agent(path, env), 3, seed=1).scores
+        play_episodes(env, load_player(path, env), 3, seed=1).scores
         for path in (trained / "agent.safetensors", tmp_path / "other.safetensors")
     ]
     assert np.array_equal(*scores)

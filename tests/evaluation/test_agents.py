@@ -13,21 +13,26 @@ import pytest
 import torch
 import yaml
 
-from agents.network import ActorCritic, AgentSpec, PolicyConfig
 from nfd_env.cli import main
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import (
-    PolicyPlayer,
+    AgentEvaluation,
+    AgentReport,
+    Scores,
     evaluate_agent,
     format_report,
-    load_player,
-    play_episodes,
+    longest_episode,
 )
+from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.models.weights import save_weights
+from nfd_env.players.load import agents_of, load_player
+from nfd_env.players.player import PolicyPlayer
+from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
 from nfd_env.sources.source import SourceError
 from nfd_env.video import read_mp4
 from nfd_env.worlds.checksums import write_checksums
+from nfd_env.worlds.format import read_spec
 from tests.counter_env import ENV_ID, read
 
 RIGHT = 2
@@ -52,8 +57,22 @@ def world(make_world: MakeWorld, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return edited(make_world(hazard_bias=-2.0), tmp_path_factory.mktemp("w") / "tiny", source)
 
 
+def evaluated(
+    agent: str, world: Path | str, episodes: int, seed: int = 0, folder: Any = None, **kwargs: Any
+) -> AgentReport:
+    given = {**CPU, "agent": agent, "world": str(world), "episodes": episodes, "seed": seed}
+    return evaluate_agent(AgentEvaluation(**{**given, **kwargs}), folder, progress=False)
+
+
+def scores_of(report: AgentReport) -> tuple[Scores, Scores]:
+    assert report.real is not None and report.learned is not None
+    return report.real, report.learned
+
+
 class Always:
     """Plays one action and notes what it sees first of each episode."""
+
+    spec = None
 
     def __init__(self, action: int = RIGHT) -> None:
         self.action, self.seen, self.beginnings = action, [], []
@@ -130,24 +149,45 @@ def test_random_keys_need_no_pictures(world: Path, monkeypatch: pytest.MonkeyPat
         raise AssertionError("a frame was decoded for a player that does not look")
 
     monkeypatch.setattr("nfd_env.inference.world_model.WorldModel.decode", decode)
-    report = evaluate_agent("random", str(world), 2, **CPU, max_frames=9, progress=False)
-    assert len(report["learned"]["scores"]) == 2
+    report = evaluated("random", world, 2, max_frames=9)
+    assert report.learned is not None and len(report.learned.scores) == 2
 
 
 def test_the_sampling_of_the_learned_world(world: Path, distilled_world: Path) -> None:
-    common: dict[str, Any] = {**CPU, "max_frames": 5, "progress": False}
-    report = evaluate_agent("random", str(world), 1, temperature=1.5, history_level=0.4, **common)
-    assert report["sampling"]["temperature"] == 1.5 and report["sampling"]["history_level"] == 0.4
-    report = evaluate_agent("random", str(distilled_world), 1, dynamics="teacher", **common)
-    assert report["dynamics"] == "teacher" and report["sampling"]["steps"] == 3
+    report = evaluated("random", world, 1, temperature=1.5, history_level=0.4, max_frames=5)
+    assert report.sampling["temperature"] == 1.5 and report.sampling["history_level"] == 0.4
+    report = evaluated("random", distilled_world, 1, dynamics="teacher", max_frames=5)
+    assert report.dynamics == "teacher" and report.sampling["steps"] == 3
 
 
-def test_ends_in_a_thousand_frames(world: Path) -> None:
-    report = evaluate_agent("random", str(world), 4, **CPU, progress=False, frame_skip=2)
-    assert report["real"]["ends_per_1000_frames"] == pytest.approx(1000 / 12)
-    assert report["real"]["ends_standard_error"] == pytest.approx(1000 / 12 / 2)
-    cut = evaluate_agent("random", str(world), 4, **CPU, progress=False, max_frames=5)
-    assert cut["real"]["ends_per_1000_frames"] == 0 and cut["real"]["truncated"] == 4
+def test_lengths_and_ends(world: Path) -> None:
+    real, _ = scores_of(evaluated("random", world, 4, frame_skip=2))
+    assert real.ends_per_1000_frames == pytest.approx(1000 / 12)
+    assert real.ends_error == pytest.approx(1000 / 12 / 2)
+    assert real.length == 12 and real.length_error == 0
+    cut, _ = scores_of(evaluated("random", world, 4, max_frames=5))
+    assert cut.ends_per_1000_frames == 0 and cut.truncated == 4 and cut.length == 5
+
+
+def test_a_summary_of_episodes() -> None:
+    played = Episodes(
+        np.array([1.0, 3.0, 8.0]), np.array([2, 4, 6]), np.array([False, True, False]), []
+    )
+    row = Scores.of(played, 4, threshold=2.0)
+    assert (row.mean, row.median, row.min, row.max) == (4.0, 3.0, 1.0, 8.0)
+    assert row.sd == pytest.approx(np.sqrt(13)) and row.standard_error == pytest.approx(
+        np.sqrt(13 / 3)
+    )
+    assert row.share_above_threshold == pytest.approx(2 / 3)
+    assert row.length == 16 and row.length_error == pytest.approx(8 / np.sqrt(3))
+    assert row.truncated == 1 and row.decisions == 12
+    assert row.ends_per_1000_frames == pytest.approx(1000 * 2 / 48)
+
+
+def test_the_longest_episode_is_the_worlds(world: Path, tmp_path: Path) -> None:
+    limited = edited(world, tmp_path / "w", {}, max_episode_steps=7)
+    assert evaluated("random", limited, 1).settings.max_frames == 7
+    assert longest_episode(read_spec(world)) == 60 * 35  # a minute
 
 
 def test_truncation_and_frame_skip_are_the_same_on_both_sides(world: Path) -> None:
@@ -161,70 +201,69 @@ def test_truncation_and_frame_skip_are_the_same_on_both_sides(world: Path) -> No
 
 
 def test_both_distributions_the_gap_and_a_film(world: Path, tmp_path: Path) -> None:
-    report = evaluate_agent(
-        "random", str(world), 5, 1, tmp_path, **CPU, num_envs=3, max_frames=20, threshold=0.0
-    )
-    for side in ("real", "learned"):
-        scores = np.array(report[side]["scores"])
-        assert len(scores) == 5 and len(set(scores)) > 1
-        assert report[side]["mean"] == pytest.approx(scores.mean())
-        assert report[side]["sd"] == pytest.approx(scores.std(ddof=1))
-        assert report[side]["share_above_threshold"] == (scores > 0).mean()
-    gap = report["learned"]["mean"] - report["real"]["mean"]
-    assert report["gap"]["mean"] == pytest.approx(gap)
-    assert 0 < report["gap"]["kolmogorov_smirnov"] <= 1
-    film = read_mp4(report["video"])
+    few: dict[str, Any] = {"num_envs": 3, "max_frames": 20}
+    report = evaluated("random", world, 5, 1, tmp_path, threshold=0.0, **few)
+    real, learned = scores_of(report)
+    for side in (real, learned):
+        assert len(side.scores) == 5 and len(set(side.scores)) > 1
+        assert side.share_above_threshold == (np.array(side.scores) > 0).mean()
+    assert report.gap is not None and 0 < report.gap.kolmogorov_smirnov <= 1
+    assert report.gap.mean == pytest.approx(learned.mean - real.mean)
+    assert report.gap.length == pytest.approx(learned.length - real.length)
+    film = read_mp4(report.video)
     assert len(film) >= 12  # as long as the real episode
     text = format_report(report)
     assert "| real game |" in text and "| learned world |" in text and "NO REAL" not in text
-    # The same seeds, the same scores.
-    again = evaluate_agent(
-        "random", str(world), 5, 1, **CPU, num_envs=3, max_frames=20, threshold=0.0
-    )
-    assert again["real"]["scores"] == report["real"]["scores"]
-    assert again["learned"]["scores"] == report["learned"]["scores"]
+    assert "above 0" in text
+    # The same seeds, the same scores; nobody asked for a threshold.
+    again = evaluated("random", world, 5, 1, **few)
+    assert [side.scores for side in scores_of(again)] == [real.scores, learned.scores]
+    assert "above" not in format_report(again)
 
 
-def test_the_agent_may_see_real_frames_as_the_tokenizer_renders_them(
-    world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    players: list[Always] = []
+SHOWN: list[np.ndarray] = []
 
-    def load(path: str, env: Any, greedy: bool) -> Any:
-        players.append(Always())
-        return players[-1]
 
-    monkeypatch.setattr("nfd_env.evaluation.agents.import_named", lambda name: load)
+class Watching:
+    """A policy that notes what it is shown."""
+
+    def reset(self, env: Any, rng: np.random.Generator) -> None:
+        SHOWN.clear()
+
+    def act(self, observation: np.ndarray) -> int:
+        SHOWN.append(observation.copy())
+        return RIGHT
+
+
+def test_the_agent_may_see_real_frames_as_the_tokenizer_renders_them(world: Path) -> None:
     shown = []
     for through in (False, True):
-        players.clear()
-        evaluate_agent(
-            "a.zip", str(world), 1, **CPU, obs_type="rgb", real_only=True, through_tokenizer=through
-        )
-        shown.append(players[-1].seen[3])
+        name = f"{__name__}:Watching"
+        evaluated(name, world, 1, real_only=True, through_tokenizer=through)
+        shown.append(SHOWN[3])
     env = RealVectorEnv(world, 1, **CPU)
-    expected = env.model.decode(env.model.encode(torch.from_numpy(shown[0]))).numpy()
+    expected = env.model.decode(env.model.encode(torch.from_numpy(shown[0][None]))).numpy()[0]
     assert not np.array_equal(*shown) and np.array_equal(shown[1], expected)
 
 
 def test_a_policy_that_looks_inside_the_game(world: Path) -> None:
     name = f"{__name__}:NeedsTheGame"
     with pytest.raises(ValueError, match="more of the game than its frames.*--real-only"):
-        evaluate_agent(name, str(world), 2, **CPU, progress=False)
-    report = evaluate_agent(name, str(world), 3, **CPU, real_only=True, progress=False)
-    assert report["real"]["scores"] == [3.0] * 3
-    assert report["learned"] is None and "gap" not in report
+        evaluated(name, world, 2)
+    report = evaluated(name, world, 3, real_only=True)
+    assert report.real is not None and report.real.scores == [3.0] * 3
+    assert report.learned is None and report.gap is None
     assert "learned world" not in format_report(report)
 
 
 def test_without_the_real_game_that_is_said(world: Path, tmp_path: Path) -> None:
     folder = edited(world, tmp_path / "w", {"imports": ["gym_super_mario_bros"]})
-    report = evaluate_agent("random", str(folder), 2, **CPU, max_frames=5, progress=False)
-    assert report["real"] is None and len(report["learned"]["scores"]) == 2
+    report = evaluated("random", str(folder), 2, max_frames=5)
+    assert report.real is None and report.gap is None and report.learned is not None
     text = format_report(report)
     assert "NO REAL SCORE" in text and "pip install gym_super_mario_bros" in text
     with pytest.raises(SourceError, match="pip install gym_super_mario_bros"):
-        evaluate_agent("random", str(folder), 2, **CPU, real_only=True)
+        evaluated("random", str(folder), 2, real_only=True)
 
 
 # ------------------------------------------------------------------------------------- agent files
@@ -242,12 +281,26 @@ def saved(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_agent_file_says_how_it_plays(world: Path, saved: Path) -> None:
-    report = evaluate_agent(
-        str(saved), str(world), 3, **CPU, num_envs=2, max_frames=9, progress=False
-    )
-    assert (report["obs_type"], report["frame_skip"]) == ("latent", 2)
-    assert report["real"]["decisions"] == 3 * 5  # 9 frames, two a decision
-    assert len(report["learned"]["scores"]) == 3
+    report = evaluated(str(saved), world, 3, num_envs=2, max_frames=9)
+    assert (report.settings.obs_type, report.settings.frame_skip) == ("latent", 2)
+    real, learned = scores_of(report)
+    assert real.decisions == 3 * 5  # 9 frames, two a decision
+    assert len(learned.scores) == 3
+
+
+def test_agents_lie_beside_their_world(world: Path, saved: Path, tmp_path: Path) -> None:
+    folder = edited(world, tmp_path / "w", {})
+    (folder / "agents").mkdir()
+    shutil.copy(saved, folder / "agents" / "good.safetensors")
+    assert evaluated("good", folder, 1, max_frames=4).settings.obs_type == "latent"
+    assert list(agents_of(folder)) == ["good"]
+    with pytest.raises(ValueError, match=r"unknown agent 'bad'.*\(.*doom_take_cover.*, good\)"):
+        evaluated("bad", folder, 1)
+    # An agent says which world it plays, where that comes with the package.
+    with pytest.raises(ValueError, match="trained in the world Tiny, which does not come with"):
+        evaluated(str(saved), "", 1)
+    with pytest.raises(ValueError, match="random does not say which world"):
+        evaluated("random", "", 1)
 
 
 def test_a_player_of_a_file_or_a_policy(world: Path, saved: Path) -> None:
@@ -263,35 +316,33 @@ def test_an_agent_of_something_else(
 ) -> None:
     other = edited(world, tmp_path / "other", {}, name="Elsewhere")
     with pytest.raises(ValueError, match="for the world Tiny, this is Elsewhere"):
-        evaluate_agent(str(saved), str(other), 1, **CPU)
+        evaluated(str(saved), str(other), 1)
     wider = make_world(action_space={"type": "Discrete", "n": 4, "start": 0})
     with pytest.raises(ValueError, match="for the action space"):
-        evaluate_agent(str(saved), str(wider), 1, **CPU)
+        evaluated(str(saved), str(wider), 1)
     with pytest.raises(ValueError, match="observations of type latent, this is rgb"):
-        evaluate_agent(str(saved), str(world), 1, **CPU, obs_type="rgb", frame_skip=2)
+        evaluated(str(saved), world, 1, obs_type="rgb", frame_skip=2)
     with pytest.raises(ValueError, match="frame skip of 2, this is 1"):
-        evaluate_agent(str(saved), str(world), 1, **CPU, obs_type="latent")
+        evaluated(str(saved), world, 1, frame_skip=1)
 
 
 def test_agents_that_cannot_be_loaded(world: Path, saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no_such.load:it.*from the folder of a clone"):
-        evaluate_agent(str(saved), str(world), 1, **CPU, loader="no_such.load:it")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(saved.read_bytes()[:100])
     for name, message in (
         (str(damaged), "damaged"),
         (str(tmp_path / "none.safetensors"), "no such"),
         (str(tmp_path / "none.zip"), "no such file"),
-        ("a_policy", "unknown policy 'a_policy'"),
+        ("a_policy", "unknown agent 'a_policy'"),
         ("no.such:Class", "cannot be imported"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_agent(name, str(world), 1, **CPU, progress=False)
+            evaluated(name, world, 1)
     with pytest.raises(ValueError, match="acts on frames and cannot take obs_type='latent'"):
-        evaluate_agent("random", str(world), 1, **CPU, obs_type="latent")
-    for wrong in ({"episodes": 0}, {"max_frames": 0}):
+        evaluated("random", world, 1, obs_type="latent")
+    for wrong in ({"episodes": 0}, {"max_frames": -1}, {"frame_skip": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
-            evaluate_agent("random", str(world), **CPU, **wrong)
+            evaluated("random", world, **{"episodes": 1, **wrong})
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +351,7 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["real"]["scores"]) == len(report["learned"]["scores"]) == 2
-    assert Path(report.pop("video")).is_file()
+    assert Path(report["video"]).is_file()
     assert json.loads((tmp_path / "eval_agent.json").read_text()) == report
     assert main([*arguments, "--agent-arg", "low"]) == 1
     assert "--agent-arg takes KEY=VALUE" in capsys.readouterr().err

@@ -5,10 +5,9 @@ import pytest
 
 from nfd_env.play import engine as engine_module
 from nfd_env.play import session as session_module
-from nfd_env.play.agents import load_agent
 from nfd_env.play.engine import Engine
 from nfd_env.play.game import Sampling
-from nfd_env.play.session import ControlError, Session
+from nfd_env.play.session import ControlError, Session, agent_for
 from tests.play.scroll_game import ScrollGame
 
 
@@ -198,7 +197,7 @@ def test_speculation_and_the_teacher_are_chosen_while_playing():
 
 def test_the_agent_takes_over_and_gives_back():
     game = ScrollGame(1, fps=200)
-    agent = load_agent(lambda frame: np.int64(1), game.keymap.space)
+    agent = agent_for(game, lambda frame: np.int64(1))
     seat = Seat(Engine(game), agent=agent)
     seat.play(3)
     seat.session.control("agent", True)
@@ -212,7 +211,7 @@ def test_the_agent_takes_over_and_gives_back():
 @pytest.mark.parametrize("agent", [lambda frame: 1 // 0, lambda frame: 99])
 def test_an_agent_that_fails_gives_back_and_the_play_goes_on(agent):
     game = ScrollGame(1, fps=200)
-    seat = Seat(Engine(game), agent=load_agent(agent, game.keymap.space))
+    seat = Seat(Engine(game), agent=agent_for(game, agent))
     seat.session.control("agent", True)
     seat.session.press("left")
     seat.play(4)
@@ -232,12 +231,13 @@ def test_resets_asked_for_at_once_are_one():
 
 
 def test_agents_by_name():
-    space = ScrollGame(1).keymap.space
-    chosen = {load_agent("random", space)(np.zeros((4, 4, 3), np.uint8)) for _ in range(3)}
+    game = ScrollGame(1)
+    assert agent_for(game, None) is None
+    chosen = {agent_for(game, "random")(np.zeros((4, 4, 3), np.uint8)) for _ in range(3)}
     assert chosen <= {0, 1, 2}
     for wrong in ("nobody", "no.such:Thing", "/no/such/agent.zip"):
         with pytest.raises(ValueError):
-            load_agent(wrong, space)
+            agent_for(game, wrong)
 
 
 def test_after_the_end_the_next_episode_begins(monkeypatch):

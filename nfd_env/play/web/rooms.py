@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nfd_env.play.agents import load_agent
 from nfd_env.play.engine import Engine, Player
 from nfd_env.play.game import Game
+from nfd_env.play.session import agent_for
+from nfd_env.players.frames import FramePlayer
 
 log = logging.getLogger(__name__)
 
@@ -21,15 +22,22 @@ class Room:
 
     game: Game
     engine: Engine
-    agent: Any
+    agent: FramePlayer | None
 
 
 class Rooms:
     """All of them, by the name of the world."""
 
-    def __init__(self, games: Mapping[str, Callable[[int], Game]], seats: int, agent: Any) -> None:
+    def __init__(
+        self,
+        games: Mapping[str, Callable[[int], Game]],
+        seats: int,
+        agent: Any,
+        trust: bool = False,
+    ) -> None:
         """Offer ``games``, each with so many seats; ``agent`` is of the first one at least."""
-        self._games, self._seats, self._agent = dict(games), seats, agent
+        self._games, self._seats = dict(games), seats
+        self._agent, self._trust = agent, trust
         self._open: dict[str, Room] = {}
         self._making: dict[str, asyncio.Lock] = {}
 
@@ -63,14 +71,13 @@ class Rooms:
     def _make(self, name: str, make: Callable[[int], Game]) -> Room:
         game = make(self._seats)
         agent = None
-        if self._agent is not None:
-            try:
-                agent = load_agent(self._agent, game.keymap.space)
-            except ValueError as error:
-                # It was made for the world that was named; the others are only offered beside it.
-                if name == self.names[0]:
-                    raise
-                log.warning("world %s is played without the agent: %s", name, error)
+        try:
+            agent = agent_for(game, self._agent, self._trust)
+        except ValueError as error:
+            # It was made for the world that was named; the others are only offered beside it.
+            if name == self.names[0]:
+                raise
+            log.warning("world %s is played without the agent: %s", name, error)
         return Room(game, Engine(game), agent)
 
     def of(self, player: Player) -> Room | None:

@@ -53,6 +53,7 @@ class PlayServer:
         origins: Sequence[str] = (),
         limits: Limits | None = None,
         agent: Any = None,
+        trust: bool = False,
         encoders: int = 1,
     ) -> None:
         """Prepare; ``start`` binds.
@@ -66,7 +67,8 @@ class PlayServer:
             origins: addresses that the page may be opened at beside the server's own, such as
                 "https://hub.example.org": those of a proxy.
             limits: see ``Limits``.
-            agent: whom players can hand over to, see ``load_agent``.
+            agent: whom players can hand over to, see ``nfd_env.players.frames.FramePlayer``.
+            trust: see there.
             encoders: threads that compress pictures.
 
         Raises:
@@ -86,7 +88,7 @@ class PlayServer:
             self._access = Access(host, token, origins)
         except ValueError as error:
             raise ServeError(str(error)) from None
-        self.rooms = Rooms(games, self.limits.clients, agent)
+        self.rooms = Rooms(games, self.limits.clients, agent, trust)
         self._clients: set[Client] = set()
         self._encoder = ThreadPoolExecutor(encoders, "jpeg")
         self._films = ThreadPoolExecutor(1, "film")
@@ -227,7 +229,9 @@ class PlayServer:
             if room is None:
                 return socket
             game = room.game
-            session = Session(game.keymap, game.default_sampling, game.steps_of, room.agent)
+            # Which remembers an episode of its own.
+            agent = room.agent and room.agent.fork()
+            session = Session(game.keymap, game.default_sampling, game.steps_of, agent)
             if not client.sit(session, room.engine, _seed_number(request.query.get("seed"))):
                 await self._say_full(socket)
                 return socket
@@ -333,6 +337,7 @@ def serve(
     speculative_frames: int = 1,
     dynamics: str | None = None,
     agent: Any = None,
+    trust: bool = False,
     idle_seconds: float = 180.0,
     ready: Callable[[PlayServer], None] | None = None,
 ) -> None:
@@ -354,7 +359,8 @@ def serve(
         speculative_frames: frames drawn jointly while the action is kept; with 1 players can still
             switch to 2.
         dynamics: "student" or "teacher"; None for the world's default. Players can switch.
-        agent: whom players can hand over to, see ``nfd_env.play.agents.load_agent``.
+        agent: whom players can hand over to, see ``nfd_env.players.frames.FramePlayer``.
+        trust: see there.
         idle_seconds: a player without any input for so long loses the slot.
         ready: called once the page can be opened.
 
@@ -385,6 +391,7 @@ def serve(
             connections_each=max(usual.connections_each, 8 * max_clients),
         ),
         agent=agent,
+        trust=trust,
     )
 
     async def main() -> None:

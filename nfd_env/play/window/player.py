@@ -9,12 +9,11 @@ from typing import Any
 
 import gymnasium
 
-from nfd_env.play.agents import load_agent
 from nfd_env.play.engine import Engine, Shown
 from nfd_env.play.game import EnvGame, Game
 from nfd_env.play.keys import Keymap, key_name
 from nfd_env.play.recording import display_size
-from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
+from nfd_env.play.session import SPEEDS, ControlError, Session, agent_for, sampling_choices
 from nfd_env.play.window.display import import_pygame, open_display
 from nfd_env.play.window.files import Files
 from nfd_env.play.window.gamepad import Gamepads
@@ -42,6 +41,7 @@ class KeyboardPlayer:
         scale: float | None = None,
         seed: int | None = None,
         agent: Any = None,
+        trust: bool = False,
         record: str | Path | None = None,
         save: str | Path | None = None,
         source: dict[str, Any] | None = None,
@@ -57,7 +57,8 @@ class KeyboardPlayer:
             fps: steps a second; None for the environment's own rate.
             scale: size of the window, 1 for about 480 pixels of height; None to fit.
             seed: of the first episode; None for a random one.
-            agent: whom to hand over to, see ``load_agent``.
+            agent: whom to hand over to, see ``nfd_env.players.frames.FramePlayer``.
+            trust: see there.
             record: an MP4 file that is written from the start.
             save: folder of a data set that the play is appended to from the start.
             source: source section of that data set, plain values.
@@ -77,12 +78,11 @@ class KeyboardPlayer:
             self.game: Game = EnvGame(game, keymap, fps)
         else:
             self.game = game
-        space = self.game.keymap.space
         self.session = Session(
             self.game.keymap,
             self.game.default_sampling,
             self.game.steps_of,
-            agent=None if agent is None else load_agent(agent, space),
+            agent=agent_for(self.game, agent, trust),
             drafts=self._threaded,
         )
         self.engine = Engine(self.game)
@@ -258,6 +258,7 @@ def play(
     record: str | Path | None = None,
     save: str | Path | None = None,
     agent: Any = None,
+    trust: bool = False,
     max_episode_steps: int | None = None,
     max_frames: int | None = None,
     on_shown: Callable[[Shown], None] | None = None,
@@ -275,7 +276,8 @@ def play(
         dynamics: "student" or "teacher"; None for the world's default. A key switches.
         record: an MP4 file to write.
         save: folder of a data set to append the play to.
-        agent: whom F10 hands over to, see ``nfd_env.play.agents.load_agent``.
+        agent: whom F10 hands over to, see ``nfd_env.players.frames.FramePlayer``.
+        trust: see there.
         max_episode_steps: episodes are cut off there; None for the world's default.
         max_frames: stop after so many pictures.
         on_shown: called with every picture that the window shows.
@@ -303,6 +305,7 @@ def play(
         scale=scale,
         seed=seed,
         agent=agent,
+        trust=trust,
         record=record,
         save=save,
         source=config.to_dict(slots.spec.source),

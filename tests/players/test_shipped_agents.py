@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from agents.load import load_agent
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.players.load import load_player, read_agent_spec, shipped_agents
 
-AGENTS = sorted((Path(__file__).parents[2] / "agents").glob("*.safetensors"))
+AGENTS = sorted(shipped_agents())
 
 
-@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
-def test_it_plays_the_shipped_world(path: Path) -> None:
-    obs_type = load_agent(path).spec.obs_type
+@pytest.mark.parametrize("name", AGENTS)
+def test_it_plays_the_shipped_world(name: str) -> None:
+    spec = read_agent_spec(name)
+    assert spec is not None and spec.trained_in == "world"
+    obs_type = spec.obs_type
     env = NFDVectorEnv(
         "DoomTakeCover", 2, "cpu", obs_type=obs_type, frame_skip=4, output="torch", precision="fp32"
     )
-    agent = load_agent(path, env)
-    assert agent.spec.trained_in == "world"
+    agent = load_player(name, env)
     agent.reset(2, seed=0)
     observation, _ = env.reset(seed=0)
     taken = []

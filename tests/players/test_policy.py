@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Independent, Normal
 
-from agents.network import (
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.models.weights import load_weights, save_weights
+from nfd_env.players.policy import (
     ActorCritic,
     AgentError,
     AgentSpec,
@@ -22,7 +26,6 @@ from agents.network import (
     new_stack,
     push,
 )
-from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.spaces import space_from_dict, space_to_dict
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -54,15 +57,57 @@ def policy(space: spaces.Space | None = None, **kwargs: Any) -> ActorCritic:
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_actions_lie_in_the_space(space: spaces.Space) -> None:
     network, stack = policy(space), torch.randn(64, 3, 4, 4, 6)
-    action, log_prob, value = network.act(stack)
+    raw, log_prob, value = network.act(stack)
+    action = network.playable(raw)
     assert action.shape == (64, *space.shape) and value.shape == (64,)
     assert all(a.numpy().astype(space.dtype) in space for a in action)
-    again, entropy, same_value = network.evaluate(stack, action)
+    again, entropy, same_value = network.evaluate(stack, raw)
     torch.testing.assert_close(again, log_prob)
     torch.testing.assert_close(same_value, value)
-    parts = network(stack)[0].split(network.sizes, -1)
+    parts = network(stack)[0].split(network.actions.sizes, -1)
     expected = sum(Categorical(logits=part).entropy() for part in parts)
     torch.testing.assert_close(entropy, expected)
+
+
+BOXES = [
+    spaces.Box(-1, 1, (2,)),
+    spaces.Box(np.array([-np.inf, 0, -np.inf]), np.array([np.inf, np.inf, -3.0]), dtype=np.float32),
+    spaces.Box(-0.1, 0.1, (2,), np.float64),
+    spaces.Box(-1e308, 1.7e308, (1,), np.float64),
+    spaces.Box(0, 255, (3,), np.uint8),
+    spaces.Box(2.0, 2.0, (1,)),
+]
+
+
+@pytest.mark.parametrize("space", BOXES, ids=str)
+def test_numbers_lie_in_the_box(space: spaces.Box) -> None:
+    network, stack = policy(space), torch.randn(64, 3, 4, 4, 6)
+    with torch.no_grad():
+        network.actions.log_std.fill_(1.0)  # so wide that bounds are reached
+    raw, log_prob, value = network.act(stack, generator=torch.Generator().manual_seed(0))
+    action = network.playable(raw)
+    assert all(a.numpy().astype(space.dtype) in space for a in action)
+    finite = np.isfinite(space.low) & np.isfinite(space.high) & (space.high > space.low)
+    for bound in (space.low, space.high):
+        reached = (action.numpy().astype(space.dtype) == bound).any(0)
+        assert reached[finite].all()
+    again, entropy, _ = network.evaluate(stack, raw)
+    torch.testing.assert_close(again, log_prob)
+    normal = Independent(Normal(network(stack)[0], network.actions.log_std.exp()), 1)
+    torch.testing.assert_close(log_prob, normal.log_prob(raw))
+    torch.testing.assert_close(entropy, normal.entropy())
+    greedy = network.playable(network.act(stack, greedy=True)[0])
+    assert all(a.numpy().astype(space.dtype) in space for a in greedy)
+    kept = load_saved(network)
+    torch.testing.assert_close(kept(stack)[0], network(stack)[0])
+    torch.testing.assert_close(kept.actions.log_std, network.actions.log_std)
+
+
+def load_saved(network: ActorCritic) -> ActorCritic:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "agent.safetensors"
+        save_weights(path, network, network.config)
+        return load_weights(path, ActorCritic, PolicyConfig)
 
 
 def test_only_the_chosen_observations_are_looked_at() -> None:
@@ -151,8 +196,6 @@ def test_acting_compiles_in_one_piece() -> None:
 
 
 def test_what_the_policy_cannot_take() -> None:
-    with pytest.raises(AgentError, match="use agents.train_sb3"):
-        policy(spaces.Box(-1, 1, (2,)))
     with pytest.raises(AgentError, match="rgb or latent observations with three axes"):
         policy(observation_shape=[7])
     with pytest.raises(AgentError, match="rgb or latent"):

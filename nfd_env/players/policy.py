@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gymnasium import spaces
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional
 
+from nfd_env.players.actions import action_head
 from nfd_env.spaces import space_from_dict, space_to_dict
 
 
@@ -53,9 +52,10 @@ class AgentSpec:
     def of(cls, env: Any, frame_stack: int, trained_in: str = "world") -> AgentSpec:
         """The spec of an agent for ``env``, a (real or learned) vector env of a world."""
         latent, features = env.obs_type != "rgb", env.obs_type == "features"
-        folder = env.world.folder
+        world = env.world
+        folder = Path() if world is None else world.folder  # the latter: frames of any other game
         return cls(
-            world=env.world.spec.name,
+            world="" if world is None else world.spec.name,
             obs_type=env.obs_type,
             observation_shape=list(env.single_observation_space.shape),
             action_space=space_to_dict(env.single_action_space),
@@ -178,31 +178,16 @@ class Trunk(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Policy and value of stacked observations, for Discrete, MultiDiscrete and MultiBinary."""
+    """Policy and value of stacked observations."""
 
     def __init__(self, config: PolicyConfig) -> None:
         """Build from ``config``.
 
         Raises:
-            AgentError: for an action or observation space that it cannot take.
+            AgentError: for an observation space that it cannot take.
         """
         super().__init__()
         self.config, spec = config, config.spec
-        space = space_from_dict(spec.action_space)
-        self.start: Tensor
-        if isinstance(space, spaces.Discrete):
-            self.sizes, start = [int(space.n)], [int(space.start)]
-        elif isinstance(space, spaces.MultiDiscrete):
-            self.sizes, start = space.nvec.tolist(), space.start.tolist()
-        elif isinstance(space, spaces.MultiBinary):
-            self.sizes, start = [2] * space.shape[0], [0] * space.shape[0]
-        else:
-            raise AgentError(
-                "the native PPO takes Discrete, MultiDiscrete and MultiBinary actions, "
-                f"not {space}; use agents.train_sb3"
-            )
-        self.register_buffer("start", torch.tensor(start), persistent=False)
-        self.single = isinstance(space, spaces.Discrete)
         shape = spec.observation_shape
         features = spec.obs_type == "features" and len(shape) == 1
         if features:
@@ -222,11 +207,17 @@ class ActorCritic(nn.Module):
             known = spec.observation_shape[0] - self._latent_size
             self.beside = nn.Linear(known, config.width, bias=False)
             nn.init.orthogonal_(self.beside.weight, 2**0.5)
-        self.actor = nn.Linear(config.width, sum(self.sizes))
+        self.actions = action_head(space_from_dict(spec.action_space))
+        self.actor = nn.Linear(config.width, self.actions.outputs)
         self.critic = nn.Linear(config.width, 1)
         for head, gain in ((self.actor, 0.01), (self.critic, 1.0)):
             nn.init.orthogonal_(head.weight, gain)
             nn.init.zeros_(head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.critic.weight.device
 
     def begin_with(self, other: ActorCritic) -> None:
         """Take over the weights of ``other``; where it sees more than that, it acts alike at first.
@@ -267,7 +258,7 @@ class ActorCritic(nn.Module):
         return stack if len(places) == stack.shape[1] else stack[:, places]
 
     def forward(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``look`` gives (B, k, *observation_shape) -> logits (B, all sizes), value (B,)."""
+        """What ``look`` gives (B, k, *observation_shape) -> outputs of the policy, value (B,)."""
         beside = None
         if self.config.spec.obs_type == "rgb":
             stack = stack.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
@@ -281,7 +272,7 @@ class ActorCritic(nn.Module):
     def act(
         self, stack: Tensor, greedy: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose actions.
+        """Choose raw actions; ``playable`` makes of them what an env takes.
 
         Args:
             stack: (B, k, *observation_shape), see ``look``.
@@ -289,33 +280,20 @@ class ActorCritic(nn.Module):
             generator: where the drawing's random numbers come from.
 
         Returns:
-            Actions (B, *action shape) of the action space, their log-probabilities and values (B,).
+            Raw actions (B, *action shape), their log-probabilities and values (B,).
         """
-        logits, value = self(stack)
-        scores = logits
-        if not greedy:
-            # The largest of logits plus Gumbel noise is a sample of their softmax.
-            uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-            scores = logits - (-uniform.clamp_min(1e-10).log()).log()
-        parts = scores.split(self.sizes, -1)
-        index = torch.stack([part.argmax(-1) for part in parts], -1)
-        log_prob, _ = self._log_prob(logits, index)
-        action = index + self.start
-        return action[..., 0] if self.single else action, log_prob, value
+        outputs, value = self(stack)
+        raw = self.actions.draw(outputs, greedy, generator)
+        return raw, self.actions.log_prob(outputs, raw)[0], value
 
-    def evaluate(self, stack: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability and entropy of given actions, and the value; each (B,)."""
-        logits, value = self(stack)
-        index = (action[..., None] if self.single else action) - self.start
-        return *self._log_prob(logits, index), value
+    def playable(self, raw: Tensor) -> Tensor:
+        """Raw actions -> actions of the action space, (B, *action shape)."""
+        return self.actions.playable(raw)
 
-    def _log_prob(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        log_prob, entropy = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits[:, 0])
-        for part, chosen in zip(logits.split(self.sizes, -1), index.unbind(-1), strict=True):
-            log_softmax = functional.log_softmax(part, -1)
-            log_prob = log_prob + log_softmax.gather(-1, chosen[:, None])[:, 0]
-            entropy = entropy - (log_softmax.exp() * log_softmax).sum(-1)
-        return log_prob, entropy
+    def evaluate(self, stack: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and entropy of given raw actions, and the value; each (B,)."""
+        outputs, value = self(stack)
+        return *self.actions.log_prob(outputs, raw), value
 
 
 def new_stack(observation: Tensor, count: int, context: Tensor | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Who plays: agents from files, behaviour policies and functions, behind one interface."""
