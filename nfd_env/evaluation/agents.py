@@ -268,7 +268,7 @@ def evaluate_agent(
         try:
             needs = getattr(policy, "real_kwargs", {})
             count = min(settings.real_envs, settings.episodes)
-            envs["real"] = RealVectorEnv(world, count, **common, **needs)
+            envs["real"] = RealVectorEnv(world, count, trust=settings.trust, **common, **needs)
         except SourceError as error:
             if settings.real_only:
                 raise
