@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from nfd_env.evaluation.agents import evaluate_agent, format_report
+from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent, format_report
 from nfd_env.sb3 import make_vec_env
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
@@ -31,12 +31,14 @@ agent.save(f"{args.out}/agent.zip")
 stacked.close()
 
 # What it is worth shows in the real game, not in the world that it learned in.
-report = evaluate_agent(
+evaluation = AgentEvaluation(
     f"{args.out}/agent.zip",
+    "DoomTakeCover",
     episodes=args.episodes,
-    folder=args.out,
     obs_type="latent",
     frame_skip=4,
     max_frames=args.max_frames,
+    trust=True,  # it is our own
 )
+report = evaluate_agent(evaluation, args.out)
 print(format_report(report))
