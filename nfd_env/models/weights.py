@@ -118,15 +118,12 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
         raise CheckpointError(f"{path}: holds no usable config: {error}") from None
     with neutral_torch():
         try:
-            # A config that asks for terabytes, or for millions of layers, costs nothing here.
-            most = _CALLS_A_TENSOR * (len(tensors) + 16)
-            with torch.device("meta"), _AtMost(most):
-                wanted = network_type(settings).state_dict()
-        except (ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
+            with _Bounded(tensors):
+                network = network_type(settings)
+        except (ValueError, ArithmeticError, RuntimeError, AssertionError, MemoryError) as error:
             raise CheckpointError(f"{path}: holds no usable config: {error}") from None
-        _check_fit(path, tensors, wanted)
-        network = network_type(settings).float()
-        network.load_state_dict(tensors)
+        _check_fit(path, tensors, network.state_dict())
+        network.float().load_state_dict(tensors)
     return network.eval()
 
 
@@ -205,20 +202,24 @@ class _NoRandomWeights(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _AtMost(TorchFunctionMode):
-    """Ends what calls torch more than ``calls`` times."""
+class _Bounded(TorchFunctionMode):
+    """Ends the making of a network that is far larger than its weights, before memory is full."""
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._left = calls
+        self._calls = _CALLS_A_TENSOR * (len(tensors) + 16)
+        self._numbers = 8 * sum(t.numel() for t in tensors.values()) + 10_000_000
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("it asks for far more layers than the file has tensors")
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        self._calls -= 1
+        if isinstance(made, Tensor) and not any(isinstance(a, Tensor) for a in args):
+            self._numbers -= made.numel()
+        if min(self._calls, self._numbers) < 0:
+            raise ValueError("it asks for a far larger network than the file has weights for")
+        return made
 
 
 @contextmanager
