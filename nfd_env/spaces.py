@@ -50,7 +50,9 @@ def space_to_dict(space: spaces.Space) -> dict[str, Any]:
 def space_from_dict(values: dict[str, Any]) -> spaces.Space:
     """The Gymnasium space that ``space_to_dict`` described."""
     kind = values.get("type")
-    dtypes = {"dtype": np.dtype(values["dtype"]).type} if "dtype" in values else {}
+    dtypes: dict[str, Any] = {}
+    if "dtype" in values:
+        dtypes["dtype"] = np.dtype(values["dtype"]).type
     if kind == "Discrete":
         return spaces.Discrete(values["n"], start=values["start"], **dtypes)
     if kind == "MultiDiscrete":
@@ -59,8 +61,8 @@ def space_from_dict(values: dict[str, Any]) -> spaces.Space:
         return spaces.MultiBinary(values["n"])
     if kind == "Box":
         dtype: Any = np.dtype(values.get("dtype", "float32"))
-        bounds = (np.array(values[bound], dtype) for bound in ("low", "high"))
-        return spaces.Box(*bounds, dtype=dtype)
+        low, high = (np.array(values[bound], dtype) for bound in ("low", "high"))
+        return spaces.Box(low, high, dtype=dtype)
     raise ValueError(f"unknown action space type {kind!r}")
 
 
@@ -86,6 +88,7 @@ class ActionCodec:
             self.width = self.shape[0]
             low, high = np.int64(0), np.int64(1)
         else:
+            assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
             low = np.asarray(space.start, np.int64)
             counts = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec)
             high = low + counts.astype(np.int64) - 1
@@ -172,8 +175,8 @@ class CountedFromZero:
             self._start = np.asarray(space.start, np.int64)
             self.space = spaces.MultiDiscrete(space.nvec.astype(np.int64))
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
-            bounds = (bound.astype(np.float32) for bound in (space.low, space.high))
-            self.space = spaces.Box(*bounds, dtype=np.float32)
+            low, high = (bound.astype(np.float32) for bound in (space.low, space.high))
+            self.space = spaces.Box(low, high, dtype=np.float32)
 
     def to_env(self, actions: Any) -> Any:
         """What the environment takes for ``actions``, (..., *shape), of the agent.

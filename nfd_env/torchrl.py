@@ -154,8 +154,8 @@ def _spec(space: spaces.Space, device: torch.device | None) -> TensorSpec:
     # TorchRL draws NaN where one bound is infinite.
     low = np.where(below, space.low, np.where(above, space.high, 0) - _FAR)
     high = np.where(above, space.high, np.where(below, space.low, 0) + _FAR)
-    bounds = (torch.as_tensor(bound, dtype=dtype, device=device) for bound in (low, high))
-    return Bounded(*bounds, shape, device, dtype)
+    low, high = (torch.as_tensor(bound, dtype=dtype, device=device) for bound in (low, high))
+    return Bounded(low, high, shape, device, dtype)
 
 
 def _expand(spec: TensorSpec, count: int) -> TensorSpec:

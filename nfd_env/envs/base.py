@@ -144,4 +144,4 @@ class WorldVectorEnv(VectorEnv):
         infos = self._output(infos)
         if self.output == "torch":
             return observation, reward, self._tensor(terminated), self._tensor(truncated), infos
-        return observation, reward.double().cpu().numpy(), terminated, truncated, infos
+        return observation, reward.cpu().double().numpy(), terminated, truncated, infos

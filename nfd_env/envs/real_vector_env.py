@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from nfd_env.envs import checks, guests
@@ -21,7 +21,7 @@ from nfd_env.envs.observing import observe
 from nfd_env.worlds.load import load_world, make_real
 
 
-class RealVectorEnv(WorldVectorEnv):
+class RealVectorEnv(WorldVectorEnv, VectorEnv):
     """Copies of the real game behind a world, with the interface of ``NFDVectorEnv``.
 
     An agent cannot tell the two apart but by the pictures: the frames go through the same crop and

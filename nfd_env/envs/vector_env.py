@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from nfd_env.envs import checks, guests
@@ -35,7 +35,7 @@ _MOST_SAMPLING_STEPS = 1000  # of the finest samplers in the literature
 _BITS = {"fp32": 32, "bf16": 16}
 
 
-class NFDVectorEnv(WorldVectorEnv):
+class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which looks no deeper
     """A batch of copies of a learned world, stepped together by one model.
 
     ## Description

@@ -56,16 +56,17 @@ class FrameRotation(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrameRotation:
         """Follow the module to other devices, but never to another precision."""
-        for name in ("space", "time_rates"):
-            buffer = getattr(self, name)
-            setattr(self, name, buffer.to(fn(buffer).device))
+        self.space = self.space.to(fn(self.space).device)
+        exact = "cpu" if self.space.device.type == "mps" else self.space.device  # no float64 there
+        self.time_rates = self.time_rates.to(exact)
         return self
 
     def forward(self, frames: Tensor) -> Tensor:
         """Frame numbers (B, F) -> float32 (B, F, P, 1, head width / 2, 2): cosine and sine."""
         assert isinstance(self.space, Tensor) and isinstance(self.time_rates, Tensor)
-        angles = frames[..., None, None].double() * self.time_rates  # (B, F, 1, time / 2)
-        time = torch.stack((angles.cos(), angles.sin()), -1).float()
+        numbers = frames[..., None, None].to(self.time_rates.device, torch.float64)
+        angles = numbers * self.time_rates  # (B, F, 1, time / 2)
+        time = torch.stack((angles.cos(), angles.sin()), -1).float().to(frames.device)
         shape = (*frames.shape, len(self.space), -1, 2)
         return torch.cat((time.expand(shape), self.space.expand(shape)), -2).unsqueeze(-3)
 
