@@ -106,6 +106,8 @@ class ActionCodec:
         wanted = (batch, *self.shape)
         if isinstance(actions, Tensor):
             tensor = actions.detach()
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                raise ValueError(f"actions of {self.space} must be a dense tensor with values")
         else:
             try:
                 tensor = torch.from_numpy(np.array(actions))

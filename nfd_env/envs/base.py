@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nfd_env.envs.checks import check_choice, check_room, check_whole
 from nfd_env.envs.observing import OBSERVATION_TYPES, OUTPUTS, observation_space, to_output
+from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World
 
 _LONGEST_SKIP = 10_000  # frames; minutes of any game, so that more is a slip
@@ -99,7 +100,7 @@ class WorldVectorEnv(VectorEnv):
             if len(values) != self.num_envs or any(v != values[0] for v in values):
                 raise ValueError(
                     f"{name} must be one value, or {self.num_envs} equal ones: the environments "
-                    f"of a batch are one object, got {values!r}"
+                    f"of a batch are one object, got {short(values)}"
                 )
             values = values[0]
         setattr(self, self._OF_ONE.get(name, name), values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nfd_env.inference.world_model import Context
+from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World
 from nfd_env.worlds.starts import load_starts
 
@@ -23,14 +24,16 @@ _ENCODED_AT_A_TIME = 64  # frames of a context
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}, got {short(value)}"
+        )
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """``value`` as an int; raises ValueError unless it is a whole number in the range."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {short(value)}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most}, got {value}")
     return int(value)
@@ -39,14 +42,14 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) 
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float; raises ValueError unless it is a real number."""
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {short(value)}")
     return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
     """``value`` as a bool; raises ValueError for anything else."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {short(value)}")
     return bool(value)
 
 
@@ -63,12 +66,20 @@ def check_room(name: str, value: int, size: int) -> None:
         )
 
 
+def as_array(name: str, value: Any) -> np.ndarray:
+    """``value`` as an array; raises ValueError for what cannot be one."""
+    try:
+        return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    except Exception:  # whatever __array__ of a foreign object raises
+        raise ValueError(f"{name} must be an array, got {short(value)}") from None
+
+
 def check_rows(rows: Sequence[int], num_envs: int) -> list[int]:
     """Numbers of environments as a list; raises ValueError when there is none or no such one."""
     try:
         listed = [check_whole("the number of an environment", r, 0, num_envs - 1) for r in rows]
     except TypeError:
-        raise ValueError(f"rows must be numbers of environments, got {rows!r}") from None
+        raise ValueError(f"rows must be numbers of environments, got {short(rows)}") from None
     if not listed:
         raise ValueError("rows must name at least one environment")
     return listed
@@ -80,10 +91,8 @@ def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
     Raises:
         ValueError: on what is no seed, or the wrong number of them.
     """
-    if isinstance(seed, Tensor):
-        seed = seed.cpu().numpy()
-    if isinstance(seed, np.ndarray):
-        seed = seed.tolist()
+    if isinstance(seed, Tensor | np.ndarray):
+        seed = as_array("seed", seed).tolist()
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, int | np.integer):
@@ -93,7 +102,7 @@ def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
     ):
         seeds = [None if s is None else int(s) for s in seed]
     else:
-        raise ValueError(f"a seed must be a whole number or one for each slot, got {seed!r}")
+        raise ValueError(f"a seed must be a whole number or one for each slot, got {short(seed)}")
     if len(seeds) != num_envs:
         raise ValueError(f"{len(seeds)} seeds were given for {num_envs} environments")
     if any(s is not None and s < 0 for s in seeds):
@@ -110,10 +119,10 @@ def check_options(options: Any, known: Sequence[str]) -> Mapping[str, Any]:
     if options is None:
         return {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"options must be a dict of {', '.join(known)}, got {options!r}")
+        raise ValueError(f"options must be a dict of {', '.join(known)}, got {short(options)}")
     for name in options:
         if name not in known:
-            raise ValueError(f"unknown reset option {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown reset option {short(name)}; known: {', '.join(known)}")
     return options
 
 
@@ -126,10 +135,7 @@ def check_mask(mask: Any, num_envs: int, begun: bool) -> np.ndarray:
     """
     if mask is None:
         return np.ones(num_envs, bool)
-    try:
-        mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-    except ValueError:
-        raise ValueError(f"reset_mask must be a bool array of shape ({num_envs},)") from None
+    mask = as_array("reset_mask", mask)
     if mask.shape != (num_envs,) or mask.dtype != bool:
         raise ValueError(
             f"reset_mask must be a bool array of shape ({num_envs},), got {mask.dtype} {mask.shape}"
@@ -156,12 +162,12 @@ def check_starts(
     if isinstance(starts, str | PathLike):
         return load_starts(starts, shape, width)
     if not isinstance(starts, Sequence):
-        raise ValueError(f"starts must be a file or a sequence of Contexts, got {starts!r}")
+        raise ValueError(f"starts must be a file or a sequence of Contexts, got {short(starts)}")
     if not len(starts):
         raise ValueError("starts must hold at least one recorded moment, or be None")
     for number, start in enumerate(starts):
         if not isinstance(start, Context):
-            raise ValueError(f"starts must be a file or Contexts, got {start!r}")
+            raise ValueError(f"starts must be a file or Contexts, got {short(start)}")
         parts = start.latents, start.actions
         if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
             raise ValueError(f"start {number} must hold tensors of floating-point numbers")
@@ -200,13 +206,13 @@ def chosen_contexts(
         whole = isinstance(start, int | np.integer) and not isinstance(start, bool)
         if not (whole and 0 <= int(start) < len(starts)):  # type: ignore[arg-type]
             raise ValueError(
-                f'start must be from 0 to {len(starts) - 1} or "beginning", got {start!r}'
+                f'start must be from 0 to {len(starts) - 1} or "beginning", got {short(start)}'
             )
         return [starts[int(start)]] * len(rows)
     if given is None:
         return [None] * len(rows)
     if not isinstance(given, Mapping | Sequence) or isinstance(given, str):
-        raise ValueError(f"context must be a mapping or a list of them, got {given!r}")
+        raise ValueError(f"context must be a mapping or a list of them, got {short(given)}")
     if isinstance(given, Mapping):  # the same for all, encoded once
         return [encoded_context(world, given)] * len(rows)
     if len(given) != num_envs:
@@ -228,7 +234,9 @@ def encoded_context(world: World, entry: Any) -> Context:
     """
     if not isinstance(entry, Mapping) or "frames" not in entry:
         raise ValueError('a context is {"frames": (T, H, W, 3), "actions": (T-1, ...)}')
-    frames, actions = (_array(entry.get(name), name) for name in ("frames", "actions"))
+    frames = as_array("context frames", entry["frames"])
+    given = entry.get("actions")
+    actions = np.atleast_1d(as_array("context actions", () if given is None else given))
     height, width = world.spec.frame_size
     if frames.ndim != 4 or frames.shape[1:] != (height, width, 3) or not len(frames):
         raise ValueError(
@@ -248,11 +256,3 @@ def encoded_context(world: World, entry: Any) -> Context:
         into[1:] = codec.encode(codec.check(actions, len(actions)))
     parts = torch.from_numpy(frames.copy()).split(_ENCODED_AT_A_TIME)
     return Context(torch.cat([world.model.encode(part) for part in parts]), into)
-
-
-def _array(value: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-    except ValueError:
-        raise ValueError(f"context {name} must be an array, got a ragged list") from None
-    return np.zeros(0) if value is None else np.atleast_1d(array)

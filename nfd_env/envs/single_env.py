@@ -60,7 +60,7 @@ class NFDEnv(gymnasium.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start a new episode; see ``NFDVectorEnv`` for ``options``."""
-        if isinstance(seed, np.integer):
+        if isinstance(seed, np.integer | np.ndarray) and seed.ndim == 0:
             seed = int(seed)
         observation, info = self.vector.reset(seed=seed, options=options)
         super().reset(seed=seed)

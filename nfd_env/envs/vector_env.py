@@ -26,6 +26,7 @@ from nfd_env.inference.speculation import SpeculativeState, Speculator, check_fr
 from nfd_env.inference.world_model import Context
 from nfd_env.models.cache import may_look
 from nfd_env.models.captured import CapturedCall
+from nfd_env.sources.spec import short
 from nfd_env.worlds.load import load_world
 
 _START = 0x5354  # separates the choice of a start from the noise that follows it
@@ -187,12 +188,14 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         except ValueError:
             raise ValueError(
                 f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, "
-                f"got {autoreset_mode!r}"
+                f"got {short(autoreset_mode)}"
             ) from None
         if not isinstance(world, str | PathLike):
-            raise ValueError(f"world must be a folder or the name of a world, got {world!r}")
+            raise ValueError(f"world must be a folder or the name of a world, got {short(world)}")
         if not isinstance(device, str | torch.device):
-            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {short(device)}")
+        checks.check_choice("precision", precision, ("auto", "fp32", "bf16"))
+        checks.check_choice("dynamics", dynamics, (None, "student", "teacher", "flow"))
         guests.settle(device)
         loaded = load_world(world, device, precision, dynamics)
         self._look_like(loaded, mode)
@@ -242,6 +245,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         for name, value in (("history_level", history_level), ("temperature", temperature)):
             if value is not None:
                 changed[name] = checks.check_number(name, value)
+        checks.check_choice("dynamics", dynamics, (None, "student", "teacher", "flow"))
         if dynamics not in (None, world.dynamics):
             world = load_world(world.folder, self.model.device, self.model.precision, dynamics)
         # A model of its own, of shared networks: envs may be stepped by threads beside each other.
@@ -263,7 +267,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
             ValueError: when ``limit`` is not above 0.
         """
         if not checks.check_number("the out-of-distribution limit", limit) > 0:
-            raise ValueError(f"the out-of-distribution limit must be above 0, got {limit!r}")
+            raise ValueError(f"the out-of-distribution limit must be above 0, got {short(limit)}")
         self._ood_limit = limit
         if self._ood_scale is None:
             real = torch.cat([start.latents for start in self.world.starts])
@@ -433,7 +437,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         """
         self._need_open()
         if not isinstance(state, EnvState):
-            raise ValueError(f"a state is what save_state() returned, got {state!r}")
+            raise ValueError(f"a state is what save_state() returned, got {short(state)}")
         if rows is not None:
             self._begun("restore_state() of some rows")
             listed = checks.check_rows(rows, self.num_envs)

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import SourceConfig, SourceError
+from nfd_env.sources.spec import SourceConfig, SourceError, short
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -125,7 +125,7 @@ class FrameObservation(gymnasium.Wrapper):
 
     def _parts(self, name: str, made: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
         if not isinstance(made, tuple) or len(made) != len(names):
-            raise self._error(f"{name}() must return ({', '.join(names)}), got {_short(made)}")
+            raise self._error(f"{name}() must return ({', '.join(names)}), got {short(made)}")
         return made
 
     def _number(self, name: str, value: Any) -> float:
@@ -135,7 +135,7 @@ class FrameObservation(gymnasium.Wrapper):
             if array.size != 1 or array.dtype.kind not in "buif":
                 raise ValueError
         except (TypeError, ValueError, RuntimeError):
-            raise self._error(f"the {name} must be one number, got {_short(value)}") from None
+            raise self._error(f"the {name} must be one number, got {short(value)}") from None
         number = float(array.reshape(-1)[0])
         if not math.isfinite(number) or abs(number) > _LARGEST:
             raise self._error(f"the {name} must be a finite number, got {number}")
@@ -224,8 +224,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
         return type(value)(_copied(part) for part in value)
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -49,3 +49,9 @@ class SourceConfig:
     display_aspect: float = 0.0
     action_names: list[str] = field(default_factory=list)
     keys: dict[str, list[str]] = field(default_factory=dict)
+
+
+def short(value: Any) -> str:
+    """``value`` in one line of an error message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

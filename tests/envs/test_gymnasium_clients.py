@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import warnings
@@ -257,3 +258,149 @@ def test_torchrl(endless_world: Path) -> None:
     env = GymEnv(ID, world=endless_world, obs_type="latent", **CPU)
     rollout = env.rollout(4)
     assert rollout["next", "observation"].shape == (4, 4, 4, 6)
+
+
+# -------------------------------------------------------- what clients ask of infos and names
+
+
+def same_kind(left: Any, right: Any) -> bool:
+    """The same keys, numpy types and shapes, through dicts."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_kind(left[k], right[k]) for k in left)
+    assert isinstance(left, np.ndarray | np.generic) and left.dtype != object
+    return (type(left), left.dtype, left.shape) == (type(right), right.dtype, right.shape)
+
+
+INFOS = [{}, {"ood": True, "context_observations": 2, "speculative_frames": 2, "frame_skip": 2}]
+
+
+@pytest.mark.parametrize("kwargs", INFOS, ids=["usual", "everything"])
+@pytest.mark.parametrize("obs_type", ["rgb", "features"])
+def test_infos_are_alike_at_reset_and_step(
+    endless_world: Path, kwargs: dict[str, Any], obs_type: str
+) -> None:
+    single = NFDEnv(endless_world, obs_type=obs_type, **kwargs, **CPU)
+    batch = NFDVectorEnv(endless_world, 3, obs_type=obs_type, **kwargs, **CPU)
+    wanted = {"hazard", "precision"} | ({"ood", "context", "speculation"} if kwargs else set())
+    for env, action in ((single, 1), (batch, [0, 1, 2])):
+        _, begun = env.reset(seed=0)
+        stepped = env.step(action)[4]
+        again = env.reset()[1]
+        assert {name for name in begun if name[0] != "_"} == wanted
+        assert same_kind(begun, stepped) and same_kind(begun, again)
+        assert np.all(begun["hazard"] == 0) and np.all(stepped["precision"] == 32)
+    assert type(single.step(1)[4]["hazard"]) is np.float32
+
+
+@pytest.mark.parametrize("kwargs", INFOS, ids=["usual", "everything"])
+def test_minari_records_infos(endless_world: Path, tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    minari = pytest.importorskip("minari")
+    pytest.importorskip("jax", reason="Minari records with jax: pip install 'minari[create]'")
+    env = gymnasium.make(ID, world=str(endless_world), max_episode_steps=3, **kwargs, **CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+        collector = minari.DataCollector(env, record_infos=True)
+        for episode in range(2):
+            collector.reset(seed=episode)
+            while not any(collector.step(collector.action_space.sample())[2:4]):
+                pass
+        collector.create_dataset("tests/tiny-v0")
+        (first, _) = minari.load_dataset("tests/tiny-v0").iterate_episodes()
+        collector.close()
+    assert first.infos["hazard"].shape == (4,) and first.infos["hazard"].dtype == np.float32
+
+
+def test_torchrl_reads_infos(endless_world: Path) -> None:
+    pytest.importorskip("torchrl")
+    from torchrl.envs import GymWrapper
+
+    env = GymWrapper(NFDEnv(endless_world, ood=True, **CPU)).auto_register_info_dict()
+    rollout = env.rollout(3)
+    assert rollout["next", "hazard"].shape[0] == 3 and rollout["next", "ood"].shape[0] == 3
+
+
+def test_attributes_by_name(endless_world: Path) -> None:
+    env = NFDVectorEnv(endless_world, 2, render_mode="rgb_array", **CPU)
+    env.reset(seed=3)
+    pictures = env.call("render")
+    assert len(pictures) == 2 and np.array_equal(np.stack(pictures), env.frames())
+    assert env.get_attr("action_space") == (env.single_action_space,) * 2
+    assert env.get_attr("np_random_seed") == (3, 4)
+    assert env.get_attr("frame_skip") == (1, 1)
+    env.set_attr("max_episode_steps", 1)
+    assert env.step([0, 0])[3].all()
+    env.set_attr("max_episode_steps", [5, 5])
+    assert env.max_episode_steps == 5
+    for values in ([5, 6], [5]):
+        with pytest.raises(ValueError, match="one value, or 2 equal ones"):
+            env.set_attr("max_episode_steps", values)
+    with pytest.raises(AttributeError, match="no_such"):
+        env.get_attr("no_such")
+
+
+def test_names_of_actions(endless_world: Path, make_world: Callable[..., Path]) -> None:
+    names = ["NOOP", "RIGHT", "LEFT"]
+    env = gymnasium.make(ID, world=endless_world, **CPU)
+    assert env.unwrapped.get_action_meanings() == names  # type: ignore[attr-defined]
+    batch = gymnasium.make_vec(ID, num_envs=2, world=endless_world, **CPU)
+    assert batch.unwrapped.call("get_action_meanings") == (names, names)  # type: ignore[attr-defined]
+    box = NFDEnv(make_world(action_space=SPACES[2]), **CPU)
+    with pytest.raises(ValueError, match="only actions of a Discrete space have names"):
+        box.get_action_meanings()
+
+
+def test_ataris_wrappers_go_on(endless_world: Path) -> None:
+    atari = pytest.importorskip("stable_baselines3.common.atari_wrappers")
+    env = gymnasium.make(ID, world=endless_world, **CPU)
+    env = atari.ClipRewardEnv(atari.MaxAndSkipEnv(atari.NoopResetEnv(env, noop_max=3), skip=2))
+    env.reset(seed=0)
+    assert env.step(1)[0].shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("skip", [1, 4, 7, 100])
+def test_a_whole_frame_rate(endless_world: Path, skip: int) -> None:
+    for env in (
+        NFDEnv(endless_world, frame_skip=skip, **CPU),
+        NFDVectorEnv(endless_world, 2, frame_skip=skip, **CPU),
+    ):
+        fps = env.metadata["render_fps"]
+        assert type(fps) is int and fps == max(1, round(35 / skip))
+
+
+def test_a_closed_env_says_so(endless_world: Path) -> None:
+    single, batch = NFDEnv(endless_world, **CPU), NFDVectorEnv(endless_world, 2, **CPU)
+    single.reset(seed=0), batch.reset(seed=0)
+    state = batch.save_state()
+    single.close(), batch.close()
+    single.close()  # twice does no harm
+    calls: list[Callable[[], Any]] = [
+        lambda: single.step(0),
+        lambda: single.reset(),
+        lambda: single.render(),
+        lambda: batch.step([0, 0]),
+        lambda: batch.reset(),
+        lambda: batch.save_state(),
+        lambda: batch.restore_state(state),
+        lambda: batch.take([0]),
+    ]
+    for call in calls:
+        with pytest.raises(gymnasium.error.ClosedEnvironmentError, match="was closed"):
+            call()
+
+
+def test_help_shows_the_arguments_of_the_single_env() -> None:
+    parameters = inspect.signature(NFDEnv).parameters
+    whole = inspect.signature(NFDVectorEnv).parameters
+    assert list(parameters) == [n for n in whole if n not in ("num_envs", "autoreset_mode")]
+    assert parameters["temperature"].default is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("sampling_step", "did you mean 'sampling_steps'"), ("num_envs", ""), ("x", "see help")],
+)
+def test_unknown_arguments(endless_world: Path, name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'.*{hint}"):
+        NFDEnv(endless_world, "cpu", **{name: 1})
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'.*{hint}"):
+        gymnasium.make(ID, world=endless_world, **{name: 1})

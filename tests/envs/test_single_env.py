@@ -54,11 +54,20 @@ def test_an_ended_episode_must_be_reset(tiny_world: Path) -> None:
     env.step(0)
 
 
-@pytest.mark.parametrize("action", [2, np.int64(2), np.array(2), torch.tensor(2)])
+@pytest.mark.parametrize(
+    "action", [2, np.int64(2), np.array(2), np.array([2]), torch.tensor(2), torch.tensor([2])]
+)
 def test_forms_of_an_action(endless_world: Path, action: Any) -> None:
     env, expected = make(endless_world), make(endless_world)
     env.reset(seed=0), expected.reset(seed=0)
     assert np.array_equal(env.step(action)[0], expected.step(2)[0])
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.array(3), 3])
+def test_forms_of_a_seed(endless_world: Path, seed: Any) -> None:
+    env, expected = make(endless_world), make(endless_world)
+    assert np.array_equal(env.reset(seed=seed)[0], expected.reset(seed=3)[0])
+    assert env.np_random.random() == expected.np_random.random()
 
 
 @pytest.mark.parametrize("action", [3, -1, 1.0, [1], None, "left", [[1], [0, 1]]])

@@ -667,6 +667,88 @@ def test_states_that_do_not_fit(endless_world: Path) -> None:
         make(endless_world).restore_state(state.take([0]), rows=[0])
 
 
+@pytest.mark.parametrize("rows", [[-1], [3], [0.0], [True], [], 1, None.__class__])
+def test_wrong_rows_change_nothing(endless_world: Path, rows: Any) -> None:
+    env, acts = make(endless_world), actions(3, 3)
+    env.reset(seed=9)
+    other = env.save_state([1])
+    env.reset(seed=0)
+    expected = play(env, acts)
+    env.reset(seed=0)
+    for wrong in (
+        lambda: env.restore_state(other, rows),
+        lambda: env.save_state(rows),
+        lambda: env.take(rows),
+        lambda: env.frames(rows),
+    ):
+        with pytest.raises(ValueError, match="environment"):
+            wrong()
+    with pytest.raises(ValueError, match="a state is what save_state"):
+        env.restore_state({"frame": 3})  # type: ignore[arg-type]
+    assert env.np_random_seed == (0, 1, 2)
+    assert same(play(env, acts), expected)
+
+
+# -------------------------------------------------------------------------------- changed sampling
+
+
+def test_sampling_changes_in_place(distilled_world: Path) -> None:
+    """As in an env that was made with it, from the next step on."""
+    acts = actions(3, 4)
+    settings: list[dict[str, Any]] = [
+        {"sampling_steps": 3},
+        {"temperature": 1.5, "history_level": 0.4},
+        {"dynamics": "teacher"},
+        {"dynamics": "teacher", "sampling_steps": 2},
+        {"dynamics": "student", "temperature": 1.0},
+    ]
+    env = make(distilled_world)
+    for changed in settings:
+        fresh = make(distilled_world, **changed)
+        env = make(distilled_world)
+        env.reset(seed=0)
+        play(env, acts)
+        env.set_sampling(**changed)
+        assert same(env.reset(seed=5)[0], fresh.reset(seed=5)[0])
+        assert same(play(env, acts), play(fresh, acts))
+    env.set_sampling(temperature=2.0)
+    assert env.world.model.sampling.temperature == 1.0  # the world keeps its own
+
+
+def test_a_branch_has_sampling_of_its_own(endless_world: Path) -> None:
+    env, undisturbed, acts = make(endless_world), make(endless_world), actions(3, 3)
+    env.reset(seed=0), undisturbed.reset(seed=0)
+    branch, plain = env.take([1, 1]), env.take([1, 1])
+    branch.set_sampling(sampling_steps=4, temperature=1.7)
+    left, right = branch.step([1, 2])[0], plain.step([1, 2])[0]
+    assert not close(left, right) and np.isfinite(left).all()
+    assert same(play(env, acts), play(undisturbed, acts))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sampling_steps": 0}, "sampling_steps"),
+        ({"sampling_steps": 10**9}, "sampling_steps must be at most 1000"),
+        ({"temperature": "x"}, "temperature must be a number, got 'x'"),
+        ({"temperature": -1.0}, "temperature must be above 0"),
+        ({"history_level": [1]}, "history_level must be a number"),
+        ({"dynamics": "teacher"}, "has: flow"),
+        ({"dynamics": 3}, "dynamics must be one of"),
+    ],
+)
+def test_wrong_sampling_changes_nothing(
+    endless_world: Path, changed: dict[str, Any], message: str
+) -> None:
+    env, undisturbed, acts = make(endless_world), make(endless_world), actions(3, 3)
+    env.reset(seed=0), undisturbed.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.set_sampling(**{"sampling_steps": 3, **changed})
+    with pytest.raises(ValueError, match=message):
+        make(endless_world, **changed)
+    assert same(play(env, acts), play(undisturbed, acts))
+
+
 # ------------------------------------------------------------------------------ starts and context
 
 
@@ -755,6 +837,9 @@ GOOD = frames_and_actions(3)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (5, "options must be a dict of context, start, reset_mask, got 5"),
+        ({3: GOOD, "start": 1}, "unknown reset option 3"),
+        ({"context": {"frames": [[1], [1, 2]]}}, "frames must be an array"),
         ({"contxt": GOOD}, "unknown reset option 'contxt'"),
         ({"context": GOOD, "start": 0}, "either.*not both"),
         ({"start": 6}, 'start must be from 0 to 5 or "beginning", got 6'),
@@ -852,6 +937,16 @@ def test_the_first_reset_is_of_every_environment(
         ({"render_mode": "human"}, "render_mode must be one of"),
         ({"autoreset_mode": "Sometimes"}, "autoreset_mode must be one of"),
         ({"precision": "fp64"}, "precision must be"),
+        ({"num_envs": True}, "num_envs must be a whole number"),
+        ({"num_envs": 10**9}, "num_envs=1000000000 needs .* GiB"),
+        ({"frame_skip": 10**9}, "frame_skip must be at most"),
+        ({"context_observations": 10**9}, "context_observations must be at most 4096"),
+        ({"temperature": "x"}, "temperature must be a number, got 'x'"),
+        ({"history_level": None.__class__}, "history_level must be a number"),
+        ({"ood": 1}, "ood must be True or False"),
+        ({"starts": 5}, "starts must be a file or a sequence of Contexts, got 5"),
+        ({"device": 3}, "device must be auto"),
+        ({"world": 5}, "world must be a folder or the name of a world, got 5"),
         ({"world": "NoSuchWorld"}, "unknown world 'NoSuchWorld'"),
     ],
 )
@@ -1097,6 +1192,9 @@ def test_given_moments_through_gymnasium(tiny_world: Path) -> None:
     [
         ([], ValueError, "at least one recorded moment"),
         ([3], ValueError, "a file or Contexts, got 3"),
+        ([Context(torch.full((2, 4, 4, 6), torch.nan), torch.zeros(2, 3))], ValueError, "NaN"),
+        ([Context(torch.zeros(2, 4, 4, 6), torch.full((2, 3), torch.inf))], ValueError, "infinity"),
+        ([Context([1], [2])], ValueError, "tensors"),  # type: ignore[arg-type]
         (other_starts(width=2), ValueError, r"start 0 does not fit .*actions \(K, 3\)"),
         ([Context(torch.zeros(2, 4, 4, 5), torch.zeros(2, 3))], ValueError, "start 0 does not fit"),
         ([Context(torch.zeros(0, 4, 4, 6), torch.zeros(0, 3))], ValueError, "K >= 1"),
