@@ -1,13 +1,18 @@
-"""Which number format a machine computes fastest in."""
+"""Which number format networks compute in: decided by what the processor can do, not by a clock."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from typing import Any
 
 import torch
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class PrecisionError(ValueError):
+    """A number format that does not exist, or that this processor cannot compute in."""
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -17,21 +22,55 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-@functools.cache
-def fastest_precision(device: torch.device, advantage: float = 1.2) -> str:
-    """Return "bf16" if bf16 products are ``advantage`` times as fast as fp32, else "fp32".
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Resolve "auto", "fp32" or "bf16" to one of the last two, always the same on one machine.
 
-    Measured once a process on this machine.
+    "auto" is bf16 where the processor multiplies it in hardware: a CPU with AMX or AVX512-BF16, an
+    NVIDIA GPU of compute capability 8.0 or later; fp32 anywhere else.
+
+    Raises:
+        PrecisionError: on another name, or when bf16 is asked for where there is none at all.
     """
-    rows, width = (1024, 512) if device.type == "cpu" else (8192, 8192)  # a GPU wants to be filled
-    rates = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(rows, width, device=device, dtype=dtype)
-        b = torch.randn(width, rows, device=device, dtype=dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            (a @ b).sum().item()
-            times.append(time.perf_counter() - begin)
-        rates[name] = 1 / min(times)
-    return "bf16" if rates["bf16"] > advantage * rates["fp32"] else "fp32"
+    if precision not in PRECISIONS:
+        raise PrecisionError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "auto":
+        return "bf16" if multiplies_bf16(device) else "fp32"
+    if precision == "bf16" and not _computes_bf16(device):
+        raise PrecisionError(
+            f"precision='bf16' was asked for, which this machine's {device.type} processor cannot "
+            "compute in; use precision='fp32', or 'auto' for what suits it"
+        )
+    return precision
+
+
+@functools.cache
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether ``device`` has instructions for products of bf16 matrices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    flags = _processor_flags()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@functools.cache
+def _processor_flags() -> frozenset[str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("flags"):
+                    return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether ``device`` can compute in bf16 at all, be it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return True  # in plain code, where there is none for oneDNN to refuse
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

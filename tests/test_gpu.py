@@ -74,7 +74,7 @@ def assert_alike(mine: list[tuple[Tensor, ...]], other: list[tuple[Tensor, ...]]
 def test_replayed_steps_are_the_steps(
     obs_type: str, sampling_steps: int, replays: list[torch.cuda.CUDAGraph]
 ) -> None:
-    """In the shipped world, whose frames see key frames, through restarts of some rows."""
+    """In the shipped world, through restarts of some rows."""
     common = {"obs_type": obs_type, "sampling_steps": sampling_steps, "max_episode_steps": 5}
     env = make("DoomTakeCover", frame_skip=2, **common)
     plain = make("DoomTakeCover", captures=False, frame_skip=2, **common)
@@ -119,7 +119,7 @@ def test_saved_states_come_back(endless_world: Path, replays: list[torch.cuda.CU
 
 @pytest.mark.parametrize("frame_skip", [1, 4])
 def test_drafts(endless_world: Path, frame_skip: int) -> None:
-    common = {"speculative_frames": 4, "draft_cost": 1.0, "frame_skip": frame_skip}
+    common = {"speculative_frames": 4, "frame_skip": frame_skip}
     env, plain = make(endless_world, **common), make(endless_world, captures=False, **common)
     assert_alike(play(env, 40, held=5), play(plain, 40, held=5))
 

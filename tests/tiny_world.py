@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.inference.noise import mix
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
@@ -49,8 +52,6 @@ def make_tiny_world(
             layers=2,
             heads=2,
             window=window,
-            keyframes=2,
-            keyframe_stride=3,
         )
     ).eval()
     heads = Heads(
@@ -89,5 +90,6 @@ def make_tiny_world(
 
 def noise_of(model: WorldModel, seed: tuple[int, int], frame: int) -> tuple[torch.Tensor, ...]:
     """A frame's first noise, its history noise, its uniform number, and its renoisings."""
-    (normal,), (uniform,) = model._noise(model._keys([seed], [range(frame, frame + 1)]))
-    return normal[0], normal[1], uniform, normal[2:]
+    key, number = torch.tensor([mix(*seed)]), torch.tensor([[frame]])
+    normal, uniform = model._noise(key, number, 1, model.sampling)
+    return normal[0, 0, 0], normal[0, 0, 1], uniform[0, 0], normal[0, 0, 2:]

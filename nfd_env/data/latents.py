@@ -16,7 +16,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into, shown_transitions
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights
-from nfd_env.precision import autocast, fastest_precision
+from nfd_env.precision import autocast, choose_precision
 from nfd_env.spaces import ActionCodec, space_from_dict
 
 
@@ -56,7 +56,7 @@ def encode_recordings(
             old.unlink()
         stamp.write_text(digest)
     network.to(device)
-    precision = fastest_precision(torch.device(device))
+    precision = choose_precision("auto", torch.device(device))
     frames_of: dict[Path, int] = {}
     for episode in recordings:
         frames_of[episode.shard] = episode.frame_offset + len(episode) + 1

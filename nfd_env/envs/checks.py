@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World
 from nfd_env.worlds.starts import load_starts

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.worlds.load import World
 
 OBSERVATION_TYPES = ("rgb", "latent", "features")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.inference.world_model import WorldState
+from nfd_env.inference.state import WorldState
 
 
 @dataclass

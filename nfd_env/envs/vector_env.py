@@ -21,11 +21,11 @@ from nfd_env.envs import checks, guests
 from nfd_env.envs.base import WorldVectorEnv
 from nfd_env.envs.observing import OBSERVATION_TYPES, observe, observe_before
 from nfd_env.envs.state import EnvState
+from nfd_env.inference.cuda_graph import CapturedCall
 from nfd_env.inference.noise import mix
-from nfd_env.inference.speculation import SpeculativeState, Speculator, check_frames
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.speculation import advance, check_frames
+from nfd_env.inference.state import Context
 from nfd_env.models.cache import may_look
-from nfd_env.models.captured import CapturedCall
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import load_world
 
@@ -88,12 +88,11 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
     frame_skip: frames an action is repeated for.
     speculative_frames: n >= 1, frames that one pass draws jointly on the assumption that the action
         is kept; 1 for no speculation. The drafts of an environment whose action changes are
-        dropped. Within a ``frame_skip`` the assumption is always right, so that n = ``frame_skip``
-        draws each step's frames jointly. A jointly drawn frame sees those before it as they were
-        being drawn, not as they came out.
-    draft_cost: with ``speculative_frames`` > 1, when to stop drafting: the cost of a pass with
-        drafts relative to one without. Drafts are made while that is less than what they are
-        expected to save at the current rate of kept actions; 1 or less for always. None: measured.
+        dropped, and one whose actions are rarely kept makes none (see
+        ``nfd_env.inference.speculation.worthwhile``); ``nfd bench`` tells whether it pays. Within a
+        ``frame_skip`` the assumption is always right, so that n = ``frame_skip`` draws each step's
+        frames jointly. A jointly drawn frame sees those before it as they were being drawn, not as
+        they came out.
     obs_type: "rgb", "latent" or "features".
     output: "numpy", or "torch" for tensors on the model's device.
     autoreset_mode: one of Gymnasium's three.
@@ -144,7 +143,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
     # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
-    _NOT_COPIED = ("world", "model", "_speculator", "_decoder", "_decoded", "_now")
+    _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now")
 
     def __init__(
         self,
@@ -164,7 +163,6 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         ood: bool = False,
         context_observations: int = 0,
         speculative_frames: int = 1,
-        draft_cost: float | None = None,
         dynamics: str | None = None,
         starts: Sequence[Context] | str | PathLike[str] | None = None,
     ) -> None:
@@ -205,9 +203,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         self.starts = checks.check_starts(loaded, starts)
         self.max_episode_steps = self.max_episode_steps or loaded.spec.max_episode_steps or None
         check_frames(speculative_frames, self.model.dynamics.config.window)
-        if draft_cost is not None and not checks.check_number("draft_cost", draft_cost) > 0:
-            raise ValueError(f"draft_cost must be above 0, or None to measure it, got {draft_cost}")
-        self.speculative_frames, self._draft_cost = speculative_frames, draft_cost
+        self.speculative_frames, self.drafting = speculative_frames, True
         self._changed: dict[str, Any] = {}
         self.set_sampling(sampling_steps, history_level, temperature)
         self._now: EnvState | None = None
@@ -248,14 +244,8 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         checks.check_choice("dynamics", dynamics, (None, "student", "teacher", "flow"))
         if dynamics not in (None, world.dynamics):
             world = load_world(world.folder, self.model.device, self.model.precision, dynamics)
-        # A model of its own, of shared networks: envs may be stepped by threads beside each other.
-        model = world.model.with_sampling(replace(world.model.sampling, **changed))
-        self.world, self.model, self._changed = world, model, changed
-        self._speculator: Speculator | None = None
-        if self.speculative_frames > 1:
-            self._speculator = Speculator(
-                model, self.speculative_frames, self.frame_skip, self._draft_cost
-            )
+        self.sampling = replace(world.model.sampling, **changed)
+        self.world, self.model, self._changed = world, world.model, changed
 
     def watch_ood(self, limit: float = np.inf) -> None:
         """Report ``info["ood"]`` from now on, and truncate episodes in which it exceeds ``limit``.
@@ -406,7 +396,6 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         taken = object.__new__(type(self))
         taken.__dict__.update(self.__dict__, num_envs=len(state), _now=None)
         taken._decoder = CapturedCall()
-        taken.set_sampling()  # what is measured or captured is each env's own
         taken._batch_spaces()
         taken.restore_state(state)
         return taken
@@ -449,21 +438,13 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
             )
         else:
             listed = list(range(self.num_envs))
-        self._check_fits(state)
+        self.model.check_fits(state.world, self.speculative_frames)
         if self._now is None:
             self._now = state.take(listed)
         else:  # keeps what was captured on its memory
             self._now.put(listed, state)
         self._decoded = None
         return self.observe()
-
-    def _check_fits(self, state: EnvState) -> None:
-        if state.world.speculative_frames != self.speculative_frames:
-            raise ValueError(
-                "the state was saved with speculative_frames="
-                f"{state.world.speculative_frames}, this env has speculative_frames="
-                f"{self.speculative_frames}; use the same for both"
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the world, which is loaded again where the copy is made."""
@@ -515,7 +496,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         if self._ood_scale is not None:
             error = self.model.reencoding_error(now.shown, self.frames()) / self._ood_scale
             infos |= {"ood": error, "_ood": self._tensor(stepped)}
-        if isinstance(now.world, SpeculativeState):
+        if self.speculative_frames > 1:
             infos |= {"speculation": now.world.report(), "_speculation": self._tensor(stepped)}
         if self.context_observations:
             infos |= self._context([], [])
@@ -532,15 +513,14 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         shown, memory = now.shown, now.memory
         for frame in range(0 if skip.all() else self.frame_skip):
             # A GPU is not waited for; at worst it draws frames that do not count.
-            if (may_look(running) or self._speculator) and not bool(running.any()):
+            drafts = self.speculative_frames > 1
+            if (drafts or may_look(running)) and not bool(running.any()):
                 break
-            if self._speculator is None:
-                transition = self.model.step(now.world, encoded)
-            else:
-                assert isinstance(now.world, SpeculativeState)
-                transition = self._speculator.step(
-                    now.world, encoded, self.frame_skip - frame, running.cpu().numpy()
-                )
+            active = running.cpu().numpy() if drafts else None
+            certain = self.frame_skip - frame
+            transition = advance(
+                self.model, now.world, encoded, certain, active, self.sampling, self.drafting
+            )
             rewards = rewards + transition.reward * running
             # The probability that the step ends the episode at one of its frames.
             hazard = torch.where(running, 1 - (1 - hazard) * (1 - transition.hazard), hazard)
@@ -589,18 +569,15 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
             context or starts[mix(*key, _START) % len(starts)]
             for context, key in zip(contexts, keys, strict=True)
         ]
-        start = self.model.start if self._speculator is None else self._speculator.start
-        state = start(chosen, keys)
-        if isinstance(state, SpeculativeState) and self._now is not None:
+        state = self.model.start(chosen, keys, self.speculative_frames, self.sampling)
+        if self._now is not None:
             # A slot that was seeded anew begins like a new one.
             goes_on = [row if key[1] else None for row, key in zip(rows, keys, strict=True)]
-            assert isinstance(self._now.world, SpeculativeState)
-            state.succeed(self._now.world, goes_on)
+            state.count_on(self._now.world, goes_on)
         begun = EnvState(
             state,
             torch.stack([c.latents[-1].to(self.model.device, torch.float32) for c in chosen]),
-            # With drafts there is one for each frame of a pass; a start has one frame.
-            state.memory if state.memory.ndim == 2 else state.memory[:, 0],
+            state.memory,
             np.zeros(len(rows), np.int64),
             np.zeros(len(rows), bool),
             [seed for seed, _ in keys],

@@ -314,7 +314,7 @@ def evaluate_agent(
         Gap.between(scores["learned"], scores["real"]) if len(scores) == 2 else None,
         missing,
         "" if learned is None else learned.world.dynamics,
-        {} if learned is None else asdict(learned.model.sampling),
+        {} if learned is None else asdict(learned.sampling),
         video,
     )
     if folder is not None:

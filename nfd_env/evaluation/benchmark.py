@@ -102,7 +102,7 @@ def step_gflop(model: WorldModel) -> float:
     c = model.dynamics.config
     hidden = -(-(8 * c.width) // (3 * 256)) * 256
     ends = c.latent_channels * c.patch**2 * c.width  # the embedding's products, or the output's
-    attention = 2 * c.tokens * c.sight.frames * c.width
+    attention = 2 * c.tokens * c.window * c.width
     block = 4 * c.width**2 + 3 * c.width * hidden + attention
     modulated, rank = (6 * c.layers + 2) * c.width, c.modulation_rank
     per_frame = rank * (c.width + modulated) if rank else c.width * modulated
@@ -139,7 +139,7 @@ def _step_times(env: NFDVectorEnv, seconds: float) -> tuple[np.ndarray, float]:
     """Seconds of each env step, and the share of drafted frames that were accepted."""
     stream = ActionStream("held keys" if env.speculative_frames > 1 else "random", env)
     actions = [stream.next(None).copy() for _ in range(512)]
-    for i in range(env.model.dynamics.config.sight.reach + 2):
+    for i in range(env.model.dynamics.config.window + 2):
         env.step(actions[i])
     times: list[float] = []
     info: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _transformer_and_matmul(
         dynamics.stream = timed  # type: ignore[method-assign]
     try:
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(passes) < 2 * dynamics.config.sight.reach:
+        while time.perf_counter() < end or len(passes) < 2 * dynamics.config.window:
             passes.append(0.0)
             begin = time.perf_counter()
             model.step(state, action)
@@ -201,7 +201,7 @@ def _transformer_and_matmul(
             products.append(time.perf_counter() - begin)
     finally:
         dynamics.__dict__.pop("stream", None)
-    full = slice(dynamics.config.sight.reach, None)
+    full = slice(dynamics.config.window, None)
     return float(np.median(passes[full])), float(np.median(products[full]))
 
 

@@ -54,7 +54,7 @@ class Runner:
         self._observation, self._info = env.reset(seed=0)
         self._ended: np.ndarray | None = None
         self.times: list[float] = []
-        for _ in range(env.model.dynamics.config.sight.reach + 2):
+        for _ in range(env.model.dynamics.config.window + 2):
             self.step()
         self._before, self.times = self._counts(), []
 
@@ -155,7 +155,7 @@ def compare(
             sampling_steps=row["steps"],
             speculative_frames=row["speculative_frames"],
         )
-        row["sampler"] = env.model.sampling.sampler
+        row["sampler"] = env.sampling.sampler
         env.model = _with_cache(env.model, row["cache"])
         runners.append(Runner(env, row["stream"] or "held keys", agent))
     take_turns([r.step for r in runners], seconds)
@@ -202,7 +202,6 @@ def compare_frame_skip(
             sampling_steps=sampling_steps,
             speculative_frames=n,
             frame_skip=frame_skip,
-            draft_cost=1.0,
         )
         for n in joint
     ]
@@ -215,7 +214,7 @@ def compare_frame_skip(
     for row in rows:
         row["over_one_by_one"] = row["frames_per_second"] / rows[0]["frames_per_second"]
     about = _about(world, num_envs, seconds, obs_type)
-    steps = envs[0].model.sampling.steps
+    steps = envs[0].sampling.steps
     return about | {"frame_skip": frame_skip, "sampling_steps": steps, "rows": rows}
 
 

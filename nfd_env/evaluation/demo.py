@@ -53,7 +53,7 @@ def demo(
     clip = load_clip(loaded.folder)
     real, actions = clip.frames, clip.actions
     env = NFDVectorEnv(world, device=device, sampling_steps=sampling_steps, precision=precision)
-    keep = env.model.dynamics.config.sight.reach
+    keep = env.model.dynamics.config.window
     first = keep - 1
 
     def join(frame: int, new_seed: int | None) -> np.ndarray:
@@ -105,7 +105,7 @@ def demo(
         "world": loaded.spec.name,
         "device": describe_device(env.model.device),
         "threads": torch.get_num_threads(),
-        "sampling_steps": env.model.sampling.steps,
+        "sampling_steps": env.sampling.steps,
         "frames": len(made),
         "restarts": restarts,
         "frames_per_second": 1e3 / float(latency.mean()),

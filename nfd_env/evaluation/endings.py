@@ -42,7 +42,7 @@ def replay_endings(
         (``recorded_there``, ``recorded_before``), which is as good as a world with these heads can
         be.
     """
-    longest = max(AHEAD) + model.dynamics.config.sight.reach
+    longest = max(AHEAD) + model.dynamics.config.window
     shown = [shown_transitions(episode) for episode in encoded.episodes]
     last = {i: n for i, (n, ends) in enumerate(shown) if n > longest and ends[-1]}
     report: dict[str, Any] = {"episodes": len(last)}

@@ -22,7 +22,7 @@ from nfd_env.evaluation.held_out import (
     squared_error,
 )
 from nfd_env.evaluation.progress import progress_bar
-from nfd_env.inference.speculation import Speculator
+from nfd_env.inference.speculation import advance, check_frames
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.metrics import (
     Estimate,
@@ -229,10 +229,7 @@ class _Row:
     frechet: dict[str, Estimate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._stepper: WorldModel | Speculator = self.model
-        if self.speculative_frames != 1:
-            # Whether drafts would pay is not the question here: they are always made.
-            self._stepper = Speculator(self.model, self.speculative_frames, draft_cost=1.0)
+        check_frames(self.speculative_frames, self.model.dynamics.config.window)
         self.report |= {
             "dynamics": self.world.dynamics,
             "sampler": self.model.sampling.sampler,
@@ -242,14 +239,14 @@ class _Row:
 
     def measure_windows(self, held: HeldOut, seed: int, progress: bool) -> None:
         """Roll the windows out: errors at the horizons, and the distribution of early frames."""
-        rollouts, stepper = held.windows, self._stepper
+        rollouts, model = held.windows, self.model
         seeds = [(seed, i) for i in range(len(rollouts.contexts))]
-        state: Any = stepper.start(rollouts.contexts, seeds)
+        state = model.start(rollouts.contexts, seeds, self.speculative_frames)
         early, shares = [], []
         self.report["horizons"] = horizons = {}
         steps = range(len(rollouts.actions))
         for step in progress_bar(steps, f"windows, {self._name()}", progress):
-            latents, frame = stepper.step(state, rollouts.actions[step]).latents, step + 1
+            latents, frame = advance(model, state, rollouts.actions[step]).latents, step + 1
             sampled = frame <= EARLY and frame % EVERY == 0
             if frame <= EARLY:
                 early.append(latents.cpu())
@@ -271,15 +268,15 @@ class _Row:
 
     def measure_drift(self, held: HeldOut, seed: int, progress: bool) -> None:
         """Roll out for long: the distribution of the last frames."""
-        rollouts, stepper = held.long, self._stepper
+        rollouts, model = held.long, self.model
         assert rollouts is not None
         seeds = [(seed, _LONG_SEEDS + i) for i in range(len(rollouts.contexts))]
-        state: Any = stepper.start(rollouts.contexts, seeds)
+        state = model.start(rollouts.contexts, seeds, self.speculative_frames)
         late, shares, sharp = [], [], []
         for step in progress_bar(
             range(len(rollouts.actions)), f"long rollouts, {self._name()}", progress
         ):
-            latents, frame = stepper.step(state, rollouts.actions[step]).latents, step + 1
+            latents, frame = advance(model, state, rollouts.actions[step]).latents, step + 1
             if frame <= len(rollouts.actions) - EARLY:
                 continue
             late.append(latents.cpu())

@@ -12,7 +12,8 @@ from torch import Tensor
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.evaluation.progress import progress_bar
-from nfd_env.inference.world_model import Context, WorldModel
+from nfd_env.inference.state import Context
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.metrics import (
     Estimate,
     FrechetReference,
@@ -178,7 +179,7 @@ class HeldOut:
         pictures = model.decode(latents[:256].to(model.device)).cpu().numpy()
         threshold = float(np.percentile(luminance(pictures), BRIGHT))
         # The floor of the long rollouts is drawn from more stretches than one such set.
-        keep = model.dynamics.config.sight.reach
+        keep = model.dynamics.config.window
         moments = _moments(encoded, max(windows, 4 * long_rollouts), keep, window)
         first = np.array([encoded.number(*moment) for moment in moments])
         real = encoded.latents((first[:, None] + np.arange(1, EARLY + 1)).ravel())
@@ -240,7 +241,7 @@ def _windows(
 
 
 def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Generator) -> Rollouts:
-    keep = world.model.dynamics.config.sight.reach
+    keep = world.model.dynamics.config.window
     usable = [i for i, e in enumerate(encoded.episodes) if len(e) > keep]
     contexts, streams = [], []
     for episode in rng.choice(usable, count):
@@ -255,7 +256,7 @@ def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Gen
 
 def recorded_context(world: World, encoded: EncodedEpisodes, episode: int, last: int) -> Context:
     """The recorded frames that the model still sees after number ``last``, as a start."""
-    first = max(0, last - world.model.dynamics.config.sight.reach + 1)
+    first = max(0, last - world.model.dynamics.config.window + 1)
     actions = encoded_into(encoded.episodes[episode], world.codec, first, last - first + 1)
     begin = encoded.number(episode, first)
     latents = encoded.latents(np.arange(begin, begin + len(actions)))

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from nfd_env.evaluation.refilled import Following, RefilledModel
 from nfd_env.inference.world_model import WorldModel
+from nfd_env.models.cache import sees
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import FrameRotation, by_token, rotate, sinusoid
 
@@ -101,7 +102,6 @@ class PlainDynamics(nn.Module):
         levels: Tensor,
         actions: Tensor,
         past: Sequence[KeysValues] | None = None,
-        numbers: Tensor | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
         """Velocities of F frames, of which the last sees all that there are.
 
@@ -110,7 +110,6 @@ class PlainDynamics(nn.Module):
             levels: (B, F) in [0, 1].
             actions: (B, F, action_width).
             past: keys and values of each block for the frames before; None when there are none.
-            numbers: int (F,), ascending, the frames' numbers; None for those right behind the past.
 
         Returns:
             Velocities (B, F, C, h, w), and each block's keys and values of these frames.
@@ -121,8 +120,7 @@ class PlainDynamics(nn.Module):
         condition = self.embed_level(sinusoid(levels).to(dtype))
         condition = condition + self.embed_action(actions.to(dtype))
         condition = condition.repeat_interleave(tokens, 1)
-        if numbers is None:
-            numbers = torch.arange(before, before + count, device=latents.device)
+        numbers = torch.arange(before, before + count, device=latents.device)
         rotation = self.rotation(numbers[None]).flatten(1, 2)
         mask = self._mask(numbers, before) if count > 1 else None
         made = []
@@ -135,7 +133,7 @@ class PlainDynamics(nn.Module):
 
     def _mask(self, numbers: Tensor, before: int) -> Tensor:
         """Whether each token sees each key, of ``before`` earlier frames and of ``numbers``."""
-        seen = self.config.sight.sees(numbers[:, None], numbers[None])
+        seen = sees(numbers[:, None], numbers[None], self.config.window)
         return by_token(functional.pad(seen, (before, 0), value=True), self.config.tokens)
 
 
@@ -147,10 +145,9 @@ class PlainModel(RefilledModel):
         super().__init__(model)
         self.plain = PlainDynamics(model.dynamics, dtype)
 
-    def _filled(self, past: Tensor, levels: Tensor, into: Tensor, numbers: Tensor) -> Following:
-        _, cache = self.plain(past, levels, into, None, numbers)
-        new = numbers[-1:] + 1
-        return lambda x, at, actions: self.plain(x, at, actions, cache, new)[0]
+    def _filled(self, past: Tensor, levels: Tensor, into: Tensor) -> Following:
+        _, cache = self.plain(past, levels, into)
+        return lambda x, at, actions: self.plain(x, at, actions, cache)[0]
 
 
 def _patchify(latents: Tensor, patch: int) -> Tensor:

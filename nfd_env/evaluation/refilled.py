@@ -7,14 +7,18 @@ denoising step over the new frame alone. Everything else is ``WorldModel``'s.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nfd_env.inference.rollout import Sampler, new_cache
-from nfd_env.inference.world_model import Context, Transition, WorldModel, WorldState
+from nfd_env.flow.solvers import Velocity
+from nfd_env.inference.rollout import new_cache
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context, Drawn, Transition, WorldState
+from nfd_env.inference.world_model import WorldModel
+from nfd_env.models.cache import FrameCache
 
 Following = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Velocities of frames behind a filled cache, of (latents, levels, actions)."""
@@ -23,83 +27,108 @@ Following = Callable[[Tensor, Tensor, Tensor], Tensor]
 class RefilledModel(WorldModel):
     """Steps like ``model``, without keys and values that outlive a frame.
 
-    In its states ``remembered`` and ``action`` hold all frames back to the farthest that the next
-    one can see, (B, reach - 1, ...), younger histories at the end; the cache is scratch.
+    In its states ``drawn.remembered`` and ``action`` hold all frames that the next one can see, (B,
+    window - 1, ...), younger histories at the end; of the cache only the lengths are used.
     """
 
     def __init__(self, model: WorldModel) -> None:
         """Share the networks and the sampling of ``model``."""
-        super().__init__(model.tokenizer, model.dynamics, model.heads, model.sampling)
-        self.captures = False  # which frames are seen is decided in Python
+        super().__init__(
+            model.tokenizer, model.dynamics, model.heads, model.sampling, model.world_id
+        )
+        self.captures = False  # how many frames are seen is decided in Python
+        self._kept = self.dynamics.config.window - 1
 
     @torch.inference_mode()
     def start(
-        self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]], frames: int = 1
+        self,
+        contexts: Sequence[Context],
+        seeds: Sequence[tuple[int, int]],
+        frames: int = 1,
+        sampling: SamplingConfig | None = None,
     ) -> WorldState:
         """See ``WorldModel.start``."""
-        state = super().start(contexts, seeds, frames)
-        kept, level = self.dynamics.config.sight.reach - 1, self.sampling.history_level
-        past = state.remembered.new_zeros((state.batch, kept, *self.dynamics.config.latent_shape))
-        into = state.action.new_zeros((state.batch, kept, state.action.shape[-1]))
-        for row, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
+        assert frames == 1, "the baseline draws no drafts"
+        sampling = sampling or self.sampling
+        state = super().start(contexts, seeds, frames, sampling)
+        shape = state.batch, self._kept
+        past = state.drawn.latents.new_zeros(*shape, *self.dynamics.config.latent_shape)
+        into = state.action.new_zeros(*shape, state.action.shape[-1])
+        for row, context in enumerate(contexts):
             # As ``WorldModel`` does, frames are numbered from the first that can be seen.
-            latents = context.latents[-(kept + 1) :].to(past)
-            noise, _ = self._noise(self._keys([seed], [range(len(latents))]))
-            history = torch.lerp(latents, noise[:, 1], level)[-kept:]
+            latents = context.latents[-(self._kept + 1) :].to(past)
+            first = torch.zeros_like(state.keys[:1])[:, None]
+            noise, _ = self._noise(state.keys[row : row + 1], first, len(latents), sampling)
+            history = torch.lerp(latents, noise[0, :, 1], sampling.history_level)[-self._kept :]
             past[row, -len(history) :] = history
             into[row, -len(history) :] = context.actions[-len(history) :].to(into)
-        state.remembered, state.action = past, into
-        state.cache.reset(torch.ones(state.batch, dtype=torch.bool, device=self.device))
+        state.drawn.remembered, state.action = past, into
         return state
 
     @torch.inference_mode()
-    def step(self, state: WorldState, actions: Tensor) -> Transition:
+    def step(
+        self, state: WorldState, actions: Tensor, sampling: SamplingConfig | None = None
+    ) -> Transition:
         """See ``WorldModel.step``."""
-        past, into = state.remembered, state.action
-        transition = super().step(state, actions)
-        state.remembered = torch.cat((past[:, 1:], state.remembered), 1)
+        past, into = state.drawn.remembered, state.action
+        transition = super().step(state, actions, sampling)
+        state.drawn.remembered = torch.cat((past[:, 1:], state.drawn.remembered), 1)
         state.action = torch.cat((into[:, 1:], state.action), 1)
         return transition
 
-    def _denoise(
+    def draw(
         self,
         state: WorldState,
         actions: Tensor,
-        noise: Tensor,
-        sampler: Sampler,
-        pending_counts: Sequence[int] | None,
-    ) -> Tensor:
-        assert pending_counts is None, "the baseline neither drafts nor commits"
-        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for row, frame in enumerate(state.frame):
-            groups[self._seen(frame + 1)].append(row)
-        # Rows that see frames of other numbers have passes of their own.
-        made = torch.empty_like(noise)
-        for back, listed in groups.items():
-            rows = slice(None) if len(groups) == 1 else torch.tensor(listed, device=noise.device)
-            places = [-b for b in back]
-            past, into = state.remembered[rows][:, places], state.action[rows][:, places]
-            numbers = torch.tensor([back[0] - b for b in back], device=noise.device)
-            levels = past.new_full(past.shape[:2], self.sampling.history_level)
-            following = self._filled(past, levels, into, numbers)
-            chosen = actions[rows]
+        count: int = 1,
+        sampling: SamplingConfig | None = None,
+    ) -> Drawn:
+        """See ``WorldModel.draw``."""
+        assert count == 1, "the baseline draws no drafts"
+        cache = state.cache
+        cache.length, *parts = self._drawn(
+            cache,
+            None,
+            sampling or self.sampling,
+            cache.length,
+            cache.length + 1,
+            state.drawn.remembered,
+            state.action,
+            state.memory,
+            self._encoded(actions)[:, None],
+            state.keys,
+        )
+        return Drawn(*parts)
 
-            def velocity(
-                x: Tensor, level: float, following: Following = following, chosen: Tensor = chosen
-            ) -> Tensor:
-                return following(x, x.new_full(x.shape[:2], level), chosen)
+    def _velocity(
+        self,
+        cache: FrameCache,
+        pending: Tensor,
+        pending_actions: Tensor,
+        actions: Tensor,
+        sampling: SamplingConfig,
+        counts: Any,
+    ) -> Velocity:
+        """Rows that see other numbers of frames have passes of their own."""
+        cache.length = cache.length + 1
+        seen = cache.length.clamp(max=self._kept).tolist()
+        groups = []
+        for count in sorted(set(seen)):
+            rows = [row for row, mine in enumerate(seen) if mine == count]
+            past, into = pending[rows, -count:], pending_actions[rows, -count:]
+            levels = past.new_full(past.shape[:2], sampling.history_level)
+            groups.append((rows, actions[rows], self._filled(past, levels, into)))
 
-            made[rows] = sampler(velocity, noise[rows])
-        return made
+        def velocity(x: Tensor, level: float) -> Tensor:
+            made = torch.empty_like(x)
+            for rows, into, following in groups:
+                made[rows] = following(x[rows], x.new_full((len(rows), x.shape[1]), level), into)
+            return made
 
-    def _seen(self, frame: int) -> tuple[int, ...]:
-        """How far back the frames lie that frame number ``frame`` sees, the farthest first."""
-        numbers = torch.arange(frame)
-        seen = numbers[self.dynamics.config.sight.sees(torch.tensor(frame), numbers)]
-        return tuple((frame - seen).tolist())
+        return velocity
 
-    def _filled(self, past: Tensor, levels: Tensor, into: Tensor, numbers: Tensor) -> Following:
-        """Fill a cache with the ``past`` (B, F, C, h, w), which has the frame ``numbers`` (F,)."""
+    def _filled(self, past: Tensor, levels: Tensor, into: Tensor) -> Following:
+        """Fill a cache with the ``past`` (B, F, C, h, w)."""
         cache = new_cache(self.dynamics, len(past))
-        self.dynamics.stream(cache, past, levels, into, past.shape[1], numbers)
+        self.dynamics.fill(cache, past, levels, into)
         return lambda x, at, actions: self.dynamics.stream(cache, x, at, actions, commit=0)

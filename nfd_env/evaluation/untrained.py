@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from nfd_env import config
-from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig
+from nfd_env.inference.sampling import CONSISTENCY, SamplingConfig
+from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig

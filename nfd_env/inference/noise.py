@@ -1,7 +1,14 @@
-"""All randomness of a world: numbers that are functions of a key, whatever else is drawn."""
+"""All randomness of a world: numbers that are functions of a key, whatever else is drawn.
+
+The same integers come out on every device. The normal numbers made of them are computed in float64
+and then rounded, so that devices whose logarithms and cosines differ in the last bits give the same
+float32 numbers all the same, but for about one in a hundred million.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 
 import torch
@@ -13,66 +20,48 @@ _FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit hash of non-negative integers (rounds of SplitMix64)."""
-    state = _GAMMA
-    for number in numbers:
-        state = (state ^ number) * _FACTORS[0] & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * _FACTORS[1] & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+    """A 63-bit hash of whole numbers, however large; all of their bits count."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def generated(
-    keys: Tensor, count: int, more: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Noise from torch's generator, seeded with each key: fast for few keys on a CPU.
+def noise(keys: Tensor, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What is random about frames: SplitMix64 as a hash of a counter, and Box and Muller's of it.
 
     Args:
-        keys: int64 (N,) on the CPU.
-        count: normal numbers for each.
-        more: further normal numbers; they leave the others as they are.
-        generator: scratch.
+        keys: int64 (N,), one an episode: ``mix`` of its seed and number.
+        frames: int64 (N,), frame numbers, each below 2**44.
+        count: normal numbers for each, fewer than 2**21; more leave the first ones as they are.
 
     Returns:
-        Normal numbers (N, ``count`` + ``more``) and uniform numbers (N,) in [0, 1), float32.
+        Normal numbers (N, ``count``) and uniform numbers (N,) in [0, 1), float32.
     """
-    normal, uniform = torch.empty(len(keys), count + more), torch.empty(len(keys))
-    for row, key in enumerate(keys.tolist()):
-        generator.manual_seed(key)
-        normal[row, :count].normal_(generator=generator)
-        uniform[row : row + 1].uniform_(generator=generator)
-        normal[row, count:].normal_(generator=generator)
-    return normal, uniform
-
-
-def hashed(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Noise computed for all keys at once, for a GPU: Box and Muller's of each key's SplitMix64.
-
-    Args:
-        keys: int64 (N,), the states that the generators begin with.
-        count: normal numbers for each; more leave the first ones as they are.
-
-    Returns:
-        As ``generated``, but other numbers.
-    """
-    steps = torch.arange(1, 2 + (count + 1) // 2, device=keys.device)
-    bits = keys[:, None] + steps * _signed(_GAMMA)
-    bits = (bits ^ _shifted(bits, 30)) * _signed(_FACTORS[0])
-    bits = (bits ^ _shifted(bits, 27)) * _signed(_FACTORS[1])
-    bits = bits ^ _shifted(bits, 31)
+    # Frame number f has the counters from f * 2**20 on.
+    first = keys + frames * _signed(_GAMMA << 20)
+    bits = first[:, None] + _steps(1 + (count + 1) // 2, keys.device)
+    bits = (bits ^ _shifted(bits, 30)).mul_(_signed(_FACTORS[0]))
+    bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(_signed(_FACTORS[1]))
+    bits = bits.bitwise_xor_(_shifted(bits, 31))
     uniform = _shifted(bits[:, 0], 40).float() * 2.0**-24
     high, low = _shifted(bits[:, 1:], 32), bits[:, 1:] & 0xFFFFFFFF
-    radius = ((high.float() + 1) * 2.0**-32).log().mul(-2).sqrt()
-    angle = low.float() * (2 * math.pi * 2.0**-32)
-    normal = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)
+    radius = high.double().add_(1).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = low.double().mul_(2 * math.pi * 2.0**-32)
+    normal = torch.view_as_real(torch.polar(radius, angle)).float().flatten(1)
     return normal[:, :count], uniform
 
 
+@functools.lru_cache(maxsize=64)
+def _steps(count: int, device: torch.device) -> Tensor:
+    """The counters 1 to ``count``, times the odd constant that spreads them."""
+    return torch.arange(1, 1 + count, device=device) * _signed(_GAMMA)
+
+
 def _signed(number: int) -> int:
-    """The 64-bit integer of the same bits; torch's arithmetic wraps around like unsigned."""
+    """The 64-bit integer of the same lowest bits; torch's arithmetic wraps around."""
+    number %= 2**64
     return number - 2**64 if number >= 2**63 else number
 
 
 def _shifted(x: Tensor, places: int) -> Tensor:
     """Bits moved to the right, zeros moving in: torch's own shift keeps the sign."""
-    return (x >> places) & (2 ** (64 - places) - 1)
+    return (x >> places).bitwise_and_(2 ** (64 - places) - 1)

@@ -6,231 +6,64 @@ to the key/value ring, then read reward and end off the drawn frame.
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nfd_env.flow.solvers import (
-    level_grid,
-    sample_consistency,
-    sample_dpm_solver_pp,
-    sample_euler,
-)
-from nfd_env.inference.noise import generated, hashed, mix
-from nfd_env.inference.rollout import Sampler, denoise, new_cache
+from nfd_env.flow.solvers import Velocity
+from nfd_env.inference.cuda_graph import CapturedCalls
+from nfd_env.inference.noise import mix, noise
+from nfd_env.inference.rollout import FusedVelocity, new_cache
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context, Drawn, Transition, WorldState
 from nfd_env.models.cache import FrameCache
-from nfd_env.models.captured import CapturedCall
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
 from nfd_env.models.tokenizer import Tokenizer
 
-SAMPLERS = {"euler": sample_euler, "dpm_solver_pp": sample_dpm_solver_pp}
-CONSISTENCY = "consistency"
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How a world's frames are drawn.
-
-    Attributes:
-        steps: denoising steps a frame, each one transformer pass.
-        sampler: "euler" or "dpm_solver_pp"; "consistency" for distilled dynamics, whose frames hold
-            from 1 step on.
-        shift: > 1 spends more of the steps near the noise, see ``level_grid``.
-        history_level: noise level in [0, 1) at which finished frames are remembered; more makes a
-            world less certain of its past.
-        temperature: > 0, scale of the noise that frames are drawn from; above 1 makes a world less
-            predictable (Ha and Schmidhuber 2018).
-    """
-
-    steps: int = 4
-    sampler: str = "dpm_solver_pp"
-    shift: float = 1.0
-    history_level: float = 0.15
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.steps < 1:
-            raise ValueError(f"sampling_steps must be at least 1, got {self.steps}")
-        known = (*SAMPLERS, CONSISTENCY)
-        if self.sampler not in known:
-            raise ValueError(f"sampler must be one of {', '.join(known)}, got {self.sampler!r}")
-        if not 0 <= self.history_level < 1:
-            raise ValueError(f"history_level must lie in [0, 1), got {self.history_level}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
-
-    @property
-    def renoisings(self) -> int:
-        """Noises that a frame needs beyond its first."""
-        return self.steps - 1 if self.sampler == CONSISTENCY else 0
-
-    def make(self, renoise: Sequence[Tensor] = ()) -> Sampler:
-        """The sampler as a function of (velocity, noise).
-
-        Args:
-            renoise: ``renoisings`` further noises, each shaped like the first.
-        """
-        levels = level_grid(self.steps, self.shift)
-        if self.sampler == CONSISTENCY:
-            return lambda velocity, noise: sample_consistency(velocity, noise, levels, renoise)
-        function = SAMPLERS[self.sampler]
-        return lambda velocity, noise: function(velocity, noise, levels)
-
-
-@dataclass(frozen=True)
-class Context:
-    """Real frames that a world starts from.
-
-    Attributes:
-        latents: (K, C, h, w), K >= 1.
-        actions: encoded, (K, action_width), the action leading into each frame; the first may be
-            zeros.
-        beginning: whether an episode began with these frames.
-    """
-
-    latents: Tensor
-    actions: Tensor
-    beginning: bool = True
-
-
-@dataclass
-class WorldState:
-    """Everything that the future of each row depends on.
-
-    Attributes:
-        cache: keys and values of the frames before the last one.
-        remembered: (B, 1, C, h, w), the last frame at the history level, not yet committed.
-        action: (B, 1, action_width), the action that led into it.
-        memory: (B, width), the heads' recurrent state after it.
-        seeds: one (seed, episode) pair a row; with the frame number the key of all its noise.
-        frame: number of the last frame of each row, counted from the context's first.
-    """
-
-    cache: FrameCache
-    remembered: Tensor
-    action: Tensor
-    memory: Tensor
-    seeds: list[tuple[int, int]]
-    frame: list[int]
-
-    @property
-    def batch(self) -> int:
-        """Number of rows."""
-        return len(self.seeds)
-
-    @property
-    def speculative_frames(self) -> int:
-        """Most frames that are drawn jointly."""
-        return self.cache.drafts
-
-    @torch.inference_mode()
-    def take(self, rows: Sequence[int]) -> WorldState:
-        """An independent copy of some rows, in the given order; a row may be taken repeatedly."""
-        index = torch.as_tensor(list(rows), device=self.remembered.device)
-        return WorldState(
-            self.cache.take(index),
-            self.remembered[index],
-            self.action[index],
-            self.memory[index],
-            [self.seeds[r] for r in rows],
-            [self.frame[r] for r in rows],
-        )
-
-    def fork(self) -> WorldState:
-        """An independent copy; stepping one leaves the other alone."""
-        return self.take(range(self.batch))
-
-    @torch.inference_mode()
-    def put(self, rows: Sequence[int], other: WorldState) -> None:
-        """Replace some rows by the rows of ``other``."""
-        index = torch.as_tensor(list(rows), device=self.remembered.device)
-        self.cache.put(index, other.cache)
-        # Out of place, so that tensors handed out earlier keep their values.
-        self.remembered = self.remembered.index_copy(0, index, other.remembered)
-        self.action = self.action.index_copy(0, index, other.action)
-        self.memory = self.memory.index_copy(0, index, other.memory)
-        for i, row in enumerate(rows):
-            self.seeds[row], self.frame[row] = other.seeds[i], other.frame[i]
-
-
-@dataclass(frozen=True)
-class Transition:
-    """What one action brought about in each row.
-
-    Attributes:
-        latents: (B, C, h, w), the new frames.
-        reward: float32 (B,).
-        terminated: bool (B,), drawn with probability ``hazard``.
-        hazard: float32 (B,).
-        memory: (B, width), the heads' recurrent state after it.
-    """
-
-    latents: Tensor
-    reward: Tensor
-    terminated: Tensor
-    hazard: Tensor
-    memory: Tensor
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Frames that were drawn jointly, and what depends on each of them.
-
-    Attributes:
-        latents: (B, n, C, h, w).
-        reward: float32 (B, n).
-        terminated: bool (B, n).
-        hazard: float32 (B, n).
-        remembered: (B, n, C, h, w), the frames at the history level.
-        memory: (B, n, width), the heads' recurrent state after each frame.
-    """
-
-    latents: Tensor
-    reward: Tensor
-    terminated: Tensor
-    hazard: Tensor
-    remembered: Tensor
-    memory: Tensor
-
-    def outcome(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What a ``Transition`` is made of."""
-        return self.latents, self.reward, self.terminated, self.hazard, self.memory
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Drawn:
-        """Apply ``function`` to every tensor."""
-        return Drawn(**{name: function(part) for name, part in vars(self).items()})
+# Share of kept actions taken for granted when an episode begins, see ``speculation``.
+PRIOR_KEPT = 0.9
 
 
 class WorldModel:
     """Steps batches of worlds; holds no state of any of them.
 
     Attributes:
-        sampling: how frames are drawn.
+        sampling: how frames are drawn where a call does not say otherwise.
+        world_id: what states of this world carry and those of others do not.
         captures: replay steps as CUDA graphs, see ``CapturedCall``; True on a GPU.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, dynamics: Dynamics, heads: Heads, sampling: SamplingConfig
+        self,
+        tokenizer: Tokenizer,
+        dynamics: Dynamics,
+        heads: Heads,
+        sampling: SamplingConfig,
+        world_id: str = "",
     ) -> None:
-        """Put the networks together; they must be on one device and in eval mode."""
+        """Put the networks together; they must be on one device and in eval mode.
+
+        Args:
+            tokenizer: encodes and decodes frames.
+            dynamics: draws frames.
+            heads: reward and termination.
+            sampling: the default.
+            world_id: "" for a digest of the heads, which student and teacher of a world share.
+        """
         self.tokenizer, self.dynamics, self.heads = tokenizer, dynamics, heads
-        self.sampling = sampling
+        self.sampling, self.world_id = sampling, world_id or digest(heads)
         self.captures = self.device.type == "cuda"
-        self._generator = torch.Generator()
-        self._starts: dict[Hashable, CapturedCall] = {}
+        self._captured = CapturedCalls()
 
     def with_sampling(self, sampling: SamplingConfig) -> WorldModel:
-        """The same networks under another sampling configuration."""
-        model = copy.copy(self)
-        model.sampling = sampling
-        model._generator, model._starts = torch.Generator(), {}
-        return model
+        """The same networks with another default."""
+        return WorldModel(self.tokenizer, self.dynamics, self.heads, sampling, self.world_id)
 
     @property
     def device(self) -> torch.device:
@@ -244,98 +77,118 @@ class WorldModel:
 
     @torch.inference_mode()
     def start(
-        self, contexts: Sequence[Context], seeds: Sequence[tuple[int, int]], frames: int = 1
+        self,
+        contexts: Sequence[Context],
+        seeds: Sequence[tuple[int, int]],
+        frames: int = 1,
+        sampling: SamplingConfig | None = None,
     ) -> WorldState:
         """States whose last frame is each context's last frame.
 
         Args:
             contexts: one a row; rows may have different numbers of frames. The heads see all of
                 them, the dynamics model as many as it looks back.
-            seeds: one (environment seed, episode number) a row, both >= 0.
-            frames: most frames that are drawn or pending at a time, see ``draw``.
+            seeds: one (environment seed, episode number) a row.
+            frames: n, most frames that are drawn in one pass, see ``speculation``.
+            sampling: None for the default.
         """
-        keep = self.dynamics.config.sight.reach
+        sampling = sampling or self.sampling
         groups: dict[int, list[int]] = {}  # rows with equally many frames share one pass
         for row, context in enumerate(contexts):
             groups.setdefault(len(context.latents), []).append(row)
         parts = [
             self._start_group(
-                [contexts[r] for r in rows], [seeds[r] for r in rows], min(count, keep), frames
+                [contexts[r] for r in rows], [seeds[r] for r in rows], frames, sampling
             )
-            for count, rows in groups.items()
+            for rows in groups.values()
         ]
         if len(parts) == 1:
             return parts[0]
-        state = WorldState(
-            new_cache(self.dynamics, len(contexts), frames, frames),
-            torch.cat([p.remembered for p in parts]),
-            torch.cat([p.action for p in parts]),
-            torch.cat([p.memory for p in parts]),
-            [seed for p in parts for seed in p.seeds],
-            [frame for p in parts for frame in p.frame],
-        )
+        state = parts[0].take([0] * len(contexts))
         for part, rows in zip(parts, groups.values(), strict=True):
             state.put(rows, part)
         return state
 
     def _start_group(
         self,
-        contexts: Sequence[Context],
-        seeds: Sequence[tuple[int, int]],
-        count: int,
+        contexts: list[Context],
+        seeds: list[tuple[int, int]],
         frames: int,
+        sampling: SamplingConfig,
     ) -> WorldState:
-        """``start`` from equally long contexts, the last ``count`` frames of them for dynamics."""
-        batch, seeds = len(contexts), list(seeds)
+        """``start`` from equally long contexts."""
+        batch, count = len(contexts), len(contexts[0].latents)
         # A power of two where it is captured, so that there are few sizes.
         padding = (1 << (batch - 1).bit_length()) - batch if self.captures else 0
         contexts = [*contexts, *[contexts[0]] * padding]
-
-        def fill(latents: Tensor, actions: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-            memory = self.heads.initial_state(len(latents))
-            if latents.shape[1] > 1:
-                _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
-            latents, actions = latents[:, -count:], actions[:, -count:]
-            level = self.sampling.history_level
-            noise, _ = self._noise(keys)
-            remembered = torch.lerp(latents, noise[:, 1].view_as(latents), level)
-            filled = new_cache(self.dynamics, len(latents), frames, frames)
-            if count > 1:
-                levels = latents.new_full((len(latents), count - 1), level)
-                self.dynamics.stream(
-                    filled, remembered[:, :-1], levels, actions[:, :-1], commit=count - 1
-                )
-            parts = remembered[:, -1:], actions[:, -1:], memory
-            return *parts, filled.length, filled.keys, filled.values
-
+        keys = [mix(*seed) for seed in [*seeds, *[seeds[0]] * padding]]
         inputs = (
             self._moved(torch.stack([c.latents for c in contexts]).float()),
             self._moved(torch.stack([c.actions for c in contexts]).float()),
-            self._keys([*seeds, *[seeds[0]] * padding], [range(count)] * len(contexts)),
+            self._moved(torch.tensor(keys, dtype=torch.int64, device="cpu")),
         )
+        begin = partial(self._begun, frames, sampling)
         if self.captures:
-            key = len(contexts), len(contexts[0].latents), frames
-            made = self._starts.setdefault(key, CapturedCall())(fill, *inputs)
+            key = "start", len(contexts), count, frames, sampling
+            made = self._captured(self, key, begin, *inputs)
         else:
-            made = fill(*inputs)
-        cache = new_cache(self.dynamics, 0, frames, frames)
-        cache.keys, cache.values = (part[:, :batch] for part in made[4:])
-        remembered, action, memory, cache.length = (part[:batch] for part in made[:4])
-        return WorldState(cache, remembered, action, memory, seeds, [count - 1] * batch)
+            made = begin(*inputs)
+        remembered, memory, length, *rings = made
+        rings = [ring[:, :batch] for ring in rings]
+        cache = FrameCache(*rings, length[:batch], self.dynamics.config.window, frames)
+        latents, actions, keys = (part[:batch] for part in inputs)
+        nothing = latents.new_zeros(batch, 1)
+        drawn = Drawn(
+            latents[:, -1:], nothing, nothing.bool(), nothing, remembered[:batch], memory[:batch]
+        )
+        ones = np.ones(batch, np.int64)
+        return WorldState(
+            cache,
+            drawn.padded(frames),
+            actions[:, -1:],
+            keys,
+            ones,
+            ones.copy(),
+            np.full(batch, PRIOR_KEPT),
+            np.zeros((batch, 3), np.int64),
+            frames,
+            self.world_id,
+        )
+
+    def _begun(
+        self, frames: int, sampling: SamplingConfig, latents: Tensor, actions: Tensor, keys: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The last frame as it is remembered, the heads' memory, and the parts of a cache."""
+        memory = self.heads.initial_state(len(latents))
+        if latents.shape[1] > 1:
+            _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
+        seen = self.dynamics.config.window
+        latents, actions = latents[:, -seen:], actions[:, -seen:]
+        batch, count = latents.shape[:2]
+        first = torch.zeros_like(keys)[:, None]
+        normal, _ = self._noise(keys, first, count, sampling)
+        remembered = torch.lerp(latents, normal[:, :, 1], sampling.history_level)
+        cache = new_cache(self.dynamics, batch, frames)
+        if count > 1:
+            levels = latents.new_full((batch, count - 1), sampling.history_level)
+            self.dynamics.fill(cache, remembered[:, :-1], levels, actions[:, :-1])
+        return remembered[:, -1:], memory[:, None], cache.length, cache.keys, cache.values
 
     @torch.inference_mode()
-    def step(self, state: WorldState, actions: Tensor) -> Transition:
-        """Advance every row of ``state`` (in place) by one frame.
+    def step(
+        self, state: WorldState, actions: Tensor, sampling: SamplingConfig | None = None
+    ) -> Transition:
+        """Advance every row of ``state`` (in place) by one frame, drawing no drafts.
 
         Args:
-            state: as ``start`` made it.
+            state: as ``start`` made it with ``frames`` = 1; see ``speculation`` for others.
             actions: encoded, (B, action_width).
+            sampling: None for the default.
         """
-        drawn = self.draw(state, actions)
-        state.remembered, state.memory = drawn.remembered, drawn.memory[:, 0]
-        state.action = actions[:, None].to(self.device, torch.float32)
-        state.frame = [frame + 1 for frame in state.frame]
-        return Transition(*(part[:, 0] for part in drawn.outcome()))
+        assert state.frames == 1, "a state with drafts is stepped by speculation.advance"
+        state.drawn = self.draw(state, actions, 1, sampling)
+        state.action = self._encoded(actions)[:, None]
+        return state.drawn.transition(0)
 
     @torch.inference_mode()
     def draw(
@@ -343,97 +196,126 @@ class WorldModel:
         state: WorldState,
         actions: Tensor,
         count: int = 1,
-        pending_counts: Sequence[int] | None = None,
+        sampling: SamplingConfig | None = None,
     ) -> Drawn:
         """Draw the frames that follow if each row's action is kept, all of them jointly.
 
-        The first denoising pass commits what is pending to ``state.cache``; all else in ``state``
-        stays as it is. Frame number f of a row has the same noise whenever it is drawn.
+        The first denoising pass commits the frames that have happened since the last one to
+        ``state.cache``; all else in ``state`` stays as it is. Frame number f of a row has the same
+        noise whenever it is drawn.
 
         Args:
-            state: with c >= 1 pending frames: ``remembered`` (B, c, C, h, w) and ``action``
-                (B, c, action_width); ``memory`` is after the last one.
+            state: as ``start`` made it.
             actions: encoded, (B, action_width).
             count: n, frames to draw.
-            pending_counts: see ``denoise``.
+            sampling: None for the default.
         """
-        cache, pending = state.cache, state.remembered.shape[1]
-        counts = None if pending_counts is None else list(pending_counts)
-        even = counts is None or min(counts) == pending
-
-        def call(
-            length: Tensor,
-            remembered: Tensor,
-            into: Tensor,
-            memory: Tensor,
-            action: Tensor,
-            keys: Tensor,
-        ) -> tuple[Tensor, ...]:
-            cache.length = length
-            here = replace(state, remembered=remembered, action=into, memory=memory)
-            drawn = self._drawn(here, action, keys, None if even else counts)
-            return cache.length, *vars(drawn).values()
-
+        sampling, cache = sampling or self.sampling, state.cache
+        pending = int(state.used.max())
+        counts = None if (state.used == pending).all() else state.used.tolist()
+        used = pending if counts is None else torch.tensor(counts, device=self.device)
         inputs = (
             cache.length,
-            state.remembered,
-            state.action,
+            cache.length + used,
+            state.drawn.remembered[:, :pending],
+            state.action.expand(-1, pending, -1),
             state.memory,
-            actions[:, None].to(self.device, torch.float32).expand(-1, count, -1),
-            self._keys(state.seeds, [range(f + 1, f + 1 + count) for f in state.frame]),
+            self._encoded(actions)[:, None].expand(-1, count, -1),
+            state.keys,
         )
-        if self.captures and even:
-            captured = cache.captured.setdefault((self, pending, count), CapturedCall())
-            cache.length, *parts = captured(call, *inputs)
+        drawn = partial(self._drawn, cache, counts, sampling)
+        if self.captures and counts is None:
+            key = self.dynamics, sampling, pending, count
+            cache.length, *parts = self._captured(cache, key, drawn, *inputs)
         else:
-            _, *parts = call(*inputs)
+            cache.length, *parts = drawn(*inputs)
         return Drawn(*parts)
 
     def _drawn(
         self,
-        state: WorldState,
+        cache: FrameCache,
+        counts: Sequence[int] | None,
+        sampling: SamplingConfig,
+        length: Tensor,
+        first: Tensor,
+        pending: Tensor,
+        pending_actions: Tensor,
+        memory: Tensor,
         actions: Tensor,
         keys: Tensor,
-        pending_counts: Sequence[int] | None,
-    ) -> Drawn:
-        """``draw``, given (B, n, action_width) and the keys of its noise."""
-        noise, uniform = (part.unflatten(0, actions.shape[:2]) for part in self._noise(keys))
-        level, temperature = self.sampling.history_level, self.sampling.temperature
-        sampler = self.sampling.make((temperature * noise[:, :, 2:]).unbind(2))
-        made = self._denoise(state, actions, temperature * noise[:, :, 0], sampler, pending_counts)
-        memory, seen = state.memory, []
+    ) -> tuple[Tensor, ...]:
+        """The new length of ``cache``, and what a ``Drawn`` has.
+
+        Args:
+            cache: whose memory is used, and written to.
+            counts: see ``FusedVelocity``.
+            sampling: how to draw.
+            length: int64 (B,), the cache's.
+            first: int64 (B,), numbers of the first new frames.
+            pending: see ``FusedVelocity``.
+            pending_actions: likewise.
+            memory: (B, width), the heads' state before the new frames.
+            actions: (B, n, action_width), into the new frames.
+            keys: int64 (B,), of the noise.
+        """
+        cache.length = length
+        normal, uniform = self._noise(keys, first[:, None], actions.shape[1], sampling)
+        velocity = self._velocity(cache, pending, pending_actions, actions, sampling, counts)
+        scaled = (sampling.temperature * normal).unbind(2)
+        made = sampling.sample(velocity, scaled[0], scaled[2:])
+        seen = []
         for k in range(actions.shape[1]):
             seen.append(self.heads.step(made[:, k], actions[:, k], memory))
             memory = seen[-1].state
         hazard = torch.stack([s.hazard for s in seen], 1)
-        return Drawn(
+        return (
+            cache.length,
             made,
             torch.stack([s.reward for s in seen], 1),
             uniform < hazard,
             hazard,
-            torch.lerp(made, noise[:, :, 1], level),
+            torch.lerp(made, normal[:, :, 1], sampling.history_level),
             torch.stack([s.state for s in seen], 1),
         )
 
-    def _denoise(
+    def _velocity(
         self,
-        state: WorldState,
+        cache: FrameCache,
+        pending: Tensor,
+        pending_actions: Tensor,
         actions: Tensor,
-        noise: Tensor,
-        sampler: Sampler,
-        pending_counts: Sequence[int] | None,
-    ) -> Tensor:
-        return denoise(
-            self.dynamics,
-            state.cache,
-            state.remembered,
-            state.action,
-            actions,
-            noise,
-            sampler,
-            self.sampling.history_level,
-            pending_counts,
-        )
+        sampling: SamplingConfig,
+        counts: Sequence[int] | None,
+    ) -> Velocity:
+        """The velocity that new frames are drawn by."""
+        level = sampling.history_level
+        return FusedVelocity(self.dynamics, cache, pending, pending_actions, actions, level, counts)
+
+    def check_fits(self, state: WorldState, frames: int) -> None:
+        """Check that ``state`` can be stepped by this model, with passes of ``frames`` frames.
+
+        Raises:
+            ValueError: when it is of another world, device or precision, or was made for other
+                passes; says which.
+        """
+        if state.world_id != self.world_id:
+            raise ValueError("the state is of another world; save it in an env of this one")
+        if state.frames != frames:
+            raise ValueError(
+                f"the state was saved with speculative_frames={state.frames}, this env has "
+                f"speculative_frames={frames}; use the same for both"
+            )
+        mine, weight = state.cache.keys, self.dynamics.embed.weight
+        if (mine.device, mine.dtype) != (weight.device, weight.dtype):
+            raise ValueError(
+                f"the state was saved with {mine.dtype} on {mine.device}, this env has "
+                f"{weight.dtype} on {weight.device}; use the same precision and device for both"
+            )
+        expected = new_cache(self.dynamics, 0, frames).keys.shape
+        if mine[:, :0].shape != expected or state.drawn.latents.shape[2:] != (
+            self.dynamics.config.latent_shape
+        ):
+            raise ValueError("the state is of networks of other sizes")
 
     @property
     def feature_size(self) -> int:
@@ -456,7 +338,7 @@ class WorldModel:
             float32 (B, ``feature_size``): the latents, flattened, and behind them the numbers that
             reward and termination are read off.
         """
-        latents, actions = latents.float(), actions.to(self.device, torch.float32)
+        latents, actions = latents.float(), self._encoded(actions)
         seen = self.heads.features_after(latents, actions, memory)
         return torch.cat((latents.flatten(1), seen), 1)
 
@@ -469,7 +351,7 @@ class WorldModel:
             actions: encoded, (B, action_width), into the frame.
             memory: (B, width), before it.
         """
-        return self.heads.step(latents.float(), actions.to(self.device), memory).state
+        return self.heads.step(latents.float(), self._encoded(actions), memory).state
 
     @torch.inference_mode()
     def features_along(self, context: Context) -> Tensor:
@@ -508,10 +390,8 @@ class WorldModel:
         """
         return (self.encode(frames) - latents.float()).square().flatten(1).mean(1).sqrt()
 
-    def _keys(self, seeds: Sequence[tuple[int, int]], frames: Sequence[range]) -> Tensor:
-        """Keys of all noise of each seed's frames, int64 (number of seeds * frames of each,)."""
-        keys = [mix(*seed, k) for seed, numbers in zip(seeds, frames, strict=True) for k in numbers]
-        return self._moved(torch.tensor(keys))
+    def _encoded(self, actions: Tensor) -> Tensor:
+        return actions.to(self.device, torch.float32)
 
     def _moved(self, x: Tensor) -> Tensor:
         """``x`` on the device, which need not have finished what it is doing."""
@@ -519,22 +399,32 @@ class WorldModel:
             x = x.pin_memory()
         return x.to(self.device, non_blocking=True)
 
-    def _noise(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """What is random about frames: a function of each one's key alone.
-
-        Not of the row or of how many rows there are; but a GPU has other numbers than a CPU.
+    def _noise(
+        self, keys: Tensor, first: Tensor, count: int, sampling: SamplingConfig
+    ) -> tuple[Tensor, Tensor]:
+        """What is random about frames: a function of each one's episode and number alone.
 
         Args:
-            keys: (N,), see ``_keys``.
+            keys: int64 (B,), of the episodes.
+            first: int64 (B, 1), number of the first frame.
+            count: n, frames of each row.
+            sampling: how they are drawn.
 
         Returns:
-            Normal numbers (N, 2 + ``renoisings``, C, h, w): the noise that the frame is drawn from,
-            its history noise, and renoisings. Uniform numbers (N,) for the frames' ends.
+            Normal numbers (B, n, 2 + ``renoisings``, C, h, w): the noise that the frame is drawn
+            from, its history noise, and renoisings. Uniform numbers (B, n) for the frames' ends.
         """
-        shape, more = self.dynamics.config.latent_shape, self.sampling.renoisings
-        size = math.prod(shape)
-        if self.device.type == "cuda":
-            normal, uniform = hashed(keys, (2 + more) * size)
-        else:
-            normal, uniform = generated(keys, 2 * size, more * size, self._generator)
-        return normal.unflatten(1, (2 + more, *shape)), uniform
+        shape = (2 + sampling.renoisings, *self.dynamics.config.latent_shape)
+        frames = first + torch.arange(count, device=first.device)
+        each = keys[:, None].expand_as(frames)
+        normal, uniform = noise(each.flatten(), frames.flatten(), math.prod(shape))
+        return normal.view(*frames.shape, *shape), uniform.view(frames.shape)
+
+
+def digest(network: nn.Module) -> str:
+    """A short hash of a network's weights."""
+    made = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        made.update(name.encode())
+        made.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return made.hexdigest()

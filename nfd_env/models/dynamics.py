@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.models.cache import FrameCache
+from nfd_env.models.cache import FillingAttention, FrameCache, RingAttention, sees
 from nfd_env.models.layers import (
     Attend,
     Block,
@@ -20,7 +20,6 @@ from nfd_env.models.layers import (
     by_token,
     sinusoid,
 )
-from nfd_env.models.sight import Sight
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,6 @@ class DynamicsConfig:
         layers: transformer blocks.
         heads: attention heads.
         window: a frame attends to itself and to at most ``window`` - 1 frames right before it.
-        keyframes: it also attends to so many frames before those ...
-        keyframe_stride: ... that lie this many frames apart, see ``Sight``.
         qk_norm: normalise queries and keys.
         modulation_rank: rank of the adaLN projection; 0 for a full matrix. See ``with_low_rank``.
     """
@@ -52,8 +49,6 @@ class DynamicsConfig:
     layers: int = 6
     heads: int = 4
     window: int = 16
-    keyframes: int = 0
-    keyframe_stride: int = 8
     qk_norm: bool = False
     modulation_rank: int = 0
 
@@ -63,12 +58,24 @@ class DynamicsConfig:
             raise ValueError("patch must divide latent_height and latent_width")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError("width / heads must be a multiple of 4")
-        _ = self.sight  # checks what is seen
+        if self.window < 2:
+            raise ValueError(f"window must be at least 2 frames, got {self.window}")
 
-    @property
-    def sight(self) -> Sight:
-        """Which frames a frame attends to."""
-        return Sight(self.window, self.keyframes, self.keyframe_stride)
+    @classmethod
+    def of_header(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The config in a weights file, also of a version that knew key frames.
+
+        Raises:
+            ValueError: when the weights were trained with them.
+        """
+        current = dict(stored)
+        current.pop("keyframe_stride", None)
+        if current.pop("keyframes", 0):
+            raise ValueError(
+                "it was trained with key frames, which this version does not have; "
+                "train it without keyframes"
+            )
+        return current
 
     @property
     def tokens(self) -> int:
@@ -107,7 +114,7 @@ class Dynamics(nn.Module):
         rows, columns = config.latent_height // config.patch, config.latent_width // config.patch
         self.rotation = FrameRotation(d // config.heads, rows, columns)
         # The modulation gives scales as deviations from one.
-        unit_scales = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
+        unit_scales = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float32)[:, None]
         self.register_buffer("unit_scales", unit_scales, persistent=False)
         self._trained: dict[str, Tensor] = {}
         _zero(self.output)
@@ -144,23 +151,19 @@ class Dynamics(nn.Module):
                 norm.folded = True
         bias[-1] += 1
 
-    def forward(
-        self, latents: Tensor, levels: Tensor, actions: Tensor, numbers: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
         """Velocities of whole sequences, each frame seeing itself and the frames before it.
 
         Args:
             latents: (B, T, C, h, w), frame t at noise level ``levels[:, t]``.
             levels: (B, T) in [0, 1].
             actions: (B, T, action_width); ``actions[:, t]`` is the action leading into frame t.
-            numbers: int (T,), ascending, of the frames; None for consecutive ones.
 
         Returns:
             (B, T, C, h, w).
         """
         frames = torch.arange(latents.shape[1], device=latents.device)
-        frames = frames if numbers is None else numbers
-        mask = self.config.sight.sees(frames[:, None], frames[None, :])
+        mask = sees(frames[:, None], frames[None, :], self.config.window)
         rotation = self.rotation(frames[None]).unsqueeze(-4)
         return self._run(latents, levels, actions, rotation, self._masked(mask))
 
@@ -205,7 +208,6 @@ class Dynamics(nn.Module):
         levels: Tensor,
         actions: Tensor,
         commit: int | Sequence[int],
-        numbers: Tensor | None = None,
     ) -> Tensor:
         """One pass over a few frames that follow the cached ones.
 
@@ -217,23 +219,42 @@ class Dynamics(nn.Module):
             commit: the first ``commit`` frames are finished: their keys and values go into the
                 ring. The others see them and one another block-causally, and leave no trace. One
                 number, or one for each row.
-            numbers: int (F,), ascending: the frames' numbers where they are the first of an empty
-                cache and some that nothing sees are left out; None for consecutive ones.
 
         Returns:
             Velocities (B, F - c, C, h, w), without those of the first c frames that are finished in
             every row.
         """
         count = latents.shape[1]
-        view = cache.begin(count, commit, numbers)
         finished = commit if isinstance(commit, int) else min(commit)
+        attend = cache.begin(count, commit)
+        skip = min(finished, count - 1)
+        return self._cached(latents, levels, actions, attend, skip)[:, finished - skip :]
+
+    def fill(self, cache: FrameCache, latents: Tensor, levels: Tensor, actions: Tensor) -> None:
+        """Make a whole history that of every row of ``cache``, whatever that held before.
+
+        Args:
+            cache: to fill.
+            latents: (B, F, C, h, w), frames number 0 to F - 1.
+            levels: (B, F).
+            actions: (B, F, action_width), the actions leading into each frame.
+        """
+        count = latents.shape[1]
+        self._cached(latents, levels, actions, cache.fill(count), count - 1)
+
+    def _cached(
+        self,
+        latents: Tensor,
+        levels: Tensor,
+        actions: Tensor,
+        attend: RingAttention | FillingAttention,
+        skip: int,
+    ) -> Tensor:
         # Queries carry the softmax's scale in their rotation.
         scale = (self.config.width // self.config.heads) ** -0.5
-        rotation = self.rotation(view.frames)
+        rotation = self.rotation(attend.frames)
         rotation = torch.stack((scale * rotation, rotation), -4)
-        skip = min(finished, count - 1)
-        velocity = self._run(latents, levels, actions, rotation, view.attend, skip)
-        return velocity[:, finished - skip :]
+        return self._run(latents, levels, actions, rotation, attend, skip)
 
     def _masked(self, mask: Tensor) -> Attend:
         full = by_token(mask, self.config.tokens)
@@ -246,20 +267,17 @@ class Dynamics(nn.Module):
         in its own chunk and the one before. Written with plain softmax: forward-mode
         differentiation has no rule for fused kernels.
         """
-        count, tokens, sight = len(frames), self.config.tokens, self.config.sight
-        chunk = min(count, sight.window)
+        count, tokens, window = len(frames), self.config.tokens, self.config.window
+        chunk = min(count, window)
         missing = -count % chunk
         # Queries in chunks (n, chunk), and the numbers of the keys that each chunk may see.
         numbers = functional.pad(frames, (0, missing), value=-1).unflatten(0, (-1, chunk))
         close = _and_before(numbers, -1)
-        marked = frames[:: sight.stride] if sight.keyframes and count > chunk else frames[:0]
         query = numbers[..., None]
-        near = sight.near(query, close[:, None]) & (close >= 0)[:, None]
-        far = sight.far(query, marked)
-        old_mask = torch.cat((near, far), -1)
-        new_mask = torch.cat((near & (close[:, None] != query), far), -1)
+        near = sees(query, close[:, None], window) & (close >= 0)[:, None]
+        new_mask = near & (close[:, None] != query)
         # What pads the last chunk sees something, so that its softmax is finite; it is cut off.
-        old_mask = old_mask | (query < 0)
+        old_mask = near | (query < 0)
         old_mask, new_mask = by_token(old_mask, tokens), by_token(new_mask, tokens)
         new_mask = torch.cat((new_mask, new_mask.new_ones((*new_mask.shape[:2], tokens))), -1)
 
@@ -270,11 +288,7 @@ class Dynamics(nn.Module):
 
         def seen(x: Tensor) -> Tensor:
             """History (B, T, P, heads, c) -> what each chunk sees (B, heads, n, keys, c)."""
-            around = _and_before(chunks(x), 0, 2, 3)
-            if not len(marked):
-                return around
-            keys = x[:, :: sight.stride].flatten(1, 2).transpose(1, 2)[:, :, None]
-            return torch.cat((around, keys.expand(-1, -1, around.shape[2], -1, -1)), 3)
+            return _and_before(chunks(x), 0, 2, 3)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = q.to(v.dtype) * q.shape[-1] ** -0.5, k.to(v.dtype)
@@ -379,7 +393,7 @@ def with_low_rank(network: Dynamics, actions: Tensor, rank: int) -> tuple[Dynami
     """
     full = network.modulation
     assert isinstance(full, nn.Linear) and full.bias is not None
-    levels = torch.linspace(0, 1, 129)
+    levels = torch.linspace(0, 1, 129, dtype=torch.float32, device=full.weight.device)
     condition = network.embed_level(sinusoid(levels))[:, None] + network.embed_action(actions)
     inputs = functional.silu(condition).flatten(0, 1)
     outputs = (inputs @ full.weight.T).double()

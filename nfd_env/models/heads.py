@@ -70,7 +70,8 @@ class Heads(nn.Module):
         self.output = nn.Linear(config.width, 1 + len(config.reward_values))
         if config.signals:
             self.signals = nn.Linear(config.width, config.signals)
-        self.register_buffer("values", torch.tensor(config.reward_values), persistent=False)
+        values = torch.tensor(config.reward_values, dtype=torch.float32)
+        self.register_buffer("values", values, persistent=False)
 
     def initial_state(self, batch: int) -> Tensor:
         """The state of ``batch`` rows that have seen nothing, (B, width)."""
@@ -130,11 +131,12 @@ class Heads(nn.Module):
         assert isinstance(self.values, Tensor)
         values = self.values
         if len(values) == 1:
-            return torch.ones(*rewards.shape, 1, device=rewards.device)
+            return torch.ones(*rewards.shape, 1, device=rewards.device, dtype=torch.float32)
         clipped = rewards.clamp(values[0], values[-1])
         upper = torch.searchsorted(values, clipped).clamp(1, len(values) - 1)
         low, high = values[upper - 1], values[upper]
         share = (clipped - low) / (high - low)
-        target = torch.zeros(*rewards.shape, len(values), device=rewards.device)
+        shape = *rewards.shape, len(values)
+        target = torch.zeros(shape, device=rewards.device, dtype=torch.float32)
         target.scatter_(-1, (upper - 1)[..., None], (1 - share)[..., None])
         return target.scatter_(-1, upper[..., None], share[..., None])

@@ -20,7 +20,8 @@ of queries; then they are the last frames'.
 def sinusoid(level: Tensor, width: int = 256, period: float = 10_000.0) -> Tensor:
     """Sinusoidal features of noise levels in [0, 1]: (...) -> (..., width)."""
     half = width // 2
-    rates = torch.exp(-math.log(period) * torch.arange(half, device=level.device) / half)
+    steps = torch.arange(half, device=level.device, dtype=torch.float32)
+    rates = torch.exp(-math.log(period) * steps / half)
     angles = 1000.0 * level[..., None].float() * rates
     return torch.cat((angles.cos(), angles.sin()), -1)
 
@@ -101,8 +102,9 @@ class RMSNorm(nn.RMSNorm):
         """Build for ``width`` channels."""
         super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
         # Tensors because torch takes no plain numbers there, or two operations for one.
-        self.register_buffer("root", torch.tensor(math.sqrt(width)), persistent=False)
-        self.register_buffer("floor", torch.tensor(math.sqrt(width * eps)), persistent=False)
+        for name, value in (("root", width), ("floor", width * eps)):
+            number = torch.tensor(math.sqrt(value), dtype=torch.float32)
+            self.register_buffer(name, number, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""

@@ -111,7 +111,9 @@ class Tokenizer(nn.Module):
         """Reconstruct float frames (B, 3, H, W); in training through noisy latents."""
         latents = self.encode(frames)
         if self.training and self.config.latent_noise > 0:
-            strength = torch.rand(len(latents), 1, 1, 1) * self.config.latent_noise
+            shape = len(latents), 1, 1, 1
+            strength = torch.rand(shape, dtype=torch.float32, device="cpu")
+            strength = strength * self.config.latent_noise
             latents = latents + strength.to(latents) * torch.randn_like(latents)
         return self.decode(latents)
 

@@ -112,7 +112,8 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
             f"not a {network_type.__name__}"
         )
     try:
-        values = json.loads(header["config"])
+        # What earlier versions stored and this one does not know, see ``DynamicsConfig.of_header``.
+        values = getattr(config_type, "of_header", dict)(json.loads(header["config"]))
         settings = config.from_mapping(config_type, values, "its config", foreign=True)
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: holds no usable config: {error}") from None

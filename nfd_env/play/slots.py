@@ -9,7 +9,6 @@ that a plain step would have made.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -74,7 +73,7 @@ class Slots:
         self.display = getattr(self.spec, "display", "smooth")
         self.keymap = Keymap.from_source(self.spec.source, self._all.single_action_space)
         first = Sampling(
-            self._all.model.sampling.steps,
+            self._all.sampling.steps,
             speculation=speculative_frames > 1,
             teacher=self._all.world.dynamics == "teacher",
         )
@@ -192,11 +191,10 @@ class Slots:
         branch = NFDVectorEnv(
             num_envs=len(rows),
             sampling_steps=sampling.steps,
-            # People hold keys, so drafting pays; and branches live too short to measure whether.
-            draft_cost=1.0 if sampling.speculation else math.inf,
             dynamics="teacher" if sampling.teacher else None,
             **self._arguments,
         )
+        branch.drafting = sampling.speculation
         branch.restore_state(self._all.save_state(rows))
         return branch
 

@@ -28,7 +28,8 @@ from nfd_env.flow.consistency import (
 from nfd_env.flow.path import data_from_velocity, expand, interpolate, sample_levels
 from nfd_env.flow.solvers import Velocity, level_grid, sample_consistency, sample_dpm_solver_pp
 from nfd_env.flow.trigflow import LevelVelocity, consistency, trig_network
-from nfd_env.inference.rollout import Sampler, rollout_latents
+from nfd_env.inference.rollout import rollout_latents
+from nfd_env.inference.sampling import Sampler
 from nfd_env.metrics import frechet_distance
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import sinusoid

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from nfd_env import __version__, config
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
-from nfd_env.inference.world_model import Context, SamplingConfig
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from nfd_env.precision import autocast, fastest_precision
+from nfd_env.precision import autocast, choose_precision
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[st
         step, elapsed, metrics = state["step"], state["elapsed"], state["metrics"]
         best, kept = state["best"], state.get("kept", {})
     loss_of = torch.compile(stage.loss, dynamic=False) if settings.compile else stage.loss
-    precision = fastest_precision(device) if settings.precision == "auto" else settings.precision
+    precision = choose_precision(settings.precision, device)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
     bar = tqdm(
         total=settings.steps, initial=step, disable=not progress, desc=folder.name, mininterval=2

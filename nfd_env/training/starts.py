@@ -10,7 +10,7 @@ import torch
 from nfd_env.data.latents import LatentDataset, LatentEpisode
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.worlds.load import World
 
 _CHECKED = 64  # frames that the tokenizer is tried on

@@ -31,7 +31,8 @@ from torch import nn
 
 from nfd_env import config
 from nfd_env.files import Ownership, make_folder
-from nfd_env.inference.world_model import CONSISTENCY, Context, SamplingConfig
+from nfd_env.inference.sampling import CONSISTENCY, SamplingConfig
+from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
 from nfd_env.models.tokenizer import Tokenizer

@@ -16,13 +16,14 @@ from gymnasium import spaces
 
 from nfd_env.devices import resolve_device
 from nfd_env.files import FolderError
-from nfd_env.inference.world_model import Context, WorldModel
+from nfd_env.inference.packing import keep_freed_memory, pack_convolutions, pack_linears
+from nfd_env.inference.state import Context
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.packing import keep_freed_memory, pack_convolutions, pack_linears
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, neutral_torch, read_origin
-from nfd_env.precision import fastest_precision
+from nfd_env.precision import choose_precision
 from nfd_env.sources.source import make_source
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.worlds.checksums import sha256, verify
@@ -123,9 +124,8 @@ def load_world(
     Args:
         world: a world folder, or the name of a shipped world.
         device: see ``nfd_env.devices.resolve_device``.
-        precision: "fp32", "bf16", or "auto": bf16 where this machine multiplies bf16 matrices at
-            least twice as fast. Weights, activations and the cache are kept in it; latents and the
-            heads stay fp32.
+        precision: "fp32", "bf16", or "auto", see ``choose_precision``. Weights, activations and the
+            cache are kept in it; latents and the heads stay fp32.
         dynamics: "student", "teacher" (with its own sampling, loaded when it is first asked for),
             or "flow", see ``World``; None for the world's default.
 
@@ -136,11 +136,7 @@ def load_world(
         DeviceError: when the device is not there.
     """
     resolved = resolve_device(device)
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision must be auto, fp32 or bf16, got {precision!r}")
-    if precision == "auto":
-        with torch.random.fork_rng(devices=[]):
-            precision = fastest_precision(resolved, advantage=2.0)
+    precision = choose_precision(precision, resolved)
     while True:
         folder = find_world(world).resolve()
         files = None

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nfd_env.files import atomic_write
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.models.weights import CheckpointError, neutral_torch
 
 

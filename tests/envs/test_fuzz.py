@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from nfd_env.devices import DeviceError
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.models.weights import CheckpointError
 from tests.envs.test_vector_env import same
 

@@ -12,7 +12,7 @@ import torch
 
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.sources.source import SourceError
 from nfd_env.worlds.load import load_world
 from tests.counter_env import read

@@ -118,7 +118,7 @@ def test_keys(tiny_world: Path) -> None:
 def test_arguments_reach_the_vector_env(tiny_world: Path) -> None:
     env = make(tiny_world, sampling_steps=3, frame_skip=2, max_episode_steps=9, output="torch")
     vector = env.vector
-    assert vector.model.sampling.steps == 3 and vector.frame_skip == 2
+    assert vector.sampling.steps == 3 and vector.frame_skip == 2
     assert vector.max_episode_steps == 9 and vector.output == "torch"
     with pytest.raises(ValueError, match="frame_skip"):
         make(tiny_world, frame_skip=0)

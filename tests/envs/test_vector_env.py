@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 import nfd_env  # noqa: F401  # registers the ids
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.inference.world_model import Context
+from nfd_env.inference.state import Context
 from nfd_env.models.weights import CheckpointError
 from nfd_env.worlds.starts import save_starts
 
@@ -111,7 +111,6 @@ def test_features_observations(hasty_world: Path, drafts: int) -> None:
         "output": "torch",
         "autoreset_mode": AutoresetMode.SAME_STEP,
         "speculative_frames": drafts,
-        "draft_cost": 1.0,  # always, so that both draw the same frames jointly
     }
     env = make(hasty_world, count, obs_type="features", frame_skip=skip, **kwargs)
     frames, model = make(hasty_world, count, **kwargs), env.model
@@ -324,7 +323,7 @@ def test_seeds_choose_among_the_starts(endless_world: Path) -> None:
 # --------------------------------------------------------------------------------------- autoreset
 
 
-def run_to_an_end(env: NFDVectorEnv, seed: int = 0) -> tuple[tuple[Any, ...], np.ndarray, int]:
+def run_to_an_end(env: NFDVectorEnv, seed: int = 2) -> tuple[tuple[Any, ...], np.ndarray, int]:
     """Step until a row but not every row ends; the transition, which rows, and the step's number.
 
     ``infos`` do not tell what ended with SAME_STEP, so terminated | truncated do.
@@ -784,7 +783,7 @@ def test_context_option(endless_world: Path, count: int) -> None:
     env.reset(seed=0, options={"context": context})
     assert same(play(env, acts), first)
     # Of a longer context, frames depend on the last ones; rewards and ends may remember the others.
-    reach = env.model.dynamics.config.sight.reach
+    reach = env.model.dynamics.config.window
     changed = {k: v.copy() for k, v in context.items()}
     if count > reach:
         changed["frames"][0] = 0
@@ -969,7 +968,7 @@ def test_autoreset_mode_by_name(tiny_world: Path, mode: AutoresetMode) -> None:
 
 def test_sampling_steps(endless_world: Path) -> None:
     env, other = make(endless_world, 1), make(endless_world, 1, sampling_steps=5)
-    assert (env.model.sampling.steps, other.model.sampling.steps) == (2, 5)
+    assert (env.sampling.steps, other.sampling.steps) == (2, 5)
     env.reset(seed=0), other.reset(seed=0)
     assert not same(env.step([0])[0], other.step([0])[0])
     assert other.model.dynamics is env.model.dynamics  # the weights are shared
@@ -982,9 +981,9 @@ def test_student_or_teacher(distilled_world: Path) -> None:
     for env in (student, teacher, default):
         env.reset(seed=0)
         seen.append(env.step([0, 1, 2])[0])
-    assert (student.model.sampling.steps, teacher.model.sampling.steps) == (1, 3)
+    assert (student.sampling.steps, teacher.sampling.steps) == (1, 3)
     assert np.array_equal(seen[0], seen[2]) and not close(seen[0], seen[1])
-    assert make(distilled_world, dynamics="teacher", sampling_steps=7).model.sampling.steps == 7
+    assert make(distilled_world, dynamics="teacher", sampling_steps=7).sampling.steps == 7
     assert NFDEnv(distilled_world, dynamics="teacher").vector.world.dynamics == "teacher"
 
 
@@ -1153,7 +1152,7 @@ def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs
 
 def test_what_came_before_frames_of_the_callers_own(endless_world: Path) -> None:
     env = make(endless_world, context_observations=9, frame_skip=3, output="torch")
-    reach = env.model.dynamics.config.sight.reach
+    reach = env.model.dynamics.config.window
     given = frames_and_actions(40)
     assert reach < 9 * 3
     observation, infos = env.reset(seed=0, options={"context": given})

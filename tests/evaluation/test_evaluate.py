@@ -13,7 +13,8 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation import evaluate as module
 from nfd_env.evaluation.evaluate import evaluate, evaluate_drafts, evaluate_steps
 from nfd_env.evaluation.reports import format_report, format_rows
-from nfd_env.inference.world_model import Transition, WorldModel
+from nfd_env.inference.state import Transition, WorldState
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.load import load_world
 from tests.counter_env import read
 
@@ -98,11 +99,11 @@ class Replay(WorldModel):
 
     frames: torch.Tensor
 
-    def step(self, state: Any, actions: torch.Tensor) -> Transition:
+    def step(self, state: WorldState, actions: torch.Tensor, sampling: Any = None) -> Transition:
         frame = state.frame[0]
-        state.frame = [number + 1 for number in state.frame]
+        state.cache.length = state.cache.length + 1
         none = torch.zeros(len(actions))
-        shown = self.frames[:, frame + 1 - self.dynamics.config.sight.reach]
+        shown = self.frames[:, frame + 1 - self.dynamics.config.window]
         return Transition(shown, none, none.bool(), none, state.memory)
 
 

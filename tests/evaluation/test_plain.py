@@ -8,7 +8,8 @@ from torch import nn
 
 from nfd_env.evaluation.plain import PlainDynamics, PlainModel
 from nfd_env.evaluation.refilled import RefilledModel
-from nfd_env.inference.world_model import Context, SamplingConfig
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics, with_low_rank
 from nfd_env.worlds.load import load_world
 from tests.models.small import WINDOW, random_frames, small_dynamics
@@ -93,7 +94,7 @@ def test_it_costs_a_window_and_a_pass_a_step(
     state = plain.start([Context(torch.randn(11, 4, 4, 6), torch.randn(11, 3))], [(0, 0)])
     frames: list[int] = []
     plain.plain.register_forward_hook(lambda _, args, out: frames.append(args[0].shape[1]))
-    monkeypatch.setattr(model.dynamics, "stream", None)  # nothing else may be run
+    monkeypatch.setattr(model.dynamics, "_run", None)  # nothing else may be run
     plain.step(state, torch.eye(3)[[1]])
-    # The latest four frames and two key frames.
-    assert frames == [6] + [1] * 4
+    # The latest four frames.
+    assert frames == [4] + [1] * 4

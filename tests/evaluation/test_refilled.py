@@ -9,13 +9,15 @@ import torch
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.flow.solvers import level_grid, sample_euler
-from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.worlds.load import load_world
 from tests.tiny_world import noise_of
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-WINDOW, SEEN = 5, 7  # the latest frames, and with two key frames
+WINDOW = 5
 ONE_HOT = torch.eye(3)
 
 
@@ -57,19 +59,16 @@ def test_every_frame_sees_its_window_and_nothing_else(model: WorldModel) -> None
     into = list(context.actions)
     for t in range(12):
         action = ONE_HOT[t % 3]
-        new = torch.tensor(len(history))
-        seen = model.dynamics.config.sight.sees(new, torch.arange(len(history)))
-        past, before = torch.stack(history)[seen], torch.stack(into)[seen]
-        numbers = torch.cat((torch.arange(len(history))[seen], new[None]))
+        past, before = torch.stack(history)[1 - WINDOW :], torch.stack(into)[1 - WINDOW :]
 
         def velocity(
-            x: torch.Tensor, at: float, past=past, before=before, action=action, numbers=numbers
+            x: torch.Tensor, at: float, past=past, before=before, action=action
         ) -> torch.Tensor:
             levels = torch.full((1, len(past) + 1), level)
             levels[:, -1] = at
             frames = torch.cat((past[None], x), 1)
             actions = torch.cat((before, action[None]))[None]
-            return model.dynamics(frames, levels, actions, numbers)[:, -1:]
+            return model.dynamics(frames, levels, actions)[:, -1:]
 
         expected = sample_euler(velocity, draws[t + 3][0][None, None], level_grid(3))[0, 0]
         made = refilled.step(state, action[None]).latents[0]
@@ -82,20 +81,25 @@ def test_it_costs_a_window_and_a_pass_a_step(
     endless_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[int, int]] = []
-    stream = Dynamics.stream
+    stream, fill = Dynamics.stream, Dynamics.fill
 
-    def counted(self, cache, latents, levels, actions, commit, numbers=None):
+    def counted(self, cache, latents, levels, actions, commit):
         passes.append((latents.shape[1], commit))
-        return stream(self, cache, latents, levels, actions, commit, numbers)
+        return stream(self, cache, latents, levels, actions, commit)
+
+    def filled(self, cache, latents, *args):
+        passes.append((latents.shape[1], latents.shape[1]))
+        return fill(self, cache, latents, *args)
 
     env = NFDVectorEnv(endless_world, 2, "cpu", sampling_steps=4, precision="fp32")
     env.model = RefilledModel(env.model)
     env.reset(seed=0)
-    for _ in range(env.model.dynamics.config.sight.reach):
+    for _ in range(env.model.dynamics.config.window):
         env.step([0, 1])
     monkeypatch.setattr(Dynamics, "stream", counted)
+    monkeypatch.setattr(Dynamics, "fill", filled)
     env.step([0, 1])
-    assert passes == [(SEEN - 1, SEEN - 1)] + [(1, 0)] * 4
+    assert passes == [(WINDOW - 1, WINDOW - 1)] + [(1, 0)] * 4
 
 
 def test_it_plays_through_resets(make_world: Callable[..., Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.state import Context
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.cache import FrameCache
 from nfd_env.models.layers import Block
 from nfd_env.worlds.load import load_world
@@ -33,12 +34,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     committing: list[int] = []
     begin, forward = FrameCache.begin, Block.forward
 
-    def counted_begin(self, count, commit, numbers=None):
+    def counted_begin(self, count, commit):
         committing.append(commit)
-        return begin(self, count, commit, numbers)
+        return begin(self, count, commit)
 
     def counted_forward(self, layer, x, *args):
-        if layer == 0:
+        if layer == 0 and committing:
             seen.append((x.shape[1], committing.pop()))
         return forward(self, layer, x, *args)
 
@@ -82,8 +83,7 @@ def test_an_env_step_costs_one_pass_a_consistency_step(
     make_world: Callable[..., Path], passes: Passes, steps: int
 ) -> None:
     env = NFDVectorEnv(make_world(hazard_bias=-1000.0), 3, "cpu")
-    env.model = few_steps(env.model, 7)
-    env.model = env.model.with_sampling(replace(env.model.sampling, steps=steps))
+    env.sampling = SamplingConfig(steps, "consistency")
     env.reset(seed=0)
     for _ in range(5):
         passes.clear()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nfd_env.flow.solvers import Velocity, level_grid, sample_euler
-from nfd_env.inference.rollout import denoise, new_cache, rollout_latents
+from nfd_env.inference.rollout import FusedVelocity, new_cache, rollout_latents
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
 
@@ -54,28 +54,22 @@ def test_a_frame_costs_one_pass_a_step(steps: int, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(network, "stream", counted)
     latents, _, actions = inputs
-    denoise(
-        network,
-        cache,
-        latents[:, :1],
-        actions[:, :1],
-        actions[:, 1:2],
-        latents[:, 1:2],
-        lambda velocity, noise: sample_euler(velocity, noise, level_grid(steps)),
-        0.2,
+    velocity = FusedVelocity(
+        network, cache, latents[:, :1], actions[:, :1], actions[:, 1:2], history_level=0.2
     )
+    sample_euler(velocity, latents[:, 1:2], level_grid(steps))
     assert passes == [(2, 1)] + [(1, 0)] * (steps - 1)
     assert cache.length.tolist() == [1]
 
 
-def test_denoise_equals_the_windowed_forward() -> None:
+def test_the_fused_pass_equals_the_windowed_forward() -> None:
     network = small_dynamics()
     latents, _, actions = random_frames(2, 3)
     noise = random_frames(2, 1, 1)[0]
     cache = new_cache(network, 2)
     level = 0.2
-    network.stream(
-        cache, latents[:, :2], torch.full((2, 2), level), actions[:, :2], commit=2
+    network.fill(
+        cache, latents[:, :2], torch.full((2, 2), level), actions[:, :2]
     )  # frames 0 and 1 are history, frame 2 is pending
 
     def velocity(x: Tensor, now: float) -> Tensor:
@@ -84,14 +78,6 @@ def test_denoise_equals_the_windowed_forward() -> None:
 
     all_actions = random_frames(2, 4, 2)[2]
     all_actions[:, :3] = actions
-    made = denoise(
-        network,
-        cache,
-        latents[:, 2:],
-        actions[:, 2:],
-        all_actions[:, 3:],
-        noise,
-        sampler,
-        level,
-    )
+    fused = FusedVelocity(network, cache, latents[:, 2:], actions[:, 2:], all_actions[:, 3:], level)
+    made = sampler(fused, noise)
     torch.testing.assert_close(made, sampler(velocity, noise), rtol=1e-4, atol=2e-5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.inference.speculation import SpeculativeState, Speculator
-from nfd_env.inference.world_model import Context, Drawn, SamplingConfig, WorldModel, WorldState
+from nfd_env.inference import speculation
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.speculation import FURTHER_FRAME, advance, worthwhile
+from nfd_env.inference.state import Context, Drawn, Transition, WorldState
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.worlds.load import load_world
 from tests.tiny_world import noise_of
@@ -50,8 +54,33 @@ def contexts(rows: int) -> tuple[list[Context], list[tuple[int, int]]]:
     )
 
 
-def always(model: WorldModel, frames: int, **kwargs: Any) -> Speculator:
-    return Speculator(model, frames, draft_cost=1.0, **kwargs)
+@pytest.fixture(autouse=True)
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further frames cost nothing, so that drafts are always made."""
+    monkeypatch.setattr(speculation, "FURTHER_FRAME", 0.0)
+
+
+@pytest.fixture
+def priced(free: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are made where they are expected to pay."""
+    monkeypatch.setattr(speculation, "FURTHER_FRAME", FURTHER_FRAME)
+
+
+class Drafting:
+    """A model that draws so many frames in a pass."""
+
+    def __init__(self, model: WorldModel, frames: int) -> None:
+        self.model, self.frames = model, frames
+
+    def start(self, begin: list[Context], seeds: list[tuple[int, int]]) -> WorldState:
+        return self.model.start(begin, seeds, self.frames)
+
+    def step(self, state: WorldState, actions: Tensor, **kwargs: Any) -> Transition:
+        return advance(self.model, state, actions, **kwargs)
+
+
+def outcome(made: Transition | Drawn) -> list[Tensor]:
+    return [made.latents, made.reward, made.terminated, made.hazard, made.memory]
 
 
 class Reference:
@@ -59,7 +88,9 @@ class Reference:
 
     def __init__(self, model: WorldModel, row: int, rows: int) -> None:
         begin, seeds = contexts(rows)
-        self.model, self.state = model, model.start([begin[row]], [seeds[row]], frames=4)
+        self.model, self.seed = model, seeds[row]
+        # Room for as many frames as there are to be drawn, but none is drafted.
+        self.state = model.start([begin[row]], [seeds[row]], frames=4)
 
     def expects(self, action: Tensor, count: int) -> Drawn:
         return self.model.draw(self.state.fork(), action[None], count)
@@ -68,13 +99,25 @@ class Reference:
     def happened(self, latents: Tensor, action: Tensor) -> None:
         """Append a frame to the history, one commit at a time."""
         state, level = self.state, self.model.sampling.history_level
+        before = state.last.memory
+        remembered = state.drawn.remembered[:, :1]
         levels = torch.full((1, 1), level)
-        self.model.dynamics.stream(state.cache, state.remembered, levels, state.action, commit=1)
-        state.frame[0] += 1
-        noise = noise_of(self.model, state.seeds[0], state.frame[0])[1]
-        state.remembered = torch.lerp(latents[None, None], noise, level)
+        self.model.dynamics.stream(state.cache, remembered, levels, state.action, commit=1)
+        noise = noise_of(self.model, self.seed, state.frame[0])[1]
+        memory = self.model.heads.step(latents[None], action[None], before).state
+        state.drawn = replace(
+            state.drawn,
+            remembered=torch.lerp(latents[None, None], noise, level),
+            memory=memory[:, None],
+        )
         state.action = action[None, None]
-        state.memory = self.model.heads.step(latents[None], action[None], state.memory).state
+
+    @torch.inference_mode()
+    def steps(self, action: Tensor) -> Transition:
+        """Draw the next frame, alone."""
+        drawn = self.expects(action, 1)
+        self.happened(drawn.latents[0, 0], action)
+        return drawn.transition(0)
 
 
 def held_actions(rows: int, steps: int, seed: int, longest: int = 7) -> Tensor:
@@ -103,7 +146,7 @@ def test_every_frame_is_what_the_history_alone_gives(
     """Before and after each mismatch, at every row's own pace, through the ring and back."""
     model = model.with_sampling(sampling)
     rows, steps = 3, 40
-    speculator = always(model, frames)
+    speculator = Drafting(model, frames)
     state = speculator.start(*contexts(rows))
     references = [Reference(model, row, rows) for row in range(rows)]
     acts = held_actions(rows, steps, seed=frames)
@@ -121,70 +164,47 @@ def test_every_frame_is_what_the_history_alone_gives(
             else:
                 place[row] += 1
                 reused += 1
-            for got, want in zip(vars(made).values(), drafted.outcome(), strict=True):
+            for got, want in zip(outcome(made), outcome(drafted), strict=True):
                 torch.testing.assert_close(got[row], want[0, place[row]], **CLOSE)
             reference.happened(made.latents[row], acts[t, row])
     assert reused > 20
     assert state.counts[:, 1].sum() == reused
 
 
-def test_frames_are_the_same_while_drafts_come_and_go(model: WorldModel) -> None:
-    """Calm and erratic stretches: the state becomes narrow where drafts do not pay, and wide."""
+def test_frames_are_the_same_while_drafts_come_and_go(model: WorldModel, priced: None) -> None:
+    """Calm and erratic stretches, in which drafts are made and not."""
     model = model.with_sampling(SamplingConfig(1, "consistency"))
     rows, frames = 2, 3
-    speculator = Speculator(model, frames, draft_cost=2.3)
+    speculator = Drafting(model, frames)
     state = speculator.start(*contexts(rows))
     references = [Reference(model, row, rows) for row in range(rows)]
     calm = ONE_HOT[[1, 2]].expand(25, -1, -1)
-    acts = torch.cat((calm, random_actions(rows, 30), calm, calm, random_actions(rows, 30, 1)))
+    acts = torch.cat((calm[:9], erratic(rows, 20), calm, erratic(rows, 20)))
     expected: list[Drawn | None] = [None] * rows
-    place, rooms = [0] * rows, []
+    place, ready = [0] * rows, []
     for t, act in enumerate(acts):
-        ready = np.array(state.ready) > state.used
+        waiting = state.ready > state.used
         made = speculator.step(state, act)
-        rooms.append(state.room)
+        ready.append(int(state.ready[0]))
         for row, reference in enumerate(references):
-            kept = t > 0 and bool(ready[row]) and torch.equal(act[row], acts[t - 1, row])
+            kept = t > 0 and bool(waiting[row]) and torch.equal(act[row], acts[t - 1, row])
             drafted = expected[row]
             if drafted is None or not kept or state.used[row] == 1:
                 drafted = reference.expects(act[row], frames)
                 expected[row], place[row] = drafted, 0
             else:
                 place[row] += 1
-            for got, want in zip(vars(made).values(), drafted.outcome(), strict=True):
+            for got, want in zip(outcome(made), outcome(drafted), strict=True):
                 torch.testing.assert_close(got[row], want[0, place[row]], **CLOSE)
             reference.happened(made.latents[row], act[row])
-    assert sum(a != b for a, b in zip(rooms, rooms[1:], strict=False)) >= 3
-    assert state.counts[:, 1].min() > 20
-
-
-def test_rows_of_a_narrow_and_a_wide_state(model: WorldModel) -> None:
-    rows = 3
-    acts = held_actions(rows, 20, seed=5)
-    wide, narrow = always(model, 4), Speculator(model, 4, draft_cost=1e9)
-    states = [s.start(*contexts(rows)) for s in (wide, narrow)]
-    for act in acts[:9]:
-        for speculator, state in zip((wide, narrow), states, strict=True):
-            speculator.step(state, act)
-    assert [s.room for s in states] == [4, 1]
-    kept = [s.fork() for s in states]
-    ahead = [
-        [speculator.step(state, act).latents for act in acts[9:]]
-        for speculator, state in zip((wide, narrow), states, strict=True)
-    ]
-    for into in (0, 1):
-        mixed = kept[into].fork()
-        mixed.put([1], kept[1 - into].take([1]))
-        assert mixed.room == 4
-        row = [wide.step(mixed, act).latents[1] for act in acts[9:]]
-        # Drafts may differ from frames drawn alone, but the first one may not.
-        torch.testing.assert_close(row[0], ahead[1 - into][0][1], **CLOSE)
-    assert [s.room for s in kept] == [4, 1]
+    assert sum(a != b for a, b in zip(ready, ready[1:], strict=False)) >= 3
+    assert set(ready) == {1, frames}
+    assert state.counts[:, 1].min() > 10
 
 
 def test_after_a_mismatch_everything_equals_a_run_that_never_drafted(model: WorldModel) -> None:
     frames, rows = 4, 2
-    speculator = always(model, frames)
+    speculator = Drafting(model, frames)
     state = speculator.start(*contexts(rows))
     references = [Reference(model, row, rows) for row in range(rows)]
 
@@ -195,30 +215,25 @@ def test_after_a_mismatch_everything_equals_a_run_that_never_drafted(model: Worl
 
     for _ in range(6):  # two of the second pass's four are used
         agreed(ONE_HOT[[1, 2]])
-    assert state.ready == [4, 4] and state.used == [2, 2]
+    assert state.ready.tolist() == [4, 4] and state.used.tolist() == [2, 2]
     changing = [0, 1, 2, 0, 2, 1, 0, 1, 0]
     for index in changing:
         made = speculator.step(state, ONE_HOT[[index, index]])
         for row, reference in enumerate(references):
-            plain = model.step(reference.state, ONE_HOT[[index]])
-            for got, want in zip(vars(made).values(), vars(plain).values(), strict=True):
+            plain = reference.steps(ONE_HOT[index])
+            for got, want in zip(outcome(made), outcome(plain), strict=True):
                 torch.testing.assert_close(got[row], want[0], **CLOSE)
             assert state.frame[row] == reference.state.frame[0]
-            torch.testing.assert_close(state.memory[row, 0], reference.state.memory[0], **CLOSE)
+            torch.testing.assert_close(state.memory[row], reference.state.memory[0], **CLOSE)
             torch.testing.assert_close(
-                state.remembered[row, 0], reference.state.remembered[0, 0], **CLOSE
+                state.drawn.remembered[row, 0], reference.state.drawn.remembered[0, 0], **CLOSE
             )
     for row, reference in enumerate(references):
         # The ring: what was committed is what the other run committed.
         mine, other = state.cache, reference.state.cache
-        assert mine.length[row] == other.length[0] == state.frame[row]
         length = state.frame[row]
-        sight = mine.sight
-        seen = torch.arange(max(0, length - sight.window + 1), length) % mine.ring
-        far = torch.arange(max(0, length - sight.reach + 1), length)
-        far = far[far % sight.stride == 0] // sight.stride % mine.far_ring
-        assert len(far)
-        seen = torch.cat((seen, mine.ring + far))
+        assert mine.length[row] == other.length[0] == length
+        seen = torch.arange(max(0, length - mine.window + 1), length) % mine.ring
         for ours, theirs in ((mine.keys, other.keys), (mine.values, other.values)):
             torch.testing.assert_close(ours[:, row, :, seen], theirs[:, 0, :, seen], **CLOSE)
     # A first draft was right six times, and then every one of three was wrong.
@@ -230,7 +245,7 @@ def test_a_hit_runs_no_pass_and_a_miss_one_for_all_rows(
     model: WorldModel, passes: list[tuple[int, int, Any]]
 ) -> None:
     model = model.with_sampling(SamplingConfig(1, "consistency"))
-    speculator = always(model, 3)
+    speculator = Drafting(model, 3)
     state = speculator.start([contexts(1)[0][0]] * 3, contexts(3)[1])
     passes.clear()
     speculator.step(state, ONE_HOT[[0, 1, 2]])
@@ -249,7 +264,7 @@ def test_an_end_drops_what_follows_it(make_world: Callable[..., Path]) -> None:
     rows = 24
     begin = [contexts(1)[0][0]] * rows
     seeds = [(i, 0) for i in range(rows)]
-    speculator = always(model, 4)
+    speculator = Drafting(model, 4)
     state = speculator.start(begin, seeds)
     plain = model.start(begin, seeds, frames=4)
     action = ONE_HOT[[1] * rows]
@@ -258,39 +273,45 @@ def test_an_end_drops_what_follows_it(make_world: Callable[..., Path]) -> None:
     for row in range(rows):
         ends = drawn.terminated[row].tolist()
         assert state.ready[row] == (ends.index(True) + 1 if True in ends else 4)
-    assert len(set(state.ready)) > 2
+    assert len(set(state.ready.tolist())) > 2
     while len(made) < 4:
-        active = np.array(state.ready) > state.used
+        active = state.ready > state.used
         before = state.fork()
         made.append(speculator.step(state, action, active=active))
         for row in np.flatnonzero(~active):
             assert state.used[row] == before.used[row] and state.frame[row] == before.frame[row]
         for row in np.flatnonzero(active):
-            for got, want in zip(vars(made[-1]).values(), drawn.outcome(), strict=True):
+            for got, want in zip(outcome(made[-1]), outcome(drawn), strict=True):
                 torch.testing.assert_close(got[row], want[row, len(made) - 1], **CLOSE)
     drafted, accepted, dropped = state.counts.T
     assert (drafted == 3).all() and (accepted + dropped == 3).all() and 0 < dropped.sum()
 
 
 def flat(state: WorldState) -> list[Any]:
-    values = [state.cache.keys, state.cache.values, state.cache.length, state.action]
-    if isinstance(state, SpeculativeState):
-        values += [*vars(state.block).values(), state.used, state.ready, state.counts.tolist()]
-    return [*values, state.seeds, state.frame]
+    arrays = [state.used, state.ready, state.counts, state.kept]
+    return [
+        state.cache.keys,
+        state.cache.values,
+        state.cache.length,
+        state.action,
+        state.keys,
+        *vars(state.drawn).values(),
+        *(torch.from_numpy(array) for array in arrays),
+    ]
 
 
 def test_forks_in_the_middle_of_drafts(model: WorldModel) -> None:
     rows = 3
-    speculator = always(model, 4)
+    speculator = Drafting(model, 4)
     state = speculator.start(*contexts(rows))
     acts = held_actions(rows, 30, seed=5)
     for act in acts[:9]:
         speculator.step(state, act)
-    assert any(r > u for r, u in zip(state.ready, state.used, strict=True))
+    assert (state.ready > state.used).any()
     before, fork = state.fork(), state.fork()
     ahead = [speculator.step(fork, act).latents for act in acts[9:]]
     for now, then in zip(flat(state), flat(before), strict=True):
-        assert torch.equal(now, then) if isinstance(now, Tensor) else now == then
+        assert torch.equal(now, then)
     again = [speculator.step(state, act).latents for act in acts[9:]]
     assert all(torch.equal(a, b) for a, b in zip(ahead, again, strict=True))
     order = [2, 0, 0]
@@ -311,123 +332,86 @@ def test_forks_in_the_middle_of_drafts(model: WorldModel) -> None:
 # ------------------------------------------------------------------------- when it is not worth it
 
 
-class Priced(WorldModel):
-    """Draws nothing; its passes cost what they are told to on a clock of their own."""
-
-    def __init__(self, model: WorldModel, price: Callable[[int, int], float]) -> None:
-        self.__dict__.update(model.__dict__)
-        self.price, self.time, self.drafting = price, 0.0, 0
-
-    def draw(self, state, actions, count=1, pending_counts=None) -> Drawn:
-        self.time += self.price(len(actions), count)
-        self.drafting += count > 1
-        zeros = torch.zeros(len(actions), count)
-        frames = torch.zeros(len(actions), count, *self.dynamics.config.latent_shape)
-        memory = torch.zeros(len(actions), count, state.memory.shape[-1])
-        return Drawn(frames, zeros, zeros.bool(), zeros, frames, memory)
+def erratic(rows: int, steps: int) -> Tensor:
+    """Actions that are never kept."""
+    return ONE_HOT[(torch.arange(steps)[:, None] + torch.arange(rows)) % 3]
 
 
-def seconds(
-    model: WorldModel,
-    price: Callable[[int, int], float],
-    acts: Tensor,
-    frames: int,
-    cost: float | None = None,
-) -> tuple[float, Priced]:
-    priced = Priced(model, price)
-    speculator = Speculator(priced, frames, draft_cost=cost, clock=lambda: priced.time)
-    state = speculator.start(*contexts(acts.shape[1]))
-    for act in acts:
+@pytest.mark.parametrize("frames", [2, 3, 4])
+def test_what_is_worthwhile(frames: int, priced: None) -> None:
+    kept = np.linspace(0, 1, 101)
+    counts = worthwhile(kept, 1, frames)
+    assert set(counts[kept < 0.35]) == {1} and set(counts[kept > 0.65]) == {frames}
+    assert (np.diff(counts) >= 0).all()
+    used = (kept[:, None] ** np.arange(frames)).sum(1)
+    pays = used >= 1 + FURTHER_FRAME * (frames - 1)
+    assert np.array_equal(counts > 1, pays)
+    # What is certain is drawn jointly in any case.
+    assert set(worthwhile(kept, 2, frames)) <= {2, frames}
+    assert set(worthwhile(kept, frames + 3, frames)) == {frames}
+
+
+@pytest.mark.parametrize("frames", [2, 4])
+def test_erratic_actions_are_hardly_drafted_for(
+    model: WorldModel, frames: int, priced: None
+) -> None:
+    """A new episode is thought to be calm until its actions say otherwise."""
+    speculator = Drafting(model, frames)
+    state = speculator.start(*contexts(2))
+    acts = erratic(2, 40)
+    for act in acts[:15]:
         speculator.step(state, act)
-    return priced.time, priced
+    begun = state.counts[:, 0].copy()
+    assert (begun > 0).all()
+    for act in acts[15:]:
+        speculator.step(state, act)
+    assert np.array_equal(state.counts[:, 0], begun)
+    for _ in range(40):  # until it has calmed down
+        speculator.step(state, acts[0])
+    assert (state.counts[:, 1] >= 10).all()
 
 
-def random_actions(rows: int, steps: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return ONE_HOT[torch.randint(0, 3, (steps, rows), generator=generator)]
+@pytest.mark.parametrize("frames", [2, 4])
+def test_rollouts_depend_on_ones_own_seed_and_actions_alone(
+    model: WorldModel, frames: int, priced: None
+) -> None:
+    """Not on time, on other draws or on the neighbours: what is drafted, and what is drawn."""
+    speculator = Drafting(model, frames)
+    begin, seeds = contexts(4)
+    # Rows of every temper, so that some draft while others do not.
+    tempers = [held_actions(1, 40, seed=row, longest=2 * row)[:, 0] for row in range(1, 4)]
+    tempers = [erratic(1, 40)[:, 0], *tempers]
+    runs: dict[tuple[int, ...], tuple[list[Tensor], np.ndarray]] = {}
+
+    def play(rows: list[int]) -> tuple[list[Tensor], np.ndarray]:
+        state = speculator.start([begin[r] for r in rows], [seeds[r] for r in rows])
+        acts = torch.stack([tempers[r] for r in rows], 1)
+        made = [speculator.step(state, act).latents for act in acts]
+        return made, state.counts
+
+    for rows in ([0, 1, 2, 3], [3, 0], [2], [1, 1, 2], [0]):
+        for repeat in range(2):
+            torch.manual_seed(repeat)
+            made, counts = play(rows)
+            first = runs.setdefault(tuple(rows), (made, counts))
+            assert all(torch.equal(a, b) for a, b in zip(made, first[0], strict=True))
+            assert np.array_equal(counts, first[1])
+    whole, counts = runs[0, 1, 2, 3]
+    assert counts[:, 1].max() > 10 > counts[:, 1].min()
+    for rows, (made, mine) in runs.items():
+        assert np.array_equal(mine, counts[list(rows)])
+        for a, b in zip(made, whole, strict=True):
+            torch.testing.assert_close(a, b[list(rows)], **CLOSE)
 
 
-def price(rows: int, frames: int) -> float:
-    """As on a small machine: a little for the pass, and much for each frame."""
-    return 0.3 + rows * (0.2 + 0.5 * frames)
-
-
-@pytest.mark.parametrize(("rows", "frames"), [(1, 2), (1, 4), (8, 2), (8, 4)])
-def test_erratic_actions_cost_next_to_nothing(model: WorldModel, rows: int, frames: int) -> None:
-    acts = random_actions(rows, 1500)
-    took, priced = seconds(model, price, acts, frames)
-    assert took <= 1.05 * price(rows, 1) * len(acts)
-    assert priced.drafting < 0.05 * len(acts)
-
-
-def test_parts_of_a_batch_that_cost_more_do_not_make_drafts_look_cheap(model: WorldModel) -> None:
-    """Only drafts leave parts of a batch to draw; without them it is drawn whole."""
-
-    def moving(rows: int, frames: int) -> float:
-        return price(rows, frames) + (0 if rows == 8 else 24)
-
-    acts = random_actions(8, 1500)
-    took, priced = seconds(model, moving, acts, 4)
-    assert took <= 1.05 * price(8, 1) * len(acts)
-    assert priced.drafting < 0.05 * len(acts)
-
-
-def test_drafts_that_promise_more_than_they_keep_are_refused(model: WorldModel) -> None:
-    """Cheap while all rows draw together, and dear once they run out at different times."""
-
-    def scattered(rows: int, frames: int) -> float:
-        return price(rows, frames) / (1.5 if frames > 1 and rows == 8 else 1) + 4 * (rows < 8)
-
-    acts = held_actions(8, 2000, seed=0, longest=20)
-    took, priced = seconds(model, scattered, acts, 4)
-    assert took <= 1.05 * price(8, 1) * len(acts)
-    assert priced.drafting > 5
-    always_drafting, _ = seconds(model, scattered, acts, 4, cost=1.0)
-    assert always_drafting > 1.2 * price(8, 1) * len(acts)
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_kept_actions_are_drafted_for(model: WorldModel, rows: int) -> None:
-    acts = held_actions(rows, 600, seed=0, longest=30)
-    took, _ = seconds(model, price, acts, 2)
-    whole, _ = seconds(model, price, acts, 2, cost=1.0)
-    assert took <= 1.03 * whole < 0.95 * price(rows, 1) * len(acts)
-
-
-def test_drafting_begins_again_when_the_actions_calm_down(model: WorldModel) -> None:
-    erratic, calm = random_actions(1, 800), ONE_HOT[:1].expand(800, 1, -1)
-    _, first = seconds(model, price, erratic, 4)
-    _, both = seconds(model, price, torch.cat((erratic, calm)), 4)
-    assert both.drafting - first.drafting > 180  # of the 200 that there could be
-
-
-def test_a_change_of_the_machine_is_noticed(model: WorldModel) -> None:
-    """Drafts that cost nothing while the machine is idle and much once it is not."""
-    acts = held_actions(1, 1600, seed=1)
-    passes = 0
-
-    def changing(rows: int, frames: int) -> float:
-        nonlocal passes
-        passes += 1
-        return 1.0 if passes < 300 or frames == 1 else 6.0
-
-    _, priced = seconds(model, changing, acts, 4)
-    assert 100 < priced.drafting < 400
-
-
-def test_a_given_cost_decides_without_a_clock(model: WorldModel) -> None:
-    acts = random_actions(2, 60)
-
-    def broken() -> float:
-        raise AssertionError("the clock was asked for")
-
-    for cost, drafting in ((1.0, 60), (100.0, 0)):
-        priced = Priced(model, price)
-        speculator = Speculator(priced, 3, draft_cost=cost, clock=broken)
-        state = speculator.start(*contexts(2))
-        for act in acts:
-            speculator.step(state, act)
-        assert (priced.drafting > 0.8 * drafting) == (drafting > 0)
+def test_nothing_is_drafted_where_it_is_switched_off(model: WorldModel) -> None:
+    speculator = Drafting(model, 4)
+    state, plain = speculator.start(*contexts(3)), model.start(*contexts(3))
+    for _ in range(6):
+        made = speculator.step(state, ONE_HOT, drafting=False)
+        expected = model.step(plain, ONE_HOT)
+        torch.testing.assert_close(made.latents, expected.latents, **CLOSE)
+    assert not state.counts.any()
 
 
 # ---------------------------------------------------------------------------------------- as an env
@@ -435,7 +419,6 @@ def test_a_given_cost_decides_without_a_clock(model: WorldModel) -> None:
 
 def make(world: Path, num_envs: int = 3, **kwargs: Any) -> NFDVectorEnv:
     values = {"device": "cpu", "precision": "fp32", "obs_type": "latent", **kwargs}
-    values.setdefault("draft_cost", 1.0)
     return NFDVectorEnv(world, num_envs, **values)
 
 
@@ -485,7 +468,7 @@ def test_a_new_episode_knows_nothing_of_the_drafts_before(endless_world: Path) -
 
 
 def test_gymnasiums_check(endless_world: Path) -> None:
-    env = NFDEnv(endless_world, "cpu", speculative_frames=2, draft_cost=1.0)
+    env = NFDEnv(endless_world, "cpu", speculative_frames=2)
     check_env(env, skip_render_check=True)
 
 
@@ -531,18 +514,11 @@ def test_frames_out_of_range(endless_world: Path, frames: Any) -> None:
         make(endless_world, speculative_frames=frames)
 
 
-@pytest.mark.parametrize("cost", [0, -1.0])
-def test_costs_out_of_range(endless_world: Path, cost: float) -> None:
-    with pytest.raises(ValueError, match="draft_cost"):
-        make(endless_world, speculative_frames=2, draft_cost=cost)
-
-
 def test_single_env(endless_world: Path) -> None:
     env = NFDEnv(
         endless_world,
         "cpu",
         speculative_frames=2,
-        draft_cost=1.0,
         obs_type="latent",
         precision="fp32",
     )
@@ -579,11 +555,10 @@ def test_a_frame_skip_is_drawn_jointly(
 
 
 def test_a_skip_is_drawn_jointly_even_where_speculation_does_not_pay(
-    endless_world: Path, passes: list[tuple[int, int, Any]]
+    endless_world: Path, passes: list[tuple[int, int, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    env = make(
-        endless_world, 1, frame_skip=2, speculative_frames=4, sampling_steps=1, draft_cost=100.0
-    )
+    monkeypatch.setattr(speculation, "FURTHER_FRAME", 1.0)
+    env = make(endless_world, 1, frame_skip=2, speculative_frames=4, sampling_steps=1)
     env.reset(seed=0)
     passes.clear()
     for a in (0, 1, 2):
@@ -611,10 +586,9 @@ def test_rewards_hazards_and_ends_inside_a_joint_skip(hasty_world: Path, frames:
             survival, last = np.ones(3), latents.copy()
             for k in range(skip):
                 single._ended[:] = False
-                assert isinstance(single._state, SpeculativeState)
-                assert single._speculator is not None
+                assert single._state is not None
                 codes = single.world.codec.encode(torch.tensor(action))
-                made = single._speculator.step(single._state, codes, 1, alive.copy())
+                made = advance(single.model, single._state, codes, 1, alive.copy())
                 total[alive] += made.reward.numpy()[alive]
                 survival[alive] *= 1 - made.hazard.numpy()[alive]
                 last[alive] = made.latents.numpy()[alive]
@@ -661,7 +635,7 @@ def test_one_consistency_step_is_exactly_one_pass_an_env_step(
     endless_world: Path, passes: list[tuple[int, int, Any]], num_envs: int
 ) -> None:
     env = make(endless_world, num_envs)
-    env.model = env.model.with_sampling(SamplingConfig(1, "consistency"))
+    env.sampling = SamplingConfig(1, "consistency")
     env.reset(seed=0)
     passes.clear()
     for step, a in enumerate(env_actions(num_envs, 8), 1):

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from nfd_env.flow.solvers import level_grid, sample_euler
-from nfd_env.inference import world_model
-from nfd_env.inference.world_model import Context, SamplingConfig, WorldModel, WorldState
+from nfd_env.inference import cuda_graph
+from nfd_env.inference.noise import mix
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.inference.speculation import advance
+from nfd_env.inference.state import Context, WorldState
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.load import load_world
 from tests.tiny_world import noise_of
 
@@ -46,16 +50,16 @@ def flat(state: WorldState) -> list[Tensor]:
         state.cache.keys,
         state.cache.values,
         state.cache.length,
-        state.remembered,
+        *vars(state.drawn).values(),
         state.action,
-        state.memory,
+        state.keys,
     ]
 
 
 def assert_unchanged(state: WorldState, before: WorldState) -> None:
     for now, then in zip(flat(state), flat(before), strict=True):
         assert torch.equal(now, then)
-    assert state.seeds == before.seeds and state.frame == before.frame
+    assert state.frame == before.frame
 
 
 SEEDS = [(7, 0), (8, 0), (7, 1), (9, 4)]
@@ -141,8 +145,8 @@ def test_noise_and_uniform_numbers_have_their_distributions(model: WorldModel) -
 def test_rows_of_different_lengths_start_as_they_would_alone(model: WorldModel) -> None:
     contexts = [context(count, seed) for seed, count in enumerate((3, 1, 14, 3))]
     whole, acts = model.start(contexts, SEEDS), actions(4, 6)
-    assert whole.seeds == SEEDS
-    assert whole.frame == [2, 0, 10, 2]  # no more than 11 frames can be seen
+    assert whole.keys.tolist() == [mix(*seed) for seed in SEEDS]
+    assert whole.frame == [2, 0, 4, 2]  # no more than 5 frames can be seen
     rolled = roll(model, whole, acts)
     for row, (one, seed) in enumerate(zip(contexts, SEEDS, strict=True)):
         alone = model.start([one], [seed])
@@ -192,7 +196,7 @@ def test_features_are_what_ends_and_rewards_are_read_off(model: WorldModel) -> N
 
 
 def test_of_a_long_context_frames_need_the_latest_and_heads_remember_all(model: WorldModel) -> None:
-    reach = model.dynamics.config.sight.reach
+    reach = model.dynamics.config.window
     long = context(reach + 4)
     last = Context(long.latents[-reach:], long.actions[-reach:])
     acts = actions(1, 3)
@@ -236,7 +240,7 @@ def test_take(model: WorldModel) -> None:
     expected = roll(model, state.fork(), acts)
     made = roll(model, taken, acts[:, order])
     torch.testing.assert_close(made, expected[:, order], **CLOSE)
-    assert taken.seeds == [SEEDS[i] for i in order]
+    assert taken.keys.tolist() == [mix(*SEEDS[i]) for i in order]
 
 
 def test_put_replaces_its_rows_only(model: WorldModel) -> None:
@@ -247,7 +251,7 @@ def test_put_replaces_its_rows_only(model: WorldModel) -> None:
     alone = roll(model, other.fork(), acts[:, [1]])
     source = other.fork()
     state.put([1], other)
-    assert state.seeds == [SEEDS[0], SEEDS[3], SEEDS[2]]
+    assert state.keys.tolist() == [mix(*SEEDS[i]) for i in (0, 3, 2)]
     assert state.frame == [6, 3, 8]
     made = roll(model, state, acts)
     assert torch.equal(made[:, [0, 2]], undisturbed[:, [0, 2]])
@@ -339,7 +343,7 @@ class Repeated:
 def test_calls_that_are_captured_on_a_gpu_can_be_repeated(
     model: WorldModel, monkeypatch: pytest.MonkeyPatch, rows: list[int], frames: int
 ) -> None:
-    monkeypatch.setattr(world_model, "CapturedCall", Repeated)
+    monkeypatch.setattr(cuda_graph, "CapturedCall", Repeated)
     capturing = model.with_sampling(model.sampling)
     capturing.captures = True
     contexts, seeds = [context(3, r) for r in rows], [SEEDS[r] for r in rows]
@@ -351,10 +355,8 @@ def test_calls_that_are_captured_on_a_gpu_can_be_repeated(
         for x, y in zip(vars(drawn).values(), vars(expected).values(), strict=True):
             torch.testing.assert_close(x, y, **CLOSE)
         for state, made in ((mine, drawn), (other, expected)):
-            state.remembered, state.memory = made.remembered[:, :1], made.memory[:, 0]
-            state.action = a[:, None]
-            state.frame = [frame + 1 for frame in state.frame]
-    copies = [state.take(range(len(rows))) for state in (mine, other)]
-    torch.testing.assert_close(
-        roll(capturing, copies[0], acts), roll(model, copies[1], acts), **CLOSE
-    )
+            state.drawn, state.action = made, a[:, None]
+    copies = [state.fork() for state in (mine, other)]
+    for a in acts:
+        x, y = (advance(m, s, a).latents for m, s in zip((capturing, model), copies, strict=True))
+        torch.testing.assert_close(x, y, **CLOSE)

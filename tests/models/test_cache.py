@@ -17,7 +17,6 @@ from tests.models.small import WINDOW, random_frames
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 LONG = 6 * WINDOW + 1
-STRIDE, KEYFRAMES = 3, 2
 
 
 def stream(
@@ -41,17 +40,16 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield
 
 
-@pytest.fixture(params=[0, KEYFRAMES], ids=["window", "keyframes"])
-def network(request: pytest.FixtureRequest) -> Dynamics:
-    """It sees the latest frames, or key frames before them too."""
-    return small.small_dynamics(keyframes=request.param, keyframe_stride=STRIDE)
+@pytest.fixture
+def network() -> Dynamics:
+    return small.small_dynamics()
 
 
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("commits", [1, 2, 3])
 def test_streaming_equals_the_windowed_forward(network: Dynamics, commits: int, batch: int) -> None:
     inputs = random_frames(batch, LONG)
-    cache = new_cache(network, batch, commits, commits)
+    cache = new_cache(network, batch, commits)
     made = []
     for start in range(0, LONG, commits):
         part = [x[:, start : start + commits] for x in inputs]
@@ -67,7 +65,7 @@ def test_drafts_see_the_history_and_one_another_and_leave_no_trace(
 ) -> None:
     history = random_frames(2, LONG, 0)
     draft = random_frames(2, LONG + drafts, 1)
-    cache = new_cache(network, 2, drafts, commits)
+    cache = new_cache(network, 2, max(drafts, commits))
     for start in range(0, LONG - commits + 1, commits):
         stop = start + commits
         both = [
@@ -89,7 +87,8 @@ def test_drafts_see_the_history_and_one_another_and_leave_no_trace(
 def test_a_context_is_taken_in_one_pass(network: Dynamics, count: int) -> None:
     inputs = random_frames(2, count + 2 * LONG)
     at_once, one_by_one = new_cache(network, 2), new_cache(network, 2)
-    network.stream(at_once, *(x[:, :count] for x in inputs), commit=count)
+    stream(network, at_once, inputs, 0, 3)  # of which it forgets everything
+    network.fill(at_once, *(x[:, :count] for x in inputs))
     stream(network, one_by_one, inputs, 0, count)
     torch.testing.assert_close(
         stream(network, at_once, inputs, count, count + 2 * LONG),
@@ -120,7 +119,7 @@ def test_rows_at_different_places(network: Dynamics) -> None:
     cache = new_cache(network, 2)
     ahead = new_cache(network, 1)
     stream(network, ahead, tuple(x[:1] for x in inputs), 0, 7)
-    cache.put(torch.tensor([0]), ahead)
+    cache.put([0], ahead)
     behind = tuple(torch.stack((x[0, 7:15], x[1, :8])) for x in inputs)
     made = stream(network, cache, behind, 0, 8)
     whole = network(*inputs)
@@ -128,11 +127,11 @@ def test_rows_at_different_places(network: Dynamics) -> None:
     torch.testing.assert_close(made[1], whole[1, :8], **CLOSE)
 
 
-def test_take_and_clone_are_independent_copies(network: Dynamics) -> None:
+def test_taken_rows_are_independent_copies(network: Dynamics) -> None:
     inputs = random_frames(2, 12)
     cache = new_cache(network, 2)
     stream(network, cache, inputs, 0, 6)
-    twin, swapped = cache.clone(), cache.take(torch.tensor([1, 0, 1]))
+    twin, swapped = cache.take([0, 1]), cache.take([1, 0, 1])
     keys, values, length = twin.keys.clone(), twin.values.clone(), twin.length.clone()
     expected = stream(network, cache, inputs, 6, 12)
     cache.reset(torch.tensor([True, True]))
@@ -149,39 +148,16 @@ def test_put_leaves_the_other_rows_and_the_source_alone(network: Dynamics) -> No
     cache, source = new_cache(network, 3), new_cache(network, 1)
     stream(network, cache, inputs, 0, 5)
     keys, length = cache.keys.clone(), cache.length.clone()
-    cache.put(torch.tensor([1]), source)
+    cache.put([1], source)
     assert torch.equal(cache.keys[:, [0, 2]], keys[:, [0, 2]])
     assert cache.length.tolist() == [5, 0, 5] and length.tolist() == [5, 5, 5]
     stream(network, cache, inputs, 5, 8)
     assert source.length.tolist() == [0] and not source.keys.any()
 
 
-@pytest.mark.parametrize("at", [1, 3, LONG])
-@pytest.mark.parametrize("sizes", [((1, 1), (3, 4)), ((4, 3), (1, 1))])
-def test_a_resized_cache_goes_on_alike(
-    network: Dynamics, at: int, sizes: tuple[tuple[int, int], tuple[int, int]]
-) -> None:
-    inputs = random_frames(2, at + LONG)
-    cache = new_cache(network, 2, *sizes[0])
-    ahead = new_cache(network, 1, *sizes[0])
-    stream(network, cache, inputs, 0, at)
-    stream(network, ahead, tuple(x[:1] for x in inputs), 0, 5)
-    cache.put(torch.tensor([0]), ahead)  # rows at different places
-    other = cache.resized(*sizes[1])
-    assert (other.drafts, other.commits) == sizes[1]
-    torch.testing.assert_close(
-        stream(network, other, inputs, at, at + LONG),
-        stream(network, cache, inputs, at, at + LONG),
-        **CLOSE,
-    )
-
-
 def test_the_buffers_do_not_grow(network: Dynamics) -> None:
-    cache = new_cache(network, 1, drafts=2, commits=2)
-    slots = WINDOW - 1 + 2 + 2
-    if network.config.keyframes:
-        slots += KEYFRAMES + 3  # a pass of four frames and the three before its first
-    shape = (2, 1, 2, slots, network.config.tokens, 16)
+    cache = new_cache(network, 1, 2)
+    shape = (2, 1, 2, WINDOW - 1 + 2 + 2, network.config.tokens, 16)
     assert cache.keys.shape == cache.values.shape == shape
     stream(network, cache, random_frames(1, LONG), 0, LONG)
     assert cache.keys.shape == cache.values.shape == shape
@@ -201,7 +177,7 @@ def test_more_frames_than_there_is_room_for(network: Dynamics, count: int, commi
 def test_rows_may_finish_different_numbers_of_frames(network: Dynamics) -> None:
     commits, drafts, batch = 3, 2, 3
     history, draft = random_frames(batch, LONG, 0), random_frames(batch, LONG + drafts, 1)
-    cache = new_cache(network, batch, drafts, commits)
+    cache = new_cache(network, batch, max(drafts, commits))
     finished = [0] * batch
     generator = torch.Generator().manual_seed(0)
     while max(finished) + commits <= LONG:

@@ -69,7 +69,7 @@ def test_resets_go_on_to_the_next_episode_of_the_seed(world):
 
 def test_speculation_goes_on_from_branch_to_branch(world):
     slots = Slots(world, 3, "cpu", speculative_frames=3)
-    env = NFDEnv(world, device="cpu", speculative_frames=3, draft_cost=1.0)
+    env = NFDEnv(world, device="cpu", speculative_frames=3)
     env.reset(seed=7)
     slots.reset(0, 1), slots.reset(2, 7)
     for i, action in enumerate([0, 0, 0, 1, 1, 2, 2, 2, 2, 0]):

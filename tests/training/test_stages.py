@@ -18,7 +18,7 @@ from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.files import FolderInUseError
-from nfd_env.inference.world_model import SamplingConfig
+from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig

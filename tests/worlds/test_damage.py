@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nfd_env.inference.world_model import SamplingConfig
+from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.weights import CheckpointError
 from nfd_env.sources.source import SourceConfig
 from nfd_env.worlds import checksums

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nfd_env.devices import DeviceError, resolve_device
-from nfd_env.inference.world_model import SamplingConfig
+from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.weights import CheckpointError
 from nfd_env.sources.source import SourceError
 from nfd_env.worlds import load as worlds

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nfd_env.inference.world_model import SamplingConfig
+from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.weights import CheckpointError, Origin, read_origin
 from nfd_env.worlds.checksums import write_checksums
 from nfd_env.worlds.format import NETWORKS, save_world

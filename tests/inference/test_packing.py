@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig
-from nfd_env.models.layers import SwiGLU
-from nfd_env.models.packing import (
+from nfd_env.inference.packing import (
     PackedConv2d,
     PackedLinear,
     PackedSwiGLU,
     pack_convolutions,
     pack_linears,
 )
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.layers import SwiGLU
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights, save_weights
 from tests.models.small import random_frames, small_dynamics
@@ -108,7 +108,7 @@ def test_a_packed_swiglu_computes_the_same(rows: int) -> None:
 
 _FRESH_BYTES = """
 import resource, torch
-from nfd_env.models.packing import keep_freed_memory
+from nfd_env.inference.packing import keep_freed_memory
 
 def fresh():
     for _ in range(3):  # the last time nothing is new

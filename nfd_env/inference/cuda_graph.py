@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ Function = Callable[..., Sequence[Tensor]]
 
 # Capturing costs several calls, so what is called less often is not worth it.
 CALLS_BEFORE_CAPTURE = 2
-_capturing = threading.Lock()
+# One thread at a time captures, or fills, replays and reads a graph's memory.
+_using = threading.Lock()
 
 
 class CapturedCall:
@@ -38,16 +40,16 @@ class CapturedCall:
             Its outputs, which later calls leave alone.
         """
         self._calls += 1
-        if self._graph is None:
-            if self._calls <= CALLS_BEFORE_CAPTURE:
-                return list(function(*inputs))
-            with _capturing:  # by one thread at a time
+        if self._calls <= CALLS_BEFORE_CAPTURE:
+            return list(function(*inputs))
+        with _using:
+            if self._graph is None:
                 self._capture(function, inputs)
-        assert self._graph is not None
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        self._graph.replay()
-        return [output.clone() for output in self._outputs]
+            assert self._graph is not None
+            for mine, given in zip(self._inputs, inputs, strict=True):
+                mine.copy_(given)
+            self._graph.replay()
+            return [output.clone() for output in self._outputs]
 
     def _capture(self, function: Function, inputs: Sequence[Tensor]) -> None:
         device = inputs[0].device
@@ -63,3 +65,26 @@ class CapturedCall:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = list(function(*self._inputs))
         self._graph = graph
+
+
+class CapturedCalls:
+    """Captured calls by what they are about, and by the owner of the memory that they use."""
+
+    def __init__(self) -> None:
+        """Nothing is captured yet."""
+        self._of: WeakKeyDictionary[object, dict[Hashable, CapturedCall]] = WeakKeyDictionary()
+
+    def __call__(
+        self, owner: object, key: Hashable, function: Function, *inputs: Tensor
+    ) -> list[Tensor]:
+        """Call ``function``, or replay it; see ``CapturedCall``.
+
+        Args:
+            owner: has the memory that ``function`` uses; its graphs are given up with it.
+            key: the same for equal functions and shapes of inputs.
+            function: see ``CapturedCall``.
+            inputs: its arguments.
+        """
+        with _using:
+            call = self._of.setdefault(owner, {}).setdefault(key, CapturedCall())
+        return call(function, *inputs)
