@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.inference import world_model
-from nfd_env.inference.noise import hashed
-from nfd_env.models import captured
+from nfd_env.inference import cuda_graph
+from nfd_env.inference.noise import mix, noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -33,7 +32,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
             made.append(self)
             replay(self)
 
-    monkeypatch.setattr(captured.torch.cuda, "CUDAGraph", Counting)
+    monkeypatch.setattr(cuda_graph.torch.cuda, "CUDAGraph", Counting)
     return made
 
 
@@ -91,14 +90,19 @@ def test_one_device_gives_the_same_bit_for_bit(tiny_world: Path) -> None:
             assert torch.equal(x, y)
 
 
-def test_the_cpu_gives_the_same(endless_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the same noise, which is otherwise drawn in another way."""
-
-    def generated(keys: Tensor, count: int, more: int, generator: Any) -> tuple[Tensor, Tensor]:
-        return hashed(keys, count + more)
-
-    monkeypatch.setattr(world_model, "generated", generated)
+def test_the_cpu_gives_the_same(endless_world: Path) -> None:
     assert_alike(play(make(endless_world), 30), play(make(endless_world, "cpu"), 30))
+
+
+@pytest.mark.parametrize("frame", [0, 12345])
+def test_the_noise_is_the_same_everywhere(frame: int) -> None:
+    keys = torch.tensor([mix(seed, 3) for seed in range(50)])
+    frames = torch.full_like(keys, frame)
+    here, there = noise(keys, frames, 1536), noise(keys.cuda(), frames.cuda(), 1536)
+    assert torch.equal(here[1], there[1].cpu())
+    differing = (here[0] != there[0].cpu()).sum()
+    assert differing <= 1, "more than a rounding in a hundred thousand numbers"
+    torch.testing.assert_close(here[0], there[0].cpu(), rtol=1e-6, atol=0)
 
 
 def test_saved_states_come_back(endless_world: Path, replays: list[torch.cuda.CUDAGraph]) -> None:
