@@ -62,8 +62,8 @@ def advance(
     state.kept[active] += (same[active] - state.kept[active]) / MEMORY
     drafted = active & same & (state.used < state.ready)
     state.counts[drafted, 1] += 1
-    missed = np.flatnonzero(active & ~drafted)
-    if len(missed):
+    missed = [int(row) for row in np.flatnonzero(active & ~drafted)]
+    if missed:
         counts = np.full(len(missed), min(certain, state.frames))
         if drafting:
             counts = worthwhile(state.kept[missed], certain, state.frames)
@@ -76,7 +76,7 @@ def _draw(
     model: WorldModel,
     state: WorldState,
     actions: Tensor,
-    rows: np.ndarray,
+    rows: list[int],
     counts: np.ndarray,
     sampling: SamplingConfig | None,
 ) -> None:

@@ -146,17 +146,6 @@ class WorldState(Rows):
         """Number of the last frame of each row, counted from the first that its start was given."""
         return (self.cache.length.cpu().numpy() + self.used - 1).tolist()
 
-    # Like all that a step makes, copies are tensors of inference mode.
-    @torch.inference_mode()
-    def take(self, rows: Sequence[int]) -> WorldState:
-        """See ``Rows``; drafts and counters come along."""
-        return super().take(rows)
-
-    @torch.inference_mode()
-    def put(self, rows: Sequence[int], other: WorldState) -> None:
-        """See ``Rows``."""
-        super().put(rows, other)
-
     def fork(self) -> WorldState:
         """An independent copy; stepping one leaves the other alone."""
         return self.take(range(self.batch))

@@ -134,8 +134,9 @@ class WorldModel:
         else:
             made = begin(*inputs)
         remembered, memory, length, *rings = made
-        rings = [ring[:, :batch] for ring in rings]
-        cache = FrameCache(*rings, length[:batch], self.dynamics.config.window, frames)
+        ring_keys, ring_values = (ring[:, :batch] for ring in rings)
+        window = self.dynamics.config.window
+        cache = FrameCache(ring_keys, ring_values, length[:batch], window, frames)
         latents, actions, keys = (part[:batch] for part in inputs)
         nothing = latents.new_zeros(batch, 1)
         drawn = Drawn(

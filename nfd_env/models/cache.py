@@ -6,13 +6,13 @@ Every row of the batch (every environment) has its own length and can be reset a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nfd_env.models.layers import attend_masked, attend_packed, by_token
-from nfd_env.models.rows import Rows, buffer
+from nfd_env.models.rows import Rows
 
 
 def sees(query: Tensor, key: Tensor, window: int) -> Tensor:
@@ -38,8 +38,8 @@ class FrameCache(Rows):
             finds everything it may see after the last one has been written.
     """
 
-    keys: Tensor = buffer(1)
-    values: Tensor = buffer(1)
+    keys: Tensor = field(metadata={"axis": 1})
+    values: Tensor = field(metadata={"axis": 1})
     length: Tensor
     window: int
     room: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,41 +14,41 @@ from torch import Tensor
 R = TypeVar("R", bound="Rows")
 
 
-def buffer(axis: int) -> Any:
-    """A tensor field whose rows lie along ``axis``, and whose memory stays its own in ``put``."""
-    return dataclasses.field(metadata={"axis": axis})
-
-
 @dataclass(eq=False)
 class Rows:
     """Tensors, arrays, lists and further ``Rows`` with one entry a row.
 
-    Rows lie along the first axis, except in a ``buffer``. Whatever else a dataclass has, such as a
+    Rows lie along the first axis, but in a *buffer*: a tensor whose field has the metadata
+    ``{"axis": n}``, and that stays in its place in memory. Whatever else a dataclass has, such as a
     number or a name, belongs to all rows.
     """
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, those of ``Rows`` within included."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor | Rows):
-                return value.device
-        raise TypeError(f"{type(self).__name__} holds no tensor")
+            if isinstance(value, Rows):
+                yield from value.tensors()
+            elif isinstance(value, Tensor):
+                yield value
 
     def take(self: R, rows: Sequence[int]) -> R:
         """An independent copy of some rows, in the given order; a row may be taken repeatedly."""
-        rows = [int(row) for row in rows]
-        return self._take(rows, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        first, listed = next(self.tensors()), [int(row) for row in rows]
+        with torch.inference_mode(first.is_inference()):
+            index = torch.tensor(listed, dtype=torch.int64, device=first.device)
+            return self._take(listed, index)
 
     def put(self: R, rows: Sequence[int], other: R) -> None:
         """Replace some rows by the rows of ``other``.
 
-        Tensors are replaced by new ones, so that those handed out earlier keep their values; only a
-        ``buffer`` is written to.
+        Tensors are replaced by new ones, so that those handed out earlier keep their values; only
+        buffers are written to.
         """
-        rows = [int(row) for row in rows]
-        self._put(rows, torch.tensor(rows, dtype=torch.int64, device=self.device), other)
+        first, listed = next(self.tensors()), [int(row) for row in rows]
+        with torch.inference_mode(first.is_inference()):
+            index = torch.tensor(listed, dtype=torch.int64, device=first.device)
+            self._put(listed, index, other)
 
     def _take(self: R, rows: list[int], index: Tensor) -> R:
         taken: dict[str, Any] = {}

@@ -517,7 +517,7 @@ def test_frame_skip_counts_steps_not_frames(endless_world: Path) -> None:
 
 def test_autoreset_with_frame_skip(hasty_world: Path) -> None:
     env = make(hasty_world, frame_skip=3)
-    end, ended, _ = run_to_an_end(env)
+    end, ended, _ = run_to_an_end(env, 0)
     step = env.step(actions(3, 1)[0])
     assert (step[1][ended] == 0).all() and not (step[2] | step[3])[ended].any()
     single = NFDEnv(hasty_world, "cpu", obs_type="latent", precision="fp32", frame_skip=3)
