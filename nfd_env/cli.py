@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         default="runs/doom_take_cover/recordings",
         help="data set with a validation split, as nfd collect writes it",
     )
+    sub.add_argument(
+        "--inverse-dynamics",
+        metavar="FILE",
+        help="net that reads actions back (nfd train inverse-dynamics); default: the run's own",
+    )
     sub.add_argument("--windows", type=int, default=64, help="rollouts of 128 frames (default 64)")
     sub.add_argument(
         "--long-rollouts", type=int, default=16, help="rollouts of 2000 frames (default 16)"
@@ -200,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     _config(sub)
 
     sub = command("train", _train, "train a stage; run it again to go on after a stop")
-    sub.add_argument("stage", choices=("tokenizer", "flow", "heads", "distill"))
+    sub.add_argument("stage", choices=("tokenizer", "flow", "heads", "distill", "inverse-dynamics"))
     _config(sub)
 
     sub = command("export", _export, "put trained stages together as a world folder")
@@ -368,6 +374,11 @@ def _bench(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from nfd_env.data.shards import RecordedDataset
     from nfd_env.evaluation import evaluate, reports
+    from nfd_env.evaluation.inverse_dynamics import (
+        find_inverse_dynamics,
+        load_inverse_dynamics,
+        measure_actions,
+    )
     from nfd_env.worlds.load import load_world
 
     if args.long_steps and args.steps is None:
@@ -392,7 +403,13 @@ def _eval(args: argparse.Namespace) -> int:
             return evaluate.evaluate_steps(
                 world, recordings, args.steps, long_steps=args.long_steps, **common
             )
-        return evaluate.evaluate(world, recordings, args.sampling_steps, **common)
+        report = evaluate.evaluate(world, recordings, args.sampling_steps, **common)
+        reader = args.inverse_dynamics or find_inverse_dynamics(world)
+        if reader:
+            network = load_inverse_dynamics(reader, world)
+            made = measure_actions(world, recordings, network, args.windows, seed=args.seed)
+            report["actions"] = asdict(made)
+        return report
 
     if args.steps is not None:
         return _show_tables(args, "eval-steps", measure, reports.format_rows)
@@ -402,8 +419,6 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _eval_agent(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     import yaml
 
     from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent, format_report
@@ -444,6 +459,14 @@ def _train(args: argparse.Namespace) -> int:
 
         settings = config.load(FlowTrainingConfig, args.config, args.overrides)
         stage = FlowStage(settings)
+    elif args.stage == "inverse-dynamics":
+        from nfd_env.evaluation.inverse_dynamics import (
+            InverseDynamicsStage,
+            InverseDynamicsTrainingConfig,
+        )
+
+        settings = config.load(InverseDynamicsTrainingConfig, args.config, args.overrides)
+        stage = InverseDynamicsStage(settings)
     elif args.stage == "heads":
         from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig
 

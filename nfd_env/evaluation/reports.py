@@ -6,6 +6,7 @@ from typing import Any
 
 from nfd_env.evaluation.endings import EARLIER, LATER
 from nfd_env.evaluation.held_out import BRIGHT, EARLY, HORIZONS, LONG, REFERENCE
+from nfd_env.evaluation.inverse_dynamics import ActionReport, format_actions
 from nfd_env.evaluation.tables import table
 
 _FIRST, _LAST = f"1-{EARLY}", f"{LONG - EARLY + 1:,}-{LONG:,}"
@@ -63,6 +64,8 @@ def format_report(report: dict[str, Any]) -> str:
         }
         ends = [[labels[name], f"{value:.3f}"] for name, value in report["ends"].items()]
         lines += ["", table(["reward and termination on held-out frames", ""], ends)]
+    if "actions" in report:
+        lines += ["", format_actions(ActionReport(**report["actions"]))]
     if report.get("replayed", {}).get("episodes"):
         lines += ["", *_replayed(report["replayed"])]
     return "\n".join(lines)

@@ -1,0 +1,392 @@
+"""Do keys do what they say? A small net reads the action back from frames.
+
+It is trained on real play (an inverse dynamics model, Baker et al. 2022, arXiv 2206.11795), then
+asked for the actions of frames that a world drew under recorded actions, as MineWorld does
+(arXiv 2504.08388). What it reads from the real frames of the same moments is the most that can be
+expected, and what it reads from these frames passed through the tokenizer the most that the
+dynamics can be blamed for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+from nfd_env.data.windows import Places
+from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
+from nfd_env.evaluation.progress import progress_bar
+from nfd_env.evaluation.tables import table
+from nfd_env.inference.world_model import WorldModel
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.training.loop import TrainConfig
+from nfd_env.worlds.load import World
+
+_CHUNK = 256  # windows that are read together
+
+
+@dataclass(frozen=True)
+class InverseDynamicsConfig:
+    """Sizes of the net.
+
+    Attributes:
+        action_space: see ``nfd_env.spaces.space_to_dict``.
+        frame_size: [H, W].
+        window: frames that it looks at; it reads the action that was taken at the middle one, and
+            what a key does often shows only some frames later.
+        channels: of the first convolution.
+    """
+
+    action_space: dict[str, Any]
+    frame_size: list[int]
+    window: int = 6
+    channels: int = 32
+
+    def __post_init__(self) -> None:
+        """Check that there is a frame before the action and one after it."""
+        if self.window < 2 or self.channels < 1:
+            raise ValueError("window must be at least 2, channels at least 1")
+
+    @property
+    def asked(self) -> int:
+        """Number in the window of the frame at which the action was taken."""
+        return (self.window - 1) // 2
+
+
+class InverseDynamics(nn.Module):
+    """Consecutive frames -> the action, encoded as ``ActionCodec`` does it (logits of choices)."""
+
+    def __init__(self, config: InverseDynamicsConfig) -> None:
+        """Build from ``config``."""
+        super().__init__()
+        self.config = config
+        self.space = space_from_dict(config.action_space)
+        self.codec = ActionCodec(self.space)
+        layers: list[nn.Module] = []
+        # Each frame and what changed before it: small movements are found sooner so.
+        before, channels = 3 * (2 * config.window - 1), config.channels
+        for stride in (2, 2, 2, 1):
+            layers += [nn.Conv2d(before, channels, 3, stride, 1), nn.GroupNorm(1, channels)]
+            layers.append(nn.SiLU())
+            before, channels = channels, min(2 * channels, 4 * config.channels)
+        self.layers = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * before, 256), nn.SiLU()
+        )
+        self.output = nn.Linear(256, self.codec.width)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """uint8 (B, window, H, W, 3) -> (B, action_width)."""
+        pictures = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        seen = torch.cat((pictures, pictures.diff(dim=1)), 1)
+        return self.output(self.layers(seen.flatten(1, 2)))
+
+    def parts(self, encoded: Tensor) -> tuple[Tensor, ...]:
+        """The choices of Discrete and MultiDiscrete in encoded actions or logits (B, width)."""
+        space = self.space
+        if isinstance(space, spaces.Discrete):
+            return (encoded,)
+        assert isinstance(space, spaces.MultiDiscrete)
+        return encoded.split(space.nvec.tolist(), -1)
+
+    @torch.no_grad()
+    def read(self, frames: Tensor) -> Tensor:
+        """The actions of windows, uint8 (B, window, H, W, 3), in the form that ``score`` takes."""
+        device = self.output.weight.device
+        made = [self(part.to(device)).float().cpu() for part in frames.split(_CHUNK)]
+        return self.labels(torch.cat(made))
+
+    def labels(self, encoded: Tensor) -> Tensor:
+        """What ``score`` compares: choices int64 (B, parts), keys 0 or 1 (B, n), or numbers."""
+        if isinstance(self.space, spaces.Box):
+            return encoded
+        if isinstance(self.space, spaces.MultiBinary):
+            return (encoded > 0).long()
+        return torch.stack([part.argmax(-1) for part in self.parts(encoded)], -1)
+
+
+def score(space: spaces.Space, taken: Tensor, read: Tensor) -> float:
+    """F1 of choices and keys, R² of numbers; 1 is perfect.
+
+    Args:
+        space: the action space.
+        taken: labels (B, n) of the actions that were taken, see ``InverseDynamics.labels``.
+        read: of those that were read.
+
+    Returns:
+        The mean over the n parts of: for choices, the mean F1 of the values that were taken
+        (macro F1); for keys, the F1 of being held, of keys that were ever held; for numbers, R², of
+        those that vary.
+    """
+    figures = []
+    for mine, other in zip(taken.unbind(-1), read.unbind(-1), strict=True):
+        if isinstance(space, spaces.Box):
+            spread = float((mine - mine.mean()).square().sum())
+            if spread > 0:
+                figures.append(1 - float((mine - other).square().sum()) / spread)
+            continue
+        values = [1] if isinstance(space, spaces.MultiBinary) else mine.unique().tolist()
+        each = [_f1(mine == value, other == value) for value in values if (mine == value).any()]
+        if each:
+            figures.append(float(np.mean(each)))
+    return float(np.mean(figures)) if figures else float("nan")
+
+
+def _f1(taken: Tensor, read: Tensor) -> float:
+    return 2 * float((taken & read).sum()) / float(taken.sum() + read.sum())
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class InverseDynamicsTrainingConfig:
+    """A training of the net.
+
+    Attributes:
+        recordings: the data-set folder.
+        train: the loop's settings.
+        window: see ``InverseDynamicsConfig``.
+        channels: see there.
+        validation_windows: held-out windows that each validation reads.
+    """
+
+    recordings: str
+    train: TrainConfig
+    window: int = 6
+    channels: int = 32
+    validation_windows: int = 2048
+
+
+class InverseDynamicsStage:
+    """See ``nfd_env.training.loop.Stage``."""
+
+    def __init__(self, settings: InverseDynamicsTrainingConfig) -> None:
+        """Open the recordings and build the net.
+
+        Raises:
+            RecordingError: when no episode of a split is as long as a window.
+        """
+        data = RecordedDataset(settings.recordings)
+        height, width, _ = data.spec.frame_shape
+        self.config = InverseDynamicsConfig(
+            data.spec.action_space, [height, width], settings.window, settings.channels
+        )
+        torch.manual_seed(settings.train.seed)
+        self.network = InverseDynamics(self.config)
+        self._device = torch.device(settings.train.device)
+        self._episodes = {name: data.split(name) for name in ("train", "validation")}
+        self._places = {
+            # The last frame was perhaps not shown.
+            name: Places((len(episode) for episode in episodes), settings.window)
+            for name, episodes in self._episodes.items()
+        }
+        for name, places in self._places.items():
+            if not len(places):
+                raise RecordingError(
+                    f"{settings.recordings}: no {name} episode has {settings.window + 1} frames"
+                )
+        count = min(settings.validation_windows, len(self._places["validation"]))
+        spread = np.linspace(0, len(self._places["validation"]) - 1, count).astype(int)
+        self._held_out = self._windows("validation", spread)
+
+    def _windows(self, split: str, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Windows of frames and the encoded actions to read."""
+        found = [self._places[split].find(int(place)) for place in places]
+        episodes, config = self._episodes[split], self.config
+        frames = np.stack([episodes[e].frames[first : first + config.window] for e, first in found])
+        actions = np.stack([episodes[e].actions[first + config.asked] for e, first in found])
+        return torch.from_numpy(frames), self.network.codec.encode(torch.from_numpy(actions))
+
+    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """Windows drawn uniformly from the training episodes."""
+        return self._windows("train", rng.integers(0, len(self._places["train"]), size))
+
+    def loss(
+        self, network: nn.Module, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Cross entropy of choices and keys, squared error of numbers."""
+        frames, target = (part.to(self._device) for part in batch)
+        output = network(frames).float()
+        if isinstance(self.network.space, spaces.Box):
+            loss = functional.mse_loss(output, target)
+        elif isinstance(self.network.space, spaces.MultiBinary):
+            loss = functional.binary_cross_entropy_with_logits(output, target)
+        else:
+            pairs = zip(self.network.parts(output), self.network.parts(target), strict=True)
+            loss = torch.stack([functional.cross_entropy(*pair) for pair in pairs]).mean()
+        return loss, {}
+
+    def validate(self, network: nn.Module) -> Mapping[str, float]:
+        """``score`` of held-out windows, as "f1" or "r2"."""
+        assert isinstance(network, InverseDynamics)
+        frames, target = self._held_out
+        value = score(network.space, network.labels(target), network.read(frames))
+        return {"r2" if isinstance(network.space, spaces.Box) else "f1": value}
+
+    def strip(self, network: nn.Module) -> np.ndarray | None:
+        """There is nothing to see."""
+        return None
+
+    def save(self, network: nn.Module, path: Path) -> None:
+        """Write the weights with their config."""
+        save_weights(path, network, self.config)
+
+
+# ---------------------------------------------------------------------------------- measurement
+
+
+@dataclass(frozen=True)
+class ActionReport:
+    """How well actions can be read from a world's frames, see ``score``.
+
+    Attributes:
+        metric: "F1" or "R²".
+        generated: of frames that the world drew.
+        real: of the frames recorded at the same moments.
+        reencoded: of these, passed through the world's tokenizer.
+        shuffled: of the generated frames against other moments' actions: chance.
+        relative: ``generated`` over ``reencoded``, the figure to look at; NaN where nothing can be
+            read from the latter.
+        windows: that were read.
+        horizon: frames that each rollout went on for.
+    """
+
+    metric: str
+    generated: float
+    real: float
+    reencoded: float
+    shuffled: float
+    relative: float
+    windows: int
+    horizon: int
+
+
+def load_inverse_dynamics(path: str | Path, world: World) -> InverseDynamics:
+    """The net in a file of ``InverseDynamicsStage``, ready to read the frames of ``world``.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, or for other frames or actions.
+    """
+    network = load_weights(Path(path), InverseDynamics, InverseDynamicsConfig)
+    size, space = network.config.frame_size, network.space
+    if size != list(world.spec.frame_size) or space != world.action_space:
+        raise CheckpointError(
+            f"{path} reads {space} from frames of {size[0]}x{size[1]}, {world.spec.name} has "
+            f"{world.action_space} and {tuple(world.spec.frame_size)}: train it on recordings of "
+            "this world's game"
+        )
+    return network.to(world.model.device).eval()
+
+
+def find_inverse_dynamics(world: World) -> Path | None:
+    """The net in the run that the world is of: ``inverse_dynamics/model.safetensors`` beside it."""
+    path = world.folder.parent / "inverse_dynamics" / "model.safetensors"
+    return path if path.is_file() else None
+
+
+def measure_actions(
+    world: World,
+    recordings: RecordedDataset,
+    network: InverseDynamics,
+    rollouts: int = 64,
+    horizon: int = 32,
+    seed: int = 0,
+    model: WorldModel | None = None,
+    progress: bool = True,
+) -> ActionReport:
+    """Read the actions of frames that a world draws under held-out recorded actions.
+
+    Args:
+        world: the world.
+        recordings: of its game, with a validation split.
+        network: see ``load_inverse_dynamics``.
+        rollouts: how many begin, at random held-out moments.
+        horizon: frames that each goes on for.
+        seed: of the moments and of the noise.
+        model: with the sampling to judge; None for the world's own.
+        progress: show a progress bar.
+
+    Raises:
+        RecordingError: when no held-out episode is long enough.
+        ValueError: when a number is out of range.
+    """
+    window, asked = network.config.window, network.config.asked
+    if rollouts < 1 or horizon < window:
+        raise ValueError(f"rollouts must be at least 1, horizon at least the window of {window}")
+    model = model or world.model
+    keep = model.dynamics.config.sight.reach
+    held: list[EpisodeReference] = recordings.split("validation")
+    places = Places((len(episode) for episode in held), keep + horizon)
+    if not len(places):
+        raise RecordingError(f"no held-out episode has {keep + horizon + 1} frames")
+    encoded = EncodedEpisodes(model, held)
+    rng = np.random.default_rng(seed)
+    found = [places.find(int(place)) for place in rng.integers(0, len(places), rollouts)]
+    moments = [(episode, first + keep - 1) for episode, first in found]
+    taken = np.stack([held[e].actions[last : last + horizon] for e, last in moments])
+    actions = world.codec.encode(torch.from_numpy(taken))  # the first leads into frame last + 1
+    state: Any = model.start(
+        [recorded_context(world, encoded, *moment) for moment in moments],
+        [(seed, i) for i in range(rollouts)],
+    )
+    generated = []
+    for step in progress_bar(range(horizon), "frames to read actions from", progress):
+        latents = model.step(state, actions[:, step].to(model.device)).latents
+        generated.append(model.decode(latents).cpu())
+    numbers = np.array([encoded.number(*moment) for moment in moments])[:, None]
+    numbers = (numbers + np.arange(1, horizon + 1)).ravel()
+    real = torch.from_numpy(encoded.pictures(numbers))
+    passed = [
+        model.decode(encoded.latents(part).to(model.device)).cpu()
+        for part in np.array_split(numbers, -(-len(numbers) // _CHUNK))
+    ]
+    shape = (rollouts, horizon, *real.shape[1:])
+    clips = {
+        "generated": torch.stack(generated, 1),
+        "real": real.view(shape),
+        "reencoded": torch.cat(passed).view(shape),
+    }
+    firsts = range(horizon - window + 1)
+    # Frame number f of a clip is led into by action f, so at frame f action f + 1 is taken.
+    labels = network.labels(torch.cat([actions[:, first + asked + 1] for first in firsts]))
+    read = {
+        name: torch.cat([network.read(clip[:, first : first + window]) for first in firsts])
+        for name, clip in clips.items()
+    }
+    figures = {name: score(network.space, labels, made) for name, made in read.items()}
+    others = labels[torch.from_numpy(rng.permutation(len(labels)))]
+    best = figures["reencoded"]
+    return ActionReport(
+        "R²" if isinstance(network.space, spaces.Box) else "F1",
+        figures["generated"],
+        figures["real"],
+        best,
+        score(network.space, others, read["generated"]),
+        figures["generated"] / best if best > 0 else float("nan"),
+        len(labels),
+        horizon,
+    )
+
+
+def format_actions(report: ActionReport) -> str:
+    """The report as Markdown."""
+    row = [report.generated, report.reencoded, report.real, report.shuffled]
+    header = [f"{report.metric} of", "generated", "real, re-encoded", "real", "shuffled (chance)"]
+    return "\n".join(
+        [
+            f"Actions read back from {report.windows:,} windows of rollouts of {report.horizon} "
+            f"frames: {report.relative:.2f} of what can be read from re-encoded real frames (1 "
+            "where every key does what it does in the game).",
+            "",
+            table(header, [["frames", *(f"{value:.3f}" for value in row)]]),
+        ]
+    )

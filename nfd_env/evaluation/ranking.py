@@ -1,0 +1,223 @@
+"""Does a world rank policies as the real game does?
+
+Each policy is scored on both sides, as ``nfd eval-agent`` does it; what counts is how the two
+columns of mean returns go together, and how far the world flatters its policies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from nfd_env.evaluation.agents import AgentEvaluation, Scores, evaluate_agent
+from nfd_env.evaluation.tables import table
+from nfd_env.files import atomic_write
+from nfd_env.sources.source import SourceError
+from nfd_env.video import write_png
+
+_FEWEST = 3  # policies; two always lie on a line
+_RESAMPLES = 2000  # of the episodes, for the errors of the correlations
+_SIZE, _MARGIN = 480, 60  # pixels of the scatter plot
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A correlation of mean returns, learned world against real game.
+
+    Attributes:
+        value: from -1 to 1; NaN where one side scores all policies alike.
+        low: 2.5th percentile over resampled episodes (bootstrap).
+        high: 97.5th percentile.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One policy.
+
+    Attributes:
+        agent: its name.
+        learned: scores in the learned world.
+        real: scores in the real game.
+    """
+
+    agent: str
+    learned: Scores
+    real: Scores
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How a world ranks policies.
+
+    Attributes:
+        world: its name.
+        policies: as they were given.
+        spearman: correlation of ranks.
+        pearson: correlation of mean returns.
+        kindness: mean return in the learned world over that in the real game, the median of the
+            policies; above 1 the world is too kind. NaN where a real mean is not above 0.
+        length_ratio: the same of the lengths of episodes.
+    """
+
+    world: str
+    policies: list[Ranked]
+    spearman: Correlation
+    pearson: Correlation
+    kindness: float
+    length_ratio: float
+
+
+def rank_policies(
+    agents: Sequence[str], settings: AgentEvaluation, progress: bool = True
+) -> Ranking:
+    """Score policies in a world and in its real game.
+
+    Args:
+        agents: 3 or more, better 8, named as for ``AgentEvaluation``: checkpoints of one training,
+            "random", scripted policies.
+        settings: how each is scored; ``world`` is needed, ``agent`` is not looked at.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: on too few or equal policies, or one that cannot be played on both sides.
+        SourceError: when the real game cannot be made.
+    """
+    if len(set(agents)) < max(_FEWEST, len(agents)):
+        raise ValueError(f"a ranking needs at least {_FEWEST} different policies, got {agents}")
+    if settings.real_only or not settings.world:
+        raise ValueError("a ranking needs a world, and scores on both sides: not real_only")
+    rows, name = [], ""
+    for agent in agents:
+        report = evaluate_agent(replace(settings, agent=agent), progress=progress)
+        if report.real is None or report.learned is None:
+            raise SourceError(f"a ranking needs the real game: {report.missing}")
+        rows.append(Ranked(agent, report.learned, report.real))
+        name = report.world
+    return rank(name, rows, settings.seed)
+
+
+def rank(world: str, policies: list[Ranked], seed: int = 0) -> Ranking:
+    """Correlate scores that are there; ``seed`` is that of the bootstrap."""
+    sides = [[np.array(getattr(p, side).scores) for p in policies] for side in ("learned", "real")]
+    means = [np.array([scores.mean() for scores in side]) for side in sides]
+    rng = np.random.default_rng(seed)
+    drawn = [
+        [np.array([rng.choice(scores, len(scores)).mean() for scores in side]) for side in sides]
+        for _ in range(_RESAMPLES)
+    ]
+    correlations = []
+    for of in (spearman, pearson):
+        values = np.array([of(*pair) for pair in drawn])
+        values = values[np.isfinite(values)]
+        low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
+        correlations.append(Correlation(of(*means), float(low), float(high)))
+    positive = (means[1] > 0).all()
+    lengths = [p.learned.length / p.real.length for p in policies]
+    return Ranking(
+        world,
+        policies,
+        *correlations,
+        float(np.median(means[0] / means[1])) if positive else float("nan"),
+        float(np.median(lengths)),
+    )
+
+
+def pearson(left: np.ndarray, right: np.ndarray) -> float:
+    """Pearson's correlation coefficient; NaN where one of the two does not vary."""
+    a, b = left - left.mean(), right - right.mean()
+    size = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum()) / size if size else float("nan")
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Spearman's: Pearson's of the ranks, where equals share the mean of their ranks."""
+    return pearson(_ranks(left), _ranks(right))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    below = (values[None] < values[:, None]).sum(1)
+    return below + ((values[None] == values[:, None]).sum(1) - 1) / 2
+
+
+def write_ranking(ranking: Ranking, folder: str | Path) -> Path:
+    """Write ``ranking.json`` and the scatter plot ``ranking.png``; returns the plot's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "ranking.json") as path:
+        path.write_text(json.dumps(asdict(ranking), indent=2))
+    return write_png(folder / "ranking.png", scatter(ranking))
+
+
+def scatter(ranking: Ranking) -> np.ndarray:
+    """Real (x) against learned (y) mean returns with standard errors, uint8 RGB; line: y = x."""
+    import cv2
+
+    points = np.array([[p.real.mean, p.learned.mean] for p in ranking.policies])
+    errors = np.array([[p.real.standard_error, p.learned.standard_error] for p in ranking.policies])
+    low, high = float((points - errors).min()), float((points + errors).max())
+    room = 0.05 * (high - low) or 1.0
+    low, high = low - room, high + room
+    picture = np.full((_SIZE, _SIZE, 3), 255, np.uint8)
+    inner = _SIZE - 2 * _MARGIN
+
+    def at(x: float, y: float) -> tuple[int, int]:
+        right, up = ((v - low) / (high - low) * inner for v in (x, y))
+        return _MARGIN + round(right), _SIZE - _MARGIN - round(up)
+
+    def write(text: str, place: tuple[int, int]) -> None:
+        cv2.putText(
+            picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (40, 40, 40), 1, cv2.LINE_AA
+        )
+
+    cv2.rectangle(picture, at(low, low), at(high, high), (170, 170, 170), 1)
+    cv2.line(picture, at(low, low), at(high, high), (200, 200, 200), 1, cv2.LINE_AA)
+    for number, ((x, y), (dx, dy)) in enumerate(zip(points, errors, strict=True), 1):
+        cv2.line(picture, at(x - dx, y), at(x + dx, y), (90, 130, 200), 1)
+        cv2.line(picture, at(x, y - dy), at(x, y + dy), (90, 130, 200), 1)
+        cv2.circle(picture, at(x, y), 4, (30, 80, 170), -1, cv2.LINE_AA)
+        column, row = at(x, y)
+        write(str(number), (column + 6, row - 6))
+    write(f"{ranking.world}: mean returns, Spearman {ranking.spearman.value:.2f}", (12, 24))
+    write("real game", (_SIZE // 2 - 30, _SIZE - 14))
+    write("learned", (4, _MARGIN - 10))
+    for value in (low + room, high - room):
+        write(f"{value:.4g}", (at(value, low)[0] - 14, _SIZE - _MARGIN + 18))
+        write(f"{value:.4g}", (6, at(low, value)[1] + 4))
+    return picture
+
+
+def format_ranking(ranking: Ranking) -> str:
+    """The ranking as Markdown."""
+    rows = []
+    for number, policy in enumerate(ranking.policies, 1):
+        cells = [str(number), policy.agent]
+        for row in (policy.real, policy.learned):
+            cells.append(f"{row.mean:.4g} ± {row.standard_error:.2g}")
+        cells += [f"{policy.real.length:.0f}", f"{policy.learned.length:.0f}"]
+        rows.append(cells)
+    columns = ["", "policy", "real game", "learned world", "frames, real", "frames, learned"]
+    episodes = len(ranking.policies[0].real.scores)
+    between = " (95 % of resampled episodes: {:.2f} to {:.2f})"
+    s, p = ranking.spearman, ranking.pearson
+    return "\n".join(
+        [
+            f"{ranking.world}: mean returns of {len(rows)} policies, {episodes} episodes on each "
+            "side, ± standard errors",
+            "",
+            table(columns, rows),
+            "",
+            f"Spearman {s.value:.2f}{between.format(s.low, s.high)}, Pearson {p.value:.2f}"
+            f"{between.format(p.low, p.high)}: 1 where the world ranks policies as the game does, "
+            f"0 where it says nothing. Returns in the world are {ranking.kindness:.2f} times, "
+            f"episodes {ranking.length_ratio:.2f} times as high or long as in the game (medians).",
+        ]
+    )

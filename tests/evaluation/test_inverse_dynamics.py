@@ -1,0 +1,127 @@
+"""Reading actions back: the right action of the right frames, and what the figures mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.evaluation.inverse_dynamics import (
+    InverseDynamics,
+    InverseDynamicsConfig,
+    InverseDynamicsStage,
+    InverseDynamicsTrainingConfig,
+    format_actions,
+    load_inverse_dynamics,
+    measure_actions,
+    score,
+)
+from nfd_env.models.weights import CheckpointError
+from nfd_env.spaces import space_to_dict
+from nfd_env.training.loop import TrainConfig, train
+from nfd_env.worlds.load import load_world
+from tests.clients.action_spaces import ACTION_SPACES
+from tests.counter_env import read
+
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+
+
+def columns(*values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).T
+
+
+def test_f1_and_r2_by_hand() -> None:
+    taken, made = columns([0, 0, 1, 1]).long(), columns([0, 1, 1, 1]).long()
+    assert score(spaces.Discrete(3), taken, made) == pytest.approx((2 / 3 + 0.8) / 2)
+    assert score(spaces.Discrete(3), taken, taken) == 1
+    # Only keys that were ever held count.
+    keys = columns([1, 0, 1, 0], [0, 0, 0, 0]).long()
+    other = columns([1, 1, 0, 0], [1, 0, 0, 0]).long()
+    assert score(spaces.MultiBinary(2), keys, other) == pytest.approx(0.5)
+    numbers = columns([0.0, 1.0, 2.0], [5.0, 5.0, 5.0])
+    box = spaces.Box(-9, 9, (2,))
+    assert score(box, numbers, numbers) == 1
+    assert score(box, numbers, columns([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])) == 0
+    assert np.isnan(score(box, numbers[:1], numbers[:1]))
+
+
+@pytest.mark.parametrize("values", ACTION_SPACES.values(), ids=ACTION_SPACES.keys())
+def test_what_is_encoded_is_read(values: dict[str, Any]) -> None:
+    network = InverseDynamics(InverseDynamicsConfig(values, [32, 48], channels=4))
+    network.space.seed(0)
+    actions = torch.from_numpy(np.stack([network.space.sample() for _ in range(40)]))
+    labels = network.labels(network.codec.encode(actions))
+    assert score(network.space, labels, labels) == pytest.approx(1)
+    frames = torch.randint(0, 256, (3, 6, 32, 48, 3), dtype=torch.uint8)
+    assert network.read(frames).shape == (3, labels.shape[1])
+
+
+class Perfect(InverseDynamics):
+    """Reads the counter env's action off two frames."""
+
+    def read(self, frames: torch.Tensor) -> torch.Tensor:
+        with np.errstate(all="ignore"):
+            counters = np.stack([_counter(window) for window in frames.numpy()])
+        asked = self.config.asked
+        moved = counters[:, asked + 1] - counters[:, asked] + 1
+        return torch.from_numpy(moved.clip(0, 2))[:, None]
+
+
+def _counter(frames: np.ndarray) -> np.ndarray:
+    cells = frames[:, 4::8, 4::8, 0].reshape(len(frames), -1) > 127
+    return cells[:, :8].astype(np.int64) @ 2 ** np.arange(8)
+
+
+def settings(recordings: Path, folder: Path, **kwargs: Any) -> InverseDynamicsTrainingConfig:
+    loop = TrainConfig(str(folder), 6, 8, 1e-3, validate_every=3, precision="fp32")
+    given = {"channels": 4, "validation_windows": 50, **kwargs}
+    return InverseDynamicsTrainingConfig(str(recordings), loop, **given)
+
+
+@pytest.mark.parametrize("window", [2, 5, 6])
+def test_the_action_at_the_middle_frame_is_learned(
+    recordings: Path, tmp_path: Path, window: int
+) -> None:
+    stage = InverseDynamicsStage(settings(recordings, tmp_path, window=window))
+    frames, target = stage.batch(np.random.default_rng(0), 64)
+    network = Perfect(stage.config)
+    assert read(frames[0].numpy())[1][0] >= 0  # frames of the counter env
+    assert torch.equal(network.read(frames), network.labels(target))
+
+
+@pytest.mark.parametrize("window", [2, 5, 6])
+def test_real_frames_are_read_with_their_own_actions(
+    counter_world: Path, recordings: Path, window: int
+) -> None:
+    world = load_world(counter_world, **CPU)
+    space = space_to_dict(world.action_space)
+    network = Perfect(InverseDynamicsConfig(space, [32, 48], window))
+    report = measure_actions(
+        world, RecordedDataset(recordings), network, rollouts=6, horizon=10, progress=False
+    )
+    assert report.real == 1 and report.metric == "F1"
+    # An untrained world does not move the counter, and other moments' actions fit by chance.
+    assert report.generated < 0.6 and report.shuffled < 0.6
+    assert report.windows == 6 * (10 - window + 1)
+    assert "read back from" in format_actions(report)
+    with pytest.raises(ValueError, match="horizon at least the window"):
+        measure_actions(world, RecordedDataset(recordings), network, horizon=1)
+
+
+def test_it_trains_and_is_loaded(
+    counter_world: Path, recordings: Path, tmp_path: Path, make_world: Any
+) -> None:
+    stage = InverseDynamicsStage(settings(recordings, tmp_path))
+    metrics = train(stage, settings(recordings, tmp_path).train, progress=False)
+    assert 0 <= metrics["f1"] <= 1
+    path = tmp_path / "model.safetensors"
+    network = load_inverse_dynamics(path, load_world(counter_world, **CPU))
+    assert network.config == stage.config
+    other = make_world(action_space={"type": "MultiBinary", "n": 4})
+    with pytest.raises(CheckpointError, match="train it on recordings of this world's game"):
+        load_inverse_dynamics(path, load_world(other, **CPU))

@@ -1,0 +1,90 @@
+"""Does a world rank policies as the real game does: the figures by closed form, and the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfd_env.evaluation.agents import AgentEvaluation, Scores
+from nfd_env.evaluation.episodes import Episodes
+from nfd_env.evaluation.ranking import (
+    Ranked,
+    format_ranking,
+    pearson,
+    rank,
+    rank_policies,
+    spearman,
+    write_ranking,
+)
+
+
+def scores(mean: float, length: int = 4) -> Scores:
+    steps = np.full(3, length)
+    return Scores.of(Episodes(np.array([mean - 1, mean, mean + 1]), steps, steps < 0, []), 1)
+
+
+def test_correlations_by_closed_form() -> None:
+    left, right = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 16.0])
+    assert spearman(left, right) == pytest.approx(1)
+    assert pearson(left, right) == pytest.approx(np.corrcoef(left, right)[0, 1])
+    assert spearman(left, -right) == pytest.approx(-1)
+    # Equals share the mean of their ranks: 0, 1.5, 1.5, 3.
+    ties = np.array([1.0, 2.0, 2.0, 9.0])
+    assert spearman(left, ties) == pytest.approx(np.corrcoef([0, 1, 2, 3], [0, 1.5, 1.5, 3])[0, 1])
+    assert np.isnan(pearson(left, np.ones(4)))
+
+
+def test_a_kind_world_that_ranks_rightly(tmp_path: Path) -> None:
+    policies = [Ranked(f"p{i}", scores(20.0 * i, 8), scores(10.0 * i)) for i in range(1, 9)]
+    ranking = rank("Tiny", policies)
+    assert ranking.spearman.value == pytest.approx(1) and ranking.spearman.low > 0.95
+    assert ranking.pearson.value == pytest.approx(1) and ranking.kindness == pytest.approx(2)
+    assert ranking.length_ratio == 2
+    assert rank("Tiny", policies) == ranking  # the same seed, the same errors
+    plot = write_ranking(ranking, tmp_path)
+    assert plot.is_file() and (tmp_path / "ranking.json").is_file()
+    assert "Spearman 1.00" in format_ranking(ranking)
+
+
+def test_a_world_that_ranks_the_wrong_way_round() -> None:
+    policies = [Ranked(f"p{i}", scores(-10.0 * i), scores(10.0 * i)) for i in range(5)]
+    ranking = rank("Tiny", policies)
+    assert ranking.spearman.value == pytest.approx(-1) and ranking.spearman.high < -0.5
+    assert np.isnan(ranking.kindness)  # a mean of the real game is 0
+
+
+def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
+    common: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_frames": 4}
+    settings = AgentEvaluation("", str(counter_world), 2, **common)
+    always = "tests.counter_env:AlwaysRight"
+    for wrong, message in (
+        (["random", "random", always], "at least 3 different policies"),
+        (["random", always], "at least 3 different policies"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rank_policies(wrong, settings, progress=False)
+    names = ["random", f"{__name__}:Left", f"{__name__}:Right"]
+    ranking = rank_policies(names, settings, progress=False)
+    assert [p.agent for p in ranking.policies] == names
+    assert [p.real.mean for p in ranking.policies[1:]] == [-4.0, 4.0]
+
+
+class Left:
+    """Moves the counter down."""
+
+    action = 0
+
+    def reset(self, env: Any, rng: np.random.Generator) -> None:
+        pass
+
+    def act(self, observation: np.ndarray) -> int:
+        return self.action
+
+
+class Right(Left):
+    """Moves it up."""
+
+    action = 2
