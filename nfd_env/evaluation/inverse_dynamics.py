@@ -323,7 +323,7 @@ def measure_actions(
     if rollouts < 1 or horizon < window:
         raise ValueError(f"rollouts must be at least 1, horizon at least the window of {window}")
     model = model or world.model
-    keep = model.dynamics.config.sight.reach
+    keep = model.dynamics.config.window
     held: list[EpisodeReference] = recordings.split("validation")
     places = Places((len(episode) for episode in held), keep + horizon)
     if not len(places):
