@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,66 @@ def test_a_fork_of_what_used_the_gpu(monkeypatch: pytest.MonkeyPatch, endless_wo
     NFDVectorEnv(endless_world, device="cpu")
 
 
+# ---------------------------------------------------------------------------- torch's own settings
+
+
+@pytest.fixture(params=["float64", "meta"])
+def unusual(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Sets a global default of torch's when it is called."""
+    if request.param == "float64":
+        yield lambda: torch.set_default_dtype(torch.float64)
+    else:
+        yield lambda: torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("obs_type", ["rgb", "latent", "features"])
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_torchs_defaults_change_nothing(
+    hasty_world: Path, unusual: Callable[[], None], before: bool, obs_type: str, drafts: int
+) -> None:
+    kwargs: dict[str, Any] = {
+        "obs_type": obs_type,
+        "autoreset_mode": "SameStep",
+        "speculative_frames": drafts,
+        "frame_skip": drafts,
+        "ood": True,
+        "context_observations": 2,
+        **CPU,
+    }
+    acts = np.random.default_rng(0).integers(0, 3, (8, 3))
+    context = {"frames": np.zeros((2, 32, 48, 3), np.uint8), "actions": [1]}
+
+    def play(env: NFDVectorEnv) -> list[Any]:
+        made: list[Any] = [env.reset(seed=0, options={"context": [context, None, None]})]
+        made += [env.step(a) for a in acts[:4]]
+        made.append(env.restore_state(env.save_state([0, 2, 1])))
+        return [*made, *(env.step(a) for a in acts[4:]), env.frames([1])]
+
+    expected = play(NFDVectorEnv(hasty_world, 3, **kwargs))
+    if before:
+        unusual()
+    env = NFDVectorEnv(hasty_world, 3, **kwargs)
+    unusual()
+    assert same(play(env), expected)
+
+
+def test_torchs_defaults_and_the_real_game(
+    counter_world: Path, unusual: Callable[[], None]
+) -> None:
+    def play() -> list[Any]:
+        env = RealVectorEnv(counter_world, 2, obs_type="features", frame_skip=2, **CPU)
+        made = [env.reset(seed=0)[0], *(env.step([0, 2])[0] for _ in range(3))]
+        env.close()
+        return made
+
+    expected = play()
+    unusual()
+    assert same(play(), expected)
+
+
 # ------------------------------------------------------------------------------- copies and pickles
 
 COPIES = {
@@ -128,7 +188,6 @@ def test_a_copy_goes_on_as_the_original_does(
         3,
         autoreset_mode="SameStep",
         speculative_frames=drafts,
-        draft_cost=1.0,
         max_episode_steps=5,
         ood=True,
         temperature=1.3,

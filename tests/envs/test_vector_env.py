@@ -303,6 +303,19 @@ def test_without_a_seed_the_next_episode_follows(endless_world: Path) -> None:
     assert same(a[0], first[-1][0][0])
 
 
+def test_large_seeds_are_seeds_of_their_own(endless_world: Path) -> None:
+    seeds = [5, 5 + 2**32, 5 + 2**63, 5 + 2**64, 5 + 2**128]
+    env, acts = make(endless_world, 5), np.zeros((2, 5), int)
+    env.reset(seed=seeds, options={"start": 0})
+    assert env.np_random_seed == tuple(seeds)
+    shown = play(env, acts)[-1][0]
+    assert len({row.tobytes() for row in shown}) == 5
+    single = NFDEnv(endless_world, "cpu", obs_type="latent", precision="fp32")
+    single.reset(seed=seeds[3], options={"start": 0})
+    single.step(0)
+    assert close(single.step(0)[0], shown[3])
+
+
 def test_unseeded_envs_differ(endless_world: Path) -> None:
     one, other = make(endless_world), make(endless_world)
     assert one.np_random_seed == (-1, -1, -1)
@@ -664,6 +677,32 @@ def test_states_that_do_not_fit(endless_world: Path) -> None:
             env.restore_state(state, rows)
     with pytest.raises(ResetNeeded):
         make(endless_world).restore_state(state.take([0]), rows=[0])
+
+
+@pytest.mark.parametrize("rows", [None, [2, 0, 1]])
+@pytest.mark.parametrize("kind", ["world", "speculative_frames", "precision"])
+def test_a_state_of_something_else_changes_nothing(
+    endless_world: Path, make_world: Callable[..., Path], kind: str, rows: list[int] | None
+) -> None:
+    """Of the same shapes, but for the numbers in it."""
+    other_world = make_world(hazard_bias=-1000.0, seed=1) if kind == "world" else endless_world
+    changed: dict[str, Any] = {} if kind == "world" else {kind: {"precision": "bf16"}.get(kind, 2)}
+    other, env, acts = make(other_world, **changed), make(endless_world), actions(3, 3)
+    other.reset(seed=7)
+    env.reset(seed=0)
+    expected = play(env, acts)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=kind):
+        env.restore_state(other.save_state(), rows)
+    assert env.np_random_seed == (0, 1, 2)
+    assert same(play(env, acts), expected)
+
+
+def test_states_pass_between_student_and_teacher(distilled_world: Path) -> None:
+    student, teacher = make(distilled_world), make(distilled_world, dynamics="teacher")
+    student.reset(seed=0)
+    teacher.restore_state(student.save_state())
+    assert np.isfinite(teacher.step([0, 1, 2])[0]).all()
 
 
 @pytest.mark.parametrize("rows", [[-1], [3], [0.0], [True], [], 1, None.__class__])
