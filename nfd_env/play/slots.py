@@ -51,18 +51,18 @@ class Slots:
 
         With ``speculative_frames`` = 1 speculation can still be switched on, with 2 frames.
         """
-        self._arguments = {
-            "world": world,
-            "device": device,
-            "max_episode_steps": max_episode_steps,
+        self._all = NFDVectorEnv(
+            world,
+            count,
+            device,
+            sampling_steps,
+            max_episode_steps=max_episode_steps,
+            dynamics=dynamics,
             # Room for drafts, whether or not a slot makes them: what one slot saves, another
             # must be able to take.
-            "speculative_frames": 2 if speculative_frames == 1 else speculative_frames,
-            "obs_type": "latent",
-            "autoreset_mode": AutoresetMode.DISABLED,
-        }
-        self._all = NFDVectorEnv(
-            num_envs=count, sampling_steps=sampling_steps, dynamics=dynamics, **self._arguments
+            speculative_frames=2 if speculative_frames == 1 else speculative_frames,
+            obs_type="latent",
+            autoreset_mode=AutoresetMode.DISABLED,
         )
         self.count = count
         self.world = self._all.world
@@ -188,14 +188,11 @@ class Slots:
 
     def _branch(self, rows: list[int], sampling: Sampling) -> NFDVectorEnv:
         """An env with a copy of these slots."""
-        branch = NFDVectorEnv(
-            num_envs=len(rows),
-            sampling_steps=sampling.steps,
-            dynamics="teacher" if sampling.teacher else None,
-            **self._arguments,
-        )
+        branch = self._all.take(rows)
+        distilled = self.spec.teacher is not None
+        kind = ("teacher" if sampling.teacher else "student") if distilled else None
+        branch.set_sampling(sampling.steps, dynamics=kind)
         branch.drafting = sampling.speculation
-        branch.restore_state(self._all.save_state(rows))
         return branch
 
     def _step(
