@@ -15,9 +15,6 @@ from torch.nn import functional
 from nfd_env.models.layers import SwiGLU
 from nfd_env.models.tokenizer import ResidualBlock, Tokenizer
 
-# From so many rows on, two products that finish their own outputs are faster than one product and
-# two passes over its outputs.
-_MANY_ROWS = 96
 # So many frames are worth laying the weights out anew, for their number.
 _MANY_FRAMES = 16
 
@@ -44,16 +41,14 @@ class PackedSwiGLU(SwiGLU):
         with torch.device("meta"):
             super().__init__(layer.in_features, layer.out_features // 2)
         self.weight = layer.weight
-        self._both = _pack(layer.weight, rows)
-        self._gate, self._up = (_pack(half, rows) for half in layer.weight.chunk(2))
+        self._packed = _pack(layer.weight, rows)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., width) -> (..., hidden)."""
-        if input[..., 0].numel() < _MANY_ROWS:
-            gate, up = _linear(input, self._both, None).chunk(2, -1)
-            return functional.silu(gate).mul_(up)
-        gate = _linear(input, self._gate, None, "swish")
-        return torch.ops.mkldnn._linear_pointwise.binary(input, gate, self._up, None, "mul")
+        # The same operations however many rows there are: others, a little faster for many, would
+        # round elsewhere, and in bf16 a rollout would depend on the size of its batch.
+        gate, up = _linear(input, self._packed, None).chunk(2, -1)
+        return functional.silu(gate).mul_(up)
 
 
 class PackedConv2d(nn.Conv2d):
@@ -151,5 +146,5 @@ def _pack(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
 
 
-def _linear(input: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, packed, bias, activation, [], "")
+def _linear(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")

@@ -360,3 +360,20 @@ def test_calls_that_are_captured_on_a_gpu_can_be_repeated(
     for a in acts:
         x, y = (advance(m, s, a).latents for m, s in zip((capturing, model), copies, strict=True))
         torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_a_state_of_another_world_does_not_fit(
+    model: WorldModel, make_world: Callable[..., Path]
+) -> None:
+    """Though all of its shapes are the same."""
+    other = load_world(make_world(seed=1), "cpu", "fp32").model
+    state = start(model, [0, 1])
+    assert state.fork().world_id == state.take([1]).world_id == model.world_id != other.world_id
+    model.check_fits(state, 1)
+    with pytest.raises(ValueError, match="of another world"):
+        other.check_fits(state, 1)
+    with pytest.raises(ValueError, match="saved with speculative_frames=1.*has.*=2"):
+        model.check_fits(state, 2)
+    state.cache.keys = state.cache.keys.bfloat16()
+    with pytest.raises(ValueError, match="use the same precision"):
+        model.check_fits(state, 1)

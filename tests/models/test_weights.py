@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -355,3 +356,17 @@ def test_loading_draws_no_random_numbers_for_any_network(tmp_path: Path) -> None
         before = torch.get_rng_state()
         load_weights(tmp_path / "a.safetensors", type(network), kind)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("keyframes", [0, 2])
+def test_headers_of_versions_with_key_frames(tmp_path: Path, keyframes: int) -> None:
+    network = small_dynamics()
+    path = tmp_path / "old.safetensors"
+    settings = dataclasses.asdict(network.config) | {"keyframes": keyframes, "keyframe_stride": 8}
+    header = {"class": "Dynamics", "config": json.dumps(settings)}
+    save_file(network.state_dict(), path, metadata=header)
+    if keyframes:
+        with pytest.raises(CheckpointError, match=r"old\.safetensors.*trained with key frames"):
+            load_weights(path, Dynamics, DynamicsConfig)
+    else:
+        assert load_weights(path, Dynamics, DynamicsConfig).config == network.config
