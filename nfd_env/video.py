@@ -103,6 +103,7 @@ def write_png(path: str | Path, picture: np.ndarray) -> Path:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), np.ascontiguousarray(picture[..., ::-1])):
-        raise OSError(f"cannot write {path}")
+    _, encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))
+    with atomic_write(path) as temporary:  # OpenCV itself crashes on names beyond the locale
+        temporary.write_bytes(encoded.tobytes())
     return path

@@ -17,8 +17,9 @@ SCRIPT = Path(sys.executable).with_name("nfd")
 @pytest.mark.skipif(not SCRIPT.exists(), reason="the package is not installed")
 def test_policies_are_found_in_the_folder_that_it_is_started_in(tmp_path: Path) -> None:
     (tmp_path / "my_policies.py").write_text("class Mine: ...\n")
-    command = [str(SCRIPT), "eval-agent", "my_policies:Absent", "--real-only"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [str(SCRIPT), "eval-agent", "my_policies:Absent"]
+    command += ["--world", "DoomTakeCover", "--real-only"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     # The module has been imported: only the class is missing.
     assert result.returncode == 1
     assert "module 'my_policies' has no attribute 'Absent'" in result.stderr
@@ -28,7 +29,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[byte
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, **environment},
     )
 
@@ -47,3 +48,13 @@ def test_it_prints_on_every_terminal(encoding: str) -> None:
     assert result.returncode == 0, result.stderr
     shown = "512³ 1.5× ± → ™".encode(encoding, "replace").decode(encoding)
     assert result.stdout.decode(encoding).splitlines()[-1] == shown
+
+
+def test_folders_beyond_the_locale(tmp_path: Path) -> None:
+    """A file system in UTF-8 under a locale of ASCII: names are bytes that have no characters."""
+    out = str(tmp_path / "w\u00f6rld \u65e5")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = ["-m", "nfd_env", "demo", "--seconds", "0.1", "--device", "cpu", "--out", out]
+    result = run(*command, OMP_NUM_THREADS="1", **locale)
+    assert result.returncode == 0, result.stderr
+    assert {path.suffix for path in Path(out).iterdir()} >= {".mp4", ".png"}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from nfd_env.precision import autocast, choose_precision
+from nfd_env.video import write_png
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,7 @@ def evaluate(
         writer.add_scalar(f"validation/{name}", value, step)
     if picture is not None:
         writer.add_image("samples", picture, step, dataformats="HWC")
-        path = folder / "samples" / f"{step:07d}.png"
-        cv2.imwrite(str(path), np.ascontiguousarray(picture[..., ::-1]))
+        write_png(folder / "samples" / f"{step:07d}.png", picture)
     return metrics
 
 
