@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     _config(sub)
 
     sub = command("train", _train, "train a stage; run it again to go on after a stop")
-    sub.add_argument("stage", choices=("tokenizer", "flow", "heads", "distill", "inverse-dynamics"))
+    stages = ("tokenizer", "encode", "flow", "heads", "distill", "inverse-dynamics")
+    sub.add_argument("stage", choices=stages)
     _config(sub)
 
     sub = command("export", _export, "put trained stages together as a world folder")
@@ -454,6 +455,13 @@ def _train(args: argparse.Namespace) -> int:
 
         settings = config.load(TokenizerTrainingConfig, args.config, args.overrides)
         stage = TokenizerStage(settings)
+    elif args.stage == "encode":  # with the flow's config
+        from nfd_env.training.encode import EncodeConfig, encode
+        from nfd_env.training.flow import FlowTrainingConfig
+
+        s = config.load(FlowTrainingConfig, args.config, args.overrides)
+        encode(EncodeConfig(s.recordings, s.tokenizer, s.latents, s.train.device))
+        return 0
     elif args.stage == "flow":
         from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 

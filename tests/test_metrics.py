@@ -9,8 +9,11 @@ from nfd_env.metrics import (
     FrechetReference,
     bright_share,
     frechet_distance,
+    gradient_correlation,
     luminance,
+    moving_pixels,
     ssim,
+    standing_out,
 )
 
 
@@ -107,3 +110,32 @@ def test_too_few_samples() -> None:
     reference = FrechetReference(features)
     with pytest.raises(ValueError, match="got 10"):
         reference.distance(reference.project(features[:10]))
+
+
+def test_pixels_that_move() -> None:
+    before = np.full((2, 4, 5, 3), 100, np.uint8)
+    after = before.copy()
+    after[0, 1, 2, 0] += 9
+    after[1, 3, 4, 2] -= 9
+    after[1, 0, 0] += 8  # as dithering does
+    assert np.argwhere(moving_pixels(before, after)).tolist() == [[0, 1, 2], [1, 3, 4]]
+
+
+def test_what_stands_out_of_the_background() -> None:
+    background = np.full((1, 4, 5, 3), 250, np.uint8)
+    frames = np.repeat(background, 3, 0)
+    frames[1, 2, 2] = 223
+    frames[2, 2, 2] = 224
+    frames[2, 0, 0, 1] = 0
+    assert np.argwhere(standing_out(frames, background)).tolist() == [[1, 2, 2], [2, 0, 0]]
+
+
+def test_gradient_correlation() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+    assert gradient_correlation(real, real) == pytest.approx(1)
+    assert gradient_correlation(real, 255 - real) == pytest.approx(-1)
+    assert gradient_correlation(real, real // 2) == pytest.approx(1, abs=1e-3)
+    other = rng.integers(0, 256, real.shape, np.uint8)
+    assert abs(gradient_correlation(real, other)) < 0.05
+    assert np.isnan(gradient_correlation(real, np.zeros_like(real)))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into, shown_transitions
-from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import load_weights
-from nfd_env.precision import autocast, choose_precision
 from nfd_env.spaces import ActionCodec, space_from_dict
 
 
@@ -39,59 +33,6 @@ class LatentEpisode:
     signals: np.ndarray
 
 
-def encode_recordings(
-    recordings: RecordedDataset, tokenizer: str | Path, folder: str | Path, device: str = "cpu"
-) -> None:
-    """Write one ``<shard>.npy`` of float16 latents (frames, C, h, w) a shard into ``folder``.
-
-    Shards that are there already, of the same tokenizer, are kept: run again to go on.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    network = load_weights(tokenizer, Tokenizer, TokenizerConfig)
-    digest = _digest(network)
-    stamp = folder / "tokenizer.sha256"
-    if not stamp.exists() or stamp.read_text() != digest:
-        for old in folder.glob("*.npy"):
-            old.unlink()
-        stamp.write_text(digest)
-    network.to(device)
-    precision = choose_precision("auto", torch.device(device))
-    frames_of: dict[Path, int] = {}
-    for episode in recordings:
-        frames_of[episode.shard] = episode.frame_offset + len(episode) + 1
-    with tqdm(total=sum(frames_of.values()), unit="frame", desc="encoding") as bar:
-        for shard, count in frames_of.items():
-            path = folder / f"{shard.name}.npy"
-            if not path.exists() or len(np.load(path, mmap_mode="r")) != count:
-                frames = np.memmap(
-                    shard / "frames.bin",
-                    dtype=np.uint8,
-                    mode="r",
-                    shape=(count, *recordings.spec.frame_shape),
-                )
-                parts = []
-                for start in range(0, count, 64):
-                    chunk = torch.from_numpy(np.array(frames[start : start + 64])).to(device)
-                    with torch.inference_mode(), autocast(torch.device(device), precision):
-                        latents = network.encode_frames(chunk)
-                    parts.append(latents.half().cpu().numpy())
-                    bar.update(len(chunk))
-                temporary = path.with_suffix(".tmp.npy")
-                np.save(temporary, np.concatenate(parts))
-                os.replace(temporary, path)
-            else:
-                bar.update(count)
-
-
-def _digest(network: Tokenizer) -> str:
-    """A hash of the weights, whatever order the file that they came from has."""
-    digest = hashlib.sha256(repr(network.config).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def check_endings(share: float, frames: int) -> None:
     """Refuse an ``ending_share`` outside [0, 1] and negative ``ending_frames``."""
     if not 0 <= share <= 1:
@@ -104,7 +45,7 @@ class LatentDataset:
     """The episodes of one split as latents, in memory."""
 
     def __init__(self, recordings: RecordedDataset, folder: str | Path, split: str) -> None:
-        """Load what ``encode_recordings`` wrote.
+        """Load what encoding the recordings has written, ``SHARD.npy`` for each shard.
 
         A last transition whose frame was not shown is left out, see ``shown_transitions``.
         """

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places
+from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.evaluation.progress import progress_bar
 from nfd_env.evaluation.tables import table
@@ -169,6 +170,8 @@ class InverseDynamicsTrainingConfig:
 class InverseDynamicsStage:
     """See ``nfd_env.training.loop.Stage``."""
 
+    lower_is_better = ()  # of its score, more is
+
     def __init__(self, settings: InverseDynamicsTrainingConfig) -> None:
         """Open the recordings and build the net.
 
@@ -182,7 +185,7 @@ class InverseDynamicsStage:
         )
         torch.manual_seed(settings.train.seed)
         self.network = InverseDynamics(self.config)
-        self._device = torch.device(settings.train.device)
+        self._device = resolve_device(settings.train.device)
         self._episodes = {name: data.split(name) for name in ("train", "validation")}
         self._places = {
             # The last frame was perhaps not shown.

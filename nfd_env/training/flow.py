@@ -1,4 +1,4 @@
-"""Stage 2: the dynamics transformer learns the velocity of the next frame (flow matching)."""
+"""Stage 3: the dynamics transformer learns the velocity of the next frame (flow matching)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from nfd_env.data.latents import LatentDataset, check_endings, encode_recordings
-from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.latents import check_endings
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.solvers import level_grid, sample_euler
-from nfd_env.inference.rollout import rollout_latents
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
-from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
-from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels
-from nfd_env.training.loop import TrainConfig
+from nfd_env.training.latent_stage import (
+    CONTEXT,
+    HORIZON,
+    ROLLOUT_LOSSES,
+    LatentStage,
+    LatentTrainingConfig,
+    check_fit,
+    check_windows,
+)
+
+_WINDOWS, _ROLLOUTS = 64, 8  # of a validation
+_STEPS = 4  # Euler steps of its rollouts
 
 
 @dataclass(frozen=True)
-class FlowTrainingConfig:
-    """The config file of ``nfd train flow``.
+class FlowTrainingConfig(LatentTrainingConfig):
+    """The config file of ``nfd train flow``, see also ``LatentTrainingConfig``.
 
     Attributes:
-        recordings: the data-set folder.
-        tokenizer: the finished tokenizer's weights.
-        latents: folder of the latent cache, written on first use.
-        train: the loop's settings.
-        model: the transformer's sizes; the latents' shape and the action width are filled in.
+        model: the transformer's sizes; latent shape and action width are those of the recordings.
         frames: frames a training window.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
@@ -40,16 +43,12 @@ class FlowTrainingConfig:
             have seen other frames (``window``), and a full adaLN projection is
             brought to ``model.modulation_rank``.
         history_levels: levels of the history copy in two-copy training.
-        history_level: the history's level when playing, stored with the weights.
+        history_level: the history's level in validation's rollouts; give the world the same.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
         ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
         ending_frames: see there.
     """
 
-    recordings: str
-    tokenizer: str
-    latents: str
-    train: TrainConfig
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
     frames: int = 16
     history: str = "two_copies"
@@ -63,30 +62,32 @@ class FlowTrainingConfig:
     def __post_init__(self) -> None:
         """Check the choices."""
         check_endings(self.ending_share, self.ending_frames)
+        check_windows(self.frames, self.history_level)
+        if self.level_shift <= 0:
+            raise ValueError(f"level_shift must be above 0, got {self.level_shift}")
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
 
 
-class FlowStage:
+class FlowStage(LatentStage):
     """See ``nfd_env.training.loop.Stage``."""
 
+    lower_is_better = ("flow", *ROLLOUT_LOSSES)
+
     def __init__(self, settings: FlowTrainingConfig) -> None:
-        """Encode the recordings where that has not been done, and build the network."""
+        """Load the data and build the network.
+
+        Raises:
+            CheckpointError: when the config or the weights to begin with do not fit the data; see
+                also ``LatentStage``.
+        """
+        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + HORIZON))
         self.settings = settings
-        self._device = torch.device(settings.train.device)
-        recordings = RecordedDataset(settings.recordings)
-        self._made_from = {
-            "tokenizer": fingerprint_of(settings.tokenizer),
-            "recordings": recordings.spec.fingerprint,
-        }
-        encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
-        self._train = LatentDataset(recordings, settings.latents, "train")
-        self._validation = LatentDataset(recordings, settings.latents, "validation")
-        self._tokenizer = load_weights(settings.tokenizer, Tokenizer, TokenizerConfig)
+        check_fit(self._train, settings.model, "the config's model")
         torch.manual_seed(settings.train.seed)
         self.network = Dynamics(settings.model)
         if settings.initial:
-            begun = load_weights(settings.initial, Dynamics, DynamicsConfig)
+            begun = load_weights(Path(settings.initial).expanduser(), Dynamics, DynamicsConfig)
             rank = settings.model.modulation_rank
             if rank and not begun.config.modulation_rank:
                 begun, _ = with_low_rank(begun, self._known_actions(), rank)
@@ -98,8 +99,8 @@ class FlowStage:
                 )
             self.network.load_state_dict(begun.state_dict())
         rng = np.random.default_rng(0)
-        self._held_out = self._validation.windows(rng, 64, settings.frames)
-        self._rollout = self._validation.windows(rng, 8, 4 + 32)
+        self._held_out = self._validation.windows(rng, _WINDOWS, settings.frames)
+        self._hold_out(rng, _ROLLOUTS)
 
     def _known_actions(self) -> Tensor:
         """Encoded actions (n, action_width) of the recordings, and the one before the first."""
@@ -136,45 +137,26 @@ class FlowStage:
         return error.mean(), {"last_frame": error[:, -1].mean().detach()}
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
-        """Flow loss on held-out windows, and the latents' error of a 32-frame rollout."""
+        """``flow``: the loss on held-out windows; the others see ``LatentStage._judge``."""
         losses = [
             float(self.loss(network, (x, a))[0])
             for x, a in zip(*(t.split(16) for t in self._held_out), strict=True)
         ]
-        made, real = self._generate(network)
-        frozen = real[:, 3:4].expand_as(made)
-        metrics = {"flow": float(np.mean(losses))}
-        for horizon in (1, 8, 32):
-            error = functional.mse_loss(made[:, horizon - 1], real[:, 3 + horizon])
-            still = functional.mse_loss(frozen[:, horizon - 1], real[:, 3 + horizon])
-            metrics[f"error_{horizon}"] = float(error)
-            metrics[f"error_over_frozen_{horizon}"] = float(error / still)
-        metrics["spread"] = float(made.std() / real.std())
-        return metrics
+        return {"flow": float(np.mean(losses)), **self._judge(*self._roll_out(network))}
 
-    def _generate(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+    def _roll_out(self, network: nn.Module, count: int | None = None) -> tuple[Tensor, Tensor]:
         assert isinstance(network, Dynamics)
-        latents, actions = (x.to(self._device) for x in self._rollout)
-        made = rollout_latents(
+        return self._generate(
             network,
-            latents[:, :4],
-            actions,
-            lambda velocity, noise: sample_euler(velocity, noise, level_grid(4)),
+            lambda velocity, noise: sample_euler(velocity, noise, level_grid(_STEPS)),
             self.settings.history_level,
-            torch.Generator(self._device).manual_seed(0),
+            count,
         )
-        return made, latents
 
     def strip(self, network: nn.Module) -> np.ndarray:
-        """Two held-out episodes, real above generated, at 1, 4, 8, 16, 24 and 32 frames."""
-        made, real = self._generate(network)
-        horizons = torch.tensor([1, 4, 8, 16, 24, 32])
-        rows = []
-        for episode in (0, 1, 2):
-            for latents, offset in ((real, 3), (made, -1)):
-                frames = self._tokenizer.decode_frames(latents[episode, horizons + offset].cpu())
-                rows.append(torch.cat(list(frames), 1))
-        return torch.cat(rows, 0).numpy()
+        """Three held-out episodes, real above generated, at 1, 4, 8, 16, 24 and 32 frames."""
+        made, real = self._roll_out(network, 3)
+        return self._picture(real[:, CONTEXT:], made)
 
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""

@@ -1,4 +1,4 @@
-"""Stage 3: reward and termination heads on recorded latents."""
+"""Stage 4: reward and termination heads on recorded latents."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.data.latents import LatentDataset, LatentEpisode, encode_recordings
-from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.data.latents import LatentEpisode
+from nfd_env.data.shards import RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
-from nfd_env.training.loop import TrainConfig
-from nfd_env.training.stretches import Stretch, StretchSampler
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.training.latent_stage import LatentStage, LatentTrainingConfig
+from nfd_env.training.recorded import check_rewards
+from nfd_env.training.segments import Segment, SegmentSampler
+
+# Ends are rare events with a tiny mean loss, some hundredths; this brings it to the size of a
+# common one.
+_END_WEIGHT = 30.0
 
 
 @dataclass(frozen=True)
-class HeadsTrainingConfig:
-    """The config file of ``nfd train heads``.
+class HeadsTrainingConfig(LatentTrainingConfig):
+    """The config file of ``nfd train heads``, see also ``LatentTrainingConfig``.
 
     Attributes:
-        recordings: the data-set folder.
-        tokenizer: the finished tokenizer's weights.
-        latents: folder of the latent cache.
-        train: the loop's settings.
         width: width of the recurrent state.
         frames: transitions a training sequence.
         end_share: share of the sequences that end with an episode's end. Ends are rare; the loss
@@ -44,10 +45,6 @@ class HeadsTrainingConfig:
         initial: weights to begin with, of the same sizes; "" for random ones.
     """
 
-    recordings: str
-    tokenizer: str
-    latents: str
-    train: TrainConfig
     width: int = 256
     frames: int = 128
     end_share: float = 0.3
@@ -59,25 +56,31 @@ class HeadsTrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if min(self.width, self.frames, self.reward_bins) < 1:
+            raise ValueError("width, frames and reward_bins must be at least 1")
+        if not 0 <= self.end_share < 1:
+            raise ValueError(f"end_share must be at least 0 and below 1, got {self.end_share}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.latent_noise < 0:
+            raise ValueError(f"latent_noise must not be negative, got {self.latent_noise}")
         if self.signal_weight < 0:
             raise ValueError(f"signal_weight must not be negative, got {self.signal_weight}")
 
 
-class HeadsStage:
+class HeadsStage(LatentStage):
     """See ``nfd_env.training.loop.Stage``."""
 
     def __init__(self, settings: HeadsTrainingConfig) -> None:
-        """Encode the recordings where that has not been done, and build the network."""
+        """Load the data and build the network.
+
+        Raises:
+            CheckpointError: when the weights to begin with do not fit the data; see also
+                ``LatentStage``.
+        """
+        super().__init__(settings)
         self.settings = settings
-        self._device = torch.device(settings.train.device)
-        recordings = RecordedDataset(settings.recordings)
-        self._made_from = {
-            "tokenizer": fingerprint_of(settings.tokenizer),
-            "recordings": recordings.spec.fingerprint,
-        }
-        encode_recordings(recordings, settings.tokenizer, settings.latents, settings.train.device)
-        self._train = LatentDataset(recordings, settings.latents, "train")
-        self._validation = LatentDataset(recordings, settings.latents, "validation")
+        check_rewards(self._recordings)
         rewards = np.concatenate([e.rewards for e in self._train.episodes])
         episode = self._train.episodes[0]
         torch.manual_seed(settings.train.seed)
@@ -96,29 +99,35 @@ class HeadsStage:
             )
         self.network = Heads(self.config)
         if settings.initial:
-            begun = load_weights(settings.initial, Heads, HeadsConfig)
+            begun = load_weights(Path(settings.initial).expanduser(), Heads, HeadsConfig)
             if replace(begun.config, dropout=settings.dropout) != self.config:
                 raise CheckpointError(
                     f"{settings.initial}: holds {begun.config}, the recordings and the config ask "
                     f"for {self.config}"
                 )
             self.network.load_state_dict(begun.state_dict())
-        self._stretches = StretchSampler(self._train.episodes, settings.frames, settings.end_share)
+        self._segments = SegmentSampler(self._train.episodes, settings.frames, settings.end_share)
+
+    @property
+    def lower_is_better(self) -> list[str]:
+        """All of its metrics."""
+        names = ["end", "end_over_constant", "reward_absolute_error"]
+        return names + ["signal"] * bool(self.config.signals)
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
         """Sequences of ``frames`` transitions, padded at the end; see ``_sequence``."""
         rows = []
         for _ in range(size):
-            stretch = self._stretches.draw(rng)
-            weight = self._stretches.importance(stretch)
-            rows.append(self._sequence(self._train.episodes, stretch, weight))
+            segment = self._segments.draw(rng)
+            weight = self._segments.importance(segment)
+            rows.append(self._sequence(self._train.episodes, segment, weight))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
     def _sequence(
-        self, episodes: list[LatentEpisode], stretch: Stretch, weight: np.ndarray
+        self, episodes: list[LatentEpisode], segment: Segment, weight: np.ndarray
     ) -> tuple[Tensor, ...]:
         """Latents after each transition, actions, rewards, terminated, signals, and weights."""
-        episode, start, stop = episodes[stretch.number], stretch.start, stretch.stop
+        episode, start, stop = episodes[segment.number], segment.start, segment.stop
 
         def pad(array: np.ndarray) -> Tensor:
             filled = np.zeros((self.settings.frames, *array.shape[1:]), np.float32)
@@ -145,8 +154,7 @@ class HeadsStage:
         end, reward, signal = self._errors(network, latents, actions, rewards, terminated, signals)
         end_loss = (weight * end).sum() / weight.sum()
         reward_loss = (weight * reward).sum() / weight.sum()
-        # Ends are rare events with a tiny mean loss; scale it to the size of a common one.
-        loss = 30 * end_loss + reward_loss
+        loss = _END_WEIGHT * end_loss + reward_loss
         log = {"end": end_loss.detach(), "reward": reward_loss.detach()}
         if self.config.signals:
             signal_loss = (weight * signal).sum() / weight.sum()

@@ -7,9 +7,8 @@ on (seed, step), so a run that is killed and started again computes what it woul
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +19,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from nfd_env.devices import resolve_device
+from nfd_env.files import owned_folder
+from nfd_env.models.weights import CheckpointError
 from nfd_env.precision import autocast, choose_precision
-from nfd_env.video import write_png
+from nfd_env.training.checkpoints import Checkpoints, writing
+from nfd_env.training.divergence import LossWatch, TrainingDiverged
+from nfd_env.training.run_log import RunLog, open_log
+from nfd_env.training.stopping import StopRequest, stopping
+
+_LOG_EVERY = 20  # steps
 
 
 @dataclass(frozen=True)
@@ -34,17 +41,18 @@ class TrainConfig:
         batch_size: samples a step.
         learning_rate: peak rate of AdamW.
         warmup_steps: linear warm-up.
-        decay_fraction: the last part of ``steps``, over which the rate falls linearly to zero.
+        decay_fraction: in (0, 1], the last part of ``steps``, over which the rate falls linearly to
+            zero.
         weight_decay: of AdamW, on matrices only.
-        ema_decay: of the averaged weights, which are what is validated and saved.
+        ema_decay: in [0, 1), of the averaged weights, which are what is validated and saved.
         clip_norm: gradients are clipped to this norm.
         seed: of initialisation, batches and noise.
-        precision: "fp32", "bf16" (autocast) or "auto": whichever multiplies matrices faster here.
+        precision: "fp32", "bf16" (autocast) or "auto", see ``choose_precision``.
         compile: use torch.compile.
         validate_every: steps between validations and sample strips.
         checkpoint_seconds: time between checkpoints.
         threads: CPU threads; 0 leaves torch's default.
-        device: "cpu" or "cuda".
+        device: see ``nfd_env.devices.resolve_device``.
         keep_best: save the weights of the validation where this metric was lowest; "" saves the
             last ones.
     """
@@ -71,8 +79,26 @@ class TrainConfig:
         """Check the ranges."""
         if self.precision not in ("fp32", "bf16", "auto"):
             raise ValueError(f"precision must be fp32, bf16 or auto, got {self.precision!r}")
+        if not self.folder:
+            raise ValueError("train.folder must name a folder")
         if self.steps < 1 or self.batch_size < 1:
-            raise ValueError("steps and batch_size must be at least 1")
+            raise ValueError(
+                f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}"
+            )
+        for name, fits, range_ in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1"),
+            ("clip_norm", 0 < self.clip_norm < math.inf, "above 0 and finite"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            ("validate_every", self.validate_every >= 1, "at least 1"),
+            ("checkpoint_seconds", self.checkpoint_seconds >= 0, "at least 0"),
+            ("threads", self.threads >= 0, "at least 0; 0 leaves torch's default"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
 
 
 class Stage(Protocol):
@@ -81,6 +107,11 @@ class Stage(Protocol):
     @property
     def network(self) -> nn.Module:
         """The network to train."""
+        ...
+
+    @property
+    def lower_is_better(self) -> Collection[str]:
+        """Those of the metrics of ``validate`` that ``keep_best`` may name."""
         ...
 
     def batch(self, rng: np.random.Generator, size: int) -> Any:
@@ -104,146 +135,220 @@ class Stage(Protocol):
         ...
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is no longer a number."""
+Progress = Callable[[int, int], None]
+"""Called as (steps done, steps in all)."""
 
 
-def train(stage: Stage, settings: TrainConfig, progress: bool = True) -> dict[str, float]:
+def train(
+    stage: Stage,
+    settings: TrainConfig,
+    progress: bool = True,
+    on_step: Progress | None = None,
+) -> dict[str, float]:
     """Train ``stage`` to ``settings.steps``, going on from the folder's last checkpoint.
+
+    INT, TERM and HUP let the running step end and save first, see ``stopping``.
+
+    Args:
+        stage: what to train.
+        settings: how.
+        progress: show a bar and the metrics.
+        on_step: called at the beginning and after every step.
 
     Returns:
         The last validation metrics.
 
     Raises:
-        TrainingDiverged: when the loss or its gradient becomes NaN or infinite; the weights of the
-            last step stay whole.
+        TrainingDiverged: when the loss or its gradient becomes NaN or infinite, or the loss
+            explodes; the folder is then back at an earlier, sound state.
+        FolderInUseError: when another process trains in the folder.
+        CheckpointError: when the folder's state is damaged or of another network.
+        FolderError: when the folder cannot be written to.
+        ValueError: when ``keep_best`` names no metric of the stage.
+        DeviceError: when the device is not there.
+        PrecisionError: when it cannot compute in the precision.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
+    names = stage.lower_is_better
+    if settings.keep_best and settings.keep_best not in names:
+        allowed = ", ".join(sorted(names)) or "'', as this stage has no metric of its kind"
+        raise ValueError(f"keep_best must be one of {allowed}; got {settings.keep_best!r}")
+    device = resolve_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    folder = Path(settings.folder).expanduser()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
-    folder = Path(settings.folder)
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-    network = stage.network.to(device)
-    averaged = AveragedModel(network, multi_avg_fn=_ema(settings.ema_decay))
-    optimiser = torch.optim.AdamW(
-        _parameter_groups(network, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
-    )
-    state_path = folder / "state.pt"
-    step = 0
-    elapsed, best = 0.0, math.inf
-    metrics: dict[str, float] = {}
-    kept: dict[str, Any] = {}
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        averaged.load_state_dict(state["averaged"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, elapsed, metrics = state["step"], state["elapsed"], state["metrics"]
-        best, kept = state["best"], state.get("kept", {})
-    loss_of = torch.compile(stage.loss, dynamic=False) if settings.compile else stage.loss
-    precision = choose_precision(settings.precision, device)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-    bar = tqdm(
-        total=settings.steps, initial=step, disable=not progress, desc=folder.name, mininterval=2
-    )
-    started = saved = time.monotonic()
+    with owned_folder(folder), stopping() as stop:
+        run = _Run(stage, settings, device, folder)
+        with (
+            open_log(folder, run.step) as log,
+            tqdm(
+                total=settings.steps,
+                initial=run.step,
+                disable=not progress,
+                desc=folder.name,
+                mininterval=2,
+            ) as bar,
+        ):
+            run.to_the_end(precision, stop, log, bar, on_step or (lambda step, total: None))
+        if not settings.keep_best:
+            with writing(folder):
+                stage.save(run.averaged.module, folder / "model.safetensors")
+    return run.metrics
 
-    def checkpoint() -> None:
-        nonlocal elapsed, started, saved
-        now = time.monotonic()
-        elapsed, started, saved = elapsed + now - started, now, now
-        temporary = state_path.with_suffix(".tmp")
-        torch.save(
-            {
-                "network": network.state_dict(),
-                "averaged": averaged.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "step": step,
-                "elapsed": elapsed,
-                "metrics": metrics,
-                "best": best,
-                "kept": kept,
-            },
-            temporary,
+
+class _Run:
+    """A training between two checkpoints: everything that changes from step to step."""
+
+    def __init__(
+        self, stage: Stage, settings: TrainConfig, device: torch.device, folder: Path
+    ) -> None:
+        """Begin, or go on from what ``folder`` holds."""
+        self.stage, self.settings, self.device, self.folder = stage, settings, device, folder
+        torch.manual_seed(settings.seed)
+        self.network = stage.network.to(device)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=_ema(settings.ema_decay))
+        self.optimiser = torch.optim.AdamW(
+            _parameter_groups(self.network, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
         )
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, state_path)
+        self.watch = LossWatch()
+        self.checkpoints = Checkpoints(folder)
+        self.step, self.elapsed = 0, 0.0
+        self.validated = 0  # the step of the last validation
+        self.best, self.kept = math.inf, dict[str, Any]()
+        self.metrics: dict[str, float] = {}
+        self._load()
+        self._started = self._saved = time.monotonic()
 
-    try:
-        while step < settings.steps:
-            rate = settings.learning_rate * schedule(step, settings)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
-            torch.manual_seed(seed)
-            batch = stage.batch(np.random.default_rng(seed), settings.batch_size)
-            network.train()
-            with autocast(device, precision):
-                loss, logs = loss_of(network, batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TrainingDiverged(
-                    f"the loss became {value} at step {step}; lower learning_rate and run again "
-                    f"(it goes on from {state_path})"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-            if not math.isfinite(norm.item()):
-                raise TrainingDiverged(
-                    f"the gradient became {norm.item()} at step {step}; lower learning_rate and "
-                    f"run again (it goes on from {state_path})"
-                )
-            optimiser.step()
-            averaged.update_parameters(network)
-            step += 1
-            if step % 20 == 0:
-                writer.add_scalar("train/loss", value, step)
-                writer.add_scalar("train/gradient_norm", norm.item(), step)
-                writer.add_scalar("train/learning_rate", rate, step)
-                for name, tensor in logs.items():
-                    writer.add_scalar(f"train/{name}", float(tensor), step)
-                bar.set_postfix({"loss": f"{value:.4f}", **_short(metrics)}, refresh=False)
+    def _load(self) -> None:
+        state = self.checkpoints.read(self.device)
+        if state is None:
+            return
+        try:
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.elapsed, self.metrics = (
+                state["step"],
+                state["elapsed"],
+                state["metrics"],
+            )
+            self.best, self.kept = state["best"], state.get("kept", {})
+            self.validated = state.get("validated", self.step)
+            if "watch" in state:
+                self.watch.load_state_dict(state["watch"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoints.path}: is not a state of this training "
+                f"({str(error).splitlines()[0]}): name another train.folder, or set the sizes back "
+                "to those that it began with"
+            ) from None
+
+    def _checkpoint(self) -> None:
+        now = time.monotonic()
+        self.elapsed += now - self._started
+        self._started = self._saved = now
+        self.checkpoints.write(
+            {
+                "network": self.network.state_dict(),
+                "averaged": self.averaged.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "metrics": self.metrics,
+                "validated": self.validated,
+                "best": self.best,
+                "kept": self.kept,
+                "watch": self.watch.state_dict(),
+            }
+        )
+
+    def to_the_end(
+        self, precision: str, stop: StopRequest, log: RunLog, bar: Any, on_step: Progress
+    ) -> None:
+        """Train, validate and store until all steps are done; see ``train``."""
+        s = self.settings
+        compiled = torch.compile(self.stage.loss, dynamic=False) if s.compile else self.stage.loss
+        on_step(self.step, s.steps)
+        while True:
+            due = self.step > 0 and (self.step % s.validate_every == 0 or self.step >= s.steps)
+            if due and self.validated < self.step:
+                # Validation is long, and a stop in it is to cost nothing but itself.
+                self._checkpoint()
+                with stop.at_once():
+                    self._validate(log)
+                bar.write(f"step {self.step}: {_short(self.metrics)}")
+                self._checkpoint()
+            elif stop.asked or time.monotonic() - self._saved > s.checkpoint_seconds:
+                self._checkpoint()
+            stop.obey()
+            if self.step >= s.steps:
+                return
+            try:
+                loss, logs = self._train_step(compiled, precision)
+            except TrainingDiverged as error:
+                raise TrainingDiverged(self._go_back(str(error))) from None
+            if self.step % _LOG_EVERY == 0:
+                log.scalars("train", {"loss": loss, **logs}, self.step)
+                bar.set_postfix({"loss": f"{loss:.4f}", **_short(self.metrics)}, refresh=False)
             bar.update(1)
-            if step % settings.validate_every == 0 or step == settings.steps:
-                metrics = evaluate(stage, averaged.module, writer, step, folder)
-                if settings.keep_best and metrics[settings.keep_best] < best:
-                    best = metrics[settings.keep_best]
-                    kept = {"step": step, "metrics": metrics}
-                    stage.save(averaged.module, folder / "model.safetensors")
-                bar.write(f"step {step}: {_short(metrics)}")
-                checkpoint()
-            elif time.monotonic() - saved > settings.checkpoint_seconds:
-                checkpoint()
-    finally:
-        bar.close()
-        writer.close()
-    if not settings.keep_best:
-        stage.save(averaged.module, folder / "model.safetensors")
-    return metrics
+            on_step(self.step, s.steps)
 
+    def _train_step(
+        self, loss_of: Callable[..., Any], precision: str
+    ) -> tuple[float, dict[str, Any]]:
+        """One step of the optimiser; returns the loss and what to log."""
+        s, step, network = self.settings, self.step, self.network
+        rate = s.learning_rate * schedule(step, s)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        seed = int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        batch = self.stage.batch(np.random.default_rng(seed), s.batch_size)
+        network.train()
+        with autocast(self.device, precision):
+            loss, logs = loss_of(network, batch)
+        value = loss.item()
+        self.watch.see(value, sorted(logs))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm).item()
+        if not math.isfinite(norm):
+            raise TrainingDiverged(f"the gradient became {norm}")
+        self.optimiser.step()
+        self.averaged.update_parameters(network)
+        self.step += 1
+        return value, {**logs, "gradient_norm": norm, "learning_rate": rate}
 
-def evaluate(
-    stage: Stage, network: nn.Module, writer: Any, step: int, folder: Path
-) -> dict[str, float]:
-    """Validate the averaged weights and write a sample strip, without touching the RNG."""
-    network.eval()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        metrics = {name: float(value) for name, value in stage.validate(network).items()}
-        picture = stage.strip(network)
-    for name, value in metrics.items():
-        writer.add_scalar(f"validation/{name}", value, step)
-    if picture is not None:
-        writer.add_image("samples", picture, step, dataformats="HWC")
-        write_png(folder / "samples" / f"{step:07d}.png", picture)
-    return metrics
+    def _validate(self, log: RunLog) -> None:
+        """Validate the averaged weights, show them, and keep them where they are the best."""
+        network, s = self.averaged.module, self.settings
+        network.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            metrics = {n: float(v) for n, v in self.stage.validate(network).items()}
+            picture = self.stage.strip(network)
+        log.scalars("validation", metrics, self.step)
+        if picture is not None:
+            log.picture(np.ascontiguousarray(picture), self.step)
+        if s.keep_best and metrics[s.keep_best] < self.best:
+            with writing(self.folder):
+                self.stage.save(network, self.folder / "model.safetensors")
+            self.best = metrics[s.keep_best]
+            self.kept = {"step": self.step, "metrics": metrics}
+        self.metrics, self.validated = metrics, self.step
+
+    def _go_back(self, reason: str) -> str:
+        """Go back to a sound state; says what happened and what to do."""
+        s, step = self.settings, self.step
+        back = self.checkpoints.go_back(step, self.device, best=self.best, kept=self.kept)
+        where = "it begins again" if back is None else f"it goes on from step {back}"
+        return (
+            f"{reason} at step {step} of {self.folder}: lower learning_rate (now "
+            f"{s.learning_rate:g}) or clip_norm (now {s.clip_norm:g}) and run again ({where}, from "
+            "before the loss went wrong)"
+        )
 
 
 def schedule(step: int, settings: TrainConfig) -> float:

@@ -20,8 +20,6 @@ from agents.evaluation import Judge, describe
 from agents.ppo import PPOConfig
 from agents.train_ppo import TrainPPOConfig
 from nfd_env import config
-from nfd_env.data.latents import encode_recordings
-from nfd_env.data.shards import RecordedDataset
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
@@ -32,6 +30,7 @@ from nfd_env.players.load import load_network, load_player, read_agent_spec
 from nfd_env.players.player import NetworkPlayer
 from nfd_env.players.policy import ActorCritic, AgentError, PolicyConfig, new_stack
 from nfd_env.spaces import CountedFromZero
+from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.starts import StartsConfig
 from nfd_env.worlds.load import load_world
 from tests.clients.action_spaces import ACTION_SPACES, FINITE
@@ -177,7 +176,9 @@ def branched(
     """Settings of branched rollouts in the counter world."""
     monkeypatch.setattr("nfd_env.training.starts._STRANGE", np.inf)  # its own starts are noise
     latents = tmp_path / "latents"
-    encode_recordings(RecordedDataset(recordings), counter_world / "tokenizer.safetensors", latents)
+    encode(
+        EncodeConfig(str(recordings), str(counter_world / "tokenizer.safetensors"), str(latents))
+    )
     starts = StartsConfig(str(recordings), str(latents), count=40, frames=3, margin=5)
     return {"starts": starts, "horizon_frames": 8}
 

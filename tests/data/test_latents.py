@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from nfd_env.data.latents import LatentDataset, encode_recordings
+from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import save_weights
+from nfd_env.training.encode import EncodeConfig, encode
 from tests.counter_env import move, read, record_counter_episodes
 
 
@@ -26,7 +27,7 @@ def encoded(folder: Path, recordings: Path) -> Path:
     latents, tokenizer = folder / "latents", folder / "tokenizer.safetensors"
     if not tokenizer.exists():
         save_tokenizer(tokenizer)
-    encode_recordings(RecordedDataset(recordings), tokenizer, latents)
+    encode(EncodeConfig(str(recordings), str(tokenizer), str(latents)), progress=False)
     return latents
 
 
@@ -170,23 +171,3 @@ def test_an_episode_that_was_cut_off_has_no_hidden_frame(tmp_path: Path) -> None
     assert recordings.split("train")[0].truncated[-1]
     assert len(data.episodes[0].latents) == 1001
     assert not data.episodes[0].terminated.any()
-
-
-def test_encoding_goes_on_and_starts_over_for_another_tokenizer(tmp_path: Path) -> None:
-    recordings = tmp_path / "r"
-    record_counter_episodes(recordings, 2, frames_per_shard=20, length=20)
-    latents = encoded(tmp_path, recordings)
-    first, second = (latents / f"shard-w00-0000{i}.npy" for i in (0, 1))
-    assert np.load(first).shape == np.load(second).shape == (21, 4, 4, 6)
-    stamps = [p.stat().st_mtime_ns for p in (first, second)]
-    # More recordings: only the shard that grew is encoded again.
-    record_counter_episodes(recordings, 1, frames_per_shard=30, first=2, length=20)
-    encoded(tmp_path, recordings)
-    assert first.stat().st_mtime_ns == stamps[0]
-    assert np.load(second).shape == (42, 4, 4, 6)
-    # Another tokenizer: all of them.
-    old = np.load(first)
-    tokenizer = save_tokenizer(tmp_path / "other.safetensors", seed=1)
-    encode_recordings(RecordedDataset(recordings), tokenizer, latents)
-    assert first.stat().st_mtime_ns != stamps[0]
-    assert not np.array_equal(np.load(first), old)

@@ -17,12 +17,10 @@ from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import sinusoid
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.training.distill import (
-    AdversarialConfig,
-    DistillStage,
-    DistillTrainingConfig,
-    smooth_levels,
-)
+from nfd_env.training.adversarial import AdversarialConfig, hinge
+from nfd_env.training.continuous import smooth_levels
+from nfd_env.training.distill import DistillStage, DistillTrainingConfig
+from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 from nfd_env.training.loop import TrainConfig, train
 from tests.counter_env import record_counter_episodes
@@ -64,6 +62,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory, recordings: Path) -> FlowTrai
         MODEL,
         frames=6,
     )
+    encode(EncodeConfig(str(recordings), str(path), str(folder / "latents")), progress=False)
     train(FlowStage(settings), settings.train, progress=False)
     return settings
 
@@ -111,6 +110,7 @@ def test_discrete_time(make: Make) -> None:
     assert int(stage.network.steps) == 40
     assert {"steps1_error_8", "steps2_spread", "steps4_frechet", "steps1_texture"} <= metrics.keys()
     assert np.isfinite(list(metrics.values())).all()
+    assert set(stage.lower_is_better) <= metrics.keys() and "steps1_standing_32" in metrics
     student = load_weights(f"{settings.train.folder}/model.safetensors", Dynamics, DynamicsConfig)
     assert student.config == MODEL
     assert (Path(settings.train.folder) / "samples" / "0000040.png").exists()
@@ -202,7 +202,7 @@ def test_the_adversarial_term_trains_judge_and_student_apart(make: Make, discret
     assert len(judged) == 4 and all(both[n].abs().sum() > 0 for n in judged)
     assert not any("judge" in name for name in alone)
     assert any(not torch.equal(both[n], alone[n]) for n in alone)
-    assert stage._maps is None  # nothing keeps the graph alive
+    assert stage._features._kept is None  # nothing keeps the graph alive
     # The judge's gradient is that of its own hinge loss alone.
     stage.settings = replace(stage.settings, adversarial=replace(adversarial, weight=0.0))
     own = gradients(batch)
@@ -225,7 +225,7 @@ def test_a_judge_learns_to_tell_noise_from_frames(make: Make) -> None:
     optimiser = torch.optim.Adam(judge.parameters(), 1e-2)
     losses = []
     for _ in range(40):
-        _, judging = stage._hinge(judge, teacher, latents, torch.randn_like(latents))
+        _, judging = hinge(judge, stage._features, teacher, latents, torch.randn_like(latents))
         optimiser.zero_grad()
         judging.backward()
         optimiser.step()
@@ -336,5 +336,6 @@ def test_adversarial_settings_out_of_range(make: Make) -> None:
 def test_recordings_that_are_too_short(make: Make, tmp_path: Path) -> None:
     record_counter_episodes(tmp_path / "r", 4, validation_every=2, length=10)
     short = replace(make(), recordings=str(tmp_path / "r"), latents=str(tmp_path / "l"))
-    with pytest.raises(ValueError, match="no episode has 36 frames"):
+    with pytest.raises(ValueError, match="no validation .* has 36 frames, the longest has 11"):
         DistillStage(short)
+    assert not (tmp_path / "l").exists()  # it is said before anything is encoded

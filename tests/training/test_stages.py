@@ -23,6 +23,7 @@ from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, read_origin, save_weights
+from nfd_env.training.encode import EncodeConfig, NotEncodedError, encode
 from nfd_env.training.export import ExportConfig, export
 from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig, reward_values
@@ -93,7 +94,16 @@ def tokenizer(folder: Path, recordings: Path) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def flow_settings(folder: Path, recordings: Path, tokenizer: Trained) -> FlowTrainingConfig:
+def latents(folder: Path, recordings: Path, tokenizer: Trained) -> Path:
+    plan = EncodeConfig(str(recordings), str(tokenizer.weights), str(folder / "latents"))
+    encode(plan, progress=False)
+    return folder / "latents"
+
+
+@pytest.fixture(scope="module")
+def flow_settings(
+    folder: Path, recordings: Path, tokenizer: Trained, latents: Path
+) -> FlowTrainingConfig:
     return FlowTrainingConfig(
         str(recordings),
         str(tokenizer.weights),
@@ -110,7 +120,7 @@ def flow(flow_settings: FlowTrainingConfig) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def heads(folder: Path, recordings: Path, tokenizer: Trained) -> Trained:
+def heads(folder: Path, recordings: Path, tokenizer: Trained, latents: Path) -> Trained:
     settings = HeadsTrainingConfig(
         str(recordings),
         str(tokenizer.weights),
@@ -124,17 +134,101 @@ def heads(folder: Path, recordings: Path, tokenizer: Trained) -> Trained:
 
 def test_tokenizer(tokenizer: Trained) -> None:
     assert tokenizer.after < 0.8 * tokenizer.before
-    assert tokenizer.metrics.keys() == {"psnr", "hard_psnr"}
+    assert tokenizer.metrics.keys() == {
+        "psnr", "hard_psnr", "moving_psnr", "sharpness", "gradient_correlation"
+    }  # fmt: skip
     assert tokenizer.metrics["hard_psnr"] <= tokenizer.metrics["psnr"]
     network = load_weights(tokenizer.weights, Tokenizer, TokenizerConfig)
     assert network.config.encoder_channels == [8, 8, 16]
     assert (tokenizer.folder / "samples" / "0000040.png").exists()
 
 
+def test_latents_are_standardised_after_a_short_training(tmp_path: Path, recordings: Path) -> None:
+    """The statistics that batch norm gathers in 20 steps would leave a deviation of about 0.2."""
+    settings = TokenizerTrainingConfig(
+        str(recordings), run(tmp_path / "run", 20), TokenizerConfig([8, 8, 16], [8, 8, 16], 4)
+    )
+    stage = TokenizerStage(settings)
+    gathered: list[torch.Tensor] = []
+    set_statistics = stage._set_statistics
+
+    def watched(network: Any, count: int) -> None:
+        gathered.append(network.normalise.running_var.clone())
+        set_statistics(network, count)
+
+    stage._set_statistics = watched  # type: ignore[method-assign]
+    train(stage, settings.train, progress=False)
+    network = load_weights(tmp_path / "run" / "model.safetensors", Tokenizer, TokenizerConfig)
+    frames = np.concatenate([e.frames for e in RecordedDataset(recordings).split("train")])
+    with torch.no_grad():
+        latents = network.encode_frames(torch.from_numpy(frames))
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=1e-3)
+    assert (gathered[0] / network.normalise.running_var).max() > 4  # it was needed
+
+
+def test_pictures_that_move_and_edges_are_judged(tokenizer: Trained, recordings: Path) -> None:
+    stage = tokenizer.stage
+    assert isinstance(stage, TokenizerStage)
+    # Consecutive frames of held-out episodes.
+    before, after = (read(x.numpy()) for x in (stage._before, stage._held_out))
+    assert (after[1] - before[1] == 1).all()
+    network = load_weights(tokenizer.weights, Tokenizer, TokenizerConfig)
+    with torch.no_grad():
+        metrics = stage.validate(network)
+    made = stage._reconstruct(network, stage._held_out).astype(float)
+    moved = (stage._before != stage._held_out).any(-1).numpy()
+    error = ((made - stage._held_out.numpy()) ** 2)[moved].mean()
+    assert metrics["moving_psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+    assert metrics["moving_psnr"] < metrics["psnr"]
+    # A perfect copy.
+    perfect = stage._held_out.numpy()
+    stage._reconstruct = lambda network, frames: perfect  # type: ignore[method-assign]
+    metrics = stage.validate(network)
+    del stage._reconstruct
+    assert metrics["sharpness"] == metrics["gradient_correlation"] == 1
+    assert metrics["moving_psnr"] == np.inf
+
+
+def test_what_stands_out_is_counted(flow: Trained) -> None:
+    stage = flow.stage
+    assert isinstance(stage, FlowStage) and stage._rollouts is not None
+    latents = stage._rollouts[0]
+    real, background = latents[:, 4:], stage._decode(latents).astype(float)
+    metrics = stage._judge(real, latents)
+    assert metrics["standing_8"] == metrics["standing_32"] == metrics["spread"] == 1
+    assert metrics["error_32"] == metrics["error_over_frozen_1"] == 0
+    frozen = stage._judge(latents[:, 3:4].expand_as(real), latents)
+    assert frozen["error_over_frozen_8"] == 1
+    # Where the frame is the background itself, nothing stands out.
+    still = torch.from_numpy(np.median(background, 1)[:, None].repeat(8, 1).astype(np.uint8))
+    stage._decode = lambda _: still.numpy()[:, :4]  # type: ignore[method-assign]
+    empty = stage._judge(real, latents)
+    del stage._decode
+    assert empty["standing_8"] == empty["standing_32"] == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "flow", "heads"])
+def test_keep_best_may_name_what_validation_returns(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    trained = request.getfixturevalue(name)
+    assert set(trained.stage.lower_is_better) <= trained.metrics.keys()
+    wrong = replace(run(trained.folder, 1), keep_best="psnr")
+    with pytest.raises(ValueError, match="keep_best must be one of .*; got 'psnr'"):
+        train(trained.stage, wrong, progress=False)
+
+
 def test_flow(flow: Trained) -> None:
     assert flow.after < 0.9 * flow.before
     assert np.isfinite(list(flow.metrics.values())).all()
-    assert {"flow", "error_1", "error_over_frozen_32", "spread"} <= flow.metrics.keys()
+    assert {
+        "flow",
+        "error_1",
+        "error_over_frozen_32",
+        "spread",
+        "standing_32",
+    } <= flow.metrics.keys()
     assert load_weights(flow.weights, Dynamics, DynamicsConfig).config == MODEL
     assert (flow.folder / "samples" / "0000060.png").exists()
 
@@ -284,6 +378,9 @@ def test_heads_tell_signals(folder: Path, told: Path, tokenizer: Trained) -> Non
         frames=20,
         signal_weight=1.0,
     )
+    with pytest.raises(NotEncodedError, match="told_latents holds no latents: run `nfd train enc"):
+        HeadsStage(plan)
+    encode(EncodeConfig(plan.recordings, plan.tokenizer, plan.latents), progress=False)
     stage = HeadsStage(plan)
     latents, _, _, _, signals, weight = stage.batch(np.random.default_rng(0), 8)
     known = {
@@ -633,5 +730,6 @@ def test_episodes_too_short_for_a_start(
 def test_recordings_that_are_too_short(tmp_path: Path, flow_settings: FlowTrainingConfig) -> None:
     record_counter_episodes(tmp_path / "r", 4, validation_every=2, length=10)
     short = replace(flow_settings, recordings=str(tmp_path / "r"), latents=str(tmp_path / "l"))
-    with pytest.raises(ValueError, match="no episode has 36 frames"):
+    with pytest.raises(RecordingError, match="no validation .* has 36 frames, the longest has 11"):
         FlowStage(short)
+    assert not (tmp_path / "l").exists()  # it is said before anything is encoded

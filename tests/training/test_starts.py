@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from nfd_env.data.latents import LatentDataset, encode_recordings
+from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
 from nfd_env.training import starts as module
+from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import World, load_world
 
@@ -26,7 +27,7 @@ def world(tiny_world: Path) -> World:
 @pytest.fixture(scope="module")
 def latents(recordings: Path, tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
-    encode_recordings(RecordedDataset(recordings), tiny_world / "tokenizer.safetensors", folder)
+    encode(EncodeConfig(str(recordings), str(tiny_world / "tokenizer.safetensors"), str(folder)))
     return folder
 
 

@@ -1,0 +1,145 @@
+"""Stage 2: the trained tokenizer turns recordings into latents, once, on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.devices import resolve_device
+from nfd_env.files import atomic_write, owned_folder
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import fingerprint_of, load_weights
+from nfd_env.precision import autocast, choose_precision
+from nfd_env.training.checkpoints import writing
+from nfd_env.training.loop import Progress
+from nfd_env.training.recorded import open_recordings
+from nfd_env.training.stopping import stopping
+
+_CHUNK = 64  # frames encoded at a time
+_STAMP = "tokenizer.sha256"
+
+
+class NotEncodedError(ValueError):
+    """There are no latents of these recordings by this tokenizer."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What to encode.
+
+    Attributes:
+        recordings: the data-set folder.
+        tokenizer: the finished tokenizer's weights.
+        latents: folder of the latents.
+        device: see ``nfd_env.devices.resolve_device``.
+    """
+
+    recordings: str
+    tokenizer: str
+    latents: str
+    device: str = "cpu"
+
+
+def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | None = None) -> None:
+    """Write one ``SHARD.npy`` of float16 latents (frames, C, h, w) a shard.
+
+    Shards that are there already, by the same tokenizer, are kept: run it again to go on after a
+    stop, or after more has been recorded.
+
+    Args:
+        settings: what to encode.
+        progress: show a bar.
+        on_step: called with frames done and frames in all.
+
+    Raises:
+        CheckpointError: when there is no such tokenizer.
+        RecordingError: when the recordings cannot be used.
+        FolderInUseError: when another process encodes into the folder.
+        FolderError: when the folder cannot be written to.
+    """
+    device = resolve_device(settings.device)
+    recordings = open_recordings(settings.recordings)
+    tokenizer, folder = (Path(p).expanduser() for p in (settings.tokenizer, settings.latents))
+    network = load_weights(tokenizer, Tokenizer, TokenizerConfig).to(device)
+    identity = fingerprint_of(tokenizer)
+    precision = choose_precision("auto", device)
+    counts = _frames_of(recordings)
+    done, total = 0, sum(counts.values())
+    with (
+        owned_folder(folder),
+        stopping() as stop,
+        stop.at_once(),
+        tqdm(total=total, unit="frame", desc="encoding", disable=not progress) as bar,
+    ):
+
+        def advance(frames: int) -> None:
+            nonlocal done
+            done += frames
+            bar.update(frames)
+            if on_step is not None:
+                on_step(done, total)
+
+        for left in folder.glob(".*.tmp.npy"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        stamp = folder / _STAMP
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
+            for old in folder.glob("*.npy"):
+                old.unlink()
+            with writing(folder), atomic_write(stamp) as temporary:
+                temporary.write_text(identity, encoding="utf-8")
+        for shard, count in counts.items():
+            if _stored(folder, shard) == count:
+                advance(count)
+                continue
+            frames = np.memmap(
+                shard / "frames.bin", np.uint8, "r", shape=(count, *recordings.spec.frame_shape)
+            )
+            parts = []
+            for start in range(0, count, _CHUNK):
+                chunk = torch.from_numpy(np.array(frames[start : start + _CHUNK])).to(device)
+                with torch.inference_mode(), autocast(device, precision):
+                    latents = network.encode_frames(chunk)
+                parts.append(latents.half().cpu().numpy())
+                advance(len(chunk))
+            with writing(folder), atomic_write(folder / f"{shard.name}.npy") as temporary:
+                np.save(temporary, np.concatenate(parts))
+
+
+def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: str | Path) -> None:
+    """Check that ``encode`` has done its work, and for this tokenizer.
+
+    Raises:
+        NotEncodedError: saying what to run, when it has not.
+        CheckpointError: when there is no such tokenizer.
+    """
+    folder, stamp = Path(latents), Path(latents) / _STAMP
+    identity = fingerprint_of(tokenizer)
+    counts = _frames_of(recordings)
+    missing = sum(_stored(folder, shard) != count for shard, count in counts.items())
+    if not stamp.exists():
+        reason = "holds no latents"
+    elif stamp.read_text(encoding="utf-8") != identity:
+        reason = f"holds the latents of another tokenizer than {tokenizer}"
+    elif missing:
+        reason = f"lacks the latents of {missing} of {len(counts)} shards of {recordings.folder}"
+    else:
+        return
+    raise NotEncodedError(f"{latents} {reason}: run `nfd train encode CONFIG` first")
+
+
+def _frames_of(recordings: RecordedDataset) -> dict[Path, int]:
+    """Committed frames in each shard."""
+    return {e.shard: e.frame_offset + len(e) + 1 for e in recordings}
+
+
+def _stored(folder: Path, shard: Path) -> int:
+    """Latents on disk of a shard; 0 where the file is missing or damaged."""
+    try:
+        return len(np.load(folder / f"{shard.name}.npy", mmap_mode="r"))
+    except (OSError, EOFError, ValueError, TypeError):
+        return 0

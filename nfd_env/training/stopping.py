@@ -1,0 +1,82 @@
+"""Stopping when the user, a terminal or a cluster asks for it, with everything saved first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class StopRequest:
+    """Whether INT, TERM or HUP has arrived; see ``stopping``."""
+
+    def __init__(self) -> None:
+        """Nothing has arrived yet."""
+        self._signal = 0
+        self._at_once = False
+
+    @property
+    def asked(self) -> bool:
+        """A signal has arrived."""
+        return self._signal != 0
+
+    def obey(self) -> None:
+        """Stop if a signal has arrived.
+
+        Raises:
+            KeyboardInterrupt: after INT.
+            SystemExit: after TERM or HUP, with the status that shells give such a process.
+        """
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal:
+            raise SystemExit(128 + self._signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Signals that arrive within the block end it: there is nothing in it to save."""
+        self._at_once = True
+        try:
+            self.obey()
+            yield
+        finally:
+            self._at_once = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self._signal == number == signal.SIGINT  # somebody is impatient
+        self._signal = self._signal or number
+        if self._at_once or again:
+            self.obey()
+
+
+@contextmanager
+def stopping() -> Iterator[StopRequest]:
+    """Note INT, TERM and HUP within the block, whose code stops where it suits it.
+
+    INT is heard also where it was ignored, as shells have it for what runs in the background; HUP
+    is not, because ``nohup`` ignores it on purpose. A second INT does not wait. Elsewhere than in
+    the main thread no signals arrive, and nothing changes.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: when the block is over and did not obey, see there.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in before.items():
+        if number == signal.SIGINT or handler != signal.SIG_IGN:
+            signal.signal(number, request._receive)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    request.obey()
