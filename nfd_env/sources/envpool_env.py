@@ -18,6 +18,13 @@ PREFIX = "envpool/"
 _COLOUR = {"gray_scale": False, "stack_num": 1}
 
 
+# Of every Procgen game; a game may take no notice of some.
+_PROCGEN_ACTIONS = (
+    *("left_down", "left", "left_up", "down", "noop", "up", "right_down", "right", "right_up"),
+    *("d", "a", "w", "s", "q", "e"),
+)
+
+
 class EnvPoolError(RuntimeError):
     """EnvPool, or this task of it, cannot be used here."""
 
@@ -62,7 +69,7 @@ class EnvPoolEnv(gymnasium.Env):
                 f"{', '.join(sorted(known._fields))}"
             )
         colour = {name: value for name, value in _COLOUR.items() if hasattr(known, name)}
-        self._task = task
+        self._task, self._known = task, known._fields
         self._settings: dict[str, Any] = {**colour, **settings}
         spec = envpool.make_spec(task, **self._settings)
         self.action_space = spec.gymnasium_action_space
@@ -76,6 +83,10 @@ class EnvPoolEnv(gymnasium.Env):
         self.metadata = {**self.metadata, "render_fps": _frame_rate(task, known, self._settings)}
         self._env: Any = None
         self._frame: np.ndarray | None = None
+
+    def get_action_meanings(self) -> list[str]:
+        """Names of the Discrete actions, where they are known; else none."""
+        return list(_PROCGEN_ACTIONS) if "distribution_mode" in self._known else []
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -30,7 +30,7 @@ from nfd_env.models.weights import (
     read_origin,
     with_int8_weights,
 )
-from nfd_env.sources.source import SourceConfig
+from nfd_env.sources.source import PRESENTATION, SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.worlds.clip import Clip
 from nfd_env.worlds.format import (
@@ -78,6 +78,8 @@ class ExportConfig:
         title: see ``WorldSpec``.
         description: see ``WorldSpec``.
         scores: see ``WorldSpec``.
+        presentation: names and keys of actions, display aspect and frame rate, in place of those
+            that the recordings say.
     """
 
     name: str
@@ -104,11 +106,17 @@ class ExportConfig:
     title: str = ""
     description: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    presentation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the numbers of starts and the names of networks."""
         if self.clip_frames < 1:
             raise ValueError(f"clip_frames must be at least 1, got {self.clip_frames}")
+        others = set(self.presentation) - set(PRESENTATION)
+        if others:
+            raise ValueError(
+                f"presentation knows {', '.join(PRESENTATION)}, got {sorted(others)[0]!r}"
+            )
         unknown = set(self.int8) - set(NETWORKS)
         if unknown:
             raise ValueError(f"int8 knows {', '.join(NETWORKS)}, got {sorted(unknown)[0]!r}")
@@ -152,9 +160,11 @@ def export(settings: ExportConfig) -> Path:
     spec = WorldSpec(
         name=settings.name,
         frame_size=list(recordings.spec.frame_shape[:2]),
-        fps=recordings.spec.fps,
+        fps=settings.presentation.get("fps") or recordings.spec.fps,
         action_space=recordings.spec.action_space,
-        source=config.from_mapping(SourceConfig, recordings.spec.source, "source"),
+        source=config.from_mapping(
+            SourceConfig, recordings.spec.source | settings.presentation, "source"
+        ),
         sampling=settings.sampling,
         teacher=settings.teacher_sampling if teacher else None,
         max_episode_steps=settings.max_episode_steps,

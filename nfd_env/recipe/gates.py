@@ -1,0 +1,229 @@
+"""Is a stage's result good enough to go on from? One measurement, one bound, one sentence each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nfd_env.recipe.measure import GameMeasures
+
+
+class GateError(RuntimeError):
+    """A stage's result is not good enough to go on from; says what to change."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound on one measurement.
+
+    Attributes:
+        name: what was measured.
+        value: the measurement.
+        low: least value that passes.
+        high: greatest value that passes.
+        good: a word on what good looks like.
+        advice: what to change where it does not pass.
+        stops: whether the recipe stops there; else it is a warning.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    good: str
+    advice: str
+    stops: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether the measurement lies within the bounds; NaN does not."""
+        return self.low <= self.value <= self.high
+
+    def line(self) -> str:
+        """One line of text."""
+        word = "ok" if self.passed else "FAILED" if self.stops else "warning"
+        text = f"{word:7} {self.name}: {self.value:.3g} ({self.bounds()}; {self.good})"
+        return text if self.passed else f"{text}: {self.advice}"
+
+    def bounds(self) -> str:
+        """The bounds in words."""
+        if math.isinf(self.high):
+            return f"at least {self.low:.3g}"
+        if math.isinf(self.low):
+            return f"at most {self.high:.3g}"
+        return f"{self.low:.3g} to {self.high:.3g}"
+
+
+def recording_gates(measures: GameMeasures, shift: int | None) -> list[Gate]:
+    """Of recordings: do actions stand where they belong, and are there ends to learn from."""
+    gates = [
+        Gate(
+            "held-out episodes that ended",
+            measures.ends,
+            1,
+            math.inf,
+            "tens of them",
+            "the world will never end an episode; record more, if the game has ends",
+            stops=False,
+        )
+    ]
+    if shift is not None:
+        gates.append(
+            Gate(
+                "shift of the actions that explains the frames best",
+                shift,
+                0,
+                0,
+                "0: an action leads into the next frame",
+                "actions are recorded one frame early (+1) or late (-1): keys will lag",
+                stops=False,
+            )
+        )
+    return gates
+
+
+def tokenizer_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Gate]:
+    """Of the tokenizer: are the things that move still there."""
+    gain = metrics["moving_psnr"] - measures.frozen_moving_psnr
+    return [
+        Gate(
+            "dB that moving pixels are better than in a frozen picture",
+            gain,
+            3.0,
+            math.inf,
+            "above 6",
+            "small things are lost: give more minutes, lower `small`, or set "
+            "tokenizer.model.encoder_channels to fewer levels",
+        ),
+        Gate(
+            "PSNR of held-out frames, dB",
+            metrics["psnr"],
+            20.0,
+            math.inf,
+            "above 28",
+            "frames are blurred: give more minutes or smaller frames (source.size)",
+        ),
+    ]
+
+
+def latent_gates(mean: float, deviation: float) -> list[Gate]:
+    """Of encoded recordings: are they normalised, as everything later takes for granted."""
+    advice = "the tokenizer's statistics are wrong: delete its folder and train it again"
+    return [
+        Gate("largest mean of a latent channel", mean, 0.0, 0.15, "0", advice),
+        Gate("deviation of the latents", deviation, 0.85, 1.15, "1", advice),
+    ]
+
+
+def flow_gates(metrics: Mapping[str, float]) -> list[Gate]:
+    """Of the flow model: is it better than a frozen picture, and do things stay."""
+    more = "the dynamics have not been learned: give more minutes"
+    gates = [
+        Gate(
+            f"error over the frozen frame's after {horizon} frames",
+            metrics[f"error_over_frozen_{horizon}"],
+            0.0,
+            1.0,
+            "below 0.8",
+            more,
+            stops=horizon == 1,  # far ahead a world has to guess, and guesses cost
+        )
+        for horizon in (1, 8, 32)
+    ]
+    standing = metrics.get("standing_32", math.nan)
+    if not math.isnan(standing):
+        gates.append(
+            Gate(
+                "things that stand out after 32 frames, generated over real",
+                standing,
+                0.8,
+                1.25,
+                "1; less: they fade, more: they are invented",
+                "give more minutes, or train the flow stage on more of what happens",
+                stops=False,
+            )
+        )
+    return gates
+
+
+def heads_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Gate]:
+    """Of the heads: are they better than a constant."""
+    gates = []
+    if measures.ends:
+        gates.append(
+            Gate(
+                "log loss of ends over that of their mean rate",
+                metrics["end_over_constant"],
+                0.0,
+                1.0,
+                "below 0.6",
+                "ends are not foreseen: record more of them",
+                stops=False,
+            )
+        )
+    if measures.reward_deviation > 0:
+        gates.append(
+            Gate(
+                "error of rewards over that of the best constant",
+                metrics["reward_absolute_error"] / measures.reward_deviation,
+                0.0,
+                1.0,
+                "below 0.6",
+                "rewards are not seen: record more of them, or give more minutes",
+                stops=False,
+            )
+        )
+    return gates
+
+
+def student_steps(metrics: Mapping[str, float]) -> int:
+    """The fewest steps with which the student is near its teacher; 0 where none are.
+
+    Near: frames that follow real ones have at most 1.5 times the teacher's distance in texture, and
+    rollouts at most 1.5 times its distance and error.
+    """
+    for steps in (1, 2, 4):
+        near = all(
+            metrics[f"steps{steps}_{name}"] <= 1.5 * metrics[f"teacher_{name}"] + tiny
+            for name, tiny in (("texture", 0.05), ("frechet", 0.5), ("error_8", 0.01))
+        )
+        if near:
+            return steps
+    return 0
+
+
+def distill_gates(metrics: Mapping[str, float], steps: int) -> list[Gate]:
+    """Of the student: is it near its teacher."""
+    shown = steps or 1
+    return [
+        Gate(
+            f"{what} of {shown} step{'s' if shown > 1 else ''} over the teacher's",
+            metrics[f"steps{shown}_{name}"] / max(metrics[f"teacher_{name}"], 1e-9),
+            0.0,
+            1.5,
+            "below 1.2",
+            "the teacher is shipped instead, with more steps a frame: give more minutes",
+            stops=False,
+        )
+        for name, what in (("texture", "texture distance"), ("frechet", "distance of rollouts"))
+    ]
+
+
+def world_gates(returned: float, ends: float) -> list[Gate]:
+    """Of the finished world, under the recorded actions."""
+    gates = []
+    for name, value in (("reward", returned), ("ends of episodes", ends)):
+        if not math.isnan(value):
+            gates.append(
+                Gate(
+                    f"{name} in the world over {name} in the recordings, same actions",
+                    value,
+                    0.7,
+                    1.4,
+                    "0.85 to 1.15",
+                    "agents will learn from a distorted game: give more minutes",
+                    stops=False,
+                )
+            )
+    return gates

@@ -1,0 +1,321 @@
+"""``nfd init``: look at a game, and write the file that describes it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gymnasium
+import numpy as np
+import yaml
+from gymnasium import spaces
+
+from nfd_env.files import atomic_write
+from nfd_env.recipe.game import snake_case
+from nfd_env.recipe.plan import choose_grid, fitting_size
+from nfd_env.sources.envpool_env import PREFIX
+from nfd_env.sources.keys import default_controls
+from nfd_env.sources.source import SourceConfig, SourceError, make_source
+
+_LOOKED_AT = 24  # steps that are played to see the game
+_PLAYED_TO_THE_END = 1500  # steps at most, to see how the game shows an end
+_SMALLEST = 24  # pixels; a smaller "image" is a map of symbols (MiniGrid's is 7 x 7)
+
+# Packages that register ids when they are imported, by the beginning of the id.
+_REGISTERED_BY = {
+    "Vizdoom": "vizdoom.gymnasium_wrapper",
+    "ALE/": "ale_py",
+    "MiniGrid": "minigrid",
+    "BabyAI": "minigrid",
+    "MiniWorld": "miniworld",
+    "Crafter": "crafter",
+    "procgen": "procgen",
+}
+
+
+def inspect_game(
+    env_id: str, kwargs: Mapping[str, Any] | None = None, imports: list[str] | None = None
+) -> tuple[SourceConfig, str, np.ndarray]:
+    """Make the game, play a few steps of it, and decide how to record it.
+
+    Args:
+        env_id: Gymnasium id, or "envpool/" and an EnvPool task.
+        kwargs: of ``gymnasium.make``.
+        imports: modules that register the id; None for those of well-known games.
+
+    Returns:
+        How to record it; the text of a game file; a preview, uint8 RGB (H, W, 3): the game's own
+        frame beside the frame as the tokenizer will see it.
+
+    Raises:
+        SourceError: when the game cannot be made or shows no frames.
+    """
+    if imports is None:
+        imports = [m for start, m in _REGISTERED_BY.items() if env_id.startswith(start)]
+    source = SourceConfig(env_id, imports=imports, kwargs=dict(kwargs or {}))
+    source, raw, seen, env = _with_frames(source)
+    try:
+        names, keys = _controls(env)
+        fps = _frame_rate(env, source)
+        space = env.action_space
+        steps = _longest(env)
+        alike = _alike(env)
+        source = replace(source, terminal_frame=_shows_its_end(env))
+    finally:
+        env.close()
+    source = replace(source, action_names=names, keys=keys, fps=round(fps, 3))
+    return source, _text(source, space, steps, alike), _preview(raw, seen)
+
+
+def write_game(
+    env_id: str,
+    output: str | os.PathLike[str] = "",
+    kwargs: Mapping[str, Any] | None = None,
+    imports: list[str] | None = None,
+) -> tuple[Path, Path]:
+    """Inspect a game and write its file and preview; returns their paths.
+
+    Args:
+        env_id: see ``inspect_game``.
+        output: the file; "" for one named after the game, in this folder.
+        kwargs: see ``inspect_game``.
+        imports: see ``inspect_game``.
+
+    Raises:
+        SourceError: see ``inspect_game``.
+        FileExistsError: when the file is there; it may have been edited.
+    """
+    path = Path(output or f"{snake_case(_name(env_id))}.yaml").expanduser()
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; name another file with -o, or remove it")
+    _, text, preview = inspect_game(env_id, kwargs, imports)
+    picture = path.with_suffix(".png")
+    with atomic_write(picture) as temporary:
+        cv2.imwrite(str(temporary), np.ascontiguousarray(preview[..., ::-1]))
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path, picture
+
+
+def _with_frames(
+    source: SourceConfig,
+) -> tuple[SourceConfig, np.ndarray, np.ndarray, gymnasium.Env]:
+    """Find out where the frames are: in the observation, in an entry of it, or rendered."""
+    tried = []
+    for where in _places(source):
+        try:
+            env = make_source(where)
+        except SourceError as error:
+            tried.append(str(error))
+            continue
+        try:
+            raw = _played(env)
+        except SourceError as error:
+            env.close()
+            tried.append(str(error))
+            continue
+        height, width = raw.shape[:2]
+        if min(height, width) < _SMALLEST:
+            env.close()
+            tried.append(f"{where.frames} of {height}x{width} is no picture, but a map of symbols")
+            continue
+        size = fitting_size(height, width)
+        sized = replace(where, size=size)
+        seen = cv2.resize(raw, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+        env.close()
+        return sized, raw, seen, make_source(sized)
+    raise SourceError(
+        f"{source.env_id} shows no frames to record: {'; '.join(dict.fromkeys(tried))}"
+    )
+
+
+def _places(source: SourceConfig) -> list[SourceConfig]:
+    """Where frames may be, the best place first: what agents observe, then what people see."""
+    places = [replace(source, frames="observation")]
+    if not source.env_id.startswith(PREFIX):
+        places += [
+            replace(source, frames="observation", key=key)
+            for key in ("screen", "rgb", "image", "pixels", "pov", "frame")
+        ]
+        places.append(replace(source, frames="render"))
+    return places
+
+
+def _played(env: gymnasium.Env) -> np.ndarray:
+    """The frame after a few random steps."""
+    frame, _ = env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(_LOOKED_AT):
+        frame, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated or truncated:
+            frame, _ = env.reset()
+    return frame
+
+
+def _shows_its_end(env: gymnasium.Env) -> bool:
+    """Whether the frame of an episode's end is a picture; ViZDoom hands out an empty one."""
+    env.reset(seed=1)
+    env.action_space.seed(1)
+    for _ in range(_PLAYED_TO_THE_END):
+        frame, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        if terminated:
+            return bool(frame.std() > 0)
+        if truncated:
+            env.reset()
+    return True
+
+
+def _alike(env: gymnasium.Env) -> list[list[int]]:
+    """Discrete actions that led to the very same frames, tried from a few moments; as groups."""
+    space = env.action_space
+    if not isinstance(space, spaces.Discrete) or not 2 < space.n <= 20:
+        return []
+    groups: dict[bytes, list[int]] = {}
+    for action in range(int(space.start), int(space.start + space.n)):
+        seen = []
+        for seed in range(3):
+            env.reset(seed=seed)
+            for step in range(16):
+                # Held for a few frames after a beginning that is the same for all.
+                now = int(space.start) + step % int(space.n) if step < 8 else action
+                frame, _, terminated, truncated, _ = env.step(now)
+                seen.append(frame.tobytes())
+                if terminated or truncated:
+                    break
+        groups.setdefault(b"".join(seen), []).append(action)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
+    """Names and keys of actions: the game's own where it says, else sensible ones."""
+    space, inner = env.action_space, env.unwrapped
+    if not isinstance(space, spaces.Discrete):
+        return default_controls(space)
+    names = _names(inner, int(space.n))
+    names, keys = default_controls(space, names)
+    own: Any = getattr(inner, "get_keys_to_action", None)
+    if own is None or not names:
+        return names, keys
+    for chord, action in own().items():
+        pressed = chord if isinstance(chord, tuple) else (chord,)
+        place = int(action) - int(space.start)
+        if len(pressed) == 1 and 0 <= place < len(names):
+            key = chr(pressed[0]) if isinstance(pressed[0], int) else str(pressed[0])
+            known = keys.setdefault(names[place], [])
+            if key.strip() and key not in known:
+                known.append(key)
+    return names, keys
+
+
+def _names(inner: Any, count: int) -> list[str]:
+    """The game's own names of its Discrete actions; none where it has none, or others."""
+    meanings: Any = getattr(inner, "get_action_meanings", None)
+    told: list[str] = []
+    if meanings is not None:
+        told = [str(name).lower() for name in meanings()]
+    elif hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):  # ViZDoom
+        buttons = inner.game.get_available_buttons()
+        told = ["noop", *(button.name.lower() for button in reversed(buttons))]
+    return told if len(told) == count == len(set(told)) else []
+
+
+def _frame_rate(env: gymnasium.Env, source: SourceConfig) -> float:
+    """Steps a second at which a person plays: native frames over the frame skip."""
+    told = float(env.metadata.get("render_fps") or 30)
+    if source.env_id.startswith(PREFIX):
+        return told  # counted there already
+    if "ale_py" in source.imports:
+        told = 60.0  # what it says of itself is another number, and no skip explains it
+    return told / _frame_skip(env, source)
+
+
+def _frame_skip(env: gymnasium.Env, source: SourceConfig) -> float:
+    """Native frames a step: a game with frame skip 4 plays at a quarter of its frame rate."""
+    given = source.kwargs.get("frameskip", source.kwargs.get("frame_skip"))
+    if given is None and env.spec is not None:
+        given = env.spec.kwargs.get("frameskip", env.spec.kwargs.get("frame_skip"))
+    if given is None:
+        given = getattr(env.unwrapped, "_frameskip", 1)
+    if isinstance(given, list | tuple):
+        return (given[0] + given[1] - 1) / 2  # Atari's stochastic frame skip
+    return float(given) if isinstance(given, int | float) and given >= 1 else 1.0
+
+
+def _longest(env: gymnasium.Env) -> int:
+    steps = env.spec.max_episode_steps if env.spec is not None else None
+    return int(np.clip(steps or 2000, 2, 2000))
+
+
+def _name(env_id: str) -> str:
+    """Turn "envpool/BigfishEasy-v0" into "BigfishEasy", "ALE/Breakout-v5" into "Breakout"."""
+    name = re.sub(r"-v\d+$", "", env_id.split("/")[-1].split(":")[-1])
+    return re.sub(r"[^A-Za-z0-9_-]", "", name) or "Game"
+
+
+def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[list[int]]) -> str:
+    """The game file, with comments."""
+    name = _name(source.env_id)
+    height, width = source.size
+    grid = choose_grid(height, width, math.inf)
+
+    def flow(value: Any) -> str:
+        return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+
+    lines = [
+        f"# {source.env_id}: {space}",
+        f"# nfd train {snake_case(name)}.yaml  makes a world of it; run it again to go on",
+        f"name: {name}",
+        "source:",
+        f"  env_id: {source.env_id}",
+    ]
+    if source.imports:
+        lines.append(f"  imports: {flow(source.imports)}  # these register the id")
+    if source.kwargs:
+        lines.append(f"  kwargs: {flow(source.kwargs)}")
+    lines.append(f"  frames: {source.frames}  # or: {_other(source.frames)}")
+    if source.key:
+        lines.append(f"  key: {source.key}")
+    lines += [
+        "  crop: []  # [top, bottom, left, right] in pixels of the game's own frame",
+        f"  size: {flow(source.size)}  # [height, width]; {grid.tokens} or more tokens a frame",
+        f"  fps: {source.fps:g}  # steps a second at which a person plays, frame skip counted",
+    ]
+    if not source.terminal_frame:
+        lines.append("  terminal_frame: false  # the game shows no picture at its end")
+    if isinstance(space, spaces.Discrete):
+        hint = f"; these looked alike in a few steps: {alike}" if alike else ""
+        lines.append(f"  actions: []  # those that the world has, [] for all{hint}")
+    if source.action_names:
+        lines.append(f"  action_names: {flow(source.action_names)}")
+    lines.append(f"  keys: {flow(source.keys)}  # names and keys can change at any time")
+    lines += [
+        "policies:  # who plays while it is recorded; the better, the better the world",
+        "  - {policy: random_held, kwargs: {low: 1, high: 12}}",
+        "minutes: 60  # for everything; nfd train --minutes M overrides it",
+        f"max_episode_steps: {steps}  # recorded episodes are cut off there",
+        "workers: 0  # processes that record; 0: one a core",
+        "seed: 0",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _other(frames: str) -> str:
+    return "render" if frames == "observation" else "observation"
+
+
+def _preview(raw: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The game's own frame, and beside it the frame as the tokenizer will see it, as tall."""
+    height = max(256, raw.shape[0])
+    pictures = []
+    for frame in (raw, seen):
+        width = max(1, round(frame.shape[1] * height / frame.shape[0]))
+        pictures.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_NEAREST))
+    gap = np.full((height, 8, 3), 255, np.uint8)
+    return np.concatenate((pictures[0], gap, pictures[1]), 1)

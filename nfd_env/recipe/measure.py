@@ -1,0 +1,103 @@
+"""What recordings say about a game: how small its moving things are, how long it lasts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+
+_PAIRS = 256  # pairs of consecutive frames that are looked at
+_MOVED = 24  # grey levels by which a pixel must change to count as moved
+_ALL_MOVES = 0.25  # share of moved pixels from which on the camera moves, not things
+_SMALL = 0.1  # quantile of the sizes of moving things that must be kept
+
+
+@dataclass(frozen=True)
+class GameMeasures:
+    """What was measured on recordings.
+
+    Attributes:
+        frame_size: [H, W].
+        small: side in pixels of small moving things; infinite where the whole picture moves.
+        moved: mean share of the pixels that change from one frame to the next.
+        frozen_moving_psnr: PSNR (dB) of the frame before, at the pixels that moved: what a picture
+            without the moving things reaches there.
+        episodes: training episodes.
+        median_length: of the episodes, in transitions.
+        longest: of the held-out episodes, in transitions.
+        ends: held-out episodes that terminated.
+        mean_return: of all episodes.
+        reward_deviation: mean absolute deviation of held-out rewards from their median: the error
+            of the best constant.
+    """
+
+    frame_size: list[int]
+    small: float
+    moved: float
+    frozen_moving_psnr: float
+    episodes: int
+    median_length: float
+    longest: int
+    ends: int
+    mean_return: float
+    reward_deviation: float
+
+
+def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
+    """Look at ``recordings``.
+
+    Raises:
+        RecordingError: when a split is empty, or nothing ever changes in the picture.
+    """
+    train, held_out = recordings.split("train"), recordings.split("validation")
+    for name, episodes in (("training", train), ("held-out", held_out)):
+        if not episodes:
+            raise RecordingError(
+                f"{recordings.folder} has no {name} episodes: record more episodes (frames), or "
+                "lower validation_every"
+            )
+    rng = np.random.default_rng(seed)
+    sides, shares, squares, count = [], [], 0.0, 0
+    for before, after in _pairs(train, rng):
+        difference = np.abs(after.astype(np.int16) - before)
+        moved = difference.max(-1) > _MOVED
+        shares.append(moved.mean())
+        squares += float((difference[moved].astype(np.float64) ** 2).sum())
+        count += 3 * int(moved.sum())
+        _, _, stats, _ = cv2.connectedComponentsWithStats(moved.astype(np.uint8), connectivity=8)
+        sides += [float(np.sqrt(area)) for area in stats[1:, cv2.CC_STAT_AREA] if area > 1]
+    if not count:
+        raise RecordingError(
+            f"{recordings.folder}: nothing moves in the recorded frames; check source.frames, "
+            "source.key and source.crop"
+        )
+    whole = float(np.median(shares)) > _ALL_MOVES or not sides
+    rewards = np.concatenate([e.rewards for e in held_out])
+    return GameMeasures(
+        frame_size=list(recordings.spec.frame_shape[:2]),
+        small=float("inf") if whole else float(np.quantile(sides, _SMALL)),
+        moved=float(np.mean(shares)),
+        frozen_moving_psnr=float(10 * np.log10(255**2 / max(squares / count, 1e-9))),
+        episodes=len(train),
+        median_length=float(np.median([len(e) for e in train])),
+        longest=max(len(e) for e in held_out),
+        ends=sum(bool(e.terminated[-1]) for e in held_out),
+        mean_return=float(np.mean([e.total_reward for e in recordings])),
+        reward_deviation=float(np.abs(rewards - np.median(rewards)).mean()),
+    )
+
+
+def _pairs(
+    episodes: list[EpisodeReference], rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    lengths = np.array([len(e) for e in episodes])
+    chosen = rng.choice(len(episodes), _PAIRS, p=lengths / lengths.sum())
+    pairs = []
+    for number in chosen:
+        first = int(rng.integers(lengths[number]))
+        frames = episodes[number].frames
+        pairs.append((np.array(frames[first]), np.array(frames[first + 1])))
+    return pairs

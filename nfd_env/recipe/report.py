@@ -1,0 +1,283 @@
+"""``report.html``: what a run has made, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.files import atomic_write
+from nfd_env.metrics import (
+    gradient_correlation,
+    moving_pixels,
+    psnr,
+    sharpness,
+    standing_out,
+)
+from nfd_env.recipe.replay import moments, replay
+from nfd_env.worlds.load import World, load_world
+
+if TYPE_CHECKING:
+    from nfd_env.recipe.run import Recipe
+
+_SHOWN = 8  # frames that the world is shown first
+_FRAMES = 96  # that it then draws
+_HORIZONS = (1, 8, 32, 64, 96)
+_WINDOWS = 6
+_NEAR = 4  # frames that things are counted in
+_TRAINED = ("tokenizer", "flow", "heads", "distill")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Generated beside recorded frames, after so many frames under the recorded actions.
+
+    Attributes:
+        horizon: frames after the last one that the world was shown.
+        psnr: dB.
+        frozen_psnr: dB, of the last frame that was shown.
+        moving_psnr: dB, of the pixels that differ from that frame.
+        frozen_moving_psnr: dB, of that frame at these pixels.
+        sharpness: gradient energy, generated over real.
+        gradients: correlation of generated and real gradients; energy alone can be had by noise.
+        standing: pixels that stand out from the still background, generated over real.
+    """
+
+    horizon: int
+    psnr: float
+    frozen_psnr: float
+    moving_psnr: float
+    frozen_moving_psnr: float
+    sharpness: float
+    gradients: float
+    standing: float
+
+
+def write_report(recipe: Recipe) -> Path:
+    """Play held-out moments in the finished world, and write ``report.html`` into the run folder.
+
+    Raises:
+        CheckpointError: when the world cannot be loaded.
+    """
+    game = recipe.game
+    recordings = RecordedDataset(game.recordings_folder)
+    real, made = play_held_out(load_world(game.world_folder, recipe.device), recordings)
+    rows = compare(real, made)
+    parts = [
+        f"<h1>{html.escape(game.name)}</h1>",
+        f"<p>From <code>{html.escape(game.source.env_id)}</code>. "
+        f"Left: the game. Right: the world, same keys.</p>",
+        _film(real, made, recordings.spec.fps),
+        "<h2>How good</h2>",
+        _table(rows),
+        "<p>PSNR: the higher the nearer to the recording; a world has to guess what it cannot "
+        "know, so it falls with time, but should stay above the frozen picture's. Sharpness: 1 is "
+        "as sharp as the game. Gradients: 1 is with edges where the game has them. Things that "
+        "stand out: 1 is as many as in the game; less, they fade; more, they are invented.</p>",
+        *_gates(recipe),
+        f"<h2>Real above generated, after {', '.join(map(str, _HORIZONS))} frames</h2>",
+        *_strips(real, made),
+        "<h2>Time</h2>",
+        _times(recipe),
+        "<h2>Curves</h2>",
+        *_curves(recipe.folder),
+        "<h2>Use it</h2>",
+        f"<pre>nfd play {html.escape(str(game.world_folder))}</pre>",
+        "<pre>import gymnasium, nfd_env\n"
+        f'env = gymnasium.make("NFD/World-v0", world="{html.escape(str(game.world_folder))}")'
+        "</pre>",
+        "<h2>Settings</h2>",
+        f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.folder)}</pre></details>",
+    ]
+    path = recipe.folder / "report.html"
+    with atomic_write(path) as temporary:
+        page = _PAGE.format(title=html.escape(game.name), body="\n".join(parts))
+        temporary.write_text(page, encoding="utf-8")
+    numbers = {"comparisons": [asdict(row) for row in rows]}
+    with atomic_write(recipe.folder / "report.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(numbers, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def play_held_out(
+    world: World, recordings: RecordedDataset, windows: int = _WINDOWS, frames: int = _FRAMES
+) -> tuple[np.ndarray, np.ndarray]:
+    """Recorded and generated frames from the same moments under the same actions.
+
+    Returns:
+        Two uint8 arrays (windows, F, H, W, 3); F is ``frames`` + 1, or as many as the longest
+        held-out episode has. Frame 0 is the last one that the world was shown.
+    """
+    held_out = recordings.split("validation")
+    frames = min(frames, max(len(e) for e in held_out) - _SHOWN)
+    where = moments(held_out, _SHOWN, frames, windows)
+    real = np.stack([m.episode.frames[m.now : m.now + frames + 1] for m in where])
+    made = [real[:, 0]]
+    for drawn in replay(world, where, frames, seed=0):
+        made.append(world.model.decode(drawn.latents).cpu().numpy())
+    return real, np.stack(made, 1)
+
+
+def compare(real: np.ndarray, made: np.ndarray) -> list[Comparison]:
+    """``Comparison`` at every horizon that there are frames for.
+
+    Args:
+        real: uint8 (windows, F, H, W, 3), as ``play_held_out`` gives them.
+        made: likewise.
+    """
+    background = np.median(real, axis=1, keepdims=True).astype(np.uint8)
+    rows = []
+    for horizon in _HORIZONS:
+        if horizon >= real.shape[1]:
+            break
+        shown, then, drawn = real[:, 0], real[:, horizon], made[:, horizon]
+        moved = moving_pixels(shown, then)
+        near = slice(max(1, horizon - _NEAR + 1), horizon + 1)
+        stood = standing_out(real[:, near], background).sum()
+        rows.append(
+            Comparison(
+                horizon,
+                _psnr(drawn, then),
+                _psnr(shown, then),
+                _psnr(drawn[moved], then[moved]),
+                _psnr(shown[moved], then[moved]),
+                sharpness(drawn) / max(sharpness(then), 1e-9),
+                gradient_correlation(then, drawn),
+                float(standing_out(made[:, near], background).sum() / max(1, stood)),
+            )
+        )
+    return rows
+
+
+def _psnr(made: np.ndarray, real: np.ndarray) -> float:
+    squares = np.square(made.astype(np.float64) - real)
+    return psnr(float(squares.mean())) if squares.size else float("nan")
+
+
+def _embedded(data: bytes, kind: str, width: int) -> str:
+    text = base64.b64encode(data).decode()
+    return f'<img style="width:{width}px" src="data:image/{kind};base64,{text}">'
+
+
+def _film(real: np.ndarray, made: np.ndarray, fps: float) -> str:
+    """Three moments, the game left of the world, as one moving picture."""
+    rows = [np.concatenate((real[i], made[i]), 2) for i in range(min(3, len(real)))]
+    frames = [Image.fromarray(frame) for frame in np.concatenate(rows, 1)]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=max(1, round(1000 / fps)),
+        loop=0,
+        quality=85,
+    )
+    return _embedded(buffer.getvalue(), "webp", 4 * real.shape[3])
+
+
+def _strips(real: np.ndarray, made: np.ndarray) -> list[str]:
+    shown = [h for h in _HORIZONS if h < real.shape[1]]
+    strips = []
+    for i in range(len(real)):
+        rows = [np.concatenate(list(part[i, shown]), 1) for part in (real, made)]
+        buffer = io.BytesIO()
+        Image.fromarray(np.concatenate(rows)).save(buffer, "PNG")
+        strips.append(_embedded(buffer.getvalue(), "png", 2 * real.shape[3] * len(shown)))
+    return strips
+
+
+def _table(rows: Sequence[Comparison]) -> str:
+    head = (
+        "<tr><th>frames ahead<th>PSNR, dB<th>frozen picture's<th>of what moved<th>frozen "
+        "picture's<th>sharpness<th>gradients<th>things that stand out</tr>"
+    )
+    lines = [
+        f"<tr><td>{r.horizon}<td>{r.psnr:.2f}<td>{r.frozen_psnr:.2f}<td>{r.moving_psnr:.2f}"
+        f"<td>{r.frozen_moving_psnr:.2f}<td>{r.sharpness:.2f}<td>{r.gradients:.2f}"
+        f"<td>{r.standing:.2f}</tr>"
+        for r in rows
+    ]
+    return f"<table>{head}{''.join(lines)}</table>"
+
+
+def _gates(recipe: Recipe) -> list[str]:
+    parts = ["<h2>Gates</h2>"]
+    for name, record in recipe.records.items():
+        if record.gates:
+            lines = "\n".join(html.escape(line) for line in record.gates)
+            parts.append(f"<h3>{name}</h3><pre>{lines}</pre>")
+    return parts
+
+
+def _times(recipe: Recipe) -> str:
+    lines = [
+        f"<tr><td>{name}<td>{record.seconds / 60:.1f} min<td>{record.steps or ''}</tr>"
+        for name, record in recipe.records.items()
+    ]
+    return f"<table><tr><th>stage<th>time<th>steps</tr>{''.join(lines)}</table>"
+
+
+def _plan(folder: Path) -> str:
+    path = folder / "plan.yaml"
+    return html.escape(path.read_text(encoding="utf-8")) if path.exists() else ""
+
+
+def _curves(folder: Path) -> list[str]:
+    """Training loss and validation metrics of every stage, drawn from its TensorBoard log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    parts = []
+    for name in _TRAINED:
+        logs = folder / name / "tensorboard"
+        if not logs.is_dir():
+            continue
+        events = EventAccumulator(str(logs), size_guidance={"scalars": 500})
+        events.Reload()
+        parts.append(f"<h3>{name}</h3>")
+        for tag in events.Tags()["scalars"]:
+            if tag == "train/loss" or tag.startswith("validation/"):
+                points = [(e.step, e.value) for e in events.Scalars(tag)]
+                parts.append(_curve(tag, points))
+    return parts
+
+
+def _curve(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """A small line drawing."""
+    known = [(x, y) for x, y in points if np.isfinite(y)]
+    if len(known) < 2:
+        return ""
+    steps, values = (np.array(column, float) for column in zip(*known, strict=True))
+    low, high = values.min(), values.max()
+    x = 5 + 230 * (steps - steps[0]) / max(1.0, steps[-1] - steps[0])
+    y = 75 - 65 * (values - low) / max(1e-12, high - low)
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f'<figure><svg width="240" height="80"><polyline fill="none" stroke="#2a6" '
+        f'points="{line}"/></svg><figcaption>{html.escape(title)}: {values[-1]:.4g} '
+        f"({low:.3g} to {high:.3g})</figcaption></figure>"
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em }}
+img {{ image-rendering: pixelated; max-width: 100%; margin: 4px 0 }}
+td, th {{ padding: 2px 14px 2px 0; text-align: left }}
+pre {{ background: #f4f4f4; padding: 8px; overflow-x: auto }}
+figure {{ display: inline-block; margin: 4px 12px 4px 0; font-size: 12px; max-width: 240px }}
+</style>
+{body}
+</html>
+"""
