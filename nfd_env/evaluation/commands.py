@@ -143,6 +143,7 @@ def evaluate(
     steps: tuple[int, ...] = (),
     long_steps: tuple[int, ...] = (),
     compare_drafts: tuple[int, ...] = (),
+    inverse_dynamics: str = "",
     speculative_frames: int = 1,
     sampling_steps: int | None = None,
     dynamics: Dynamics | None = None,
@@ -164,6 +165,7 @@ def evaluate(
         long_steps: which of --steps have long rollouts, as those of many steps take long;
             default: all.
         compare_drafts: compare several numbers of jointly drawn frames.
+        inverse_dynamics: net that reads actions back; default: the run's own, where it has one.
         speculative_frames: frames drawn jointly.
         sampling_steps: denoising steps a frame; default: the world's own.
         dynamics: of a distilled world that comes with both; default: the world's own.
@@ -177,6 +179,11 @@ def evaluate(
     from nfd_env.data.shards import RecordedDataset
     from nfd_env.evaluation import evaluate as evaluating
     from nfd_env.evaluation import reports
+    from nfd_env.evaluation.inverse_dynamics import (
+        find_inverse_dynamics,
+        load_inverse_dynamics,
+        measure_actions,
+    )
 
     if long_steps and not steps:
         raise ValueError("--long-steps chooses among --steps, which was not given")
@@ -208,7 +215,7 @@ def evaluate(
                 speculative_frames=speculative_frames,
                 long_steps=long_steps or None,
             )
-        return evaluating.evaluate(
+        report = evaluating.evaluate(
             loaded,
             held_out,
             sampling_steps,
@@ -217,6 +224,12 @@ def evaluate(
             seed,
             speculative_frames=speculative_frames,
         )
+        reader = inverse_dynamics or find_inverse_dynamics(loaded)
+        if reader:
+            network = load_inverse_dynamics(reader, loaded)
+            made = measure_actions(loaded, held_out, network, windows, seed=seed)
+            report["actions"] = asdict(made)
+        return report
 
     name = "eval-steps" if steps else "eval-drafts" if compare_drafts else "eval"
     text = reports.format_report if name == "eval" else reports.format_rows
