@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nfd_env
+from nfd_env import cli
 
 SCRIPT = Path(sys.executable).with_name("nfd")
 
@@ -58,3 +59,40 @@ def test_folders_beyond_the_locale(tmp_path: Path) -> None:
     result = run(*command, OMP_NUM_THREADS="1", **locale)
     assert result.returncode == 0, result.stderr
     assert {path.suffix for path in Path(out).iterdir()} >= {".mp4", ".png"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_shows_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "-h"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: nfd {name}" in shown and "--help" in shown
+
+
+def test_unknown_commands_and_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "--secnods", "3"])
+    assert stopped.value.code == 2
+    assert "--seconds" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "no-such-world"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("nfd: unknown world 'no-such-world'") and shown.count("\n") == 1
+    with pytest.raises(ValueError, match="no-such-world"):
+        cli.main(["bench", "no-such-world", "--debug"])
+
+
+def test_listing_worlds_needs_nothing_heavy() -> None:
+    program = (
+        "import sys; from nfd_env import cli; cli.main(['worlds']); "
+        "print({'torch', 'cv2', 'pygame', 'aiohttp'} & set(sys.modules))"
+    )
+    result = run("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().splitlines()[-1] == "set()"

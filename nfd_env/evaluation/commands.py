@@ -9,7 +9,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
@@ -249,7 +249,7 @@ def eval_agent(
     through_tokenizer: bool = False,
     real_only: bool = False,
     trust: bool = False,
-    agent_arg: tuple[str, ...] = (),
+    agent_arg: UseAppendAction[tuple[str, ...]] = (),
     num_envs: int = 25,
     real_envs: int = 8,
     sampling_steps: int | None = None,
@@ -278,7 +278,7 @@ def eval_agent(
         through_tokenizer: show the agent real frames as the world's tokenizer renders them.
         real_only: for policies that need the real game's internals.
         trust: a .zip may run code of its author.
-        agent_arg: KEY=VALUE arguments of a behaviour policy, e.g. caution=30.
+        agent_arg: KEY=VALUE argument of a behaviour policy, e.g. caution=30; may be repeated.
         num_envs: worlds stepped together.
         real_envs: real games beside each other.
         sampling_steps: of the learned world; default: its own.

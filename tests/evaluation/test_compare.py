@@ -189,7 +189,7 @@ def test_bench_of_sizes_that_nobody_trained(
         "layers: 2, heads: 2, window: 4}"
     )
     command = ["bench", "--untrained", str(sizes), "--seconds", "0.02", "--long-frames", "0"]
-    command += ["--device", "cpu", "--precision", "fp32", "--batches", "1,3"]
+    command += ["--device", "cpu", "--precision", "fp32", "--batches", "1", "3"]
     assert main(command) == 0
     title, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("Untrained small (0.1 M parameters) on ")

@@ -184,11 +184,11 @@ def test_the_commands(
     command = ["eval", str(distilled_world), "--recordings", str(long_recordings.folder)]
     command += ["--windows", "2", "--long-rollouts", "1", "--precision", "fp32"]
     command += ["--markdown-into", str(document)]
-    assert main([*command, "--json", "--steps", "1,2", "--long-steps", "1"]) == 0
+    assert main([*command, "--json", "--steps", "1", "2", "--long-steps", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert ["late" in row for row in rows] == [True, False, True, False]
     assert "| 2 (teacher, euler) |" in document.read_text()
-    assert main([*command, "--compare-drafts", "1,2"]) == 0
+    assert main([*command, "--compare-drafts", "1", "2"]) == 0
     printed = capsys.readouterr().out
     assert "| 1 (student, consistency) | 2 |" in printed and printed.strip() in document.read_text()
 
@@ -197,7 +197,10 @@ def test_the_commands(
     ("arguments", "message"),
     [
         (["--long-steps", "1"], "--long-steps chooses among --steps"),
-        (["--compare-drafts", "1,2", "--speculative-frames", "2"], "--compare-drafts says itself"),
+        (
+            ["--compare-drafts", "1", "2", "--speculative-frames", "2"],
+            "--compare-drafts says itself",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together(
@@ -208,8 +211,8 @@ def test_arguments_that_do_not_go_together(
 
 
 def test_arguments_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--steps", "1,two"], ["--steps", "1", "--compare-drafts", "1"]):
-        with pytest.raises(SystemExit):
-            main(["eval", *arguments])
-    message = capsys.readouterr().err
-    assert "whole numbers with commas, got '1,two'" in message and "not allowed with" in message
+    with pytest.raises(SystemExit):
+        main(["eval", "--steps", "1", "two"])
+    assert "two" in capsys.readouterr().err
+    assert main(["eval", "--steps", "1", "--compare-drafts", "1"]) == 1
+    assert "not both" in capsys.readouterr().err
