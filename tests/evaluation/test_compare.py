@@ -87,7 +87,7 @@ def test_an_agent_sees_what_it_was_trained_on_and_decides_as_often(
             seen.append(observations.shape)
             return np.full(self.n, len(seen) % 3)
 
-    monkeypatch.setattr(streams, "load_player", lambda agent, env, trust: Trained())
+    monkeypatch.setattr(streams, "load_player", lambda agent, env, trust, check: Trained())
     world = env(endless_world, 2)
     stream = ActionStream("agent", world, "agent.zip")
     observation, _ = world.reset(seed=0)
