@@ -1,4 +1,4 @@
-"""A behaviour policy for CarRacing that steers by the picture: towards the middle of the road ahead."""
+"""A behaviour policy for CarRacing that steers by the picture, to the middle of the road."""
 
 from __future__ import annotations
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from tyro.conf import Positional, arg
 
 
-def init(env_id: str, output: str = "", kwargs: str = "{}", imports: tuple[str, ...] = ()) -> int:
+def init(
+    env_id: Positional[str],
+    output: Annotated[str, arg(aliases=("-o",))] = "",
+    kwargs: str = "{}",
+    imports: tuple[str, ...] = (),
+) -> int:
     """Look at a game and write the file that describes it, with a preview picture.
 
     Args:
@@ -27,8 +33,8 @@ def init(env_id: str, output: str = "", kwargs: str = "{}", imports: tuple[str, 
 
 
 def train(
-    game: str,
-    overrides: tuple[str, ...] = (),
+    game: Positional[str],
+    overrides: Positional[tuple[str, ...]] = (),
     minutes: float | None = None,
     device: str | None = None,
     stage: str | None = None,
@@ -52,7 +58,9 @@ def train(
     return 0
 
 
-def collect(game: str, overrides: tuple[str, ...] = (), frames: int | None = None) -> int:
+def collect(
+    game: Positional[str], overrides: Positional[tuple[str, ...]] = (), frames: int | None = None
+) -> int:
     """Record a game, and say what was recorded; run it again to go on.
 
     Args:
@@ -69,7 +77,7 @@ def collect(game: str, overrides: tuple[str, ...] = (), frames: int | None = Non
     return 0
 
 
-def export(game: str, overrides: tuple[str, ...] = ()) -> int:
+def export(game: Positional[str], overrides: Positional[tuple[str, ...]] = ()) -> int:
     """Put finished stages together as a world folder again, with other settings.
 
     Args:

@@ -334,7 +334,7 @@ def with_steps(plan: Plan, game: GameConfig, name: str, seconds: float, per_step
 
 
 def with_decisions(plan: Plan, old: Plan, game: GameConfig) -> Plan:
-    """``plan`` with the steps that ``old`` has decided on for stages that are otherwise the same."""
+    """``plan`` with the steps that ``old`` decided on for stages that are otherwise the same."""
 
     def content(values: Mapping[str, Any]) -> dict[str, Any]:
         left_out = {*PATHS, *_WITH_STEPS, "folder"}

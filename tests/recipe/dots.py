@@ -1,4 +1,4 @@
-"""A small game that is learned quickly: a bright square that is pushed left and right over a floor."""
+"""A small game that is learned quickly: a bright square is pushed left and right on a floor."""
 
 from __future__ import annotations
 
