@@ -1,8 +1,14 @@
-"""The clock: steps every player at the world's native rate, and generates ahead in between."""
+"""The clock: steps every player at the world's native rate, and generates ahead in between.
+
+Who asks for more than the world's default, by denoising steps or speed, slows down nobody else:
+such players are stepped last, and wait between their steps so that all of them together use a
+small share of the model's time (``_DEAR_SHARE``) while others play. Resets are rationed likewise.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from nfd_env.play.game import Game, Outcome
+from nfd_env.play.game import Game, Outcome, Sampling
 from nfd_env.play.keys import Choice
 from nfd_env.play.session import Session
 
 log = logging.getLogger(__name__)
 
 _SETTLE = 0.006  # seconds that a picture needs to be compressed, sent and painted
+# Of the model's time, for players who ask for more than the default while others do not: what
+# these lose at most. It is lost even where the machine has time to spare, for a step that has
+# begun cannot be interrupted.
+_DEAR_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,15 @@ class Player:
     def __init__(self, slot: int, session: Session, publish: Callable[[Shown], None]) -> None:
         """Take ``slot``; ``publish`` gets every picture, on the engine's thread."""
         self.slot, self.session, self._publish = slot, session, publish
-        self.due = time.perf_counter()
+        self.due = self.may_reset = time.perf_counter()
         self.shown = 0
         self.gone = False
         self._state: Any = None
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether the reset that is wanted is not allowed yet: nothing happens until then."""
+        return self.session.reset_pending and time.perf_counter() < self.may_reset
 
     def show(self, frame: np.ndarray, seq: int) -> None:
         """Hand a picture to the person."""
@@ -73,7 +88,13 @@ class Engine:
     """
 
     def __init__(self, game: Game, all_actions: int = 8) -> None:
-        """Play ``game``; every action is generated ahead when there are ``all_actions`` at most."""
+        """Play ``game``; every action is generated ahead when there are ``all_actions`` at most.
+
+        Raises:
+            ValueError: when the game's rate is no number above 0.
+        """
+        if not (math.isfinite(game.fps) and game.fps > 0):
+            raise ValueError(f"{game.name}: frames a second must be above 0, got {game.fps}")
         self.game, self._all_actions = game, all_actions
         self._seats: list[Player | None] = [None] * game.count
         self._changed = threading.Condition()
@@ -168,14 +189,19 @@ class Engine:
 
     def _controls(self, player: Player) -> None:
         session = player.session
+        if player.must_wait:
+            return
         # Asked first: a reset for other dynamics is wanted after they were chosen.
         reset, seed = session.wants_reset()
         if session.sampling is not None:
             self.game.set_sampling(player.slot, session.sampling)
         if reset:
+            began = time.perf_counter()
             frame = self.game.reset(player.slot, seed)
             session.began(frame, self.game.seed_of(player.slot))
-            player.due = time.perf_counter() + self._period(player)
+            now = time.perf_counter()
+            player.due = now + self._period(player)
+            player.may_reset = now + self._rest(player, now - began)
             if not player.gone:
                 player.show(frame, 0)
         elif session.paused:
@@ -183,6 +209,30 @@ class Engine:
 
     def _period(self, player: Player) -> float:
         return 1 / (self.game.fps * player.session.speed)
+
+    def _demand(self, sampling: Sampling | None, speed: float = 1.0) -> float:
+        """How much of the model's time is asked for, relative to the world's default."""
+        default = self.game.default_sampling
+        if default is None or sampling is None:
+            return speed
+        # Decoding and the heads cost about as much as one more denoising step.
+        return speed * (sampling.steps + 1) / (default.steps + 1)
+
+    def _is_dear(self, player: Player) -> bool:
+        return self._demand(player.session.sampling, player.session.speed) > 1
+
+    def _rest(self, player: Player, seconds: float) -> float:
+        """How long a player leaves the model to the others after using it for ``seconds``."""
+        others = [
+            p for p in self.players if p is not player and not p.session.paused and not p.gone
+        ]
+        if not others:
+            return 0.0
+        share = 1 / (len(others) + 1)
+        modest = [p for p in others if not self._is_dear(p)]
+        if modest:
+            share = min(share, _DEAR_SHARE / (len(others) + 1 - len(modest)))
+        return seconds / share - seconds
 
     def _tick(self, due: list[Player], now: float) -> None:
         began = time.perf_counter()
@@ -194,15 +244,25 @@ class Engine:
             # up with.
             late = now - grid > 2 * self._period(player)
             player.due = (now if late else grid) + self._period(player)
-            if player.session.wants_step():
+            if not player.must_wait and player.session.wants_step():
                 choices[player.slot] = player.session.choose()
                 going[player.slot] = player
         actions = {slot: choice.action for slot, choice in choices.items()}
         ready = self.game.take_drafts(actions)
         self._finish(ready, choices, going, began)
-        rest = {slot: action for slot, action in actions.items() if slot not in ready}
-        if rest:
-            self._finish(self.game.step(rest), choices, going, began)
+        batches: dict[Sampling | None, dict[int, Any]] = {}
+        for slot, action in actions.items():
+            if slot not in ready:
+                batches.setdefault(going[slot].session.sampling, {})[slot] = action
+        # Each batch is shown before a dearer one is begun.
+        for sampling in sorted(batches, key=self._demand):
+            batch, began = batches[sampling], time.perf_counter()
+            self._finish(self.game.step(batch), choices, going, began)
+            now = time.perf_counter()
+            for player in (going[slot] for slot in batch):
+                if self._is_dear(player):
+                    rest = self._rest(player, (now - began) / len(batch))
+                    player.due = max(player.due, now + rest)
 
     def _finish(
         self,
@@ -240,22 +300,26 @@ class Engine:
         ]
         if not waiting:
             return next_due
-        period = 1 / self.game.fps
-        every = len(waiting[0].session.keymap.all_actions())
-        for everything in (True, False):
-            rows = len(waiting) * (every if everything else 1)
-            if everything and not 1 < every <= self._all_actions:
-                continue
-            # A paused player's frames can be made at leisure.
-            running = any(not p.session.paused for p in waiting)
-            since = max(self._showed, now - _SETTLE)
-            room = max(next_due - since, 0.7 * period) if running else 1.0
-            cost = self.game.cost(rows)
-            if cost <= 0.9 * room:
-                # The pictures just shown are on their way, and need the cores more.
-                begin = self._showed + min(_SETTLE, max(0.0, room - cost) / 2)
-                if begin > now:
-                    return begin
-                self.game.draft({p.slot: p.session.guesses_for_next(everything) for p in waiting})
-                return now
+        batches: dict[Sampling | None, list[Player]] = {}
+        for player in waiting:
+            batches.setdefault(player.session.sampling, []).append(player)
+        # A paused player's frames can be made at leisure, if nobody else plays.
+        running = any(not p.session.paused for p in players)
+        since = max(self._showed, now - _SETTLE)
+        room = max(next_due - since, 0.7 / self.game.fps) if running else 1.0
+        for sampling in sorted(batches, key=self._demand):
+            batch = batches[sampling]
+            every = len(batch[0].session.keymap.all_actions())
+            for everything in (True, False):
+                if everything and not 1 < every <= self._all_actions:
+                    continue
+                cost = self.game.cost({p.slot: every if everything else 1 for p in batch})
+                if cost <= 0.9 * room:
+                    # The pictures just shown are on their way, and need the cores more.
+                    begin = self._showed + min(_SETTLE, max(0.0, room - cost) / 2)
+                    if begin > now:
+                        return begin
+                    guesses = {p.slot: p.session.guesses_for_next(everything) for p in batch}
+                    self.game.draft(guesses)
+                    return now
         return next_due

@@ -97,8 +97,8 @@ class Game(Protocol):
         """Whether something was generated ahead."""
         ...
 
-    def cost(self, rows: int) -> float:
-        """Expected seconds for a batch."""
+    def cost(self, rows: Mapping[int, int]) -> float:
+        """Expected seconds for a batch with so many rows of each slot."""
         ...
 
     def set_sampling(self, slot: int, sampling: Sampling) -> None:
@@ -155,7 +155,7 @@ class EnvGame:
         """Nothing is generated ahead."""
         return False
 
-    def cost(self, rows: int) -> float:
+    def cost(self, rows: Mapping[int, int]) -> float:
         """See ``Game``."""
         return 0.0
 

@@ -245,6 +245,15 @@ class Keymap:
                 found.setdefault(binding.label, next(iter(binding.keys)))
         return [{"label": label, "key": key} for label, key in found.items()]
 
+    def labels(self) -> dict[str, str]:
+        """Key -> what it does, alone if it does something alone, else as a part of chords."""
+        found: dict[str, str] = {}
+        for binding in sorted(self.bindings, key=lambda b: len(b.keys)):
+            chord = "" if len(binding.keys) == 1 else f" ({' + '.join(sorted(binding.keys))})"
+            for key in binding.keys:
+                found.setdefault(key, binding.label + chord)
+        return found
+
     def gamepad(self) -> Gamepad:
         """What the parts of a gamepad do, by their names on a standard one.
 

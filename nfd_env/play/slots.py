@@ -25,6 +25,9 @@ from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
 
 
+_FORGET = 0.997  # an answer; about a tenth a second at the usual rates
+
+
 @dataclass(frozen=True)
 class _Draft:
     """Row ``row`` of ``branch`` is a slot after one assumed action."""
@@ -84,8 +87,8 @@ class Slots:
             self.steps_of = (student, first.steps) if first.teacher else (first.steps, teacher)
         self._sampling = [first] * count
         self._drafts: dict[int, dict[bytes, _Draft]] = {}
-        self._costs: dict[int, float] = {}
-        self._warm: set[int] = set()
+        self._costs: dict[tuple[Sampling, int], float] = {}
+        self._warm: set[tuple[Sampling, int]] = set()
         self._started = False
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
@@ -165,20 +168,33 @@ class Slots:
             for row, slot in enumerate(rows):
                 self._drafts[slot][_key(actions[row])] = _Draft(branch, row, outcomes[row])
 
-    def cost(self, rows: int) -> float:
-        """Seconds that a batch of ``rows`` is expected to take; 0 when nothing is known yet.
+    def cost(self, rows: Mapping[int, int]) -> float:
+        """Seconds that a batch is expected to take; 0 when nothing is known yet.
 
         Each answer forgets a little of what was measured, so that a size that was too dear in a
         busy moment is tried again after some seconds.
+
+        Args:
+            rows: slot -> how many rows of it.
         """
+        groups = self._by_sampling(rows)
+        return sum(self._cost(s, sum(rows[i] for i in slots)) for s, slots in groups.items())
+
+    def _cost(self, sampling: Sampling, rows: int) -> float:
+        key = sampling, rows
+        if key in self._costs:
+            self._costs[key] *= _FORGET
+            return self._costs[key]
         if not self._costs:
             return 0.0
-        if rows not in self._costs:
+
+        def guess(known: tuple[Sampling, int]) -> float:
+            # Decoding and the heads cost about as much as one more denoising step.
+            steps = (sampling.steps + 1) / (known[0].steps + 1)
             # Bigger batches cost less than in proportion; the first one will tell.
-            known = min(self._costs, key=lambda n: abs(n - rows))
-            return self._costs[known] * max(1.0, rows / known) ** 0.5
-        self._costs[rows] *= 0.997
-        return self._costs[rows]
+            return self._costs[known] * steps * max(1.0, rows / known[1]) ** 0.5
+
+        return guess(min(self._costs, key=lambda k: (k[0] != sampling, abs(k[1] - rows))))
 
     def _by_sampling(self, slots: Mapping[int, Any]) -> dict[Sampling, list[int]]:
         groups: dict[Sampling, list[int]] = defaultdict(list)
@@ -219,10 +235,11 @@ class Slots:
         took = time.perf_counter() - began
         # Down at once and up slowly: one hiccup of the machine must not end the drafting.
         # The first batch of a size also pays for memory and is not counted.
-        if len(rows) in self._warm:
-            before = self._costs.get(len(rows), took)
-            self._costs[len(rows)] = min(took, before + 0.2 * (took - before))
-        self._warm.add(len(rows))
+        key = sampling, len(rows)
+        if key in self._warm:
+            before = self._costs.get(key, took)
+            self._costs[key] = min(took, before + 0.2 * (took - before))
+        self._warm.add(key)
         return branch, outcomes
 
 

@@ -62,8 +62,8 @@ class ScrollGame:
     def has_draft(self, slot: int) -> bool:
         return slot in self.drafts
 
-    def cost(self, rows: int) -> float:
-        return 1e-3 * rows
+    def cost(self, rows: Mapping[int, int]) -> float:
+        return 1e-3 * sum(rows.values())
 
     def outcome(self, slot: int, action: Any, guessed: bool) -> Outcome:
         info = {"hazard": 0.0} | ({"acceptance": 0.5} if self.sampling[slot].speculation else {})

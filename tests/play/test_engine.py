@@ -265,3 +265,97 @@ def test_a_failing_model_stops_the_engine_and_says_so():
         time.sleep(0.02)
     assert "on purpose" in str(engine.error)
     engine.close()
+
+
+class Timed(ScrollGame):
+    """A step takes 3 ms and 1 ms a denoising step, whatever the batch; a reset takes 20 ms."""
+
+    def __init__(self, clock, count, **kwargs):
+        super().__init__(count, **kwargs)
+        self.clock, self.resets = clock, [0] * count
+
+    def cost(self, rows):
+        steps = {self.sampling[slot].steps for slot in rows}
+        return sum(0.003 + 0.001 * n for n in steps)
+
+    def step(self, actions):
+        self.clock.now += self.cost(actions)
+        return super().step(actions)
+
+    def draft(self, guesses):
+        self.clock.now += self.cost(guesses)
+        super().draft(guesses)
+
+    def reset(self, slot, seed=None):
+        self.clock.now += 0.020
+        self.resets[slot] += 1
+        return super().reset(slot, seed)
+
+
+def rates(clock, engine, seats, seconds=8.0):
+    before = [len(s.pictures) for s in seats]
+    clock.play(engine, seconds)
+    return [(len(s.pictures) - b) / seconds for s, b in zip(seats, before, strict=True)]
+
+
+# At 150 frames a second the default takes three quarters of the time, at 400 more than all of it.
+@pytest.mark.parametrize("fps", [30, 150, 400])
+@pytest.mark.parametrize("modest", [1, 3])
+def test_who_asks_for_more_slows_himself_not_the_others(monkeypatch, fps, modest):
+    clock = Clock(monkeypatch)
+    engine = Engine(Timed(clock, modest + 2, fps=fps))
+    seats = [Seat(engine) for _ in range(modest)]
+    alone = min(rates(clock, engine, seats))
+    for _ in range(2):
+        greedy = Seat(engine)
+        greedy.session.control("teacher", True)
+        greedy.session.control("sampling_steps", 32)
+        greedy.session.control("speed", 2.0)
+        seats.append(greedy)
+    *beside, first, second = rates(clock, engine, seats)
+    assert min(beside) > 0.75 * alone, (alone, beside)
+    # They play on all the same, with the same share each; and alone as fast as it goes.
+    assert min(first, second) > 1.5 and abs(first - second) < 1
+    for seat in (*seats[:modest], seats[-1]):
+        engine.leave(seat.player)
+    (free,) = rates(clock, engine, [seats[-2]])
+    assert free == pytest.approx(min(2 * fps, 1 / 0.035), rel=0.1)
+
+
+def test_who_resets_all_the_time_slows_himself_not_the_others(monkeypatch):
+    clock = Clock(monkeypatch)
+    engine = Engine(Timed(clock, 2, fps=30))
+    seat, other = Seat(engine), Seat(engine)
+    (alone, _) = rates(clock, engine, [seat, other])
+    end, before = clock.now + 8, len(seat.pictures)
+    while clock.now < end:
+        other.session.control("seed", 5)
+        clock.now += engine.poll()
+    assert (len(seat.pictures) - before) / 8 > 0.75 * alone
+    assert engine.game.resets[1] > 20
+    # A reset now and then is done at once.
+    clock.play(engine, 1.0)
+    began = clock.now
+    other.session.control("seed", 6)
+    clock.play(engine, 0.1)
+    assert other.pictures[-1].hud["seed"] == 6 and clock.now - began < 0.2
+
+
+def test_a_dear_draft_keeps_nobody_from_generating_ahead(monkeypatch):
+    clock = Clock(monkeypatch)
+    engine = Engine(Timed(clock, 2, fps=30))
+    seat, other = Seat(engine), Seat(engine)
+    other.session.control("sampling_steps", 32)
+    clock.play(engine, 4.0)
+    assert seat.pictures[-1].hud["guessed"] > 0.7
+    # Nor does one of a player who takes a rest.
+    other.session.control("pause", True)
+    other.session.control("sampling_steps", 31)
+    (rate,) = rates(clock, engine, [seat], 4.0)
+    assert rate > 29
+
+
+@pytest.mark.parametrize("fps", [0.0, -5.0, float("nan"), float("inf")])
+def test_a_game_without_a_rate_is_refused(fps):
+    with pytest.raises(ValueError, match="frames a second"):
+        Engine(ScrollGame(1, fps=fps))

@@ -272,6 +272,7 @@ class PlayServer:
             "display": game.display,
             "size": [game.frame_shape[1], game.frame_shape[0]],
             "keys": sorted(keymap.keys),
+            "labels": keymap.labels(),
             "buttons": keymap.buttons(),
             "gamepad": asdict(keymap.gamepad()),
             "speeds": SPEEDS,
