@@ -1,4 +1,4 @@
-"""The commands ``nfd play`` and ``nfd serve``: their arguments, and errors in one line."""
+"""The commands ``nfd play`` and ``nfd serve``."""
 
 from __future__ import annotations
 
@@ -7,82 +7,155 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+from tyro.conf import Positional
 
 from nfd_env.play import PlayError
 
+Dynamics = Literal["student", "teacher"]
+
+
+def play(
+    world: Positional[str] = "",
+    device: str = "auto",
+    seed: int | None = None,
+    scale: float | None = None,
+    sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: Dynamics | None = None,
+    agent: str | None = None,
+    record: str | None = None,
+    save: str | None = None,
+    max_episode_steps: int | None = None,
+    max_frames: int | None = None,
+) -> int:
+    """Play a world in a window, with the keyboard or a gamepad.
+
+    Args:
+        world: world folder or shipped world; default: the first shipped one.
+        device: auto, cpu, cuda or cuda:N.
+        seed: of the first episode.
+        scale: size of the window; 1 is about 480 pixels high.
+        sampling_steps: denoising steps a frame; default: the world's own.
+        speculative_frames: frames drawn jointly while the action is kept; a key can switch to 2.
+        dynamics: in a world that has both.
+        agent: whom F10 hands over to: random, an agent's file, or module:Class.
+        record: an MP4 file to write.
+        save: folder of a data set that the play is appended to.
+        max_episode_steps: cut episodes off there.
+        max_frames: stop after so many pictures.
+    """
+    from nfd_env.play.window import play as play_world
+
+    play_world(
+        _chosen(world),
+        device=device,
+        seed=seed,
+        scale=scale,
+        sampling_steps=sampling_steps,
+        speculative_frames=speculative_frames,
+        dynamics=dynamics,
+        agent=agent,
+        record=record,
+        save=save,
+        max_episode_steps=max_episode_steps,
+        max_frames=max_frames,
+    )
+    return 0
+
+
+def serve(
+    world: Positional[str] = "",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_clients: int = 8,
+    token_file: str | None = None,
+    token: str | None = None,
+    allow_origin: tuple[str, ...] = (),
+    device: str = "auto",
+    sampling_steps: int | None = None,
+    speculative_frames: int = 1,
+    dynamics: Dynamics | None = None,
+    agent: str | None = None,
+    idle_seconds: float = 180.0,
+) -> int:
+    """Play a world in a browser.
+
+    Args:
+        world: world folder or shipped world; default: the first shipped one.
+        host: address to bind to; beyond 127.0.0.1 players need a token.
+        port: TCP port, 0 for a free one.
+        max_clients: players at a time.
+        token_file: holds the secret that players need; or set NFD_TOKEN. Made up where needed.
+        token: the secret itself, which others can read in the list of processes.
+        allow_origin: addresses of proxies (JupyterHub, code-server) that the page is opened at.
+        device: auto, cpu, cuda or cuda:N.
+        sampling_steps: denoising steps a frame; default: the world's own.
+        speculative_frames: frames drawn jointly while the action is kept; a key can switch to 2.
+        dynamics: in a world that has both.
+        agent: whom players can hand over to: random, an agent's file, or module:Class.
+        idle_seconds: a player without any input for so long loses the place.
+    """
+    logging.basicConfig(format="nfd serve: %(message)s", level=logging.WARNING)
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError:
+        raise PlayError("nfd serve needs aiohttp: pip install 'nfd-env[serve]'") from None
+    from nfd_env.play.web.server import serve as serve_world
+
+    serve_world(
+        _chosen(world),
+        host=host,
+        port=port,
+        max_clients=max_clients,
+        token=token,
+        token_file=token_file,
+        allow_origin=allow_origin,
+        device=device,
+        sampling_steps=sampling_steps,
+        speculative_frames=speculative_frames,
+        dynamics=dynamics,
+        agent=agent,
+        idle_seconds=idle_seconds,
+    )
+    return 0
+
+
+def _chosen(world: str) -> str:
+    from nfd_env.worlds.load import shipped_worlds
+
+    return world or shipped_worlds()[0]
+
 
 def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command ``name``, "play" or "serve"."""
-    add = parser.add_argument
-    add("world", nargs="?", default="DoomTakeCover", help="name or folder")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--sampling-steps", type=int, help="denoising steps a frame")
-    add(
-        "--speculative-frames",
-        type=int,
-        default=1,
-        help="frames drawn jointly while the action is kept (default 1; a key can switch to 2)",
-    )
-    add("--dynamics", help="student or teacher, in a world that has both")
-    add("--agent", help="whom players can hand over to: random, a file or name, or module:Class")
-    add("--trust", action="store_true", help="an agent's .zip may run its author's code")
-    if name == "play":
-        add("--seed", type=int, help="seed of the first episode")
-        add("--scale", type=float, help="window size; 1 is about 480 pixels high")
-        add("--record", metavar="FILE.mp4", help="record an MP4")
-        add("--save", metavar="FOLDER", help="append the play to a data set")
-        add("--max-episode-steps", type=int, help="cut episodes off there")
-        add("--max-frames", type=int, help="stop after so many pictures")
-    else:
-        add("--host", default="127.0.0.1", help="address to bind to")
-        add("--port", type=int, default=8000, help="TCP port, 0 for a free one")
-        add("--max-clients", type=int, default=8, help="players at a time")
-        add(
-            "--token-file",
-            metavar="FILE",
-            help="holds the secret that players need; or set NFD_TOKEN. Made up beyond loopback",
-        )
-        add("--token", help="the secret itself, which others can read in the list of processes")
-        add(
-            "--allow-origin",
-            metavar="URL",
-            action="append",
-            default=[],
-            help="address of a proxy (JupyterHub, code-server) that the page may be opened at",
-        )
-        add("--idle-seconds", type=float, default=180.0, help="then a slot is freed")
+    """Declare the arguments of the command ``name`` for argparse, until nfd is on tyro."""
+    for key, parameter in inspect.signature(_COMMANDS[name]).parameters.items():
+        if key == "world":
+            parser.add_argument(key, nargs="?", default="")
+        elif parameter.default is False:
+            parser.add_argument(f"--{key.replace('_', '-')}", action="store_true")
+        elif parameter.default == ():
+            parser.add_argument(f"--{key.replace('_', '-')}", nargs="*", default=())
+        else:
+            kind = str(parameter.annotation)
+            how = int if "int" in kind else float if "float" in kind else str
+            parser.add_argument(f"--{key.replace('_', '-')}", type=how, default=parameter.default)
 
 
 def run(name: str, args: argparse.Namespace) -> int:
     """Run a command; 0, or 2 after one message on stderr."""
-    logging.basicConfig(format=f"nfd {name}: %(message)s", level=logging.WARNING)
-    try:
-        command = _command(name)
-        from nfd_env.devices import DeviceError
-    except (ImportError, PlayError) as error:
-        print(f"nfd {name}: {error}", file=sys.stderr)
-        return 2
+    from nfd_env.devices import DeviceError
+
+    command = _COMMANDS[name]
     names = inspect.signature(command).parameters
     try:
-        command(**{key: value for key, value in vars(args).items() if key in names})
+        return command(**{key: value for key, value in vars(args).items() if key in names})
     except (PlayError, DeviceError, ValueError, OSError) as error:
         print(f"nfd {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        pass
-    return 0
+        return 0
 
 
-def _command(name: str) -> Callable[..., Any]:
-    if name == "play":
-        from nfd_env.play.window import play
-
-        return play
-    try:
-        import aiohttp  # noqa: F401
-    except ImportError:
-        raise ImportError("nfd serve needs aiohttp: pip install 'nfd-env[serve]'") from None
-    from nfd_env.play.web.server import serve
-
-    return serve
+_COMMANDS: dict[str, Callable[..., Any]] = {"play": play, "serve": serve}

@@ -24,7 +24,6 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
 
-
 _FORGET = 0.997  # an answer; about a tenth a second at the usual rates
 
 
@@ -73,7 +72,7 @@ class Slots:
         self.name, self.fps = self.spec.name, float(self.spec.fps)
         self.frame_shape: tuple[int, ...] = (*self.spec.frame_size, 3)
         self.display_aspect = self.spec.source.display_aspect
-        self.display = getattr(self.spec, "display", "smooth")
+        self.display = self.spec.display
         self.keymap = Keymap.from_source(self.spec.source, self._all.single_action_space)
         first = Sampling(
             self._all.sampling.steps,

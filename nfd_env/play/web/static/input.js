@@ -122,7 +122,9 @@ function choose(event) {
 
 function rows() {
   const { hello } = page, groups = new Map();
-  for (const key of hello.keys) {
+  const order = hello.buttons.map((b) => b.label);
+  const place = (key) => (order.indexOf(hello.labels[key]) + 1) || order.length + 1;
+  for (const key of [...hello.keys].sort((a, b) => place(a) - place(b))) {
     const label = hello.labels[key] || key;
     groups.set(label, [...(groups.get(label) || []), key]);
   }
@@ -175,7 +177,7 @@ function kbd(key) {
 function hints() {
   const parts = [];
   for (const { label, key } of page.hello.buttons.slice(0, 10)) parts.push([shownKey(key), label]);
-  const rest = { P: "pause", ".": "step", R: "reset", N: "new seed", G: "ahead", J: "speculate", V: "replay" };
+  const rest = { P: "pause", ".": "step", R: "reset", N: "new seed", G: "ahead", J: "speculate", V: "replay", E: "keys" };
   const used = new Set([...page.hello.keys, ...Object.keys(chosen)]);
   for (const [key, words] of Object.entries(rest)) if (!used.has(key.toLowerCase())) parts.push([key, words]);
   $("hint").replaceChildren(...parts.flatMap(([key, words]) => [kbd(key), ` ${words}   `]));
