@@ -46,7 +46,10 @@ def play(
         max_episode_steps: cut episodes off there.
         max_frames: stop after so many pictures.
     """
-    from nfd_env.play.window import play as play_world
+    from nfd_env.play.window.display import import_pygame
+
+    import_pygame()  # before anything that takes longer
+    from nfd_env.play.window.player import play as play_world
 
     play_world(
         _chosen(world),

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from nfd_env.sources.keys import NOOP, KeymapError, box_axes, default_controls, resting_action
 
 if TYPE_CHECKING:
-    from nfd_env.sources.source import SourceConfig
+    from nfd_env.sources.spec import SourceConfig
 
 _ALIASES = {
     " ": "space",

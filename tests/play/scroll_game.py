@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
-from nfd_env.sources.source import SourceConfig
+from nfd_env.sources.spec import SourceConfig
 
 SOURCE = SourceConfig(
     env_id="Scroll-v0",

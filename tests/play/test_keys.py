@@ -4,7 +4,8 @@ import pytest
 from gymnasium import spaces
 
 from nfd_env.play.keys import KeyLatch, Keymap, KeymapError, PressedKey, key_name
-from nfd_env.sources.source import SourceConfig
+from nfd_env.sources.keys import default_controls
+from nfd_env.sources.spec import SourceConfig
 
 
 def source(names, keys):
@@ -129,3 +130,102 @@ def test_key_names():
         "a",
         "d",
     ]
+
+
+CAR = spaces.Box(np.array([-1, 0, 0], np.float32), np.array([1, 1, 1], np.float32))
+EVERY_SPACE = [
+    spaces.Discrete(4),
+    spaces.Discrete(3, start=-1),
+    spaces.Discrete(5, start=7),
+    spaces.Discrete(40),
+    spaces.MultiDiscrete([3, 2]),
+    spaces.MultiDiscrete([3, 2], start=[-1, 4]),
+    spaces.MultiDiscrete([[2, 3], [1, 4]]),
+    spaces.MultiBinary(5),
+    spaces.MultiBinary((2, 2)),
+    CAR,
+    spaces.Box(-np.inf, np.inf, (2,), np.float64),
+    spaces.Box(np.array([-np.inf, 3.0]), np.array([-2.0, np.inf]), dtype=np.float64),
+    spaces.Box(0, 255, (2, 2), np.uint8),
+    spaces.Box(-3, 8, (2,), np.int16),
+    spaces.Box(-1, 1, ()),
+    spaces.Box(-1, 1, (40,)),
+]
+
+
+@pytest.mark.parametrize("space", EVERY_SPACE, ids=str)
+def test_a_person_can_play_every_space(space):
+    names, keys = default_controls(space)
+    assert len(set(names)) == len(names) and set(keys) <= set(names)
+    keymap = Keymap.from_source(source([], {}), space)
+    rest = keymap.choose([])
+    assert keymap.contains(rest.action)
+    seen = set()
+    for key in sorted(keymap.keys):
+        action = keymap.choose([PressedKey(key, True)]).action
+        assert keymap.contains(action)
+        seen.add(np.asarray(action).tobytes())
+        # Without the key it rests again: nobody has changed the resting action.
+        assert np.array_equal(keymap.choose([]).action, rest.action)
+    assert len(seen) == len(keymap.keys)
+    assert keymap.contains(keymap.choose([], {0: 1.0, 1: -0.3, 99: 1.0}).action)
+    plan = keymap.gamepad()
+    assert set(plan.buttons.values()) <= keymap.keys
+    assert set(plan.axes.values()) <= set(range(len(keymap.axes)))
+    # What foreign code does to an action that it was given changes nothing.
+    if isinstance(rest.action, np.ndarray):
+        rest.action.fill(1)
+        assert not np.array_equal(keymap.choose([]).action, rest.action) or rest.action.size == 0
+
+
+def test_a_car_is_steered_by_the_arrow_keys_and_by_a_gamepad():
+    keymap = Keymap.from_source(source([], {}), CAR)
+
+    def action(*keys, **kwargs):
+        return keymap.choose([PressedKey(k, False) for k in keys], **kwargs).action.tolist()
+
+    assert action() == [0, 0, 0]
+    assert action("left", "up") == [-1, 1, 0]
+    assert action("right", "down") == [1, 0, 1]
+    assert keymap.gamepad().axes == {"leftx": 0, "rt": 1, "lt": 2}
+    assert action(deflections={0: -0.5, 1: 0.25}) == [-0.5, 0.25, 0]
+    # A key wins over a stick.
+    assert action("right", deflections={0: -0.5}) == [1, 0, 0]
+    halves = spaces.Box(np.array([2.0, -4.0]), np.array([6.0, -2.0]), dtype=np.float64)
+    keymap = Keymap.from_source(source([], {}), halves)
+    assert keymap.choose([]).action.tolist() == [4, -3]
+    assert keymap.choose([], {0: 0.5, 1: -1.0}).action.tolist() == [5, -4]
+
+
+def test_a_dial_rests_where_its_noop_is():
+    names = ["left", "noop turn", "right", "noop fire", "fire"]
+    space = spaces.MultiDiscrete([3, 2])
+    keymap = Keymap.from_source(source(names, {}), space)
+    assert keymap.choose([]).action.tolist() == [1, 0]
+    held = [PressedKey("left", False), PressedKey("space", False)]
+    assert keymap.choose(held).action.tolist() == [0, 1]
+    assert keymap.choose(held).label == "left+fire"
+
+
+def test_names_bring_the_usual_keys():
+    _, keys = default_controls(spaces.Discrete(5), ["noop", "Left", "right", "fire", "duck"])
+    assert keys == {
+        "Left": ["left", "a"],
+        "right": ["right", "d"],
+        "fire": ["space"],
+        "duck": ["5"],
+    }
+    with pytest.raises(KeymapError, match="3 actions to name, but 2"):
+        default_controls(spaces.Discrete(3), ["a", "b"])
+    for space in (spaces.Dict(), spaces.Text(3)):
+        with pytest.raises(KeymapError):
+            default_controls(space)
+
+
+def test_sticks_are_let_go_with_the_keys():
+    keymap = Keymap.from_source(source([], {}), CAR)
+    latch = KeyLatch(keymap.keys, len(keymap.axes))
+    assert latch.tilt(0, 0.5) and not latch.tilt(3, 0.5) and not latch.tilt(-1, 1.0)
+    assert step(latch, keymap).tolist() == [0.5, 0, 0]
+    latch.release_all()
+    assert step(latch, keymap).tolist() == [0, 0, 0]

@@ -1,6 +1,5 @@
-"""The keyboard window (pygame-ce): play a learned world, or any Gymnasium env with a keymap."""
+"""The keyboard window (pygame-ce): play a learned world, or any Gymnasium env with a keymap.
 
-from nfd_env.play.window.display import WindowError
-from nfd_env.play.window.player import KeyboardPlayer, play
-
-__all__ = ["KeyboardPlayer", "WindowError", "play"]
+``display`` (whether there is one), ``hud`` (what is drawn), ``gamepad``, ``files`` (what is kept)
+and ``player``, which has ``KeyboardPlayer`` and ``play``.
+"""
