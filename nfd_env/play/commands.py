@@ -25,6 +25,7 @@ def play(
     speculative_frames: int = 1,
     dynamics: Dynamics | None = None,
     agent: str | None = None,
+    trust: bool = False,
     record: str | None = None,
     save: str | None = None,
     max_episode_steps: int | None = None,
@@ -40,7 +41,8 @@ def play(
         sampling_steps: denoising steps a frame; default: the world's own.
         speculative_frames: frames drawn jointly while the action is kept; a key can switch to 2.
         dynamics: in a world that has both.
-        agent: whom F10 hands over to: random, an agent's file, or module:Class.
+        agent: whom F10 hands over to: random, a file or name, or module:Class.
+        trust: an agent's .zip (Stable-Baselines3) may run its author's code.
         record: an MP4 file to write.
         save: folder of a data set that the play is appended to.
         max_episode_steps: cut episodes off there.
@@ -60,6 +62,7 @@ def play(
         speculative_frames=speculative_frames,
         dynamics=dynamics,
         agent=agent,
+        trust=trust,
         record=record,
         save=save,
         max_episode_steps=max_episode_steps,
@@ -81,6 +84,7 @@ def serve(
     speculative_frames: int = 1,
     dynamics: Dynamics | None = None,
     agent: str | None = None,
+    trust: bool = False,
     idle_seconds: float = 180.0,
 ) -> int:
     """Play a world in a browser.
@@ -97,7 +101,8 @@ def serve(
         sampling_steps: denoising steps a frame; default: the world's own.
         speculative_frames: frames drawn jointly while the action is kept; a key can switch to 2.
         dynamics: in a world that has both.
-        agent: whom players can hand over to: random, an agent's file, or module:Class.
+        agent: whom players can hand over to: random, a file or name, or module:Class.
+        trust: an agent's .zip (Stable-Baselines3) may run its author's code.
         idle_seconds: a player without any input for so long loses the place.
     """
     logging.basicConfig(format="nfd serve: %(message)s", level=logging.WARNING)
@@ -120,6 +125,7 @@ def serve(
         speculative_frames=speculative_frames,
         dynamics=dynamics,
         agent=agent,
+        trust=trust,
         idle_seconds=idle_seconds,
     )
     return 0
