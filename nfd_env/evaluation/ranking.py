@@ -120,12 +120,14 @@ def rank(world: str, policies: list[Ranked], seed: int = 0) -> Ranking:
         values = values[np.isfinite(values)]
         low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
         correlations.append(Correlation(of(*means), float(low), float(high)))
+    ranks, linear = correlations
     positive = (means[1] > 0).all()
     lengths = [p.learned.length / p.real.length for p in policies]
     return Ranking(
         world,
         policies,
-        *correlations,
+        ranks,
+        linear,
         float(np.median(means[0] / means[1])) if positive else float("nan"),
         float(np.median(lengths)),
     )

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import logging
-import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -135,36 +131,3 @@ def _chosen(world: str) -> str:
     from nfd_env.worlds.load import shipped_worlds
 
     return world or shipped_worlds()[0]
-
-
-def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command ``name`` for argparse, until nfd is on tyro."""
-    for key, parameter in inspect.signature(_COMMANDS[name]).parameters.items():
-        if key == "world":
-            parser.add_argument(key, nargs="?", default="")
-        elif parameter.default is False:
-            parser.add_argument(f"--{key.replace('_', '-')}", action="store_true")
-        elif parameter.default == ():
-            parser.add_argument(f"--{key.replace('_', '-')}", nargs="*", default=())
-        else:
-            kind = str(parameter.annotation)
-            how = int if "int" in kind else float if "float" in kind else str
-            parser.add_argument(f"--{key.replace('_', '-')}", type=how, default=parameter.default)
-
-
-def run(name: str, args: argparse.Namespace) -> int:
-    """Run a command; 0, or 2 after one message on stderr."""
-    from nfd_env.devices import DeviceError
-
-    command = _COMMANDS[name]
-    names = inspect.signature(command).parameters
-    try:
-        return command(**{key: value for key, value in vars(args).items() if key in names})
-    except (PlayError, DeviceError, ValueError, OSError) as error:
-        print(f"nfd {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
-
-
-_COMMANDS: dict[str, Callable[..., Any]] = {"play": play, "serve": serve}

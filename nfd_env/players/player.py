@@ -25,7 +25,10 @@ class Player(Protocol):
             environments with; None for one that takes the frames of any world.
     """
 
-    spec: AgentSpec | None
+    @property
+    def spec(self) -> AgentSpec | None:
+        """See the class."""
+        ...
 
     def reset(self, n: int, seed: int | None = None) -> None:
         """New episodes begin in ``n`` environments; ``seed`` makes the choices repeatable."""

@@ -94,7 +94,7 @@ def parse(text: str) -> Message:
         return Key(key_name(key), bool(down), _number(message, "n"))
     if kind == "axis":
         value = message.get("v")
-        if not _is_number(value) or not -1 <= value <= 1:
+        if value is None or not _is_number(value) or not -1 <= value <= 1:
             raise BadMessage("axis takes i, an entry of the action, and v, from -1 to 1")
         return Tilt(_number(message, "i"), float(value), _number(message, "n"))
     if kind == "ack":
