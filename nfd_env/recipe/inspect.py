@@ -22,6 +22,7 @@ from nfd_env.recipe.plan import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
 from nfd_env.sources.keys import default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
+from nfd_env.video import write_png
 
 _LOOKED_AT = 24  # steps that are played to see the game
 _PLAYED_TO_THE_END = 1500  # steps at most, to see how the game shows an end
@@ -96,8 +97,7 @@ def write_game(
         raise FileExistsError(f"{path} is there already; name another file with -o, or remove it")
     _, text, preview = inspect_game(env_id, kwargs, imports)
     picture = path.with_suffix(".png")
-    with atomic_write(picture) as temporary:
-        cv2.imwrite(str(temporary), np.ascontiguousarray(preview[..., ::-1]))
+    write_png(picture, preview)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path, picture
