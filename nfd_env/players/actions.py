@@ -73,11 +73,6 @@ class Gaussian(nn.Module):
     beyond a bound is played as the bound, and learned from as it was drawn.
     """
 
-    low: Tensor
-    high: Tensor
-    middle: Tensor
-    scale: Tensor
-
     def __init__(self, space: spaces.Box) -> None:
         """Draw in ``space``."""
         super().__init__()
@@ -90,8 +85,8 @@ class Gaussian(nn.Module):
             # Halved before they are added: the bounds may be the largest numbers that there are.
             middle = np.where(bounded, low / 2 + high / 2, np.clip(np.zeros_like(low), low, high))
             scale = np.where(bounded, high / 2 - low / 2, np.ones_like(low))
-        for name, value in (("low", low), ("high", high), ("middle", middle), ("scale", scale)):
-            self.register_buffer(name, torch.from_numpy(value), persistent=False)
+        # No buffers: those lose their precision where a network is turned into float32.
+        self._numbers = [torch.from_numpy(value) for value in (low, high, middle, scale)]
         self.outputs = len(low)
         self.log_std = nn.Parameter(torch.full((self.outputs,), _LOG_STD))
 
@@ -112,6 +107,6 @@ class Gaussian(nn.Module):
 
     def playable(self, raw: Tensor) -> Tensor:
         """Raw actions -> actions of the space, (B, n), whole numbers where it has such only."""
-        action = self.middle + self.scale * raw
-        action = torch.minimum(torch.maximum(action, self.low), self.high)
+        low, high, middle, scale = (value.to(raw.device) for value in self._numbers)
+        action = torch.minimum(torch.maximum(middle + scale * raw, low), high)
         return action.round().long() if self.integers else action

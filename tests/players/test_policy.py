@@ -98,7 +98,8 @@ def test_numbers_lie_in_the_box(space: spaces.Box) -> None:
     torch.testing.assert_close(entropy, normal.entropy())
     greedy = network.playable(network.act(stack, greedy=True)[0])
     assert all(a.numpy().astype(space.dtype) in space for a in greedy)
-    kept = load_saved(network)
+    kept = load_saved(network).float()
+    assert all(a.numpy().astype(space.dtype) in space for a in kept.playable(raw))
     torch.testing.assert_close(kept(stack)[0], network(stack)[0])
     torch.testing.assert_close(kept.actions.log_std, network.actions.log_std)
 
