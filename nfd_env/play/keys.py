@@ -267,10 +267,12 @@ class Keymap:
             if name is not None and axis.low < axis.high:
                 axes[name] = axis.entry
         cross = {f"dp{key}": key for key in ("left", "right", "up", "down") if key in self.keys}
+        cross_keys = set(cross.values())
+        reached = {b.label for b in self.bindings if len(b.keys) == 1 and b.keys <= cross_keys}
         rest: dict[str, str] = {}
         for binding in self.bindings:
             tilts = self.axes and self.names.index(binding.label) // 2 in axes.values()
-            if len(binding.keys) == 1 and not binding.keys & set(cross.values()) and not tilts:
+            if len(binding.keys) == 1 and binding.label not in reached and not tilts:
                 rest.setdefault(binding.label, *binding.keys)
         names = ("a", "b", "x", "y", "lb", "rb", "lt", "rt", "ls", "rs")
         free = [name for name in names if name not in axes]

@@ -127,7 +127,7 @@ def test_a_malformed_request_is_one_line_in_the_log(caplog):
                 b"A\r\nB\n\n\r\n\r\n",
             ):
                 answer = await talk(server, text + b"\r\n\r\n")
-                assert answer.startswith(b"HTTP/1.1 400") and b"nosniff" in answer
+                assert b" 400 " in answer[:20] and b"nosniff" in answer
             big = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n"
             assert b" 400 " in (await talk(server, big))[:30]
 
