@@ -1,4 +1,3 @@
-import argparse
 import asyncio
 import gc
 import json
@@ -12,7 +11,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp")
 
-from nfd_env.play import commands  # noqa: E402
+from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.play.web import protocol  # noqa: E402
 from nfd_env.play.web.access import is_loopback  # noqa: E402
 from nfd_env.play.web.client import Limits  # noqa: E402
@@ -396,27 +395,27 @@ def test_two_players_of_one_world_have_worlds_of_their_own(tmp_path):
 
 
 def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
-    parser = argparse.ArgumentParser()
-    commands.add_arguments("serve", parser)
-    assert commands.run("serve", parser.parse_args(["NoSuchWorld"])) == 2
+    assert nfd(["serve", "NoSuchWorld"]) == 1
     said = capsys.readouterr().err
     assert "unknown world 'NoSuchWorld'" in said and said.count("\n") == 1
     world = str(make_tiny_world(tmp_path / "tiny"))
 
     async def main():
         async with Running() as (server, _):
-            arguments = parser.parse_args([world, "--port", str(server.port), "--device", "cpu"])
-            return await asyncio.to_thread(commands.run, "serve", arguments)
+            arguments = ["serve", world, "--port", str(server.port), "--device", "cpu"]
+            return await asyncio.to_thread(nfd, arguments)
 
-    assert run(main) == 2
+    assert run(main) == 1
     said = capsys.readouterr().err
     assert "choose another with --port" in said and said.count("\n") == 1
     for wrong, meant in (
         (["--port", "70000"], "65535"),
         (["--port", "0", "--host", "203.0.113.7"], "choose another with --host"),
         (["--port", "0", "--max-clients", "0"], "max_clients"),
+        (["--port", "0", "--allow-origin", "*"], "allowed origin"),
+        (["--port", "0", "--token-file", str(tmp_path / "nothing")], "nothing"),
     ):
-        assert commands.run("serve", parser.parse_args([world, "--device", "cpu", *wrong])) == 2
+        assert nfd(["serve", world, "--device", "cpu", *wrong]) == 1
         said = capsys.readouterr().err
         assert meant in said and said.count("\n") == 1
 

@@ -1,4 +1,3 @@
-import argparse
 import subprocess
 import sys
 
@@ -9,9 +8,9 @@ from gymnasium import spaces
 
 pygame = pytest.importorskip("pygame")
 
+from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.envs.single_env import NFDEnv  # noqa: E402
-from nfd_env.play import commands  # noqa: E402
 from nfd_env.play.keys import Keymap  # noqa: E402
 from nfd_env.play.session import Session  # noqa: E402
 from nfd_env.play.slots import Slots  # noqa: E402
@@ -184,12 +183,10 @@ def test_gymnasiums_own_player_takes_our_env(world):
 def test_no_display_is_one_clear_message(world, monkeypatch, capsys):
     monkeypatch.setenv("SDL_VIDEODRIVER", "x11")
     monkeypatch.delenv("DISPLAY", raising=False)
-    parser = argparse.ArgumentParser()
-    commands.add_arguments("play", parser)
-    assert commands.run("play", parser.parse_args([str(world), "--device", "cpu"])) == 2
+    assert nfd(["play", str(world), "--device", "cpu"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("nfd play: no window can be opened") and said.count("\n") == 1
-    assert commands.run("play", parser.parse_args(["NoSuchWorld"])) == 2
+    assert said.startswith("nfd: no window can be opened") and said.count("\n") == 1
+    assert nfd(["play", "NoSuchWorld"]) == 1
     assert "unknown world 'NoSuchWorld'" in capsys.readouterr().err
 
 
