@@ -118,5 +118,5 @@ def test_it_plays_through_resets(make_world: Callable[..., Path]) -> None:
             *_,
         ) = env.step([t % 3, 1, 2])
         torch.testing.assert_close(observation[:1], alone.step([t % 3])[0], **CLOSE)
-        ends += int(env._ended.sum())
+        ends += int(env._now.ended.sum())
     assert ends > 3

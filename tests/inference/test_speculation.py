@@ -585,10 +585,10 @@ def test_rewards_hazards_and_ends_inside_a_joint_skip(hasty_world: Path, frames:
             total, alive = np.zeros(3), np.ones(3, bool)
             survival, last = np.ones(3), latents.copy()
             for k in range(skip):
-                single._ended[:] = False
-                assert single._state is not None
+                assert single._now is not None
+                single._now.ended[:] = False
                 codes = single.world.codec.encode(torch.tensor(action))
-                made = advance(single.model, single._state, codes, 1, alive.copy())
+                made = advance(single.model, single._now.world, codes, 1, alive.copy())
                 total[alive] += made.reward.numpy()[alive]
                 survival[alive] *= 1 - made.hazard.numpy()[alive]
                 last[alive] = made.latents.numpy()[alive]
