@@ -53,7 +53,7 @@ from nfd_env.training.latent_stage import (
 
 @dataclass(frozen=True)
 class DistillTrainingConfig(LatentTrainingConfig):
-    """The config file of ``nfd train distill``, see also ``LatentTrainingConfig``.
+    """What to train the student on, and how; see also ``LatentTrainingConfig``.
 
     Attributes:
         teacher: the finished flow model's weights.
@@ -342,6 +342,6 @@ def load_teacher(path: str) -> Dynamics:
     if not path or not Path(path).expanduser().is_file():
         raise CheckpointError(
             f"{path or 'teacher'}: no such checkpoint; distilling needs a trained flow model, "
-            "so run `nfd train flow CONFIG` first, or name another one with teacher=PATH"
+            "so train the flow stage first, or name another one as teacher"
         )
     return load_weights(Path(path).expanduser(), Dynamics, DynamicsConfig)

@@ -129,7 +129,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
         reason = f"lacks the latents of {missing} of {len(counts)} shards of {recordings.folder}"
     else:
         return
-    raise NotEncodedError(f"{latents} {reason}: run `nfd train encode CONFIG` first")
+    raise NotEncodedError(f"{latents} {reason}: run the stage encode first")
 
 
 def _frames_of(recordings: RecordedDataset) -> dict[Path, int]:

@@ -32,7 +32,7 @@ _STEPS = 4  # Euler steps of its rollouts
 
 @dataclass(frozen=True)
 class FlowTrainingConfig(LatentTrainingConfig):
-    """The config file of ``nfd train flow``, see also ``LatentTrainingConfig``.
+    """What to train the flow model on, and how; see also ``LatentTrainingConfig``.
 
     Attributes:
         model: the transformer's sizes; latent shape and action width are those of the recordings.

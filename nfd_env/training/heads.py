@@ -26,7 +26,7 @@ _END_WEIGHT = 30.0
 
 @dataclass(frozen=True)
 class HeadsTrainingConfig(LatentTrainingConfig):
-    """The config file of ``nfd train heads``, see also ``LatentTrainingConfig``.
+    """What to train the heads on, and how; see also ``LatentTrainingConfig``.
 
     Attributes:
         width: width of the recurrent state.

@@ -42,7 +42,7 @@ class LatentTrainingConfig:
     Attributes:
         recordings: the data-set folder.
         tokenizer: the finished tokenizer's weights.
-        latents: folder of the latents that ``nfd train encode`` made of the recordings.
+        latents: folder of the latents that ``encode`` has made of the recordings.
         train: the loop's settings.
     """
 

@@ -29,7 +29,7 @@ _STATISTICS, _STATISTICS_OF_VALIDATION = 4096, 512
 
 @dataclass(frozen=True)
 class TokenizerTrainingConfig:
-    """The config file of ``nfd train tokenizer``.
+    """What to train the tokenizer on, and how.
 
     Attributes:
         recordings: the data-set folder.

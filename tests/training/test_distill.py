@@ -288,7 +288,9 @@ def test_silenced_levels_stay_silent_in_training(make: Make) -> None:
 
 @pytest.mark.parametrize("teacher", ["", "no/such/model.safetensors"])
 def test_no_teacher(make: Make, teacher: str) -> None:
-    with pytest.raises(CheckpointError, match="distilling needs a trained flow model.*train flow"):
+    with pytest.raises(
+        CheckpointError, match="distilling needs a trained flow model.*train the flow"
+    ):
         DistillStage(make(teacher=teacher))
 
 

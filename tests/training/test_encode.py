@@ -38,7 +38,7 @@ def check(plan: EncodeConfig) -> None:
 def test_it_goes_on_and_starts_over_for_another_tokenizer(
     plan: EncodeConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(NotEncodedError, match="latents holds no latents: run `nfd train encode"):
+    with pytest.raises(NotEncodedError, match="latents holds no latents: run the stage encode"):
         check(plan)
     encode(plan, progress=False)
     check(plan)

@@ -180,13 +180,12 @@ def test_pictures_that_move_and_edges_are_judged(tokenizer: Trained, recordings:
     moved = (stage._before != stage._held_out).any(-1).numpy()
     error = ((made - stage._held_out.numpy()) ** 2)[moved].mean()
     assert metrics["moving_psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
-    assert metrics["moving_psnr"] < metrics["psnr"]
     # A perfect copy.
     perfect = stage._held_out.numpy()
     stage._reconstruct = lambda network, frames: perfect  # type: ignore[method-assign]
     metrics = stage.validate(network)
     del stage._reconstruct
-    assert metrics["sharpness"] == metrics["gradient_correlation"] == 1
+    assert metrics["sharpness"] == 1 and metrics["gradient_correlation"] == pytest.approx(1)
     assert metrics["moving_psnr"] == np.inf
 
 
@@ -378,7 +377,7 @@ def test_heads_tell_signals(folder: Path, told: Path, tokenizer: Trained) -> Non
         frames=20,
         signal_weight=1.0,
     )
-    with pytest.raises(NotEncodedError, match="told_latents holds no latents: run `nfd train enc"):
+    with pytest.raises(NotEncodedError, match="told_latents holds no latents: run the stage enc"):
         HeadsStage(plan)
     encode(EncodeConfig(plan.recordings, plan.tokenizer, plan.latents), progress=False)
     stage = HeadsStage(plan)
