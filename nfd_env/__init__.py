@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nfd_env.worlds.load import World, load_world, make_real
 
 __version__ = "0.1.0"
-__all__ = ["NFDEnv", "NFDVectorEnv", "World", "load_world", "make_real"]
+__all__ = ["NFDEnv", "NFDVectorEnv", "World", "__version__", "load_world", "make_real"]
 
 _WHERE = {
     "NFDEnv": "nfd_env.envs.single_env",
@@ -35,6 +35,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'nfd_env' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also before they are imported."""
+    return sorted(__all__)
 
 
 def _after_fork() -> None:

@@ -160,7 +160,7 @@ class Browser:
         try:  # its own process group: helpers too
             os.killpg(self._process.pid, signal.SIGTERM)
             await asyncio.wait_for(self._process.wait(), 10)
-        except (ProcessLookupError, asyncio.TimeoutError):
+        except (TimeoutError, ProcessLookupError):
             pass
         shutil.rmtree(self._profile, ignore_errors=True)
 

@@ -50,7 +50,7 @@ async def serving():
         assert process.stdout is not None
         try:
             line = await asyncio.wait_for(process.stdout.readline(), 30)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pytest.skip(BUSY)
         yield ServerProcess(process, line.split()[2].decode())
     finally:

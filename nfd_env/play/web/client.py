@@ -172,7 +172,7 @@ async def part(socket: web.WebSocketResponse, code: int, why: str) -> None:
             message = {"t": "bye", "code": code, "why": why}
             await asyncio.wait_for(socket.send_json(message), _GOODBYE_SECONDS)
             await socket.close(code=code, message=why.encode()[:120])
-    except (ConnectionError, RuntimeError, asyncio.TimeoutError):
+    except (TimeoutError, ConnectionError, RuntimeError):
         pass
 
 
