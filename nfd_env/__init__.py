@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nfd_env.worlds.load import World, load_world, make_real
 
 __version__ = "0.1.0"
-__all__ = ["NFDEnv", "NFDVectorEnv", "World", "__version__", "load_world", "make_real"]
+__all__ = ["NFDEnv", "NFDVectorEnv", "World", "load_world", "make_real"]
 
 _WHERE = {
     "NFDEnv": "nfd_env.envs.single_env",
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, also before they are imported."""
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])
 
 
 def _after_fork() -> None:

@@ -76,8 +76,8 @@ def test_the_source_distribution_is_the_repository(
 
 
 def test_the_public_names_are_shown_and_there() -> None:
-    assert dir(nfd_env) == sorted(nfd_env.__all__)
-    assert {"NFDEnv", "NFDVectorEnv", "load_world", "make_real", "World"} <= set(dir(nfd_env))
+    shown = {"NFDEnv", "NFDVectorEnv", "World", "__version__", "load_world", "make_real"}
+    assert set(dir(nfd_env)) == shown == {*nfd_env.__all__, "__version__"}
     for name in nfd_env.__all__:
         assert getattr(nfd_env, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):
