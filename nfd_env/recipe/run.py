@@ -448,7 +448,8 @@ class Recipe:
                 "teacher": "",
                 "sampling": {**teacher, "steps": 8},
             }
-        return {name: value for name, value in values.items() if name not in self.game.export}
+        own = {name: given for name, given in self.game.export.items() if name in values}
+        return planning.merged(values, own)
 
 
 def recordings_digest(recordings: RecordedDataset) -> str:

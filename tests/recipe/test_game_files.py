@@ -1,0 +1,65 @@
+"""The game files that come along say nothing that their stages would refuse hours later."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nfd_env import config
+from nfd_env.named import import_named
+from nfd_env.recipe.game import load_game
+from nfd_env.recipe.measure import GameMeasures
+from nfd_env.recipe.plan import settings
+from nfd_env.recipe.run import Recipe, StageRecord
+from nfd_env.training.distill import DistillTrainingConfig
+from nfd_env.training.export import ExportConfig
+from nfd_env.training.flow import FlowTrainingConfig
+from nfd_env.training.heads import HeadsTrainingConfig
+from nfd_env.training.tokenizer import TokenizerTrainingConfig
+
+FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"), key=lambda path: path.stem)
+STAGES = {
+    "tokenizer": TokenizerTrainingConfig,
+    "flow": FlowTrainingConfig,
+    "heads": HeadsTrainingConfig,
+    "distill": DistillTrainingConfig,
+    "export": ExportConfig,
+}
+
+
+def measures(frame_size: list[int]) -> GameMeasures:
+    values = dict.fromkeys((field.name for field in fields(GameMeasures)), 400)
+    return GameMeasures(**{**values, "frame_size": frame_size, "small": 6.0, "moved": 0.02})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_stage_takes_the_settings_of_the_game_file(path: Path) -> None:
+    game = load_game(path)
+    plan = settings(game, measures(game.source.size), "cpu", action_width=3)
+    made = {
+        name: config.from_mapping(kind, getattr(plan, name), name) for name, kind in STAGES.items()
+    }
+    flow, tokenizer = made["flow"], made["tokenizer"]
+    assert tokenizer.model.latent_channels == flow.model.latent_channels
+    levels = len(tokenizer.model.encoder_channels)
+    assert game.source.size == [side << levels for side in flow.model.latent_shape[1:]]
+    for policy in game.policies:
+        if ":" in policy.policy:
+            assert callable(import_named(policy.policy))
+    assert not game.signals or callable(import_named(game.signals))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_part_of_the_sampling_leaves_the_rest_derived(steps: int) -> None:
+    path = next(path for path in FILES if path.stem == "doom_take_cover")
+    game = load_game(path)
+    plan = settings(game, measures(game.source.size), "cpu", action_width=3)
+    record = StageRecord("", extra={"sampling_steps": steps})
+    recipe = SimpleNamespace(game=game, records={"distill": record}, folder=game.run_folder)
+    sampling = Recipe._sampling(recipe, plan)["sampling"]  # type: ignore[arg-type]
+    assert sampling["temperature"] == game.export["sampling"]["temperature"] != 1
+    expected = (1, "consistency") if steps else (8, "dpm_solver_pp")
+    assert (sampling["steps"], sampling["sampler"]) == expected
