@@ -5,44 +5,85 @@ PyAV, OpenCV and Pillow are imported where they are used: a world loads and step
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from nfd_env.files import atomic_write
 
 
-def write_mp4(
-    path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18, exact: bool = False
-) -> Path:
-    """Write uint8 RGB frames (H, W, 3) of even size as H.264.
+@contextmanager
+def mp4_writer(
+    target: str | Path | IO[bytes],
+    fps: float,
+    size: tuple[int, int] | None = None,
+    crf: int = 18,
+    exact: bool = False,
+    pixelated: bool = False,
+    live: bool = False,
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that appends a frame, uint8 RGB (H, W, 3), to an H.264 MP4.
+
+    The file is there, whole, when the block has ended; after an error or a kill ``target`` is what
+    it was before.
 
     Args:
-        path: the file to write.
-        frames: all of one shape.
+        target: the file to write, or an open binary one.
         fps: frames a second.
+        size: even (width, height) that frames are scaled to; None for that of the first frame.
         crf: quality, lower is better.
         exact: keep full colour resolution (yuv444p), which browsers do not show.
+        pixelated: scale with hard edges.
+        live: spend little time, on one core, because something is played meanwhile.
+
+    Raises:
+        ValueError: when the block ends without a frame.
+        OSError: when the file cannot be written.
     """
     import av
+    from av.video.reformatter import Interpolation
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, av.open(str(temporary), "w") as container:
-        stream = None
-        for frame in frames:
+    pixels = "yuv444p" if exact else "yuv420p"
+    how = Interpolation.POINT if pixelated else Interpolation.BICUBIC
+    stream: Any = None
+    with ExitStack() as stack:
+        opened: Any = target
+        if isinstance(target, str | Path):
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            opened = str(stack.enter_context(atomic_write(target)))
+        container = stack.enter_context(av.open(opened, "w", format="mp4"))
+
+        def append(frame: np.ndarray) -> None:
+            nonlocal stream
             if stream is None:
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv444p" if exact else "yuv420p"
-                stream.options = {"crf": str(crf)}
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                stream.width, stream.height = size or frame.shape[1::-1]
+                stream.pix_fmt, stream.options = pixels, {"crf": str(crf)}
+                if live:
+                    stream.codec_context.thread_count = 1
+                    stream.options = {"crf": str(crf), "preset": "veryfast"}
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+            if size is not None:
+                picture = picture.reformat(*size, pixels, interpolation=how)
+            container.mux(stream.encode(picture))
+
+        yield append
         if stream is None:
-            raise ValueError(f"{path}: no frames to write")
+            raise ValueError(f"{target}: no frames to write")
         container.mux(stream.encode())
-    return path
+
+
+def write_mp4(
+    target: str | Path | IO[bytes], frames: Iterable[np.ndarray], fps: float, **kwargs: Any
+) -> None:
+    """Write a whole MP4 of frames of even size; see ``mp4_writer`` for the other arguments."""
+    with mp4_writer(target, fps, **kwargs) as append:
+        for frame in frames:
+            append(frame)
 
 
 def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Path:
@@ -52,9 +93,9 @@ def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Pat
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [Image.fromarray(f).quantize(64, dither=Image.Dither.NONE) for f in frames]
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
-    )
+    kwargs: dict[str, Any] = {"append_images": images[1:], "duration": round(1000 / fps), "loop": 0}
+    with atomic_write(path) as temporary:
+        images[0].save(temporary, "GIF", save_all=True, **kwargs)
     return path
 
 

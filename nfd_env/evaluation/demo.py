@@ -94,7 +94,8 @@ def demo(
             aspect,
         )
 
-    video = write_mp4(folder / "demo.mp4", (picture(i) for i in range(len(made))), loaded.spec.fps)
+    video = folder / "demo.mp4"
+    write_mp4(video, (picture(i) for i in range(len(made))), loaded.spec.fps)
     picks = np.linspace(0, len(made) - 1, 6).astype(int)
     strip = write_png(folder / "demo.png", np.concatenate([picture(int(i)) for i in picks]))
     if gif:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from nfd_env.files import atomic_write
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -36,6 +37,5 @@ def replace_between_markers(path: str | Path, name: str, content: str) -> None:
     path = Path(path)
     begin, end = check_markers(path, name)
     text = path.read_text()
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(f"{text[:begin]}\n{content.strip()}\n{text[end:]}")
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{text[:begin]}\n{content.strip()}\n{text[end:]}")

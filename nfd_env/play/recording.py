@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable
-from fractions import Fraction
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -16,6 +16,9 @@ from nfd_env.data.episode import Episode
 from nfd_env.data.shards import DatasetSpec, ShardWriter
 from nfd_env.play.game import Outcome
 from nfd_env.spaces import ActionCodec, space_to_dict
+from nfd_env.video import mp4_writer
+
+_CRF = 19  # of films of a play; 18 is about where loss begins to be seen
 
 
 def display_size(
@@ -39,45 +42,22 @@ def display_size(
 
 
 class VideoFile:
-    """An H.264 MP4 file that is written while playing; encoding happens on another thread."""
+    """An MP4 that is written while playing; encoding happens on another thread."""
 
     def __init__(
-        self,
-        target: str | Path | IO[bytes],
-        fps: float,
-        size: tuple[int, int],
-        pixelated: bool = False,
+        self, path: str | Path, fps: float, size: tuple[int, int], pixelated: bool = False
     ) -> None:
-        """Open ``target`` for frames of ``size`` (width, height), both even.
-
-        With ``pixelated`` they are enlarged with hard edges.
-
-        Raises:
-            OSError: when the file cannot be written.
-        """
-        import av
-
-        if isinstance(target, str | Path):
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            target = str(target)
-        self._size, self._pixelated = size, pixelated
-        self._container = av.open(target, "w", format="mp4")
-        rate = Fraction(fps).limit_denominator(1000)
-        self._stream = self._container.add_stream("libx264", rate=rate)
-        self._stream.width, self._stream.height = size
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.thread_count = 1
-        self._stream.options = {"crf": "19", "preset": "veryfast"}
+        """Begin; see ``nfd_env.video.mp4_writer``, also for what is raised."""
+        self._writing = mp4_writer(path, fps, size, _CRF, pixelated=pixelated, live=True)
+        self._append = self._writing.__enter__()  # here, for the caller is to know of errors
         self._frames: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=600)
-        self._error: BaseException | None = None
-        self.count = 0
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="video", daemon=True)
         self._thread.start()
 
     def add(self, frame: np.ndarray) -> None:
         """Append a frame, uint8 (H, W, 3) of any size."""
         self._frames.put(frame)
-        self.count += 1
 
     def close(self) -> None:
         """Finish the file.
@@ -91,37 +71,20 @@ class VideoFile:
             raise OSError(f"the video could not be written: {self._error}")
 
     def _run(self) -> None:
-        import av
-        from av.video.reformatter import Interpolation
-
+        frames = self._added()
         try:
-            while (frame := self._frames.get()) is not None:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
-                how = Interpolation.POINT if self._pixelated else Interpolation.BICUBIC
-                shown = picture.reformat(*self._size, "yuv420p", interpolation=how)
-                for packet in self._stream.encode(shown):
-                    self._container.mux(packet)
-            for packet in self._stream.encode(None):
-                self._container.mux(packet)
-            self._container.close()
+            with ExitStack() as stack:
+                stack.push(self._writing)
+                for frame in frames:
+                    self._append(frame)
         except Exception as error:
             self._error = error
-            while self._frames.get() is not None:
+            for _ in frames:  # whoever adds does not wait for ever
                 pass
 
-
-def write_video(
-    target: str | Path | IO[bytes],
-    frames: Iterable[np.ndarray],
-    fps: float,
-    size: tuple[int, int],
-    pixelated: bool = False,
-) -> None:
-    """Write a whole MP4; see ``VideoFile``."""
-    video = VideoFile(target, fps, size, pixelated)
-    for frame in frames:
-        video.add(frame)
-    video.close()
+    def _added(self) -> Iterator[np.ndarray]:
+        while (frame := self._frames.get()) is not None:
+            yield frame
 
 
 class PlayRecorder:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from nfd_env.play.game import Game
-from nfd_env.play.recording import display_size, write_video
+from nfd_env.play.recording import display_size
+from nfd_env.video import write_mp4
 
 # Small pictures of games have hard edges of pure colours: little loss, no colour subsampling.
 _QUALITY = 92
@@ -33,5 +34,5 @@ def film(jpegs: Sequence[bytes], game: Game) -> bytes:
     target = io.BytesIO()
     pixelated = game.display == "pixelated"
     size = display_size(first.shape, game.display_aspect, 288, pixelated)
-    write_video(target, frames(), game.fps, size, pixelated)
+    write_mp4(target, frames(), game.fps, size=size, pixelated=pixelated, live=True)
     return target.getvalue()
