@@ -138,6 +138,9 @@ def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
     def start() -> int:
         child = os.fork()
         if child == 0:
+            # Whoever started the tests may ignore some of them, as a shell does for "command &".
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             try:
                 for seed in itertools.cycle((2, 1)):
                     make_tiny_world(tmp_path / "world", seed=seed)
