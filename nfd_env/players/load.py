@@ -21,6 +21,8 @@ from nfd_env.players.player import (
 )
 from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from nfd_env.spaces import CountedFromZero
+from nfd_env.worlds.checksums import verify_listed
+from nfd_env.worlds.format import AGENTS
 from nfd_env.worlds.load import find_world, shipped_worlds
 
 SPEC_ATTRIBUTE = "nfd_spec"  # of a saved Stable-Baselines3 model
@@ -34,9 +36,7 @@ def shipped_agents() -> dict[str, Path]:
 
 def agents_of(world: str | PathLike[str]) -> dict[str, Path]:
     """Names and files of the agents that lie in a world's folder, under ``agents/``."""
-    return {
-        path.stem: path for path in sorted((find_world(world) / "agents").glob("*.safetensors"))
-    }
+    return {path.stem: path for path in sorted((find_world(world) / AGENTS).glob("*.safetensors"))}
 
 
 def find_agent(agent: str | PathLike[str], world: str | PathLike[str] | None = None) -> str:
@@ -55,7 +55,9 @@ def find_agent(agent: str | PathLike[str], world: str | PathLike[str] | None = N
         return text
     known = shipped_agents() | (agents_of(world) if world is not None else {})
     if text in known:
-        return str(known[text])
+        path = known[text]
+        verify_listed(path.parents[1], f"{AGENTS}/{path.name}")
+        return str(path)
     raise AgentError(
         f"unknown agent {text!r}: neither a file (.safetensors, .zip), nor random, nor the "
         f"module:Class of a policy, nor an agent of a world "

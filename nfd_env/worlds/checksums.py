@@ -28,7 +28,10 @@ def write_checksums(folder: str | os.PathLike[str]) -> None:
     For a world from before there were checksums, or one that was edited on purpose.
     """
     folder = Path(folder)
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name[0] != ".")
+    files = [*folder.iterdir(), *folder.glob("*/*.safetensors")]
+    names = sorted(
+        p.relative_to(folder).as_posix() for p in files if p.is_file() and p.name[0] != "."
+    )
     sums = {name: sha256(folder / name) for name in names if name != CHECKSUMS}
     with atomic_write(folder / CHECKSUMS) as temporary:
         temporary.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
@@ -62,13 +65,22 @@ def verify(folder: Path, *names: str) -> None:
             )
 
 
+def verify_listed(folder: Path, name: str) -> None:
+    """The same of one file that may have been added since; then nothing is known of it."""
+    if name in (_read(folder) or {}):
+        verify(folder, name)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal digits; computed anew when size or time have changed."""
     status = path.stat()
     key = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
     if key not in _known:
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        _known[key] = digest.hexdigest()
     return _known[key]
 
 

@@ -49,6 +49,7 @@ from nfd_env.worlds.clip import Clip, save_clip
 from nfd_env.worlds.starts import save_starts
 
 FORMAT = 1
+AGENTS = "agents"  # sub-folder of agents that were trained in the world
 NETWORKS = ("tokenizer", "dynamics", "heads", "teacher")
 DISPLAYS = ("smooth", "pixelated")
 
@@ -239,6 +240,8 @@ def save_world(
             for name, values in (("world", config.to_dict(spec)), ("provenance", provenance)):
                 text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
                 (temporary / f"{name}.yaml").write_text(text, encoding="utf-8")
+            if (folder / AGENTS).is_dir():  # they know which world they fit, and are refused else
+                shutil.copytree(folder / AGENTS, temporary / AGENTS)
             write_checksums(temporary)
             read_spec(temporary)  # what cannot be read must not replace what can
             if folder.exists():
