@@ -136,6 +136,7 @@ def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
     started = []
 
     def start() -> int:
+        parent = os.getpid()
         child = os.fork()
         if child == 0:
             # Whoever started the tests may ignore some of them, as a shell does for "command &".
@@ -143,6 +144,8 @@ def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
                 signal.signal(number, signal.SIG_DFL)
             try:
                 for seed in itertools.cycle((2, 1)):
+                    if os.getppid() != parent:
+                        break
                     make_tiny_world(tmp_path / "world", seed=seed)
             finally:
                 os._exit(0)
