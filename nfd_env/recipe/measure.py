@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
+from skimage.measure import label
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 
@@ -67,8 +67,8 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
         shares.append(moved.mean())
         squares += float((difference[moved].astype(np.float64) ** 2).sum())
         count += 3 * int(moved.sum())
-        _, _, stats, _ = cv2.connectedComponentsWithStats(moved.astype(np.uint8), connectivity=8)
-        sides += [float(np.sqrt(area)) for area in stats[1:, cv2.CC_STAT_AREA] if area > 1]
+        areas = np.bincount(label(moved, connectivity=2).ravel())[1:]
+        sides += [float(np.sqrt(area)) for area in areas if area > 1]
     if not count:
         raise RecordingError(
             f"{recordings.folder}: nothing moves in the recorded frames; check source.frames, "
