@@ -98,9 +98,14 @@ class Ownership:
             self.release()
             raise FolderError(f"{folder} cannot be written to: {_reason(error)}") from None
 
+    @property
+    def held(self) -> bool:
+        """Whether it has not been given back."""
+        return self._lock.is_locked
+
     def release(self) -> None:
         """Give it back; what is still to be written belongs to somebody else now."""
-        if self._lock.is_locked:
+        if self.held:
             with suppress(OSError):
                 self._owner.unlink(missing_ok=True)
             self._lock.release()

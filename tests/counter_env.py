@@ -16,8 +16,8 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env import config
-from nfd_env.data.collect import record_episode
 from nfd_env.data.policies import RandomHeld
+from nfd_env.data.record import record_episode
 from nfd_env.data.shards import DatasetSpec, ShardWriter
 from nfd_env.sources.source import SourceConfig, make_source
 from nfd_env.spaces import space_to_dict
@@ -131,11 +131,11 @@ def record_counter_episodes(
     spec = dataset_spec(config.to_dict(settings))
     spec.save(folder)
     env = make_source(settings)
-    shards = ShardWriter(folder, spec, writer, frames_per_shard)
-    for number in range(first, first + episodes):
-        split = "validation" if number % validation_every == 0 else "train"
-        policy = RandomHeld(1, 4)
-        shards.add(record_episode(env, policy, number, 1000, policy="held", split=split))
+    with ShardWriter(folder, spec, writer, frames_per_shard) as shards:
+        for number in range(first, first + episodes):
+            split = "validation" if number % validation_every == 0 else "train"
+            policy = RandomHeld(1, 4)
+            shards.add(record_episode(env, policy, number, 1000, policy="held", split=split))
     env.close()
 
 

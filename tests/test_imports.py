@@ -23,6 +23,7 @@ BASE = {
     "nfd_env.spaces",
     "nfd_env.precision",
     "nfd_env.files",
+    "nfd_env.stopping",
     "nfd_env.devices",
     "nfd_env.metrics",
     "nfd_env.video",
@@ -39,6 +40,7 @@ TRAINING = WORLDS | RECORDINGS | {"nfd_env.training"}
 ALLOWED = {
     "nfd_env.config": set(),
     "nfd_env.files": set(),
+    "nfd_env.stopping": set(),
     "nfd_env.named": set(),
     "nfd_env.spaces": {"nfd_env.config"},
     "nfd_env.precision": set(),

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import shutil
 import signal
-import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 from tqdm import tqdm
 
 from nfd_env import config
 from nfd_env.data.episode import Episode
-from nfd_env.data.policies import BehaviourPolicy, make_policy
+from nfd_env.data.layout import shard_folders, writer_of
+from nfd_env.data.policies import RandomHeld, make_policy
+from nfd_env.data.record import record_episode
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, ShardWriter
-from nfd_env.named import import_named
-from nfd_env.sources.source import SourceConfig, make_source
+from nfd_env.data.summary import save_contact_sheet
+from nfd_env.data.worker import (
+    FAILURES_IN_ROW,
+    close,
+    described,
+    load_signals,
+    work,
+    writer_name,
+)
+from nfd_env.files import FolderError, make_folder, owned_folder
+from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.spaces import ActionCodec, space_to_dict
+from nfd_env.stopping import StopRequest, stopping
+
+_PROBED = 2  # steps that tell whether an environment can be recorded at all
+_CLOSING = 10.0  # seconds that a worker may take to close its game
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,13 @@ class PolicyConfig:
     share: float = 1.0
     kwargs: dict[str, Any] = field(default_factory=dict)
     mistakes: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.share < math.inf:
+            raise config.ConfigError(f"share > 0 is needed, got {self.share}")
+        if not 0 <= self.mistakes <= 1:
+            raise config.ConfigError(f"mistakes must be a probability, got {self.mistakes}")
 
 
 @dataclass(frozen=True)
@@ -79,224 +100,163 @@ class CollectConfig:
             raise config.ConfigError("frames, workers and max_episode_steps must be at least 1")
         if self.validation_every < 2:
             raise config.ConfigError("validation_every must be at least 2")
-        if not self.policies or any(p.share <= 0 for p in self.policies):
-            raise config.ConfigError("policies must name at least one policy, each with share > 0")
-
-
-# What it returns is described at ``CollectConfig.signals``.
-Signals = Callable[[gymnasium.Env], np.ndarray]
-
-
-def record_episode(
-    env: gymnasium.Env,
-    behaviour: BehaviourPolicy,
-    seed: int,
-    max_steps: int,
-    signals: Signals | None = None,
-    **labels: str,
-) -> Episode:
-    """Play one episode of ``env`` with ``behaviour`` and return it, with ``signals`` of it.
-
-    ``actions[t]`` of the result was chosen on ``frames[t]`` and caused ``frames[t + 1]``.
-
-    Raises:
-        RecordingError: when a signal is neither NaN nor from 0 to 1.
-    """
-    observation, _ = env.reset(seed=seed)
-    behaviour.reset(env, np.random.default_rng(seed))
-    frames, actions, rewards, terminations, truncations = [observation], [], [], [], []
-    told: list[np.ndarray] = []
-    for step in range(max_steps):
-        action = behaviour.act(observation)
-        observation, reward, terminated, truncated, _ = env.step(action)
-        truncated = bool(truncated) or (step + 1 == max_steps and not terminated)
-        actions.append(action)
-        frames.append(observation)
-        rewards.append(reward)
-        terminations.append(bool(terminated))
-        truncations.append(truncated)
-        told.append(np.asarray(signals(env) if signals else (), np.float32))
-        if terminated or truncated:
-            break
-    told_all = np.stack(told)
-    if ((told_all < 0) | (told_all > 1)).any():
-        raise RecordingError(
-            "signals must be from 0 to 1, or NaN where they are not known, got "
-            f"{np.nanmin(told_all):g} to {np.nanmax(told_all):g}"
-        )
-    return Episode(
-        np.stack(frames),
-        np.asarray(actions),
-        np.asarray(rewards, np.float32),
-        np.asarray(terminations),
-        np.asarray(truncations),
-        seed=seed,
-        signals=told_all,
-        **labels,
-    )
+        if self.seed < 0:
+            raise config.ConfigError(f"seed must not be negative, got {self.seed}")
+        if not self.policies:
+            raise config.ConfigError("policies must name at least one policy")
 
 
 def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
     """Record until the data set holds ``settings.frames`` frames; run again to go on.
 
+    INT, TERM and HUP end the workers first. Episodes that fail are noted and left out; see
+    ``nfd_env.data.summary`` for what there is in the end.
+
     Raises:
-        RecordingError: when a worker fails or the folder holds other recordings.
+        RecordingError: when a worker fails or dies, or the folder holds other recordings.
         SourceError: when the real environment cannot be made.
+        FolderInUseError: when another process records into the folder.
+        FolderError: when the folder cannot be written to.
+        ValueError: when there is no such policy or it does not take its arguments.
     """
+    settings = replace(settings, folder=str(Path(settings.folder).expanduser()))
     folder = Path(settings.folder)
-    spec = _spec(settings)
-    spec.save(folder)
-    there = {p.name.split("-")[1] for p in folder.glob("shard-*")}
-    wanted = {_writer(w) for w in range(settings.workers)}
-    if there and there != wanted:
-        raise RecordingError(
-            f"{folder} was recorded with {len(there)} workers; go on with workers={len(there)}"
-        )
-    for name in wanted:  # at once, so that they tell the number of workers from here on
-        (folder / f"shard-{name}-00000").mkdir(exist_ok=True)
+    for policy in settings.policies:
+        make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
+    with stopping() as stop:
+        with stop.at_once():
+            spec = _spec(settings)
+        with owned_folder(make_folder(folder)):
+            spec.save(folder)
+            there = {writer_of(p) for p in shard_folders(folder)}
+            wanted = {writer_name(w) for w in range(settings.workers)}
+            if there and there != wanted:
+                raise RecordingError(
+                    f"{folder} was recorded with {len(there)} workers; go on with "
+                    f"workers={len(there)}"
+                )
+            for name in wanted:  # at once, so that they tell the number of workers from here on
+                (folder / f"shard-{name}-00000").mkdir(exist_ok=True)
+            recorded = RecordedDataset(folder).frame_count
+            _check_room(folder, spec, settings.frames - recorded)
+            with tqdm(
+                total=settings.frames,
+                initial=recorded,
+                unit="frame",
+                disable=not progress,
+                desc="recording",
+            ) as bar:
+                _run_workers(settings, spec, bar, stop)
+            data = RecordedDataset(folder)
+            save_contact_sheet(data)
+    return data
+
+
+def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: StopRequest) -> None:
+    """Record in processes of their own, which all have ended when this returns or raises."""
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", RecordedDataset(folder).frame_count)
-    failures = context.SimpleQueue()
-    processes = [
-        context.Process(
-            target=_worker, args=(settings, spec, w, counter, failures), name=_writer(w)
-        )
-        for w in range(settings.workers)
-    ]
-    bar = tqdm(
-        total=settings.frames,
-        initial=counter.value,
-        unit="frame",
-        disable=not progress,
-        desc="recording",
-    )
+    processes, running = [], {}
     try:
-        for process in processes:
+        for worker in range(settings.workers):
+            reports, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=work, args=(settings, spec, worker, sender), name=writer_name(worker)
+            )
+            processes.append(process)
             process.start()
-        while any(p.is_alive() for p in processes):
-            time.sleep(0.2)
-            bar.update(counter.value - bar.n)
-            if not failures.empty():
-                raise RecordingError(failures.get())
-        if not failures.empty():
-            raise RecordingError(failures.get())
-        bad = [p.name for p in processes if p.exitcode != 0]
-        if bad:
-            raise RecordingError(f"recording worker {', '.join(bad)} died; run again to go on")
+            sender.close()  # so that its end is heard
+            running[reports] = process
+        begun: dict[str, Any] = {}
+        while running:
+            ready: list[Any] = connection.wait(list(running), timeout=0.2)
+            for reports in ready:
+                process = running[reports]
+                try:
+                    kind, value = reports.recv()
+                except Exception:  # it ended, perhaps in the middle of a word
+                    raise RecordingError(_died(settings, spec, process, begun)) from None
+                if kind == "begun":
+                    begun[process.name] = value
+                elif kind == "episode":
+                    bar.update(value)
+                elif kind == "skipped":
+                    bar.write(f"skipped: {value}")
+                elif kind == "failed":
+                    raise RecordingError(value)
+                else:
+                    del running[reports]
+            stop.obey()
     finally:
         for process in processes:
             if process.is_alive():
                 process.terminate()
         for process in processes:
             if process.pid is not None:
-                process.join(10)
+                process.join(_CLOSING)
                 if process.is_alive():
                     process.kill()
                     process.join()
-        bar.update(counter.value - bar.n)
-        bar.close()
-    return RecordedDataset(folder)
 
 
-def _writer(worker: int) -> str:
-    return f"w{worker:02d}"
+def _died(settings: CollectConfig, spec: DatasetSpec, process: Any, begun: dict[str, Any]) -> str:
+    """What to say of a worker that has ended without a word; notes what it died of."""
+    process.join(_CLOSING)
+    code = process.exitcode
+    how = f"ended by itself with status {code}"
+    if code is None:
+        how = "does not answer"
+    elif code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    if process.name in begun:
+        number, seed, policy = begun[process.name]
+        how += f" in its episode of seed {seed}"
+        # Whoever was killed from outside may try again; a game that ends the process would always.
+        if code not in (None, -signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)):
+            with ShardWriter(settings.folder, spec, process.name) as writer:
+                writer.skip(number, seed, policy, f"the recording worker {how}")
+            how += ", which is left out from now on"
+    return f"recording worker {process.name} {how}; run again to go on"
+
+
+def _check_room(folder: Path, spec: DatasetSpec, frames: int) -> None:
+    needed, free = max(0, frames) * int(np.prod(spec.frame_shape)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise FolderError(
+            f"{frames} frames more take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} "
+            "GB left: record fewer or smaller frames"
+        )
 
 
 def _spec(settings: CollectConfig) -> DatasetSpec:
-    signals = _signals(settings.signals)
-    env = make_source(settings.source, **settings.recording_kwargs)
-    try:
-        count = 0
-        if signals:
-            env.reset(seed=0)
-            env.step(env.action_space.sample())
-            count = len(signals(env))
-        fps = float(env.metadata.get("render_fps") or 30)
-        codec = ActionCodec(env.action_space)
-        shape = env.observation_space.shape
-        assert shape is not None
-        return DatasetSpec(
-            frame_shape=(int(shape[0]), int(shape[1]), int(shape[2])),
-            action_shape=codec.shape,
-            action_dtype=str(np.dtype(env.action_space.dtype or np.int64)),
-            action_space=space_to_dict(env.action_space),
-            source=config.to_dict(settings.source),
-            fps=fps,
-            signals=count,
-        )
-    finally:
-        env.close()
-
-
-def _signals(name: str) -> Signals | None:
-    try:
-        return import_named(name) if name else None
-    except ValueError as error:
-        raise RecordingError(f"signals must name a function as module:function: {error}") from None
-
-
-def _worker(
-    settings: CollectConfig, spec: DatasetSpec, worker: int, counter: Any, failures: Any
-) -> None:
-    # Leave through ``finally`` on a stop, so that the environment can end its own processes.
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
-    env = None
-    try:
-        writer = ShardWriter(settings.folder, spec, _writer(worker))
-        mine = [
-            e
-            for e in RecordedDataset(settings.folder)
-            if e.shard.name.split("-")[1] == _writer(worker)
-        ]
-        played = {label: 0 for label in _labels(settings)}
-        total = 0
-        for episode in mine:  # perhaps by policies that are no longer in the mixture
-            total += episode.length + 1
-            if episode.policy in played:
-                played[episode.policy] += episode.length + 1
-        goal = settings.frames // settings.workers + (worker < settings.frames % settings.workers)
+    """What is going to be recorded, from a look at the game: the door for all that is wrong."""
+    signals = load_signals(settings.signals)
+    for attempt in range(FAILURES_IN_ROW):
         env = make_source(settings.source, **settings.recording_kwargs)
-        policies = [make_policy(p.policy, dict(p.kwargs), p.mistakes) for p in settings.policies]
-        signals = _signals(settings.signals)
-        number = len(mine)
-        while total < goal:
-            # The policy that lags most behind its share plays next: resuming needs no more state.
-            labels = list(played)
-            shares = [p.share for p in settings.policies]
-            choice = min(range(len(labels)), key=lambda i: played[labels[i]] / shares[i])
-            seed = int(
-                np.random.SeedSequence([settings.seed, worker, number]).generate_state(1)[0] >> 1
-            )
-            episode = record_episode(
-                env,
-                policies[choice],
-                seed,
-                settings.max_episode_steps,
-                signals,
-                policy=labels[choice],
-                split="validation" if number % settings.validation_every == 0 else "train",
-            )
-            writer.add(episode)
-            played[labels[choice]] += len(episode) + 1
-            total += len(episode) + 1
-            number += 1
-            with counter.get_lock():
-                counter.value += len(episode) + 1
-    except Exception:
-        failures.put(traceback.format_exc())
-    finally:
-        if env is not None:
-            env.close()
+        try:
+            probe = record_episode(env, RandomHeld(), attempt, _PROBED, signals)
+            return _spec_of(settings, env, probe)
+        except (RecordingError, SourceError):
+            raise
+        except (Exception, SystemExit) as error:  # another seed may do
+            if attempt + 1 == FAILURES_IN_ROW:
+                raise RecordingError(
+                    f"{settings.source.env_id} fails at the beginning of every episode: "
+                    f"{described(error)}"
+                ) from None
+        finally:
+            close(env)
+    raise AssertionError
 
 
-def _stop(signum: int, frame: Any) -> None:
-    raise SystemExit(128 + signum)
-
-
-def _labels(settings: CollectConfig) -> list[str]:
-    """One distinct, stable name for each policy of the mixture."""
-    return [
-        f"{i}:{p.policy.rpartition(':')[2]}" + (f"+mistakes{p.mistakes:g}" if p.mistakes else "")
-        for i, p in enumerate(settings.policies)
-    ]
+def _spec_of(settings: CollectConfig, env: Any, probe: Episode) -> DatasetSpec:
+    assert probe.signals is not None
+    codec = ActionCodec(env.action_space)
+    return DatasetSpec(
+        frame_shape=probe.frames.shape[1:],
+        action_shape=codec.shape,
+        action_dtype=str(np.dtype(env.action_space.dtype or np.int64)),
+        action_space=space_to_dict(env.action_space),
+        source=config.to_dict(settings.source),
+        fps=float(env.metadata.get("render_fps") or 30),
+        signals=probe.signals.shape[1],
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
+
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,10 @@ class Episode:
     Attributes:
         frames: uint8 (T+1, H, W, 3), RGB.
         actions: (T, ...) in the environment's own action format.
-        rewards: float32 (T,).
+        rewards: float32 (T,), finite.
         terminated: bool (T,); True at most at the last transition.
         truncated: bool (T,); True at most at the last transition.
-        seed: the seed that the episode's environment was reset with.
+        seed: the seed that the episode's environment was reset with, a whole number of any size.
         policy: name of the behaviour policy.
         split: "train" or "validation".
         signals: float32 (T, k), what the environment told beyond its frames after each transition;
@@ -38,11 +41,13 @@ class Episode:
     signals: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Check lengths and types.
+        """Check lengths, types and values.
 
         Raises:
             ValueError: when the arrays do not belong together.
         """
+        for name in ("frames", "actions", "rewards", "terminated", "truncated"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
         transitions = len(self.actions)
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(
@@ -56,10 +61,24 @@ class Episode:
         if self.signals is None:
             object.__setattr__(self, "signals", np.zeros((transitions, 0), np.float32))
         for name in ("rewards", "terminated", "truncated", "signals"):
-            if len(getattr(self, name)) != transitions:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for {transitions} actions"
-                )
+            array = getattr(self, name)
+            if array.ndim != 1 + (name == "signals") or array.dtype == object:
+                raise ValueError(f"{name} must be numbers, one a transition, got {array.shape}")
+            if len(array) != transitions:
+                raise ValueError(f"{name} has {len(array)} entries for {transitions} actions")
+        for name in ("actions", "rewards"):
+            array = getattr(self, name)
+            if array.dtype.kind not in "buif":
+                raise ValueError(f"{name} must be numbers, got {array.dtype}")
+            finite = np.isfinite(array).reshape(transitions, -1).all(1)
+            if not finite.all():
+                step = int(finite.argmin())
+                raise ValueError(f"{name} must be finite, got {array[step]} at step {step}")
+        if (self.terminated | self.truncated)[:-1].any():
+            raise ValueError("an episode ends at its last transition, not before")
+        object.__setattr__(self, "seed", operator.index(self.seed))
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
     def __len__(self) -> int:
         """Number of transitions T."""

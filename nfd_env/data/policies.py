@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 
-from nfd_env.named import check_trusted, import_named
+from nfd_env.named import UntrustedError, check_trusted, import_named
 
 
 class BehaviourPolicy(Protocol):
@@ -22,7 +23,7 @@ class BehaviourPolicy(Protocol):
         ...
 
     def act(self, observation: np.ndarray) -> Any:
-        """The action for ``observation``, uint8 (H, W, 3)."""
+        """The action for ``observation``, uint8 (H, W, 3), which is the policy's own."""
         ...
 
 
@@ -48,7 +49,7 @@ class RandomHeld:
             self._action = self._space.sample()
             self._left = int(self._rng.integers(self.low, self.high + 1))
         self._left -= 1
-        return self._action
+        return np.copy(self._action)[()]  # an environment may change what it is given
 
 
 class SB3Agent:
@@ -65,10 +66,14 @@ class SB3Agent:
 
         Raises:
             UntrustedError: without ``trust``, as the file may run its author's code.
+            ValueError: when the library has no such class.
         """
+        path = os.path.expanduser(path)
         check_trusted(path, trust)
         import stable_baselines3
 
+        if not hasattr(stable_baselines3, algorithm):
+            raise ValueError(f"Stable-Baselines3 has no algorithm {algorithm!r}")
         self._agent = getattr(stable_baselines3, algorithm).load(path, device="cpu")
         self._deterministic = deterministic
 
@@ -105,7 +110,7 @@ class Mistaken:
             self._action = self._space.sample()
         if self._left > 0:
             self._left -= 1
-            return self._action
+            return np.copy(self._action)[()]
         return action
 
 
@@ -131,6 +136,9 @@ def make_policy(name: str, kwargs: dict[str, Any], mistakes: float = 0.0) -> Beh
         )
     try:
         policy: BehaviourPolicy = factory(**kwargs)
-    except TypeError as error:
-        raise ValueError(f"policy {name!r}: {error}") from None
+    except UntrustedError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the policy's own code does
+        reason = " ".join(str(error).split())
+        raise ValueError(f"policy {name!r} cannot be made: {reason}") from None
     return Mistaken(policy, mistakes) if mistakes else policy

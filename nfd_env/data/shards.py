@@ -10,149 +10,115 @@ A data set is a folder::
         ends.bin              uint8: 1 terminated, 2 truncated (bits)
         signals.bin           float32, where the data set has signals
         episodes.jsonl        one line an episode, written last: the commit record
+    skipped-w00.jsonl         one line an episode that could not be recorded
 
 An episode exists from the moment its line stands in ``episodes.jsonl``. Whatever an interrupted
 writer left beyond the last committed episode is cut off when the shard is opened for writing again,
-so a crash costs the running episode at most.
+so a crash costs the running episode at most. A writer owns its shards: no other process can write
+between an episode and its line.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from nfd_env.data.episode import Episode
-from nfd_env.models.weights import fingerprint_values
-from nfd_env.sources.source import PRESENTATION
+from nfd_env.data.episode import SPLITS, Episode
+from nfd_env.data.layout import (
+    WRITER,
+    DatasetSpec,
+    RecordingError,
+    append_line,
+    check_size,
+    mapped,
+    read_lines,
+    read_records,
+    shard_folders,
+    writer_of,
+)
+from nfd_env.data.windows import Places, shown_transitions
+from nfd_env.files import FolderError, Ownership
+
+__all__ = ["DatasetSpec", "EpisodeReference", "RecordedDataset", "RecordingError", "ShardWriter"]
 
 _TERMINATED, _TRUNCATED = 1, 2
 
 
-class RecordingError(ValueError):
-    """A data set on disk (or an episode to be added to it) cannot be used."""
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """What every shard of a data set shares.
-
-    Attributes:
-        frame_shape: (H, W, 3).
-        action_shape: shape of one action, () for Discrete.
-        action_dtype: numpy name of the stored dtype.
-        action_space: the space as plain values, see ``nfd_env.spaces``.
-        source: the source section of the collect config, as plain values.
-        fps: frames a second of the recorded environment.
-        signals: numbers that were recorded beside the frames after each transition.
-    """
-
-    frame_shape: tuple[int, int, int]
-    action_shape: tuple[int, ...]
-    action_dtype: str
-    action_space: dict[str, Any]
-    source: dict[str, Any]
-    fps: float
-    signals: int = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """The identity of what networks are trained on: the form of frames, and the actions."""
-        return fingerprint_values(
-            {"frame_shape": list(self.frame_shape), "action_space": self.action_space}
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write ``dataset.yaml``, or check that the one there says the same.
-
-        Raises:
-            RecordingError: when the folder holds recordings of something else.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "dataset.yaml"
-        values = {
-            "frame_shape": list(self.frame_shape),
-            "action_shape": list(self.action_shape),
-            "action_dtype": self.action_dtype,
-            "action_space": self.action_space,
-            "source": self.source,
-            "fps": self.fps,
-            **({"signals": self.signals} if self.signals else {}),
-        }
-        if path.exists():
-            there = yaml.safe_load(path.read_text())
-            different = [k for k in values | there if _content(there, k) != _content(values, k)]
-            if different:
-                raise RecordingError(
-                    f"{folder} holds recordings with another {', '.join(different)}; "
-                    "collect into an empty folder"
-                )
-            return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False))
-        os.replace(temporary, path)
-
-    @classmethod
-    def load(cls, folder: Path) -> DatasetSpec:
-        """Read ``dataset.yaml``."""
-        path = folder / "dataset.yaml"
-        if not path.is_file():
-            raise RecordingError(f"{folder} is not a data set: it has no dataset.yaml")
-        values = yaml.safe_load(path.read_text())
-        return cls(
-            frame_shape=tuple(values["frame_shape"]),
-            action_shape=tuple(values["action_shape"]),
-            action_dtype=values["action_dtype"],
-            action_space=values["action_space"],
-            source=values["source"],
-            fps=values["fps"],
-            signals=values.get("signals", 0),
-        )
-
-
-def _content(values: dict[str, Any], key: str) -> Any:
-    """What a data set says under ``key``, without what is presentation only."""
-    value = values.get(key)
-    if key == "source" and isinstance(value, dict):
-        # What is not said is the default, as in data sets that are older than a setting.
-        return {k: v for k, v in value.items() if k not in PRESENTATION and v not in ([], {}, "")}
-    return None if key == "fps" else value
-
-
 class ShardWriter:
-    """Appends episodes to one writer's shards; use one writer (name) a process."""
+    """Appends episodes to the shards of one writer, which it owns until it is closed."""
 
     def __init__(
-        self, folder: str | Path, spec: DatasetSpec, writer: str, frames_per_shard: int = 20_000
+        self,
+        folder: str | Path,
+        spec: DatasetSpec,
+        writer: str,
+        frames_per_shard: int = 20_000,
+        wait: float = 0.0,
     ) -> None:
-        """Open the newest shard of ``writer`` and drop what was not committed."""
-        self.folder, self.spec, self.writer = Path(folder), spec, writer
+        """Open the newest shard of ``writer`` and drop what was not committed.
+
+        Args:
+            folder: the data set.
+            spec: what it holds.
+            writer: name of the writer: letters, digits, underscores.
+            frames_per_shard: a shard with at least so many frames is full.
+            wait: seconds to wait for a writer of this name that is about to end.
+
+        Raises:
+            FolderInUseError: when there is another writer of this name.
+            FolderError: when the folder cannot be written to.
+            RecordingError: when the shard is damaged.
+        """
+        if not re.fullmatch(WRITER, writer):
+            raise ValueError(f"a writer is named by letters, digits and _, got {writer!r}")
+        self.folder, self.spec, self.writer = Path(folder).expanduser(), spec, writer
         self.frames_per_shard = frames_per_shard
-        existing = sorted(self.folder.glob(f"shard-{writer}-*"))
-        self._number = int(existing[-1].name.rsplit("-", 1)[1]) if existing else 0
-        self._open()
+        self._ownership = Ownership(self.folder, writer, wait)
+        try:
+            mine = [shard for shard in shard_folders(self.folder) if writer_of(shard) == writer]
+            self._number = int(mine[-1].name.rsplit("-", 1)[1]) if mine else 0
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        """Close the writer when the block ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See ``close``."""
+        self.close()
+
+    def close(self) -> None:
+        """Let others write; adding is an error from now on."""
+        self._ownership.release()
+        self._is_open = False
 
     def _open(self) -> None:
+        self._is_open = False
         self.shard = self.folder / f"shard-{self.writer}-{self._number:05d}"
-        self.shard.mkdir(parents=True, exist_ok=True)
-        records = _read_records(self.shard, repair=True)
-        self._frames = sum(r["length"] + 1 for r in records)
-        self._transitions = sum(r["length"] for r in records)
-        sizes = self._item_sizes()
-        for name, size in sizes.items():
-            path = self.shard / name
-            count = self._frames if name == "frames.bin" else self._transitions
-            path.touch()
-            if path.stat().st_size < count * size:
-                raise RecordingError(f"{path} is shorter than its committed episodes")
-            os.truncate(path, count * size)
+        try:
+            self.shard.mkdir(parents=True, exist_ok=True)
+            records = read_records(self.shard, repair=True)
+            self._frames = sum(r["length"] + 1 for r in records)
+            self._transitions = sum(r["length"] for r in records)
+            for name, size in self._item_sizes().items():
+                path = self.shard / name
+                count = self._frames if name == "frames.bin" else self._transitions
+                path.touch()
+                check_size(path, count * size)
+                os.truncate(path, count * size)
+        except OSError as error:
+            raise FolderError(f"{self.shard} cannot be written to: {error.strerror}") from None
+        self._is_open = True
 
     def _item_sizes(self) -> dict[str, int]:
         action = int(np.prod(self.spec.action_shape, dtype=int))
@@ -164,12 +130,21 @@ class ShardWriter:
             **({"signals.bin": 4 * self.spec.signals} if self.spec.signals else {}),
         }
 
-    def add(self, episode: Episode) -> None:
-        """Append ``episode`` and commit it; if that fails (disk full), nothing of it stays.
+    def add(self, episode: Episode, number: int | None = None) -> None:
+        """Append ``episode`` and commit it; if that fails, nothing of it stays.
+
+        Args:
+            episode: what to append.
+            number: which episode of its writer it is, where skipped ones count too.
 
         Raises:
             RecordingError: when its frames or actions do not have the data set's shape.
+            FolderError: when the disk is full, for instance.
         """
+        if not self._ownership.held:
+            raise RecordingError(f"the writer {self.writer} of {self.folder} is closed")
+        if not self._is_open:  # after an error that left the shard unclear
+            self._open()
         if episode.frames.shape[1:] != tuple(self.spec.frame_shape):
             raise RecordingError(
                 f"frames are {episode.frames.shape[1:]}, the data set has {self.spec.frame_shape}"
@@ -189,23 +164,36 @@ class ShardWriter:
             self._number += 1
             self._open()
         ends = episode.terminated * _TERMINATED + episode.truncated * _TRUNCATED
+        actions = episode.actions.astype(self.spec.action_dtype)
+        if not np.can_cast(episode.actions.dtype, self.spec.action_dtype, "same_kind"):
+            raise RecordingError(
+                f"actions are {episode.actions.dtype}, the data set has {self.spec.action_dtype}"
+            )
         arrays = {
             "frames.bin": episode.frames,
-            "actions.bin": episode.actions.astype(self.spec.action_dtype),
+            "actions.bin": actions,
             "rewards.bin": episode.rewards.astype(np.float32),
             "ends.bin": ends.astype(np.uint8),
         }
         if self.spec.signals:
             arrays["signals.bin"] = episode.signals.astype(np.float32)
+        self._is_open = False
         try:
-            self._append(arrays, episode)
+            self._append(arrays, episode, number)
+        except OSError as error:
+            self._open()
+            raise FolderError(
+                f"{self.shard} cannot be written to: {error.strerror or error}; what was recorded "
+                "before is whole, and the same command goes on from there"
+            ) from None
         except BaseException:
             self._open()
             raise
         self._frames += len(episode) + 1
         self._transitions += len(episode)
+        self._is_open = True
 
-    def _append(self, arrays: dict[str, np.ndarray], episode: Episode) -> None:
+    def _append(self, arrays: dict[str, np.ndarray], episode: Episode, number: int | None) -> None:
         for name, array in arrays.items():
             with open(self.shard / name, "ab") as file:
                 file.write(np.ascontiguousarray(array).tobytes())
@@ -217,11 +205,17 @@ class ShardWriter:
             "seed": episode.seed,
             "policy": episode.policy,
             "split": episode.split,
+            **({} if number is None else {"number": number}),
         }
-        with open(self.shard / "episodes.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.shard / "episodes.jsonl", record)
+
+    def skip(self, number: int, seed: int, policy: str, error: str) -> None:
+        """Note that this episode could not be recorded, so that nobody tries again."""
+        record = {"number": number, "seed": seed, "policy": policy, "error": error}
+        try:
+            append_line(self.folder / f"skipped-{self.writer}.jsonl", record)
+        except OSError as error_:
+            raise FolderError(f"{self.folder} cannot be written to: {error_.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -237,6 +231,7 @@ class EpisodeReference:
     policy: str
     split: str
     total_reward: float
+    number: int | None = None
 
     def __len__(self) -> int:
         """Number of transitions T."""
@@ -250,11 +245,7 @@ class EpisodeReference:
     def _map(
         self, name: str, dtype: str, shape: tuple[int, ...], offset: int, n: int
     ) -> np.ndarray:
-        size = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
-        path = self.shard / name
-        if path.stat().st_size < (offset + n) * size:
-            raise RecordingError(f"{path} is shorter than its committed episodes: it was cut off")
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset * size, shape=(n, *shape))
+        return mapped(self.shard / name, dtype, shape, offset, n)
 
     @cached_property
     def frames(self) -> np.ndarray:
@@ -331,12 +322,12 @@ class RecordedDataset:
         Raises:
             RecordingError: when the folder is no data set or a record is damaged.
         """
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.spec = DatasetSpec.load(self.folder)
         self.episodes: list[EpisodeReference] = []
-        for shard in sorted(self.folder.glob("shard-*")):
+        for shard in shard_folders(self.folder):
             frame = transition = 0
-            for record in _read_records(shard):
+            for record in read_records(shard):
                 self.episodes.append(
                     EpisodeReference(
                         shard,
@@ -348,10 +339,57 @@ class RecordedDataset:
                         record["policy"],
                         record["split"],
                         record["return"],
+                        record.get("number"),
                     )
                 )
                 frame += record["length"] + 1
                 transition += record["length"]
+
+    def check(self, window: int = 1, splits: Sequence[str] = SPLITS) -> None:
+        """Refuse what cannot be trained on, before anything begins.
+
+        Args:
+            window: consecutive frames that at least one episode of each split must show.
+            splits: that are needed.
+
+        Raises:
+            RecordingError: when episodes are missing or all too short, or a file was cut off.
+        """
+        for split in splits:
+            episodes = self.split(split)
+            if not episodes:
+                raise RecordingError(
+                    f"{self.folder} has no {split} episode, and {len(self)} in all: record more, "
+                    "some for training and some held out for validation (validation_every says how "
+                    "many)"
+                )
+            shown = [shown_transitions(e)[0] + 1 for e in episodes]
+            if not len(Places(shown, window)):
+                raise RecordingError(
+                    f"no {split} episode of {self.folder} has {window} frames, the longest has "
+                    f"{max(shown)}: record longer episodes, or lower the frames of a training "
+                    "window"
+                )
+        for last in {e.shard: e for e in self}.values():  # opening them checks their sizes
+            _ = last.frames, last.actions, last.rewards, last.terminated, last.signals
+
+    def shard_frames(self) -> dict[Path, np.ndarray]:
+        """All committed frames of each shard, uint8 (frames, H, W, 3), memory-mapped."""
+        counts = {e.shard: e.frame_offset + e.length + 1 for e in self}
+        shape = tuple(self.spec.frame_shape)
+        return {
+            shard: mapped(shard / "frames.bin", "uint8", shape, 0, count)
+            for shard, count in counts.items()
+        }
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """Number, seed, policy and error of episodes that could not be recorded, with writer."""
+        found = []
+        for path in sorted(self.folder.glob("skipped-*.jsonl")):
+            writer = path.stem.removeprefix("skipped-")
+            for record in read_lines(path, {"number": int, "seed": int, "policy": str}):
+                found.append({"writer": writer, **record})
+        return found
 
     def split(self, name: str) -> list[EpisodeReference]:
         """Episodes of the split "train" or "validation"."""
@@ -369,17 +407,3 @@ class RecordedDataset:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.episodes)
-
-
-def _read_records(shard: Path, repair: bool = False) -> list[dict[str, Any]]:
-    path = shard / "episodes.jsonl"
-    if not path.exists():
-        return []
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    if repair and complete != text:  # a line cut short by a crash was never committed
-        os.truncate(path, len(complete.encode()))
-    try:
-        return [json.loads(line) for line in complete.splitlines()]
-    except json.JSONDecodeError as error:
-        raise RecordingError(f"{path}: damaged commit record: {error}") from None

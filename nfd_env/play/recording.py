@@ -151,9 +151,10 @@ class PlayRecorder:
                     self._frames = [last]
 
     def close(self) -> None:
-        """Commit the segment under way, as truncated."""
+        """Commit the segment under way, as truncated, and let others record into the folder."""
         with self._lock:
             self._commit()
+            self._writer.close()
 
     def _clear(self) -> None:
         self._frames: list[np.ndarray] = []

@@ -69,11 +69,12 @@ def collect(
         frames: in all; default: the file's, or 20,000.
     """
     from nfd_env.data.collect import collect as record
+    from nfd_env.data.summary import summary
     from nfd_env.recipe.game import load_game
 
     described = load_game(game, overrides)
     recordings = record(described.collect_config(frames or described.frames or 20_000))
-    print(f"{recordings.folder}: {len(recordings)} episodes, {recordings.frame_count:,} frames")
+    print(summary(recordings))
     return 0
 
 

@@ -76,7 +76,7 @@ def recording_gates(measures: GameMeasures, shift: int | None) -> list[Gate]:
                 0,
                 0,
                 "0: an action leads into the next frame",
-                "actions are recorded one frame early (+1) or late (-1): keys will lag",
+                "actions stand one frame too early (-1) or too late (+1): keys will lag",
                 stops=False,
             )
         )

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from nfd_env import config
+from nfd_env.data.alignment import measure_alignment
 from nfd_env.data.collect import collect
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
@@ -166,8 +167,8 @@ class Recipe:
             for name, value in asdict(measures).items()
             if not isinstance(value, list)
         }
-        alignment = None
-        self._finish("record", record, gates.recording_gates(measures, alignment))
+        shift = measure_alignment(recordings).best
+        self._finish("record", record, gates.recording_gates(measures, shift))
 
     def _tokenizer(self) -> None:
         record = self._train("tokenizer", TokenizerTrainingConfig, TokenizerStage)

@@ -15,10 +15,10 @@ from nfd_env.files import atomic_write, owned_folder
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights
 from nfd_env.precision import autocast, choose_precision
+from nfd_env.stopping import stopping
 from nfd_env.training.checkpoints import writing
 from nfd_env.training.loop import Progress
 from nfd_env.training.recorded import open_recordings
-from nfd_env.training.stopping import stopping
 
 _CHUNK = 64  # frames encoded at a time
 _STAMP = "tokenizer.sha256"
@@ -68,8 +68,8 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
     network = load_weights(tokenizer, Tokenizer, TokenizerConfig).to(device)
     identity = fingerprint_of(tokenizer)
     precision = choose_precision("auto", device)
-    counts = _frames_of(recordings)
-    done, total = 0, sum(counts.values())
+    shards = recordings.shard_frames()
+    done, total = 0, sum(map(len, shards.values()))
     with (
         owned_folder(folder),
         stopping() as stop,
@@ -92,15 +92,12 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
                 old.unlink()
             with writing(folder), atomic_write(stamp) as temporary:
                 temporary.write_text(identity, encoding="utf-8")
-        for shard, count in counts.items():
-            if _stored(folder, shard) == count:
-                advance(count)
+        for shard, frames in shards.items():
+            if _stored(folder, shard) == len(frames):
+                advance(len(frames))
                 continue
-            frames = np.memmap(
-                shard / "frames.bin", np.uint8, "r", shape=(count, *recordings.spec.frame_shape)
-            )
             parts = []
-            for start in range(0, count, _CHUNK):
+            for start in range(0, len(frames), _CHUNK):
                 chunk = torch.from_numpy(np.array(frames[start : start + _CHUNK])).to(device)
                 with torch.inference_mode(), autocast(device, precision):
                     latents = network.encode_frames(chunk)
@@ -119,22 +116,17 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
     """
     folder, stamp = Path(latents), Path(latents) / _STAMP
     identity = fingerprint_of(tokenizer)
-    counts = _frames_of(recordings)
-    missing = sum(_stored(folder, shard) != count for shard, count in counts.items())
+    shards = recordings.shard_frames()
+    missing = sum(_stored(folder, shard) != len(frames) for shard, frames in shards.items())
     if not stamp.exists():
         reason = "holds no latents"
     elif stamp.read_text(encoding="utf-8") != identity:
         reason = f"holds the latents of another tokenizer than {tokenizer}"
     elif missing:
-        reason = f"lacks the latents of {missing} of {len(counts)} shards of {recordings.folder}"
+        reason = f"lacks the latents of {missing} of {len(shards)} shards of {recordings.folder}"
     else:
         return
     raise NotEncodedError(f"{latents} {reason}: run the stage encode first")
-
-
-def _frames_of(recordings: RecordedDataset) -> dict[Path, int]:
-    """Committed frames in each shard."""
-    return {e.shard: e.frame_offset + len(e) + 1 for e in recordings}
 
 
 def _stored(folder: Path, shard: Path) -> int:

@@ -163,7 +163,7 @@ def export(settings: ExportConfig) -> Path:
         fps=settings.presentation.get("fps") or recordings.spec.fps,
         action_space=recordings.spec.action_space,
         source=config.from_mapping(
-            SourceConfig, recordings.spec.source | settings.presentation, "source"
+            SourceConfig, recordings.spec.source | settings.presentation, "source", foreign=True
         ),
         sampling=settings.sampling,
         teacher=settings.teacher_sampling if teacher else None,

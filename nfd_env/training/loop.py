@@ -23,10 +23,10 @@ from nfd_env.devices import resolve_device
 from nfd_env.files import owned_folder
 from nfd_env.models.weights import CheckpointError
 from nfd_env.precision import autocast, choose_precision
+from nfd_env.stopping import StopRequest, stopping
 from nfd_env.training.checkpoints import Checkpoints, writing
 from nfd_env.training.divergence import LossWatch, TrainingDiverged
 from nfd_env.training.run_log import RunLog, open_log
-from nfd_env.training.stopping import StopRequest, stopping
 
 _LOG_EVERY = 20  # steps
 

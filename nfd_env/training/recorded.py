@@ -23,22 +23,9 @@ def open_recordings(
         RecordingError: when it is no data set, has no episode to train on or to validate with, or
             none that is long enough.
     """
-    recordings = RecordedDataset(Path(folder).expanduser())
-    # Where no frame is shown at the end, the last one is a copy, and is left out.
-    copies = 0 if recordings.spec.source.get("terminal_frame", True) else 1
-    for split, frames in (("train", train_frames), ("validation", validation_frames)):
-        episodes = recordings.split(split)
-        if not episodes:
-            raise RecordingError(
-                f"{folder} has no {split} episode, and {len(recordings)} in all: record more, some "
-                "for training and some held out for validation (validation_every says how many)"
-            )
-        longest = max(len(e) for e in episodes) + 1 - copies
-        if longest < frames:
-            raise RecordingError(
-                f"no {split} episode of {folder} has {frames} frames, the longest has {longest}: "
-                "record longer episodes, or lower the frames of a training window"
-            )
+    recordings = RecordedDataset(folder)
+    recordings.check(train_frames, ("train",))
+    recordings.check(validation_frames, ("validation",))
     return recordings
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from nfd_env.config import ConfigError
-from nfd_env.data.collect import CollectConfig, PolicyConfig, collect, record_episode
+from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
 from nfd_env.data.episode import Episode
 from nfd_env.data.policies import RandomHeld
+from nfd_env.data.record import record_episode
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.sources.source import SourceError, make_source
 from tests.counter_env import AlwaysRight, move, read, source
@@ -156,7 +157,7 @@ def test_collecting_again_goes_on_to_the_larger_target(collected: Path) -> None:
 
 def test_a_killed_worker_loses_the_running_episode_at_most(tmp_path: Path) -> None:
     mortal = [PolicyConfig("tests.counter_env:Killed")]
-    with pytest.raises(RecordingError, match="worker w00 died; run again to go on"):
+    with pytest.raises(RecordingError, match="worker w00 was killed by SIGKILL .*; run again"):
         collect(settings(tmp_path, 200, workers=1, policies=mortal), progress=False)
     data = RecordedDataset(tmp_path)
     assert len(data) == 2
@@ -214,12 +215,25 @@ def test_a_source_that_is_not_installed(tmp_path: Path) -> None:
         ({"max_episode_steps": 0}, "at least 1"),
         ({"validation_every": 1}, "at least 2"),
         ({"policies": []}, "at least one policy"),
-        ({"policies": [PolicyConfig("random_held", 0.0)]}, "share > 0"),
+        ({"seed": -1}, "seed must not be negative"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(tmp_path, **{"frames": 100, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"share": 0.0}, "share > 0"),
+        ({"share": np.inf}, "share > 0"),
+        ({"mistakes": 2.0}, "must"),
+    ],
+)
+def test_policies_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PolicyConfig("random_held", **wrong)
 
 
 def test_a_custom_policy_sees_the_recorded_frames() -> None:

@@ -82,7 +82,9 @@ def test_a_saved_sb3_agent_plays(tmp_path: Path) -> None:
         "MlpPolicy", TimeLimit(CounterEnv(), 5), device="cpu", policy_kwargs={"net_arch": [4]}
     )
     agent.save(tmp_path / "agent")
-    policy = make_policy("sb3", {"path": str(tmp_path / "agent.zip"), "algorithm": "A2C"})
+    policy = make_policy(
+        "sb3", {"path": str(tmp_path / "agent.zip"), "algorithm": "A2C", "trust": True}
+    )
     env = CounterEnv()
     policy.reset(env, np.random.default_rng(0))
     observation, _ = env.reset(seed=0)

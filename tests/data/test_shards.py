@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 from nfd_env.data.episode import Episode
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, ShardWriter
+from nfd_env.files import FolderError, FolderInUseError
 from nfd_env.spaces import space_to_dict
 
 FRAME = (4, 6, 3)
@@ -91,6 +92,7 @@ def test_signals_are_kept_beside_the_frames(tmp_path: Path) -> None:
     # Not committed: cut off with the rest.
     with open(writer.shard / "signals.bin", "ab") as file:
         file.write(b"12345")
+    writer.close()
     ShardWriter(tmp_path, spec, "w00").add(episodes[1])
     assert_holds(tmp_path, [*episodes, episodes[1]])
 
@@ -189,6 +191,7 @@ def test_a_crash_between_any_two_writes(
         with pytest.raises(KeyboardInterrupt):
             writer.add(EPISODES[2])
     assert_holds(tmp_path, EPISODES[:2])
+    writer.close()
     ShardWriter(tmp_path, SPEC, "w00").add(EPISODES[2])
     assert_holds(tmp_path, EPISODES)
 
@@ -277,11 +280,199 @@ def test_a_writer_goes_on_after_a_failed_write(
     def full(file: int) -> None:
         calls.append(file)
         if len(calls) == 3:
-            raise OSError("no space left on device")
+            raise OSError(28, "No space left on device")
         sync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(FolderError, match="w00-00000 .*No space left on device; what was recorded"):
         writer.add(EPISODES[1])
     writer.add(EPISODES[2])
     assert_holds(tmp_path, [EPISODES[0], EPISODES[2]])
+
+
+def test_there_is_one_writer_of_a_name(tmp_path: Path) -> None:
+    with write(tmp_path, EPISODES[:1]) as writer:
+        # As if it were between an episode's bytes and its line.
+        with open(writer.shard / "frames.bin", "ab") as file:
+            file.write(b"half")
+        size = (writer.shard / "frames.bin").stat().st_size
+        with pytest.raises(
+            FolderInUseError, match=rf"\(w00\) is being written by process {os.getpid()}"
+        ):
+            ShardWriter(tmp_path, SPEC, "w00")
+        assert (writer.shard / "frames.bin").stat().st_size == size
+        with ShardWriter(tmp_path, SPEC, "w01") as other:
+            other.add(EPISODES[1])
+    with pytest.raises(RecordingError, match="is closed"):
+        writer.add(EPISODES[1])
+    with ShardWriter(tmp_path, SPEC, "w00") as again:
+        again.add(EPISODES[2])
+    assert len(RecordedDataset(tmp_path)) == 3
+    with pytest.raises(ValueError, match="named by letters"):
+        ShardWriter(tmp_path, SPEC, "../w00")
+
+
+def test_a_writer_that_could_not_clean_up_does_so_before_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = write(tmp_path, EPISODES[:1])
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        patch.setattr(os, "truncate", broken)
+        with pytest.raises(FolderError, match="Input/output error"):
+            writer.add(EPISODES[1])
+        with pytest.raises(FolderError, match="Input/output error"):
+            writer.add(EPISODES[1])
+    writer.add(EPISODES[2])
+    assert_holds(tmp_path, [EPISODES[0], EPISODES[2]])
+
+
+def test_seeds_of_any_size_and_numpys_numbers(tmp_path: Path) -> None:
+    seeds = [2**63, 2**70, np.int64(3), np.uint64(2**64 - 1)]
+    writer = write(tmp_path, [])
+    for number, seed in enumerate(seeds):
+        writer.add(replace(EPISODES[1], seed=seed), number)
+    assert [e.seed for e in RecordedDataset(tmp_path)] == [int(s) for s in seeds]
+    assert [e.load().seed for e in RecordedDataset(tmp_path)] == [int(s) for s in seeds]
+    assert [e.number for e in RecordedDataset(tmp_path)] == [0, 1, 2, 3]
+    with pytest.raises(TypeError):
+        replace(EPISODES[1], seed=1.5)
+
+
+GOOD = '{"length": 2, "return": 1.0, "seed": 1, "policy": "a", "split": "train"}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        GOOD.replace("2", "-2").encode(),
+        GOOD.replace("2", '"2"').encode(),
+        GOOD.replace("2", "2.0").encode(),
+        GOOD.replace("train", "test").encode(),
+        GOOD.replace('"a"', "null").encode(),
+        GOOD.replace('"seed": 1, ', "").encode(),
+        GOOD.replace("1.0", "[]").encode(),
+    ],
+    ids=range(13),
+)
+def test_damaged_commit_records_are_named(tmp_path: Path, line: bytes) -> None:
+    path = write(tmp_path, EPISODES[:1]).shard / "episodes.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(
+        RecordingError, match=r"episodes\.jsonl: damaged commit record, line 2"
+    ) as e:
+        RecordedDataset(tmp_path)
+    assert "\n" not in str(e.value)
+    before = path.read_bytes()
+    with pytest.raises(RecordingError, match="damaged commit record"):
+        ShardWriter(tmp_path, SPEC, "w00")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("fps: 20", "fps: .nan"),
+        ("fps: 20", "fps: .inf"),
+        ("fps: 20", "fps: 0"),
+        ("fps: 20", "fps: [1]"),
+        ("fps: 20", "fsp: 20"),
+        ("env_id: x", "env_id: ${oc.env:HOME}"),
+        ("- 4\n", "- 0\n"),
+        ("- 4\n", "- a\n"),
+        ("- 4\n", ""),
+        ("type: Discrete", "type: Continuous"),
+        ("  n: 5\n", ""),
+        ("action_dtype: int64", "action_dtype: words"),
+        ("action_dtype: int64", "action_dtype: object"),
+        ("action_shape: []", "action_shape: [2]"),
+        ("fps: 20", "fps: " + "[" * 100_000),
+    ],
+    ids=range(15),
+)
+def test_a_damaged_spec_is_named(tmp_path: Path, old: str, new: str) -> None:
+    write(tmp_path, EPISODES[:1])
+    path = tmp_path / "dataset.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(RecordingError, match=r"dataset\.yaml") as error:
+        RecordedDataset(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-w00-00000.zip", "shard-notes", "shard-w00-1", "shard-a-b-c"]
+)
+def test_foreign_files_are_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path, EPISODES[:1])
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".DS_Store").touch()
+    assert len(RecordedDataset(tmp_path)) == 1
+    (tmp_path / name).touch()
+    with pytest.raises(RecordingError, match=f"{name} is no shard"):
+        RecordedDataset(tmp_path)
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    shard = write(tmp_path, EPISODES[:1]).shard
+    (shard / "rewards.bin").unlink()
+    with pytest.raises(RecordingError, match=r"rewards\.bin is missing"):
+        RecordedDataset(tmp_path).check(splits=["validation"])
+
+
+def test_what_cannot_be_trained_on_is_refused_at_the_door(tmp_path: Path) -> None:
+    write(tmp_path, EPISODES[:1]).close()  # for validation
+    data = RecordedDataset(tmp_path)
+    data.check(8, ["validation"])
+    with pytest.raises(RecordingError, match="has no train episode, and 1 in all"):
+        data.check()
+    write(tmp_path, EPISODES[2:]).close()
+    data = RecordedDataset(tmp_path)
+    data.check(6)
+    with pytest.raises(RecordingError, match="no train episode of .* 7 frames.* longest has 6"):
+        data.check(7)
+    path = data.episodes[-1].shard / "actions.bin"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(RecordingError, match=r"actions\.bin is shorter"):
+        RecordedDataset(tmp_path).check()
+
+
+def test_actions_that_the_data_set_cannot_hold(tmp_path: Path) -> None:
+    writer = write(tmp_path, [])
+    with pytest.raises(RecordingError, match="actions are float64, the data set has int64"):
+        writer.add(replace(EPISODES[0], actions=np.full(7, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"rewards": np.array([0, 1, np.nan, 0, 0, 0, 0])},
+            "rewards must be finite, got nan at step 2",
+        ),
+        (
+            {"rewards": np.array([0, 1, 0, 0, 0, 0, np.inf])},
+            "rewards must be finite, got inf at step 6",
+        ),
+        ({"rewards": np.zeros((7, 1))}, "rewards must be numbers, one a transition"),
+        ({"rewards": np.array([None] * 7)}, "rewards must be numbers"),
+        ({"actions": np.array(["a"] * 7)}, "actions must be numbers, got"),
+        ({"actions": np.full((7, 2), np.nan)}, "actions must be finite"),
+        ({"terminated": np.ones(7, bool)}, "ends at its last transition"),
+        ({"split": "test"}, "split must be one of train, validation"),
+    ],
+)
+def test_values_that_nobody_can_train_on(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(EPISODES[0], **changed)

@@ -1,0 +1,208 @@
+"""What lies in the folder that ``nfd_env.data.shards`` describes: spec, shards, records."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nfd_env import config
+from nfd_env.data.episode import SPLITS
+from nfd_env.files import FolderError, atomic_write, make_folder
+from nfd_env.models.weights import fingerprint_values
+from nfd_env.sources.spec import PRESENTATION
+from nfd_env.spaces import space_from_dict
+
+WRITER = r"\w+"
+_RECORD = {"length": int, "seed": int, "policy": str, "split": str, "return": (int, float)}
+
+
+class RecordingError(ValueError):
+    """A data set on disk (or an episode to be added to it) cannot be used."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What every shard of a data set shares.
+
+    Attributes:
+        frame_shape: (H, W, 3).
+        action_shape: shape of one action, () for Discrete.
+        action_dtype: numpy name of the stored dtype.
+        action_space: the space as plain values, see ``nfd_env.spaces``.
+        source: the source section of the collect config, as plain values.
+        fps: frames a second of the recorded environment.
+        signals: numbers that were recorded beside the frames after each transition.
+    """
+
+    frame_shape: tuple[int, int, int]
+    action_shape: tuple[int, ...]
+    action_dtype: str
+    action_space: dict[str, Any]
+    source: dict[str, Any]
+    fps: float
+    signals: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the values belong together."""
+        for name in ("frame_shape", "action_shape"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.frame_shape) != 3 or min(self.frame_shape) < 1 or self.frame_shape[2] != 3:
+            raise ValueError(f"frame_shape must be (H, W, 3), got {self.frame_shape}")
+        if not (0 < self.fps < math.inf and self.signals >= 0):
+            raise ValueError(f"fps must be above 0, signals not below: {self.fps}, {self.signals}")
+        try:
+            shape, kind = space_from_dict(self.action_space).shape, np.dtype(self.action_dtype).kind
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"action_space or action_dtype cannot be used: {error}") from None
+        if tuple(shape or ()) != self.action_shape or kind not in "buif":
+            raise ValueError(
+                f"action_space asks for actions of shape {shape}, got {self.action_dtype} "
+                f"{self.action_shape}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of what networks are trained on: the form of frames, and the actions."""
+        return fingerprint_values(
+            {"frame_shape": list(self.frame_shape), "action_space": self.action_space}
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``dataset.yaml``, or check that the one there says the same.
+
+        Raises:
+            RecordingError: when the folder holds recordings of something else.
+            FolderError: when it cannot be written to.
+        """
+        path = make_folder(folder) / "dataset.yaml"
+        values = {
+            **asdict(self),
+            "frame_shape": list(self.frame_shape),
+            "action_shape": list(self.action_shape),
+        }
+        if not self.signals:
+            del values["signals"]
+        if path.exists():
+            there = _read_spec(path)
+            different = [k for k in values | there if _content(there, k) != _content(values, k)]
+            if different:
+                raise RecordingError(
+                    f"{folder} holds recordings with another {', '.join(different)}; "
+                    "collect into an empty folder"
+                )
+            return
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+        except OSError as error:
+            raise FolderError(f"{path} cannot be written: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> DatasetSpec:
+        """Read ``dataset.yaml``.
+
+        Raises:
+            RecordingError: when there is none, or it is damaged.
+        """
+        path = folder / "dataset.yaml"
+        if not path.is_file():
+            raise RecordingError(f"{folder} is not a data set: it has no dataset.yaml")
+        try:
+            return config.from_mapping(cls, _read_spec(path), str(path), foreign=True)
+        except config.ConfigError as error:
+            raise RecordingError(str(error)) from None
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        return config.read(path)
+    except config.ConfigError as error:
+        raise RecordingError(str(error)) from None
+
+
+def _content(values: dict[str, Any], key: str) -> Any:
+    """What a data set says under ``key``, without what is presentation only."""
+    value = values.get(key)
+    if key == "source" and isinstance(value, dict):
+        # What is not said is the default, as in data sets that are older than a setting.
+        return {k: v for k, v in value.items() if k not in PRESENTATION and v not in ([], {}, "")}
+    return None if key == "fps" else value
+
+
+def writer_of(shard: Path) -> str:
+    """Name of the writer of a shard."""
+    return shard.name.split("-")[1]
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The shards of a data set, in the order of writers and numbers; a foreign one is an error."""
+    shards = sorted(folder.glob("shard-*"))
+    for path in shards:
+        if not (re.fullmatch(rf"shard-{WRITER}-\d{{5}}", path.name) and path.is_dir()):
+            raise RecordingError(f"{path} is no shard: move it out of the data set")
+    return shards
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file that is missing or has fewer bytes."""
+    if not path.is_file():
+        raise RecordingError(f"{path} is missing")
+    if path.stat().st_size < size:
+        raise RecordingError(f"{path} is shorter than its committed episodes: it was cut off")
+
+
+def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int, n: int) -> np.ndarray:
+    """Entries ``offset`` to ``offset + n - 1`` of a file of arrays, memory-mapped."""
+    size = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+    check_size(path, (offset + n) * size)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset * size, shape=(n, *shape))
+
+
+def read_records(shard: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """The commit records of a shard."""
+    records = read_lines(shard / "episodes.jsonl", _RECORD, repair)
+    for number, record in enumerate(records, 1):
+        if record["length"] < 1 or record["split"] not in SPLITS:
+            raise RecordingError(
+                f"{shard / 'episodes.jsonl'}: damaged commit record, line {number}: {record}"
+            )
+    return records
+
+
+def read_lines(path: Path, kinds: dict[str, Any], repair: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of a file of records; one cut short by a crash was never committed."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
+    if repair and complete != data:
+        os.truncate(path, len(complete))
+    records = []
+    for number, line in enumerate(complete.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            wrong = [k for k, kind in kinds.items() if not isinstance(record[k], kind)]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise RecordingError(
+                f"{path}: damaged commit record, line {number}: {type(error).__name__}: {error}"
+            ) from None
+        if wrong:
+            raise RecordingError(f"{path}: damaged commit record, line {number}: {wrong[0]}")
+        records.append(record)
+    return records
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of them; when this returns, it is on the disk."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,191 @@
+"""A recording process: it owns its shards, ends with its parent, and says how it got on."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+
+from nfd_env.data.layout import RecordingError, writer_of
+from nfd_env.data.policies import make_policy
+from nfd_env.data.record import Signals, record_episode
+from nfd_env.data.shards import DatasetSpec, RecordedDataset, ShardWriter
+from nfd_env.named import import_named
+from nfd_env.sources.source import SourceError, make_source
+
+if TYPE_CHECKING:
+    from nfd_env.data.collect import CollectConfig
+
+# A game that fails so often does not work here; more attempts would only hide that.
+FAILURES_IN_ROW = 5
+FAILED_SHARE, FAILED_FROM = 0.5, 20  # at most this share, once so many episodes were tried
+_PREDECESSOR = 15.0  # seconds that a stopped worker of the same name may take to end
+_LAST_WORDS = 5.0  # seconds for closing the game when the parent has died
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class _Stopped(BaseException):
+    """A signal asks the process to end."""
+
+
+def work(settings: CollectConfig, spec: DatasetSpec, worker: int, reports: Any) -> None:
+    """Record this worker's share; ``reports`` is the sending end of a pipe.
+
+    It is sent ("begun", (number, seed, policy)), ("episode", frames), ("skipped", reason) and, as
+    the last words, ("finished", None) or ("failed", reason): who ends without them has died.
+    """
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
+    _end_with_parent()
+    try:
+        with ShardWriter(settings.folder, spec, writer_name(worker), wait=_PREDECESSOR) as writer:
+            _record(settings, worker, writer, reports)
+        words = ("finished", None)
+    except _Stopped:
+        return
+    except (ValueError, RuntimeError, OSError, ImportError) as error:  # said for people
+        words = ("failed", str(error))
+    except BaseException as error:  # whatever foreign code may raise
+        words = ("failed", described(error))
+    with suppress(OSError):  # nobody listens any more
+        reports.send(words)
+
+
+def writer_name(worker: int) -> str:
+    """The name of a worker and of its shards."""
+    return f"w{worker:02d}"
+
+
+def load_signals(name: str) -> Signals | None:
+    """The function of ``CollectConfig.signals``.
+
+    Raises:
+        RecordingError: when there is none of that name.
+    """
+    try:
+        return import_named(name) if name else None
+    except ValueError as error:
+        raise RecordingError(f"signals must name a function as module:function: {error}") from None
+
+
+def labels_of(settings: CollectConfig) -> list[str]:
+    """One distinct, stable name for each policy of the mixture."""
+    return [
+        f"{i}:{p.policy.rpartition(':')[2]}" + (f"+mistakes{p.mistakes:g}" if p.mistakes else "")
+        for i, p in enumerate(settings.policies)
+    ]
+
+
+def described(error: BaseException) -> str:
+    """An error in one line, with the place in foreign code that it comes from."""
+    if isinstance(error, (RecordingError, SourceError)):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def close(env: gymnasium.Env | None) -> None:
+    """Close a game, whatever its own code makes of it."""
+    if env is not None:
+        with suppress(Exception, SystemExit):
+            env.close()
+
+
+def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: Any) -> None:
+    data = RecordedDataset(settings.folder)
+    mine = [e for e in data if writer_of(e.shard) == writer.writer]
+    labels = labels_of(settings)
+    played = dict.fromkeys(labels, 0)
+    for episode in mine:  # perhaps by policies that are no longer in the mixture
+        if episode.policy in played:
+            played[episode.policy] += episode.length + 1
+    total = sum(e.length + 1 for e in mine)
+    # Data sets that are older than these numbers have skipped nothing.
+    done = [e.number if e.number is not None else i for i, e in enumerate(mine)]
+    done += [s["number"] for s in data.skipped() if s["writer"] == writer.writer]
+    number = max(done, default=-1) + 1
+    goal = settings.frames // settings.workers + (worker < settings.frames % settings.workers)
+    policies = [make_policy(p.policy, dict(p.kwargs), p.mistakes) for p in settings.policies]
+    signals = load_signals(settings.signals)
+    env, tried, failed, in_row = None, 0, 0, 0
+    try:
+        while total < goal:
+            if env is None:
+                env = make_source(settings.source, **settings.recording_kwargs)
+            # The policy that lags most behind its share plays next: resuming needs no more state.
+            shares = [p.share for p in settings.policies]
+            choice = min(range(len(labels)), key=lambda i: played[labels[i]] / shares[i])
+            label, seed = labels[choice], _seed(settings.seed, worker, number)
+            reports.send(("begun", (number, seed, label)))
+            tried += 1
+            try:
+                episode = record_episode(
+                    env,
+                    policies[choice],
+                    seed,
+                    settings.max_episode_steps,
+                    signals,
+                    policy=label,
+                    split="validation" if number % settings.validation_every == 0 else "train",
+                )
+            except (Exception, SystemExit) as error:
+                writer.skip(number, seed, label, traceback.format_exc())
+                failed, in_row = failed + 1, in_row + 1
+                reports.send(("skipped", f"episode of seed {seed}: {described(error)}"))
+                if in_row >= FAILURES_IN_ROW or failed > FAILED_SHARE * max(tried, FAILED_FROM):
+                    raise RecordingError(
+                        f"{failed} of {tried} episodes failed, {in_row} of them in a row, and are "
+                        f"noted in {settings.folder}/skipped-{writer.writer}.jsonl; the last, of "
+                        f"seed {seed} with the policy {label}: {described(error)}"
+                    ) from None
+                close(env)  # who knows what state it is in
+                env = None
+            else:
+                writer.add(episode, number)
+                played[label] += len(episode) + 1
+                total += len(episode) + 1
+                in_row = 0
+                reports.send(("episode", len(episode) + 1))
+            number += 1
+    finally:
+        close(env)
+
+
+def _seed(seed: int, worker: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, worker, number]).generate_state(1)[0] >> 1)
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise _Stopped
+
+
+def _end_with_parent() -> None:
+    """End when the parent does, in whatever way: nobody else would stop this process."""
+    parent = multiprocessing.parent_process()
+    if parent is None:  # called in the process itself
+        return
+    if sys.platform == "linux":  # works even while a game does not let Python run
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent.pid:  # it died before that
+            os._exit(1)
+
+    def watch(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_LAST_WORDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()

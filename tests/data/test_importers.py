@@ -1,0 +1,140 @@
+"""Recordings made elsewhere keep every action at its frame."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from nfd_env.data.importers import ImportConfig, import_minari, import_videos
+from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.video import write_mp4
+from tests.counter_env import move, read, record_counter_episodes
+
+ACTIONS = spaces.Discrete(3)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> RecordedDataset:
+    folder = tmp_path_factory.mktemp("played")
+    record_counter_episodes(folder, 3, length=30)
+    return RecordedDataset(folder)
+
+
+def videos(folder: Path, played: RecordedDataset, kind: str = "csv", rows: int = 30) -> Path:
+    folder.mkdir()
+    for number, episode in enumerate(played):
+        write_mp4(folder / f"{number}.mp4", np.asarray(episode.frames), 25, crf=0, exact=True)
+        table = [
+            {"action": int(a), "reward": float(r), "terminated": bool(t)}
+            for a, r, t in zip(episode.actions, episode.rewards, episode.terminated, strict=True)
+        ]
+        table = (table + table[:1])[:rows]
+        if kind == "csv":
+            text = "action,reward,terminated\n"
+            text += "".join(f"{x['action']},{x['reward']},{x['terminated']}\n" for x in table)
+        else:
+            text = "".join(json.dumps(x) + "\n" for x in table)
+        (folder / f"{number}.{kind}").write_text(text)
+    return folder
+
+
+def assert_aligned(data: RecordedDataset, lengths: list[int]) -> None:
+    assert [len(e) for e in data] == lengths
+    for episode in data:
+        counter, _ = read(np.asarray(episode.frames))
+        assert np.array_equal(np.diff(counter), move(episode.actions))
+        assert np.array_equal(episode.rewards, move(episode.actions))
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("csv", 30), ("jsonl", 31)])
+def test_videos_with_actions(tmp_path: Path, played: RecordedDataset, kind: str, rows: int) -> None:
+    where = videos(tmp_path / "v", played, kind, rows)
+    settings = ImportConfig(str(tmp_path / "d"), "counter", validation_every=2)
+    data = import_videos(where, ACTIONS, settings)
+    assert_aligned(data, [30, 30, 30])
+    assert data.spec.fps == 25 and data.spec.source["env_id"] == "imported/counter"
+    assert [bool(e.terminated[-1]) for e in data] == [True] * 3
+    assert {e.policy for e in data} == {"import:0", "import:1", "import:2"}
+    data.check(30)
+    # Nothing is there twice, and more can be added.
+    (where / "9.mp4").write_bytes((where / "0.mp4").read_bytes())
+    (where / f"9.{kind}").write_bytes((where / f"0.{kind}").read_bytes())
+    assert_aligned(import_videos(where, ACTIONS, settings), [30] * 4)
+
+
+def test_long_recordings_are_cut(tmp_path: Path, played: RecordedDataset) -> None:
+    where = videos(tmp_path / "v", played)
+    data = import_videos(where, ACTIONS, ImportConfig(str(tmp_path / "d"), "c", segment=12))
+    assert_aligned(data, [12, 12, 6] * 3)
+    assert [bool(e.terminated[-1]) for e in data] == [False, False, True] * 3
+    assert [bool(e.truncated[-1]) for e in data] == [True, True, False] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("action\n" + "1\n" * 29, "1.csv has 29 actions, but its video has 31 frames"),
+        ("action\n" + "1\n" * 32, "1.csv has 32 actions"),
+        ("act\n" + "1\n" * 30, "1.csv has no column 'action', but act"),
+        ("action\n" + "1\n" * 29 + "3\n", "1.csv: .*got 3"),
+        ("action\n" + "1\n" * 29 + "left\n", "1.csv: .*left"),
+        ("action\n" + "1\n" * 29 + "0.5\n", "1.csv: .*integers"),
+        ("", "1.csv must have rows"),
+    ],
+    ids=range(7),
+)
+def test_tables_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path: Path, played: RecordedDataset, text: str, message: str
+) -> None:
+    where = videos(tmp_path / "v", played)
+    (where / "1.csv").write_text(text)
+    with pytest.raises(RecordingError, match=message):
+        import_videos(where, ACTIONS, ImportConfig(str(tmp_path / "d"), "c"))
+    assert not (tmp_path / "d").exists()
+
+
+def test_files_that_are_not_there(tmp_path: Path, played: RecordedDataset) -> None:
+    settings = ImportConfig(str(tmp_path / "d"), "c")
+    with pytest.raises(RecordingError, match="no .mp4"):
+        import_videos(tmp_path, ACTIONS, settings)
+    where = videos(tmp_path / "v", played)
+    (where / "2.mp4").write_bytes(b"no video")
+    with pytest.raises(RecordingError, match="2.mp4 cannot be read"):
+        import_videos(where, ACTIONS, settings)
+    (where / "1.csv").unlink()
+    with pytest.raises(RecordingError, match="1.mp4 needs one file of actions"):
+        import_videos(where, ACTIONS, settings)
+
+
+def minari(played: RecordedDataset, **changes: Any) -> Any:
+    episodes = [
+        SimpleNamespace(
+            id=i,
+            observations=np.asarray(e.frames),
+            actions=e.actions,
+            rewards=e.rewards,
+            terminations=e.terminated,
+        )
+        for i, e in enumerate(played)
+    ]
+    vars(episodes[-1]).update(changes)
+    return SimpleNamespace(action_space=ACTIONS, iterate_episodes=lambda: iter(episodes))
+
+
+def test_minari(tmp_path: Path, played: RecordedDataset) -> None:
+    data = import_minari(minari(played), ImportConfig(str(tmp_path / "d"), "c", fps=20))
+    assert_aligned(data, [30, 30, 30])
+    assert data.spec.fps == 20
+    for wrong, message in (
+        ({"observations": np.zeros((31, 4))}, r"episode 2: frames must be uint8"),
+        ({"observations": {"x": 1}}, "episode 2: observations are no frames"),
+        ({"actions": np.zeros(7, int)}, "episode 2: 31 frames do not fit 7 actions"),
+    ):
+        with pytest.raises(RecordingError, match=message):
+            import_minari(minari(played, **wrong), ImportConfig(str(tmp_path / "e"), "c"))
