@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,69 @@ from gymnasium.vector import AutoresetMode
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.streams import ActionStream
+from nfd_env.evaluation.tables import table
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.load import World
 
 _MATMUL_SIZE, _MATMUL_SIZE_GPU = 1024, 8192
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Env steps a second of all environments together, and how long a step took."""
+
+    env_steps_per_second: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What was measured at one number of environments.
+
+    Attributes:
+        rgb: with frames decoded.
+        latent: without.
+        transformer_gflop: arithmetic of an env step in the transformer, ``step_gflop``.
+        transformer_gflops: the same a second.
+        matmul_gflops: of a large matrix product, in turn.
+        matmul_share: transformer over matrix product.
+        acceptance: share of drafted frames that were used; None without speculation.
+    """
+
+    rgb: Pace
+    latent: Pace
+    transformer_gflop: float
+    transformer_gflops: float
+    matmul_gflops: float
+    matmul_share: float
+    acceptance: float | None
+
+
+@dataclass(frozen=True)
+class LateFrame:
+    """Cost of a frame number ``frame`` over that of number 10; memory that grew in between, MiB."""
+
+    frame: int
+    ratio: float
+    memory_growth_mb: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """How fast a world steps; ``envs`` by the number of environments."""
+
+    world: str
+    device: str
+    torch: str
+    threads: int
+    sampling_steps: int
+    speculative_frames: int
+    precision: str
+    matmul_size: int
+    envs: dict[int, BatchReport]
+    late_frame: LateFrame | None
 
 
 def benchmark(
@@ -27,7 +86,7 @@ def benchmark(
     seconds: float = 5.0,
     long_frames: int = 10_000,
     speculative_frames: int = 1,
-) -> dict[str, Any]:
+) -> BenchReport:
     """Time a world's env; every figure of one report comes from one run.
 
     Args:
@@ -39,47 +98,43 @@ def benchmark(
             leaves the comparison out.
         speculative_frames: see ``NFDVectorEnv``; with more than 1, actions are held for 5 to 20
             frames instead of being random.
-
-    Returns:
-        Nested plain values, see ``format_report``.
     """
     device = world.model.device
     model = world.model
     if sampling_steps is not None:
         model = model.with_sampling(replace(model.sampling, steps=sampling_steps))
-    report: dict[str, Any] = {
-        "world": world.spec.name,
-        "device": describe_device(device),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "sampling_steps": model.sampling.steps,
-        "speculative_frames": speculative_frames,
-        "precision": model.precision,
-        "matmul_size": _MATMUL_SIZE if device.type == "cpu" else _MATMUL_SIZE_GPU,
-        "envs": {},
-    }
+    size = _MATMUL_SIZE if device.type == "cpu" else _MATMUL_SIZE_GPU
+    envs = {}
     for count in batches:
-        row: dict[str, Any] = {}
+        paces, accepted = {}, {}
         for obs_type in ("rgb", "latent"):
             env = _env(world, count, obs_type, sampling_steps, speculative_frames)
-            times, acceptance = _step_times(env, seconds)
-            if speculative_frames > 1:
-                row.setdefault("acceptance", acceptance)
-            row[obs_type] = {
-                "env_steps_per_second": count * len(times) / times.sum(),
-                **{f"p{p}_ms": float(np.percentile(times, p) * 1e3) for p in (50, 95, 99)},
-            }
-        size = report["matmul_size"]
+            times, accepted[obs_type] = _step_times(env, seconds)
+            p50, p95, p99 = (float(np.percentile(times, p) * 1e3) for p in (50, 95, 99))
+            paces[obs_type] = Pace(float(count * len(times) / times.sum()), p50, p95, p99)
         transformer, matmul = _transformer_and_matmul(world, model, count, seconds, size)
-        gflop = step_gflop(model) * count
-        row["transformer_gflop"] = gflop
-        row["transformer_gflops"] = gflop / transformer
-        row["matmul_gflops"] = 2 * size**3 / 1e9 / matmul
-        row["matmul_share"] = row["transformer_gflops"] / row["matmul_gflops"]
-        report["envs"][str(count)] = row
-    if long_frames:
-        report["late_frame"] = _late_frame(world, sampling_steps, long_frames)
-    return report
+        gflop, fastest = step_gflop(model) * count, 2 * size**3 / 1e9 / matmul
+        envs[count] = BatchReport(
+            paces["rgb"],
+            paces["latent"],
+            gflop,
+            gflop / transformer,
+            fastest,
+            gflop / transformer / fastest,
+            accepted["rgb"] if speculative_frames > 1 else None,
+        )
+    return BenchReport(
+        world.spec.name,
+        describe_device(device),
+        str(torch.__version__),
+        torch.get_num_threads(),
+        model.sampling.steps,
+        speculative_frames,
+        model.precision,
+        size,
+        envs,
+        _late_frame(world, sampling_steps, long_frames) if long_frames else None,
+    )
 
 
 def describe_device(device: torch.device) -> str:
@@ -205,8 +260,8 @@ def _transformer_and_matmul(
     return float(np.median(passes[full])), float(np.median(products[full]))
 
 
-def _late_frame(world: World, sampling_steps: int | None, frames: int) -> dict[str, float]:
-    """Cost of a frame near number ``frames`` over that near number 10, timed in turn."""
+def _late_frame(world: World, sampling_steps: int | None, frames: int) -> LateFrame:
+    """Time frames near number ``frames`` and near number 10 in turn."""
     young, old = (_env(world, 1, "rgb", sampling_steps) for _ in range(2))
     fresh = young.save_state()
     memory = 0
@@ -226,11 +281,8 @@ def _late_frame(world: World, sampling_steps: int | None, frames: int) -> dict[s
             begin = time.perf_counter()
             env.step(action)
             times[name].append(time.perf_counter() - begin)
-    return {
-        "frame": frames,
-        "ratio": float(np.median(times["old"]) / np.median(times["young"])),
-        "memory_growth_mb": grown / 1024,
-    }
+    ratio = float(np.median(times["old"]) / np.median(times["young"]))
+    return LateFrame(frames, ratio, grown / 1024)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -238,36 +290,39 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def format_report(report: dict[str, Any]) -> str:
+def format_report(report: BenchReport) -> str:
     """The report as Markdown."""
-    lines = [
-        f"{report['world']} on {report['device']}: {report['sampling_steps']} sampling steps, "
-        f"torch {report['torch']}, {report['threads']} threads, {report['precision']}",
-        "",
-        "| envs | env steps/s | p50 / p95 / p99 ms | without decoding | transformer GFLOP/s "
-        f"| {report['matmul_size']}³ matrix product GFLOP/s, in turn | share of it |",
-        "|---|---|---|---|---|---|---|",
+    header = ["envs", "env steps/s", "p50 / p95 / p99 ms", "without decoding"]
+    header += ["transformer GFLOP/s", f"{report.matmul_size}³ matrix product GFLOP/s, in turn"]
+    rows = [
+        [
+            str(count),
+            f"{row.rgb.env_steps_per_second:.0f}",
+            f"{row.rgb.p50_ms:.1f} / {row.rgb.p95_ms:.1f} / {row.rgb.p99_ms:.1f}",
+            f"{row.latent.env_steps_per_second:.0f}",
+            f"{row.transformer_gflops:.0f}",
+            f"{row.matmul_gflops:.0f}",
+            f"{row.matmul_share:.2f}",
+        ]
+        for count, row in report.envs.items()
     ]
-    for count, row in report["envs"].items():
-        rgb, latent = row["rgb"], row["latent"]
-        lines.append(
-            f"| {count} | {rgb['env_steps_per_second']:.0f} | "
-            f"{rgb['p50_ms']:.1f} / {rgb['p95_ms']:.1f} / {rgb['p99_ms']:.1f} | "
-            f"{latent['env_steps_per_second']:.0f} | {row['transformer_gflops']:.0f} | "
-            f"{row['matmul_gflops']:.0f} | {row['matmul_share']:.2f} |"
-        )
-    if report["speculative_frames"] > 1:
-        rates = ", ".join(f"{r['acceptance']:.2f} ({n})" for n, r in report["envs"].items())
+    lines = [
+        f"{report.world} on {report.device}: {report.sampling_steps} sampling steps, "
+        f"torch {report.torch}, {report.threads} threads, {report.precision}",
+        "",
+        table([*header, "share of it"], rows),
+    ]
+    if report.speculative_frames > 1:
+        rates = ", ".join(f"{r.acceptance:.2f} ({n})" for n, r in report.envs.items())
         lines += [
             "",
-            f"Speculation draws {report['speculative_frames']} frames jointly; actions held for 5 "
+            f"Speculation draws {report.speculative_frames} frames jointly; actions held for 5 "
             f"to 20 frames. Accepted of the drafted frames (envs): {rates}.",
         ]
-    if "late_frame" in report:
-        late = report["late_frame"]
+    if (late := report.late_frame) is not None:
         lines += [
             "",
-            f"A frame at number {late['frame']:,} costs {late['ratio']:.3f} times one at number "
-            f"10; memory grew by {late['memory_growth_mb']:.1f} MiB in between.",
+            f"A frame at number {late.frame:,} costs {late.ratio:.3f} times one at number "
+            f"10; memory grew by {late.memory_growth_mb:.1f} MiB in between.",
         ]
     return "\n".join(lines)

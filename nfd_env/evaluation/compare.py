@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,77 @@ _BASELINES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Frames/s of all environments together, latency of an env step, what became of drafts.
+
+    ``acceptance`` is the share of the drafted frames that were used, ``frames_without_a_pass``
+    that of all frames which cost nothing for this reason; None without speculation.
+    """
+
+    frames_per_second: float
+    p50_ms: float
+    p95_ms: float
+    drafted: int | None = None
+    acceptance: float | None = None
+    frames_without_a_pass: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRow(Figures):
+    """One way of drawing frames; ``over_`` what: how many times as fast it is as that."""
+
+    steps: int
+    cache: str
+    dynamics: str
+    speculative_frames: int
+    stream: str
+    sampler: str
+    over_plain_refilled: float = float("nan")
+    over_refilled: float = float("nan")
+    over_no_speculation: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSkipRow(Figures):
+    """A frame skip in ``passes`` joint draws of ``frames_per_pass`` frames."""
+
+    frames_per_pass: int
+    passes: int
+    over_one_by_one: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What the figures of a comparison have in common; ``seconds`` were spent on each."""
+
+    world: str
+    device: str
+    torch: str
+    threads: int
+    precision: str
+    num_envs: int
+    obs_type: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Conditions):
+    """What ``compare`` found; ``agent`` gave the actions of the stream of this name."""
+
+    agent: str | None
+    rows: list[ComparedRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSkipComparison(Conditions):
+    """What ``compare_frame_skip`` found."""
+
+    frame_skip: int
+    sampling_steps: int
+    rows: list[FrameSkipRow]
+
+
 class Runner:
     """An env driven by a stream of actions, and the seconds that each of its steps took."""
 
@@ -68,19 +140,20 @@ class Runner:
         self.times.append(took)
         return took
 
-    def figures(self) -> dict[str, Any]:
-        """Frames/s of all environments together, latency, and what became of the drafts."""
+    def figures(self) -> Figures:
+        """What was measured."""
         frames = self.env.num_envs * self.env.frame_skip * len(self.times)
-        figures: dict[str, Any] = {
-            "frames_per_second": frames / sum(self.times),
-            **{f"p{p}_ms": float(np.percentile(self.times, p) * 1e3) for p in (50, 95)},
-        }
-        if self.env.speculative_frames > 1:
-            drafted, accepted, dropped = (self._counts() - self._before).tolist()
-            figures["drafted"] = drafted
-            figures["acceptance"] = acceptance_rate(accepted, dropped)
-            figures["frames_without_a_pass"] = accepted / frames
-        return figures
+        p50, p95 = (float(np.percentile(self.times, p) * 1e3) for p in (50, 95))
+        figures = Figures(frames_per_second=frames / sum(self.times), p50_ms=p50, p95_ms=p95)
+        if self.env.speculative_frames == 1:
+            return figures
+        drafted, accepted, dropped = (self._counts() - self._before).tolist()
+        return replace(
+            figures,
+            drafted=drafted,
+            acceptance=acceptance_rate(accepted, dropped),
+            frames_without_a_pass=accepted / frames,
+        )
 
     def _counts(self) -> np.ndarray:
         counts = self._info.get("speculation")
@@ -114,7 +187,7 @@ def compare(
     seconds: float = 5.0,
     obs_type: str = "rgb",
     agent: str | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Frames/s with a refilled cache, with the ring, with fewer steps, and with speculation.
 
     The refilled cache is measured twice: under this package's transformer and under a plain one,
@@ -130,39 +203,45 @@ def compare(
         seconds: time spent on each figure.
         obs_type: "rgb", or "latent" to leave decoding out.
         agent: of the stream "agent", see ``ActionStream``.
-
-    Returns:
-        Nested plain values, see ``format_comparison``.
     """
     kept = world.model.dynamics.config.window - 1
-    rows = [_row(world, BASELINE_STEPS, cache) for cache in CACHES if cache != "ring"]
-    rows += [_row(world, count) for count in steps]
-    rows += [
-        _row(world, count, frames=n, stream=stream)
+    ways = [(BASELINE_STEPS, cache, 1, "") for cache in CACHES if cache != "ring"]
+    ways += [(count, "ring", 1, "") for count in steps]
+    ways += [
+        (count, "ring", n, stream)
         for count in steps
         if count <= FEW
         for n in speculative_frames
         if n <= kept
         for stream in HELD
     ]
-    runners = []
-    for row in rows:
+    both, runners = world.spec.teacher is not None, []
+    for count, cache, n, stream in ways:
         env = _env(
             world,
             num_envs,
             obs_type,
-            dynamics=row["dynamics"],
-            sampling_steps=row["steps"],
-            speculative_frames=row["speculative_frames"],
+            dynamics=("student" if count <= FEW else "teacher") if both else world.dynamics,
+            sampling_steps=count,
+            speculative_frames=n,
         )
-        row["sampler"] = env.sampling.sampler
-        env.model = _with_cache(env.model, row["cache"])
-        runners.append(Runner(env, row["stream"] or "held keys", agent))
+        env.model = _with_cache(env.model, cache)
+        runners.append(Runner(env, stream or "held keys", agent))
     take_turns([r.step for r in runners], seconds)
-    for row, runner in zip(rows, runners, strict=True):
-        row |= runner.figures()
-    _relate(rows)
-    return _about(world, num_envs, seconds, obs_type) | {"agent": agent, "rows": rows}
+    rows = [
+        ComparedRow(
+            **asdict(runner.figures()),
+            steps=count,
+            cache=cache,
+            dynamics=runner.env.world.dynamics,
+            speculative_frames=n,
+            stream=stream,
+            sampler=runner.env.sampling.sampler,
+        )
+        for (count, cache, n, stream), runner in zip(ways, runners, strict=True)
+    ]
+    about = _conditions(world, num_envs, seconds, obs_type)
+    return Comparison(**asdict(about), agent=agent, rows=_related(rows))
 
 
 def compare_frame_skip(
@@ -172,7 +251,7 @@ def compare_frame_skip(
     num_envs: int = 1,
     seconds: float = 5.0,
     obs_type: str = "rgb",
-) -> dict[str, Any]:
+) -> FrameSkipComparison:
     """Frames/s of ``frame_skip`` frames a step, drawn one after the other or jointly.
 
     Args:
@@ -182,9 +261,6 @@ def compare_frame_skip(
         num_envs: environments stepped together.
         seconds: time spent on each figure.
         obs_type: "rgb" or "latent".
-
-    Returns:
-        Nested plain values, see ``format_frame_skip``.
 
     Raises:
         ValueError: when there is nothing to compare.
@@ -207,29 +283,20 @@ def compare_frame_skip(
     ]
     runners = [Runner(env, "random") for env in envs]
     take_turns([r.step for r in runners], seconds)
+    figures = [runner.figures() for runner in runners]
     rows = [
-        {"frames_per_pass": n, "passes": frame_skip // n} | runner.figures()
-        for n, runner in zip(joint, runners, strict=True)
+        FrameSkipRow(
+            **asdict(row),
+            frames_per_pass=n,
+            passes=frame_skip // n,
+            over_one_by_one=row.frames_per_second / figures[0].frames_per_second,
+        )
+        for n, row in zip(joint, figures, strict=True)
     ]
-    for row in rows:
-        row["over_one_by_one"] = row["frames_per_second"] / rows[0]["frames_per_second"]
-    about = _about(world, num_envs, seconds, obs_type)
-    steps = envs[0].sampling.steps
-    return about | {"frame_skip": frame_skip, "sampling_steps": steps, "rows": rows}
-
-
-def _row(
-    world: World, steps: int, cache: str = "ring", frames: int = 1, stream: str = ""
-) -> dict[str, Any]:
-    both = world.spec.teacher is not None
-    dynamics = ("student" if steps <= FEW else "teacher") if both else world.dynamics
-    return {
-        "steps": steps,
-        "cache": cache,
-        "dynamics": dynamics,
-        "speculative_frames": frames,
-        "stream": stream,
-    }
+    about, steps = _conditions(world, num_envs, seconds, obs_type), envs[0].sampling.steps
+    return FrameSkipComparison(
+        **asdict(about), frame_skip=frame_skip, sampling_steps=steps, rows=rows
+    )
 
 
 def _with_cache(model: WorldModel, cache: str) -> WorldModel:
@@ -238,19 +305,20 @@ def _with_cache(model: WorldModel, cache: str) -> WorldModel:
     return RefilledModel(model) if cache == "refilled" else model
 
 
-def _relate(rows: list[dict[str, Any]]) -> None:
+def _related(rows: list[ComparedRow]) -> list[ComparedRow]:
     """Say how many times as fast each row is as the baselines."""
-    rates = [(row["cache"], row["steps"], row["frames_per_second"]) for row in rows]
-    plain = max(rate for cache, _, rate in rates if cache.startswith("plain"))
-    refilled = next(rate for cache, _, rate in rates if cache == "refilled")
-    ring: dict[int, float] = {}
-    for row in rows:
-        rate = row["frames_per_second"]
-        row["over_plain_refilled"], row["over_refilled"] = rate / plain, rate / refilled
-        if row["speculative_frames"] > 1:
-            row["over_no_speculation"] = rate / ring[row["steps"]]
-        elif row["cache"] == "ring":
-            ring[row["steps"]] = rate
+    plain = max(row.frames_per_second for row in rows if row.cache.startswith("plain"))
+    refilled = next(row.frames_per_second for row in rows if row.cache == "refilled")
+    alone = {r.steps: r.frames_per_second for r in rows if r.cache == "ring" and not r.stream}
+    return [
+        replace(
+            row,
+            over_plain_refilled=row.frames_per_second / plain,
+            over_refilled=row.frames_per_second / refilled,
+            over_no_speculation=row.frames_per_second / alone[row.steps] if row.stream else None,
+        )
+        for row in rows
+    ]
 
 
 def _env(world: World, num_envs: int, obs_type: str, **kwargs: Any) -> NFDVectorEnv:
@@ -265,59 +333,52 @@ def _env(world: World, num_envs: int, obs_type: str, **kwargs: Any) -> NFDVector
     )
 
 
-def _about(world: World, num_envs: int, seconds: float, obs_type: str) -> dict[str, Any]:
-    return {
-        "world": world.spec.name,
-        "device": describe_device(world.model.device),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "precision": world.model.precision,
-        "num_envs": num_envs,
-        "obs_type": obs_type,
-        "seconds": seconds,
-    }
-
-
-def _heading(report: dict[str, Any]) -> str:
-    return (
-        f"{report['world']} on {report['device']}, torch {report['torch']}, "
-        f"{report['threads']} threads, {report['precision']}, {report['num_envs']} env(s), "
-        f"{'frames decoded' if report['obs_type'] == 'rgb' else 'latents, not decoded'}; "
-        f"{report['seconds']:g} s a figure, all in turn"
+def _conditions(world: World, num_envs: int, seconds: float, obs_type: str) -> Conditions:
+    return Conditions(
+        world=world.spec.name,
+        device=describe_device(world.model.device),
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        precision=world.model.precision,
+        num_envs=num_envs,
+        obs_type=obs_type,
+        seconds=seconds,
     )
 
 
-def format_comparison(report: dict[str, Any]) -> str:
+def _heading(report: Conditions) -> str:
+    return (
+        f"{report.world} on {report.device}, torch {report.torch}, {report.threads} threads, "
+        f"{report.precision}, {report.num_envs} env(s), "
+        f"{'frames decoded' if report.obs_type == 'rgb' else 'latents, not decoded'}; "
+        f"{report.seconds:g} s a figure, all in turn"
+    )
+
+
+def format_comparison(report: Comparison) -> str:
     """The report of ``compare`` as Markdown."""
     plain, drafting = [], []
-    for row in report["rows"]:
-        rate, latency = f"{row['frames_per_second']:.1f}", f"{row['p50_ms']:.1f}"
-        latency += f" / {row['p95_ms']:.1f}"
-        name = f"{row['steps']} ({row['dynamics']}, {row['sampler']})"
-        ratios = [f"{row[over]:.1f}×" for over in ("over_plain_refilled", "over_refilled")]
-        if row["speculative_frames"] == 1:
-            plain.append([name, CACHES[row["cache"]], rate, latency, *ratios])
+    for row in report.rows:
+        name = f"{row.steps} ({row.dynamics}, {row.sampler})"
+        pace = [f"{row.frames_per_second:.1f}", f"{row.p50_ms:.1f} / {row.p95_ms:.1f}"]
+        ratios = [f"{over:.1f}×" for over in (row.over_plain_refilled, row.over_refilled)]
+        if not row.stream:
+            plain.append([name, CACHES[row.cache], *pace, *ratios])
             continue
-        drafting.append(
-            [
-                name,
-                str(row["speculative_frames"]),
-                row["stream"],
-                rate,
-                latency,
-                f"{row['acceptance']:.2f}" if row["drafted"] else "none drafted",
-                f"{row['frames_without_a_pass']:.2f}",
-                f"{row['over_no_speculation']:.2f}×",
-                *ratios,
-            ]
-        )
+        drafts = [
+            f"{row.acceptance:.2f}" if row.drafted else "none drafted",
+            f"{row.frames_without_a_pass:.2f}",
+            f"{row.over_no_speculation:.2f}×",
+        ]
+        speculated = [name, str(row.speculative_frames), row.stream]
+        drafting.append([*speculated, *pace, *drafts, *ratios])
     over = ["over plain refilled", "over refilled"]
     columns = ["steps", "cache", "frames/s", "p50 / p95 ms", *over]
     lines = [_heading(report), "", table(columns, plain), "", _BASELINES]
     if drafting:
         columns = ["steps", "n", "actions", "frames/s", "p50 / p95 ms", "acceptance"]
         columns += ["frames without a pass", "over none", *over]
-        who = report["agent"] or "random actions held for 1 to 20 frames, as in recordings"
+        who = report.agent or "random actions held for 1 to 20 frames, as in recordings"
         lines += [
             "",
             "Speculation: n frames are drawn jointly for the current action. Held keys: each "
@@ -328,23 +389,23 @@ def format_comparison(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def format_frame_skip(report: dict[str, Any]) -> str:
+def format_frame_skip(report: FrameSkipComparison) -> str:
     """The report of ``compare_frame_skip`` as Markdown."""
     rows = [
         [
-            str(row["frames_per_pass"]),
-            str(row["passes"]),
-            f"{row['frames_per_second']:.1f}",
-            f"{row['p50_ms']:.1f} / {row['p95_ms']:.1f}",
-            f"{row['over_one_by_one']:.2f}×",
+            str(row.frames_per_pass),
+            str(row.passes),
+            f"{row.frames_per_second:.1f}",
+            f"{row.p50_ms:.1f} / {row.p95_ms:.1f}",
+            f"{row.over_one_by_one:.2f}×",
         ]
-        for row in report["rows"]
+        for row in report.rows
     ]
     columns = ["frames drawn jointly", "joint draws a step", "frames/s", "p50 / p95 ms a step"]
     return "\n".join(
         [
-            f"{_heading(report)}; {report['frame_skip']} frames an env step, "
-            f"{report['sampling_steps']} sampling steps",
+            f"{_heading(report)}; {report.frame_skip} frames an env step, "
+            f"{report.sampling_steps} sampling steps",
             "",
             table([*columns, "over one by one"], rows),
         ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,41 @@ from nfd_env.worlds.clip import load_clip
 from nfd_env.worlds.load import load_world
 
 
+@dataclass(frozen=True)
+class DemoReport:
+    """What was played, and how fast.
+
+    Attributes:
+        world: its name.
+        device: name of the processor.
+        threads: of torch on the CPU.
+        sampling_steps: denoising steps a frame.
+        frames: that were played.
+        restarts: how often an episode ended and was joined again.
+        frames_per_second: of env steps alone.
+        p50_ms: latency of an env step.
+        p95_ms: likewise.
+        p99_ms: likewise.
+        time_to_first_frame_s: loading included.
+        video: path of the film.
+        strip: path of the picture.
+    """
+
+    world: str
+    device: str
+    threads: int
+    sampling_steps: int
+    frames: int
+    restarts: int
+    frames_per_second: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    time_to_first_frame_s: float
+    video: str
+    strip: str
+
+
 def demo(
     world: str,
     folder: str | Path,
@@ -26,7 +61,7 @@ def demo(
     sampling_steps: int | None = None,
     precision: str = "auto",
     gif: str | Path | None = None,
-) -> dict[str, Any]:
+) -> DemoReport:
     """Replay a held-out recording's actions inside a world, and film both side by side.
 
     The scripted player presses what the recorded player pressed. When the world ends the episode,
@@ -41,9 +76,6 @@ def demo(
         sampling_steps: None for the world's default.
         precision: see ``nfd_env.worlds.load.load_world``.
         gif: also write the first six seconds as a small moving picture.
-
-    Returns:
-        What is printed: device, frames/s, latencies in ms, time to first frame in s, paths.
 
     Raises:
         CheckpointError: when the world has no recorded clip.
@@ -102,35 +134,35 @@ def demo(
         short = range(0, min(len(made), int(6 * loaded.spec.fps)), 3)
         write_gif(gif, (enlarge(picture(i), 130) for i in short), loaded.spec.fps / 3)
     latency = np.array(times) * 1e3
-    return {
-        "world": loaded.spec.name,
-        "device": describe_device(env.model.device),
-        "threads": torch.get_num_threads(),
-        "sampling_steps": env.sampling.steps,
-        "frames": len(made),
-        "restarts": restarts,
-        "frames_per_second": 1e3 / float(latency.mean()),
-        "p50_ms": float(np.percentile(latency, 50)),
-        "p95_ms": float(np.percentile(latency, 95)),
-        "p99_ms": float(np.percentile(latency, 99)),
-        "time_to_first_frame_s": to_first_frame,
-        "video": str(video),
-        "strip": str(strip),
-    }
+    p50, p95, p99 = np.percentile(latency, (50, 95, 99))
+    return DemoReport(
+        loaded.spec.name,
+        describe_device(env.model.device),
+        torch.get_num_threads(),
+        env.sampling.steps,
+        len(made),
+        restarts,
+        1e3 / float(latency.mean()),
+        float(p50),
+        float(p95),
+        float(p99),
+        to_first_frame,
+        str(video),
+        str(strip),
+    )
 
 
-def format_report(report: dict[str, Any]) -> str:
+def format_report(report: DemoReport) -> str:
     """The report as lines of text."""
     return "\n".join(
         [
-            f"{report['world']} on {report['device']} ({report['threads']} threads), "
-            f"{report['sampling_steps']} sampling steps",
-            f"{report['frames']} frames at {report['frames_per_second']:.1f} frames/s; latency "
-            f"p50 {report['p50_ms']:.1f} ms, p95 {report['p95_ms']:.1f} ms, "
-            f"p99 {report['p99_ms']:.1f} ms",
-            f"time to first frame {report['time_to_first_frame_s']:.2f} s (loading included); "
-            f"episodes ended and joined again: {report['restarts']}",
-            f"video, real beside generated: {report['video']}",
-            f"strip of frames: {report['strip']}",
+            f"{report.world} on {report.device} ({report.threads} threads), "
+            f"{report.sampling_steps} sampling steps",
+            f"{report.frames} frames at {report.frames_per_second:.1f} frames/s; latency "
+            f"p50 {report.p50_ms:.1f} ms, p95 {report.p95_ms:.1f} ms, p99 {report.p99_ms:.1f} ms",
+            f"time to first frame {report.time_to_first_frame_s:.2f} s (loading included); "
+            f"episodes ended and joined again: {report.restarts}",
+            f"video, real beside generated: {report.video}",
+            f"strip of frames: {report.strip}",
         ]
     )

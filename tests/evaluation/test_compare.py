@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,8 +128,8 @@ def test_measurements_take_turns() -> None:
 def test_compare(distilled_world: Path) -> None:
     world = load_world(distilled_world, "cpu", "fp32")
     report = compare(world, (5, 1), (2,), seconds=0.05)
-    rows = report["rows"]
-    assert [(r["steps"], r["cache"], r["dynamics"], r["speculative_frames"]) for r in rows] == [
+    rows = report.rows
+    assert [(r.steps, r.cache, r.dynamics, r.speculative_frames) for r in rows] == [
         (18, "plain fp32", "teacher", 1),
         (18, "plain bf16", "teacher", 1),
         (18, "refilled", "teacher", 1),
@@ -136,35 +137,36 @@ def test_compare(distilled_world: Path) -> None:
         (1, "ring", "student", 1),
         *[(1, "ring", "student", 2)] * 3,
     ]
-    assert [r["sampler"] for r in rows[2:5]] == ["euler", "euler", "consistency"]
-    assert [r["stream"] for r in rows[5:]] == ["held keys", "agent", "random"]
+    assert [r.sampler for r in rows[2:5]] == ["euler", "euler", "consistency"]
+    assert [r.stream for r in rows[5:]] == ["held keys", "agent", "random"]
     # 18 steps and a window against one pass: no machine is noisy enough to hide that.
-    assert rows[4]["over_refilled"] > 3 and rows[4]["over_plain_refilled"] > 3
-    assert rows[2]["over_refilled"] == 1
-    assert max(r["over_plain_refilled"] for r in rows[:2]) == 1
+    assert rows[4].over_refilled > 3 and rows[4].over_plain_refilled > 3
+    assert rows[2].over_refilled == 1
+    assert max(r.over_plain_refilled for r in rows[:2]) == 1
     for row in rows[5:]:
-        assert 0 <= row["acceptance"] <= 1 and 0 <= row["frames_without_a_pass"] <= 0.5
-        ratio = row["frames_per_second"] / rows[4]["frames_per_second"]
-        assert row["over_no_speculation"] == pytest.approx(ratio)
+        assert row.acceptance is not None and row.frames_without_a_pass is not None
+        assert 0 <= row.acceptance <= 1 and 0 <= row.frames_without_a_pass <= 0.5
+        ratio = row.frames_per_second / rows[4].frames_per_second
+        assert row.over_no_speculation == pytest.approx(ratio)
     text = format_comparison(report)
     assert text.count("\n| 1 (student, consistency) |") == 4
     assert "| plain PyTorch bf16, refilled |" in text and "over plain refilled" in text
-    json.dumps(report)
+    json.dumps(asdict(report))
 
 
 def test_compare_in_a_world_with_one_network(endless_world: Path) -> None:
     report = compare(load_world(endless_world, "cpu", "fp32"), (2,), (), seconds=0.01)
-    assert [r["dynamics"] for r in report["rows"]] == ["flow"] * 4
+    assert [r.dynamics for r in report.rows] == ["flow"] * 4
     assert "Speculation" not in format_comparison(report)
 
 
 def test_compare_frame_skip(distilled_world: Path) -> None:
     world = load_world(distilled_world, "cpu", "fp32")
     report = compare_frame_skip(world, 4, seconds=0.02)
-    assert [(r["frames_per_pass"], r["passes"]) for r in report["rows"]] == [(1, 4), (2, 2), (4, 1)]
+    assert [(r.frames_per_pass, r.passes) for r in report.rows] == [(1, 4), (2, 2), (4, 1)]
     # Every draft is for frames of the same action.
-    assert all(r["acceptance"] == 1 for r in report["rows"][1:])
-    assert report["rows"][0]["over_one_by_one"] == 1
+    assert all(r.acceptance == 1 for r in report.rows[1:])
+    assert report.rows[0].over_one_by_one == 1
     assert "| 4 | 1 |" in format_frame_skip(report)
     with pytest.raises(ValueError, match="frame skip of 1"):
         compare_frame_skip(world, 1)
@@ -173,11 +175,11 @@ def test_compare_frame_skip(distilled_world: Path) -> None:
 def test_bench_shows_the_acceptance(endless_world: Path) -> None:
     world = load_world(endless_world, "cpu", "fp32")
     report = benchmark(world, 1, (1,), 0.05, 0, speculative_frames=2)
-    acceptance = report["envs"]["1"]["acceptance"]
-    assert 0 <= acceptance <= 1
+    acceptance = report.envs[1].acceptance
+    assert acceptance is not None and 0 <= acceptance <= 1
     assert f"{acceptance:.2f} (1)" in format_report(report)
     plain = benchmark(world, 1, (1,), 0.02, 0)
-    assert "acceptance" not in plain["envs"]["1"] and "Speculation" not in format_report(plain)
+    assert plain.envs[1].acceptance is None and "Speculation" not in format_report(plain)
 
 
 def test_bench_of_sizes_that_nobody_trained(
