@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,7 +228,7 @@ def evaluate(
         if reader:
             network = load_inverse_dynamics(reader, loaded)
             made = measure_actions(loaded, held_out, network, windows, seed=seed)
-            report["actions"] = asdict(made)
+            report = replace(report, actions=made)
         return report
 
     name = "eval-steps" if steps else "eval-drafts" if compare_drafts else "eval"

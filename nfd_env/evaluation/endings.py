@@ -7,7 +7,7 @@ distributions of frames hardly show whether the world lets it happen.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,9 +24,40 @@ LATER = 8  # likewise behind it; the last action is kept up
 _ENDING_SEEDS = 20_000  # episode numbers of their noise start there
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Probabilities of an end before the recorded one and about there.
+
+    Attributes:
+        before: that the world ends the episode earlier.
+        there: that it does so about there.
+        recorded_before: what the heads make of the recorded frames, which is as good as a world
+            with these heads can be.
+        recorded_there: likewise.
+    """
+
+    before: float
+    there: float
+    recorded_before: float
+    recorded_there: float
+
+
+@dataclass(frozen=True)
+class ReplayedEndings:
+    """How many episodes were played again, and what came of it.
+
+    Attributes:
+        episodes: that terminated and are long enough.
+        ahead: by the number of frames before their end; empty without episodes.
+    """
+
+    episodes: int
+    ahead: dict[int, Ending]
+
+
 def replay_endings(
     world: World, model: WorldModel, encoded: EncodedEpisodes, seed: int
-) -> dict[str, Any]:
+) -> ReplayedEndings:
     """Play the ends of held-out episodes again.
 
     Args:
@@ -34,18 +65,11 @@ def replay_endings(
         model: with the sampling to judge.
         encoded: the held-out episodes.
         seed: of the noise.
-
-    Returns:
-        ``episodes`` that terminated and are long enough, and, where there are any, for each number
-        of frames ahead of their end the probabilities that the world ends the episode there
-        (``there``) and before (``before``), and what the heads make of the recorded frames
-        (``recorded_there``, ``recorded_before``), which is as good as a world with these heads can
-        be.
     """
     longest = max(AHEAD) + model.dynamics.config.window
     shown = [shown_transitions(episode) for episode in encoded.episodes]
     last = {i: n for i, (n, ends) in enumerate(shown) if n > longest and ends[-1]}
-    report: dict[str, Any] = {"episodes": len(last)}
+    endings = {}
     for ahead in AHEAD if last else ():
         contexts = [recorded_context(world, encoded, i, end - ahead) for i, end in last.items()]
         actions = torch.stack([_actions(world, encoded, *item, ahead) for item in last.items()], 1)
@@ -59,15 +83,9 @@ def replay_endings(
                 state.memory,
             )
         hazard = torch.stack([model.step(state, action).hazard for action in actions], 1)
-        before, there = _split(hazard, ahead)
-        recorded_before, recorded_there = _split(logits[..., 0].sigmoid(), ahead)
-        report[str(ahead)] = {
-            "before": before,
-            "there": there,
-            "recorded_before": recorded_before,
-            "recorded_there": recorded_there,
-        }
-    return report
+        recorded = _split(logits[..., 0].sigmoid(), ahead)
+        endings[ahead] = Ending(*_split(hazard, ahead), *recorded)
+    return ReplayedEndings(len(last), endings)
 
 
 def _actions(world: World, encoded: EncodedEpisodes, index: int, end: int, ahead: int) -> Tensor:

@@ -19,18 +19,32 @@ from nfd_env.evaluation.held_out import (
     EncodedEpisodes,
     HeldOut,
     Horizon,
+    moving_psnr,
     squared_error,
 )
 from nfd_env.evaluation.progress import progress_bar
+from nfd_env.evaluation.reports import (
+    Distribution,
+    EndsReport,
+    Floor,
+    FloorSpread,
+    HeldOutReport,
+    HorizonErrors,
+    RowReport,
+    RowsReport,
+    WorldReport,
+)
 from nfd_env.inference.speculation import advance, check_frames
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.metrics import (
     Estimate,
     bright_share,
     events_matched,
+    gradient_correlation,
     psnr,
     sharpness,
     ssim,
+    standing_out,
 )
 from nfd_env.worlds.load import World, load_world
 
@@ -47,7 +61,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     speculative_frames: int = 1,
-) -> dict[str, Any]:
+) -> WorldReport:
     """Compare a world with held-out episodes, conditioned on their true actions.
 
     Args:
@@ -60,9 +74,6 @@ def evaluate(
         progress: show a progress bar.
         speculative_frames: with more than 1, frames are drawn jointly wherever the action is kept.
 
-    Returns:
-        Nested plain values, see ``nfd_env.evaluation.reports.format_report``.
-
     Raises:
         RecordingError: when the recordings are of another environment or hold too little.
         ValueError: when a number is out of range.
@@ -74,7 +85,7 @@ def evaluate(
         row.measure_drift(held, seed, progress)
     ends = _ends(world, row.model, held.encoded, np.random.default_rng(seed))
     replayed = replay_endings(world, row.model, held.encoded, seed)
-    return _about(world, held) | row.report | {"ends": ends, "replayed": replayed}
+    return WorldReport(**_about(world, held), **vars(row.report()), ends=ends, replayed=replayed)
 
 
 def evaluate_steps(
@@ -87,7 +98,7 @@ def evaluate_steps(
     progress: bool = True,
     speculative_frames: int = 1,
     long_steps: Collection[int] | None = None,
-) -> dict[str, Any]:
+) -> RowsReport:
     """``evaluate`` for several numbers of sampling steps, on the same windows with the same noise.
 
     A world with a student and a teacher is judged with the teacher at all of them and the student
@@ -103,9 +114,6 @@ def evaluate_steps(
         progress: see there.
         speculative_frames: see there.
         long_steps: those of ``steps`` that also have long rollouts, which cost most; None for all.
-
-    Returns:
-        Nested plain values, see ``nfd_env.evaluation.reports.format_rows``.
 
     Raises:
         ValueError: when a number is out of range.
@@ -146,11 +154,11 @@ def evaluate_drafts(
     long_rollouts: int = 16,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> RowsReport:
     """``evaluate`` for several numbers of jointly drawn frames, on the same windows and noise.
 
-    The reference is the first of ``speculative_frames``. For the other arguments, what is returned
-    and what is raised, see ``evaluate_steps``.
+    The reference is the first of ``speculative_frames``. For the other arguments and what is
+    raised, see ``evaluate_steps``.
     """
     if not speculative_frames:
         raise ValueError("there are no numbers of jointly drawn frames to compare")
@@ -167,22 +175,18 @@ def _model(world: World, steps: int | None) -> WorldModel:
 
 
 def _about(world: World, held: HeldOut) -> dict[str, Any]:
-    floor: dict[str, Any] = {"early": _figures(held.early_floor)}
-    if held.late_floor is not None:
-        floor["late"] = dict(zip(("frechet", "deviation"), held.late_floor, strict=True))
-    return {
-        "world": world.spec.name,
-        "windows": len(held.windows.contexts),
-        "long_rollouts": len(held.long.contexts) if held.long else 0,
-        "held_out_episodes": len(held.encoded.episodes),
-        "held_out_frames": held.encoded.frames,
-        "bright_threshold": held.threshold,
-        "floor": floor,
-    }
-
-
-def _figures(estimate: Estimate, name: str = "frechet") -> dict[str, float]:
-    return {name: estimate.value, f"{name}_error": estimate.error}
+    early = Distribution(held.early_floor.value, held.early_floor.error)
+    late = None if held.late_floor is None else FloorSpread(*held.late_floor)
+    about = HeldOutReport(
+        world=world.spec.name,
+        windows=len(held.windows.contexts),
+        long_rollouts=len(held.long.contexts) if held.long else 0,
+        held_out_episodes=len(held.encoded.episodes),
+        held_out_frames=held.encoded.frames,
+        bright_threshold=held.threshold,
+        floor=Floor(early, late),
+    )
+    return vars(about)
 
 
 def _compare(
@@ -192,21 +196,14 @@ def _compare(
     held: HeldOut,
     seed: int,
     progress: bool,
-) -> dict[str, Any]:
+) -> RowsReport:
     for row in rows:
         row.measure_windows(held, seed, progress)
     for row, chosen in zip(rows, long, strict=True):
         if held.long is not None and chosen:
             row.measure_drift(held, seed, progress)
-    for row in rows:
-        for when, distance in row.frechet.items():
-            if when in rows[reference].frechet:
-                ratio = distance.over(rows[reference].frechet[when])
-                row.report[when] |= _figures(ratio, "over_reference")
-    return _about(rows[0].world, held) | {
-        "reference": reference,
-        "rows": [row.report for row in rows],
-    }
+    reports = [row.report(rows[reference]) for row in rows]
+    return RowsReport(**_about(rows[0].world, held), reference=reference, rows=reports)
 
 
 @dataclass
@@ -217,25 +214,43 @@ class _Row:
         world: whose actions and frames they are.
         model: with the sampling to judge.
         speculative_frames: 1 for none drawn jointly.
-        report: plain values.
+        horizons: by the number of frames ahead.
         frechet: distances of "early" and "late" frames to random ones, and "paired" ones of early
             frames to those recorded in the same windows, as they are measured.
+        distributions: the same, and more, to report.
+        drawn_ahead: see ``RowReport``.
     """
 
     world: World
     model: WorldModel
     speculative_frames: int
-    report: dict[str, Any] = field(default_factory=dict)
+    horizons: dict[int, HorizonErrors] = field(default_factory=dict)
     frechet: dict[str, Estimate] = field(default_factory=dict)
+    distributions: dict[str, Distribution] = field(default_factory=dict)
+    drawn_ahead: float | None = None
 
     def __post_init__(self) -> None:
         check_frames(self.speculative_frames, self.model.dynamics.config.window)
-        self.report |= {
-            "dynamics": self.world.dynamics,
-            "sampler": self.model.sampling.sampler,
-            "sampling_steps": self.model.sampling.steps,
-            "speculative_frames": self.speculative_frames,
-        }
+
+    def report(self, reference: _Row | None = None) -> RowReport:
+        """What was measured, the distances also relative to those of ``reference``."""
+        found, others = dict(self.distributions), reference.frechet if reference else {}
+        for when in found.keys() & others.keys():
+            ratio = self.frechet[when].over(others[when])
+            found[when] = replace(
+                found[when], over_reference=ratio.value, over_reference_error=ratio.error
+            )
+        return RowReport(
+            dynamics=self.world.dynamics,
+            sampler=self.model.sampling.sampler,
+            sampling_steps=self.model.sampling.steps,
+            speculative_frames=self.speculative_frames,
+            horizons=self.horizons,
+            early=found["early"],
+            paired=found["paired"],
+            late=found.get("late"),
+            drawn_ahead=self.drawn_ahead,
+        )
 
     def measure_windows(self, held: HeldOut, seed: int, progress: bool) -> None:
         """Roll the windows out: errors at the horizons, and the distribution of early frames."""
@@ -243,7 +258,6 @@ class _Row:
         seeds = [(seed, i) for i in range(len(rollouts.contexts))]
         state = model.start(rollouts.contexts, seeds, self.speculative_frames)
         early, shares = [], []
-        self.report["horizons"] = horizons = {}
         steps = range(len(rollouts.actions))
         for step in progress_bar(steps, f"windows, {self._name()}", progress):
             latents, frame = advance(model, state, rollouts.actions[step]).latents, step + 1
@@ -254,17 +268,16 @@ class _Row:
                 continue
             made = self.model.decode(latents).cpu().numpy()
             if frame in held.horizons:
-                horizon = held.horizons[frame]
-                horizons[str(frame)] = _errors(horizon, made, held.threshold, rollouts.groups)
+                self.horizons[frame] = _errors(held, held.horizons[frame], made)
             if sampled:
                 shares.append(bright_share(made, held.threshold))
         features = torch.stack(early, 1).flatten(2)
-        self._relate("early", held, features, rollouts.groups, None)
+        bright = _ratio(float(np.mean(shares)), held.early_bright)
+        self._relate("early", held, features, rollouts.groups, None, bright)
         self._relate("paired", held, features, rollouts.groups, held.early)
-        self.report["early"]["bright_ratio"] = _ratio(float(np.mean(shares)), held.early_bright)
         if self.speculative_frames > 1:
             drafted = state.report()["accepted"].sum() / (len(seeds) * len(steps))
-            self.report["drawn_ahead"] = float(drafted)
+            self.drawn_ahead = float(drafted)
 
     def measure_drift(self, held: HeldOut, seed: int, progress: bool) -> None:
         """Roll out for long: the distribution of the last frames."""
@@ -285,45 +298,55 @@ class _Row:
                 shares.append(bright_share(made, held.threshold))
                 sharp.append(sharpness(made))
         features = torch.stack(late, 1).flatten(2)
-        self._relate("late", held, features, rollouts.groups, None)
-        self.report["late"] |= {
-            "bright_ratio": _ratio(float(np.mean(shares)), held.bright),
-            "sharpness_ratio": float(np.mean(sharp)) / held.sharpness,
-            "spread_ratio": float(features.std()) / held.spread,
-        }
+        self._relate(
+            "late",
+            held,
+            features,
+            rollouts.groups,
+            None,
+            _ratio(float(np.mean(shares)), held.bright),
+            float(np.mean(sharp)) / held.sharpness,
+            float(features.std()) / held.spread,
+        )
 
     def _relate(
-        self, name: str, held: HeldOut, features: Tensor, groups: np.ndarray, real: Tensor | None
+        self,
+        name: str,
+        held: HeldOut,
+        features: Tensor,
+        groups: np.ndarray,
+        real: Tensor | None,
+        *ratios: float,
     ) -> None:
-        projected = held.reference.project(features)
-        self.frechet[name] = held.reference.estimate(projected, groups, real)
-        self.report[name] = _figures(self.frechet[name])
+        distance = held.reference.estimate(held.reference.project(features), groups, real)
+        self.frechet[name] = distance
+        self.distributions[name] = Distribution(distance.value, distance.error, *ratios)
 
     def _name(self) -> str:
         steps = f"{self.model.sampling.steps} steps of the {self.world.dynamics}"
         return steps + (f", n = {self.speculative_frames}" if self.speculative_frames > 1 else "")
 
 
-def _errors(
-    horizon: Horizon, made: np.ndarray, threshold: float, groups: np.ndarray
-) -> dict[str, float]:
+def _errors(held: HeldOut, horizon: Horizon, made: np.ndarray) -> HorizonErrors:
     """How far the windows' frames ``made`` are from what happened."""
-    squared, similar = squared_error(horizon.frames, made), ssim(horizon.frames, made)
-
-    def pooled(used: np.ndarray) -> float:
-        return psnr(float(squared[used].mean()))
-
-    def mean(used: np.ndarray) -> float:
-        return float(similar[used].mean())
-
-    return {
-        **_figures(Estimate.jackknife(pooled, groups), "psnr"),
-        **_figures(Estimate.jackknife(mean, groups), "ssim"),
-        "psnr_frozen": horizon.psnr_frozen,
-        "ssim_frozen": horizon.ssim_frozen,
-        "sharpness_ratio": sharpness(made) / horizon.sharpness,
-        "bright_ratio": _ratio(bright_share(made, threshold), horizon.bright),
-    }
+    real, groups = horizon.frames, held.windows.groups
+    squared, similar = squared_error(real, made), ssim(real, made)
+    error = Estimate.jackknife(lambda used: psnr(float(squared[used].mean())), groups)
+    similarity = Estimate.jackknife(lambda used: float(similar[used].mean()), groups)
+    return HorizonErrors(
+        psnr=error.value,
+        psnr_error=error.error,
+        ssim=similarity.value,
+        ssim_error=similarity.error,
+        psnr_frozen=horizon.psnr_frozen,
+        ssim_frozen=horizon.ssim_frozen,
+        moving_psnr=moving_psnr(real, made, horizon.moved),
+        moving_psnr_frozen=horizon.moving_psnr_frozen,
+        sharpness_ratio=sharpness(made) / horizon.sharpness,
+        gradient_correlation=gradient_correlation(real, made),
+        bright_ratio=_ratio(bright_share(made, held.threshold), horizon.bright),
+        standing_ratio=_ratio(float(standing_out(made, held.background).sum()), horizon.standing),
+    )
 
 
 def _ratio(made: float, real: float) -> float:
@@ -332,7 +355,7 @@ def _ratio(made: float, real: float) -> float:
 
 def _ends(
     world: World, model: WorldModel, encoded: EncodedEpisodes, rng: np.random.Generator
-) -> dict[str, float]:
+) -> EndsReport:
     """How the heads fare on recorded frames: ends drawn as the env draws them, and rewards."""
     matched, errors = [], []
     expected = deaths = steps = 0.0
@@ -355,11 +378,11 @@ def _ends(
     precision, recall = np.nanmean(np.array(matched), axis=0)
     rate = deaths / steps
     constant = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-    return {
-        "deaths": deaths,
-        "expected_deaths": expected,
-        "drawn_precision_within_2": float(precision),
-        "drawn_recall_within_2": float(recall),
-        "log_loss_over_constant": float(log_loss / steps / constant),
-        "reward_absolute_error": float(np.concatenate(errors).mean()),
-    }
+    return EndsReport(
+        float(deaths),
+        float(expected),
+        float(precision),
+        float(recall),
+        float(log_loss / steps / constant),
+        float(np.concatenate(errors).mean()),
+    )

@@ -19,9 +19,11 @@ from nfd_env.metrics import (
     FrechetReference,
     bright_share,
     luminance,
+    moving_pixels,
     psnr,
     sharpness,
     ssim,
+    standing_out,
 )
 from nfd_env.worlds.load import World
 
@@ -100,6 +102,9 @@ class Horizon:
             dynamics' loss.
         psnr_frozen: of the window's last frame before, which is what a still picture scores.
         ssim_frozen: likewise.
+        moved: bool (windows, H, W), pixels that differ from that last frame.
+        moving_psnr_frozen: of that frame at these pixels; NaN where nothing moved.
+        standing: pixels that stand out from the windows' still backgrounds.
     """
 
     frames: np.ndarray
@@ -107,6 +112,9 @@ class Horizon:
     bright: float
     psnr_frozen: float
     ssim_frozen: float
+    moved: np.ndarray
+    moving_psnr_frozen: float
+    standing: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class HeldOut:
         sharpness: of the same frames.
         windows: rollouts of max(HORIZONS) frames under recorded actions.
         horizons: what happened in them.
+        background: uint8 (windows, H, W, 3), medians over time of every EVERY-th recorded frame.
         early_bright: share of bright pixels in every EVERY-th of their first EARLY frames, as the
             tokenizer decodes them.
         early: recorded frames 1 to EARLY of the windows, projected, (windows, EARLY, dimensions).
@@ -140,6 +149,7 @@ class HeldOut:
     sharpness: float
     windows: Rollouts
     horizons: dict[int, Horizon]
+    background: np.ndarray
     early_bright: float
     early: Tensor
     early_floor: Estimate
@@ -186,6 +196,7 @@ class HeldOut:
         projected = reference.project(real.flatten(1)).unflatten(0, (len(moments), EARLY))
         shown = real.unflatten(0, (len(moments), EARLY))[:windows, EVERY - 1 :: EVERY]
         groups = np.array([episode for episode, _ in moments[:windows]])
+        background = _background(encoded, first[:windows])
         return cls(
             encoded,
             reference,
@@ -194,7 +205,8 @@ class HeldOut:
             bright_share(pictures, threshold),
             sharpness(pictures),
             _windows(world, encoded, moments[:windows]),
-            _horizons(model, encoded, first[:windows], threshold),
+            _horizons(model, encoded, first[:windows], threshold, background),
+            background,
             float(np.mean([_bright(model, part, threshold) for part in shown.unbind(1)])),
             projected[:windows],
             reference.estimate(projected[:windows], groups),
@@ -263,19 +275,33 @@ def recorded_context(world: World, encoded: EncodedEpisodes, episode: int, last:
     return Context(latents, actions, first == 0)
 
 
+def _background(encoded: EncodedEpisodes, first: np.ndarray) -> np.ndarray:
+    numbers = range(0, max(HORIZONS) + 1, EVERY)
+    medians = [np.median(encoded.pictures([n + i for i in numbers]), axis=0) for n in first]
+    return np.stack(medians).astype(np.uint8)
+
+
 def _horizons(
-    model: WorldModel, encoded: EncodedEpisodes, first: np.ndarray, threshold: float
+    model: WorldModel,
+    encoded: EncodedEpisodes,
+    first: np.ndarray,
+    threshold: float,
+    background: np.ndarray,
 ) -> dict[int, Horizon]:
     last = encoded.pictures(first)
     made = {}
     for horizon in HORIZONS:
         real = encoded.pictures(first + horizon)
+        moved = moving_pixels(last, real)
         made[horizon] = Horizon(
             real,
             sharpness(real),
             _bright(model, encoded.latents(first + horizon), threshold),
             psnr(float(squared_error(real, last).mean())),
             float(ssim(real, last).mean()),
+            moved,
+            moving_psnr(real, last, moved),
+            int(standing_out(real, background).sum()),
         )
     return made
 
@@ -283,6 +309,12 @@ def _horizons(
 def squared_error(real: np.ndarray, made: np.ndarray) -> np.ndarray:
     """Mean squared error of each pair of uint8 frames (n, H, W, 3), (n,)."""
     return np.square(real.astype(np.float32) - made).mean((1, 2, 3))
+
+
+def moving_psnr(real: np.ndarray, made: np.ndarray, moved: np.ndarray) -> float:
+    """PSNR in dB of uint8 frames (n, H, W, 3) at the pixels ``moved`` (n, H, W); NaN without."""
+    squares = np.square(real[moved].astype(np.float32) - made[moved])
+    return psnr(float(squares.mean())) if squares.size else float("nan")
 
 
 def _bright(model: WorldModel, latents: Tensor, threshold: float) -> float:

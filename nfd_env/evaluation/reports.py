@@ -1,10 +1,10 @@
-"""What ``nfd eval`` measured, as Markdown that says what each figure is."""
+"""What ``nfd eval`` measured: the values, and Markdown that says what each figure is."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-from nfd_env.evaluation.endings import EARLIER, LATER
+from nfd_env.evaluation.endings import EARLIER, LATER, ReplayedEndings
 from nfd_env.evaluation.held_out import BRIGHT, EARLY, HORIZONS, LONG, REFERENCE
 from nfd_env.evaluation.inverse_dynamics import ActionReport, format_actions
 from nfd_env.evaluation.tables import table
@@ -15,6 +15,13 @@ _BRIGHT_NOTE = (
     "relative to how many real frames have (of the same windows where there are such, else random "
     "ones), both as the tokenizer decodes them; rare bright details are lost first."
 )
+_HORIZONS_NOTE = (
+    "A world should stay above the frozen frame, the last one that was shown, also at the pixels "
+    "that moved since, which are what a game is about. Sharpness (gradient energy) and standing "
+    "things (pixels that stand out from the still background, where the camera does not move) are "
+    "relative to real frames: below 1 they fade, above 1 they are invented or noise, and then the "
+    "correlation of generated with real gradients falls."
+)
 _ERROR_NOTE = (
     "±: standard errors, by the jackknife that leaves out all windows of one episode at a time"
 )
@@ -24,68 +31,200 @@ _RATIOS = {
     "sharpness_ratio": "sharpness",
     "spread_ratio": "latent spread",
 }
+_ENDS = {
+    "deaths": "deaths recorded",
+    "expected_deaths": "deaths expected (sum of the hazard)",
+    "drawn_precision_within_2": "precision of drawn deaths, within 2 frames",
+    "drawn_recall_within_2": "recall of drawn deaths, within 2 frames",
+    "log_loss_over_constant": "log loss, relative to the constant true rate",
+    "reward_absolute_error": "mean absolute reward error",
+}
 
 
-def format_report(report: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class HorizonErrors:
+    """How far the windows' frames of one number are from what happened.
+
+    ``_error``: standard error. ``_frozen``: of the window's last recorded frame before. ``_ratio``:
+    generated over real.
+
+    Attributes:
+        moving_psnr: PSNR in dB of pixels that differ from this last frame.
+        sharpness_ratio: of gradient energies.
+        gradient_correlation: ``nfd_env.metrics.gradient_correlation``.
+        standing_ratio: of numbers of pixels that stand out from the still background.
+    """
+
+    psnr: float
+    psnr_error: float
+    ssim: float
+    ssim_error: float
+    psnr_frozen: float
+    ssim_frozen: float
+    moving_psnr: float
+    moving_psnr_frozen: float
+    sharpness_ratio: float
+    gradient_correlation: float
+    bright_ratio: float
+    standing_ratio: float
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A Fréchet distance with its standard error, and ratios of generated to real frames.
+
+    ``over_reference`` relates the distance to the reference row's. None: not measured.
+    """
+
+    frechet: float
+    frechet_error: float
+    bright_ratio: float | None = None
+    sharpness_ratio: float | None = None
+    spread_ratio: float | None = None
+    over_reference: float | None = None
+    over_reference_error: float | None = None
+
+
+@dataclass(frozen=True)
+class FloorSpread:
+    """Mean and standard deviation of the Fréchet distances of random sets of real stretches."""
+
+    frechet: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The Fréchet distances of real frames, which a perfect world reaches."""
+
+    early: Distribution
+    late: FloorSpread | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutReport:
+    """The world, and the held-out recordings that it was judged by."""
+
+    world: str
+    windows: int
+    long_rollouts: int
+    held_out_episodes: int
+    held_out_frames: int
+    bright_threshold: float
+    floor: Floor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReport:
+    """One way of drawing frames.
+
+    Attributes:
+        dynamics: "flow", "student" or "teacher".
+        sampler: its name.
+        sampling_steps: denoising steps a frame.
+        speculative_frames: 1 for none drawn jointly.
+        horizons: by the number of frames ahead.
+        early: the windows' first frames, against random ones.
+        paired: the same against those recorded in the same windows.
+        late: the last frames of the long rollouts; None without any.
+        drawn_ahead: share of the windows' frames drawn before their action was known; None without
+            speculation.
+    """
+
+    dynamics: str
+    sampler: str
+    sampling_steps: int
+    speculative_frames: int
+    horizons: dict[int, HorizonErrors]
+    early: Distribution
+    paired: Distribution
+    late: Distribution | None
+    drawn_ahead: float | None
+
+
+@dataclass(frozen=True)
+class EndsReport:
+    """How the heads fare on recorded frames; ``drawn_``: ends drawn as the env draws them."""
+
+    deaths: float
+    expected_deaths: float
+    drawn_precision_within_2: float
+    drawn_recall_within_2: float
+    log_loss_over_constant: float
+    reward_absolute_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldReport(RowReport, HeldOutReport):
+    """What ``evaluate`` found; ``actions`` where there is a net that reads them."""
+
+    ends: EndsReport
+    replayed: ReplayedEndings
+    actions: ActionReport | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsReport(HeldOutReport):
+    """What ``evaluate_steps`` and ``evaluate_drafts`` found; ``reference`` numbers a row."""
+
+    reference: int
+    rows: list[RowReport]
+
+
+def format_report(report: WorldReport) -> str:
     """The report of ``evaluate``."""
     rows = [
         [
-            horizon,
-            _number(row, "psnr", 2),
-            f"{row['psnr_frozen']:.2f}",
-            _number(row, "ssim", 3),
-            f"{row['ssim_frozen']:.3f}",
-            f"{row['sharpness_ratio']:.2f}",
-            f"{row['bright_ratio']:.2f}",
+            str(horizon),
+            _number(row.psnr, row.psnr_error, 2),
+            f"{row.psnr_frozen:.2f}",
+            f"{row.moving_psnr:.2f}",
+            f"{row.moving_psnr_frozen:.2f}",
+            _number(row.ssim, row.ssim_error, 3),
+            f"{row.ssim_frozen:.3f}",
+            f"{row.sharpness_ratio:.2f}",
+            f"{row.gradient_correlation:.2f}",
+            f"{row.standing_ratio:.2f}",
+            f"{row.bright_ratio:.2f}",
         ]
-        for horizon, row in report["horizons"].items()
+        for horizon, row in report.horizons.items()
     ]
-    header = ["frames ahead", "PSNR", "frozen frame's PSNR", "SSIM", "frozen frame's SSIM"]
-    drawn = f"{report['world']} ({report['dynamics']}), {report['sampling_steps']} sampling steps"
+    header = ["frames ahead", "PSNR", "frozen frame's PSNR", "moving pixels' PSNR"]
+    header += ["frozen frame's at them", "SSIM", "frozen frame's SSIM", "sharpness"]
+    header += ["gradient correlation", "standing things", "bright pixels"]
+    drawn = f"{report.world} ({report.dynamics}), {report.sampling_steps} sampling steps"
+    ends = [[label, f"{getattr(report.ends, name):.3f}"] for name, label in _ENDS.items()]
     lines = [
         f"{drawn}{_drafted(report)}: {_source(report)}",
         "",
-        table([*header, "sharpness", "bright pixels"], rows),
+        table(header, rows),
+        "",
+        _HORIZONS_NOTE,
         "",
         table(
-            ["frames", "Fréchet distance", "the same of real frames", *_RATIOS], _frechet(report)
+            ["frames", "Fréchet distance", "the same of real frames", *_RATIOS.values()],
+            _frechet(report),
         ),
         "",
-        _notes(report, "late" in report),
+        _notes(report, report.late is not None),
+        "",
+        table(["reward and termination on held-out frames", ""], ends),
     ]
-    if "ends" in report:
-        labels = {
-            "deaths": "deaths recorded",
-            "expected_deaths": "deaths expected (sum of the hazard)",
-            "drawn_precision_within_2": "precision of drawn deaths, within 2 frames",
-            "drawn_recall_within_2": "recall of drawn deaths, within 2 frames",
-            "log_loss_over_constant": "log loss, relative to the constant true rate",
-            "reward_absolute_error": "mean absolute reward error",
-        }
-        ends = [[labels[name], f"{value:.3f}"] for name, value in report["ends"].items()]
-        lines += ["", table(["reward and termination on held-out frames", ""], ends)]
-    if "actions" in report:
-        lines += ["", format_actions(ActionReport(**report["actions"]))]
-    if report.get("replayed", {}).get("episodes"):
-        lines += ["", *_replayed(report["replayed"])]
+    if report.actions is not None:
+        lines += ["", format_actions(report.actions)]
+    if report.replayed.episodes:
+        lines += ["", *_replayed(report.replayed)]
     return "\n".join(lines)
 
 
-def _replayed(report: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            ahead,
-            f"{row['there']:.2f}",
-            f"{row['recorded_there']:.2f}",
-            f"{row['before']:.2f}",
-            f"{row['recorded_before']:.2f}",
-        ]
-        for ahead, row in report.items()
-        if ahead != "episodes"
-    ]
+def _replayed(report: ReplayedEndings) -> list[str]:
+    rows = []
+    for ahead, row in report.ahead.items():
+        shares = (row.there, row.recorded_there, row.before, row.recorded_before)
+        rows.append([str(ahead), *(f"{share:.2f}" for share in shares)])
     header = ["frames before the end", "ends there", "heads on recorded frames", "ends before"]
     return [
-        f"Ends of {report['episodes']} held-out episodes played again in the world, with the "
+        f"Ends of {report.episodes} held-out episodes played again in the world, with the "
         f"actions taken: probabilities that it ends them there, from {EARLIER} frames before to "
         f"{LATER} after, or before.",
         "",
@@ -93,23 +232,24 @@ def _replayed(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _frechet(report: dict[str, Any]) -> list[list[str]]:
+def _frechet(report: WorldReport) -> list[list[str]]:
     rows = []
     for when, frames in (("early", _FIRST), ("paired", f"{_FIRST}, paired"), ("late", _LAST)):
-        if when in report:
-            row = report[when]
-            ratios = [f"{row[name]:.2f}" if name in row else "" for name in _RATIOS]
-            floor = _floor(report, when)
-            rows.append([frames, _number(row, "frechet", 1), floor, *ratios])
+        row: Distribution | None = getattr(report, when)
+        if row is not None:
+            found = [getattr(row, name) for name in _RATIOS]
+            ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in found]
+            distance = _number(row.frechet, row.frechet_error, 1)
+            rows.append([frames, distance, _floor(report, when), *ratios])
     return rows
 
 
-def format_rows(report: dict[str, Any]) -> str:
+def format_rows(report: RowsReport) -> str:
     """The report of ``evaluate_steps`` or ``evaluate_drafts``."""
-    rows = report["rows"]
-    near, far = (str(h) for h in HORIZONS[1:3])
-    long = any("late" in row for row in rows)
-    drafts = len({row["speculative_frames"] for row in rows}) > 1
+    rows = report.rows
+    near, far = HORIZONS[1:3]
+    long = any(row.late is not None for row in rows)
+    drafts = len({row.speculative_frames for row in rows}) > 1
     header = ["sampling steps", *(["n", "drawn ahead"] if drafts else [])]
     first = len(header)
     header += [f"{name}, frame {frame}" for frame in (near, far) for name in ("PSNR", "SSIM")]
@@ -121,12 +261,12 @@ def format_rows(report: dict[str, Any]) -> str:
     if long:
         real += [_floor(report, "late"), "1", "1"]
     cells = [_cells(row, drafts, long, (near, far)) for row in rows]
-    best = rows[report["reference"]]
-    steps = f"{best['sampling_steps']} steps of the {best['dynamics']} model"
-    relative = f"n = {best['speculative_frames']}" if drafts else steps
+    best = rows[report.reference]
+    steps = f"{best.sampling_steps} steps of the {best.dynamics} model"
+    relative = f"n = {best.speculative_frames}" if drafts else steps
     about = "" if drafts else _drafted(rows[0])
     lines = [
-        f"{report['world']}{about}: {_source(report)}",
+        f"{report.world}{about}: {_source(report)}",
         "",
         table(header, [real, *cells]),
         "",
@@ -141,54 +281,54 @@ def format_rows(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any], drafts: bool, long: bool, horizons: tuple[str, str]) -> list[str]:
-    cells = [f"{row['sampling_steps']} ({row['dynamics']}, {row['sampler']})"]
+def _cells(row: RowReport, drafts: bool, long: bool, horizons: tuple[int, int]) -> list[str]:
+    cells = [f"{row.sampling_steps} ({row.dynamics}, {row.sampler})"]
     if drafts:
-        cells += [str(row["speculative_frames"]), f"{row.get('drawn_ahead', 0.0):.2f}"]
+        cells += [str(row.speculative_frames), f"{row.drawn_ahead or 0:.2f}"]
     for horizon in horizons:
-        figures = row["horizons"][horizon]
-        cells += [_number(figures, "psnr", 2), _number(figures, "ssim", 3)]
-    cells += [_distance(row["early"]), _distance(row["paired"])]
-    cells.append(f"{row['early']['bright_ratio']:.2f}")
-    if long and "late" in row:
-        late = row["late"]
-        cells += [_distance(late), f"{late['bright_ratio']:.2f}", f"{late['sharpness_ratio']:.2f}"]
+        figures = row.horizons[horizon]
+        cells.append(_number(figures.psnr, figures.psnr_error, 2))
+        cells.append(_number(figures.ssim, figures.ssim_error, 3))
+    cells += [_distance(row.early), _distance(row.paired), f"{row.early.bright_ratio:.2f}"]
+    if row.late is not None:
+        late = row.late
+        cells += [_distance(late), f"{late.bright_ratio:.2f}", f"{late.sharpness_ratio:.2f}"]
     elif long:
         cells += ["not run", "", ""]
     return cells
 
 
-def _distance(figures: dict[str, float]) -> str:
-    cell = _number(figures, "frechet", 1)
-    if "over_reference" in figures:
-        cell += f" ({_number(figures, 'over_reference', 2)}×)"
+def _distance(row: Distribution) -> str:
+    cell = _number(row.frechet, row.frechet_error, 1)
+    if row.over_reference is not None:
+        cell += f" ({_number(row.over_reference, row.over_reference_error, 2)}×)"
     return cell
 
 
-def _floor(report: dict[str, Any], when: str) -> str:
-    if when == "paired":
-        return "0"
-    floor = report["floor"][when]
-    return _number(floor, "frechet", 1, "frechet_error" if when == "early" else "deviation")
+def _floor(report: HeldOutReport, when: str) -> str:
+    floor = report.floor
+    if when == "early":
+        return _number(floor.early.frechet, floor.early.frechet_error, 1)
+    late = when == "late" and floor.late
+    return _number(late.frechet, late.deviation, 1) if late else "0"
 
 
-def _number(figures: dict[str, float], name: str, digits: int, error: str = "") -> str:
+def _number(value: float, error: float | None, digits: int) -> str:
     """A figure and its error, where there is one: none of one group, or of what is 1 for sure."""
-    value, off = figures[name], figures[error or f"{name}_error"]
     text = f"{value:.{digits}f}"
-    return f"{text} ± {off:.{digits}f}" if off > 0 else text
+    return f"{text} ± {error:.{digits}f}" if error is not None and error > 0 else text
 
 
-def _source(report: dict[str, Any]) -> str:
+def _source(report: HeldOutReport) -> str:
     return (
-        f"{report['windows']} windows of {max(*HORIZONS, EARLY)} frames, conditioned on their "
-        f"actions, from {report['held_out_episodes']} held-out episodes "
-        f"({report['held_out_frames']:,} frames)"
+        f"{report.windows} windows of {max(*HORIZONS, EARLY)} frames, conditioned on their "
+        f"actions, from {report.held_out_episodes} held-out episodes "
+        f"({report.held_out_frames:,} frames)"
     )
 
 
-def _notes(report: dict[str, Any], long: bool) -> str:
-    frames = min(REFERENCE, report["held_out_frames"])
+def _notes(report: HeldOutReport, long: bool) -> str:
+    frames = min(REFERENCE, report.held_out_frames)
     note = (
         f"Fréchet distances of tokenizer latents to {frames:,} random held-out frames. Frames "
         f"{_FIRST} are the windows'; the distance of real frames is that of the very frames that "
@@ -199,14 +339,14 @@ def _notes(report: dict[str, Any], long: bool) -> str:
     )
     if long:
         note += (
-            f", or one of the {report['long_rollouts']} rollouts of {LONG:,} frames behind "
-            f"{_LAST}. Real frames there: random sets of {report['long_rollouts']} stretches of "
+            f", or one of the {report.long_rollouts} rollouts of {LONG:,} frames behind "
+            f"{_LAST}. Real frames there: random sets of {report.long_rollouts} stretches of "
             f"{EARLY} consecutive recorded frames, from anywhere in their episodes, for few "
             "episodes are that long: mean and standard deviation of such sets"
         )
     return f"{note}. {_BRIGHT_NOTE}"
 
 
-def _drafted(report: dict[str, Any]) -> str:
-    frames = report["speculative_frames"]
+def _drafted(report: RowReport) -> str:
+    frames = report.speculative_frames
     return f", up to {frames} frames drawn jointly" if frames > 1 else ""

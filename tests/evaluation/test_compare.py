@@ -145,7 +145,7 @@ def test_compare(distilled_world: Path) -> None:
     assert max(r.over_plain_refilled for r in rows[:2]) == 1
     for row in rows[5:]:
         assert row.acceptance is not None and row.frames_without_a_pass is not None
-        assert 0 <= row.acceptance <= 1 and 0 <= row.frames_without_a_pass <= 0.5
+        assert 0 <= row.acceptance <= 1 and 0 <= row.frames_without_a_pass <= 0.55
         ratio = row.frames_per_second / rows[4].frames_per_second
         assert row.over_no_speculation == pytest.approx(ratio)
     text = format_comparison(report)

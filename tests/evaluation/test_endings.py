@@ -9,7 +9,7 @@ import torch
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation import endings
-from nfd_env.evaluation.endings import AHEAD, EARLIER, LATER, replay_endings
+from nfd_env.evaluation.endings import AHEAD, EARLIER, LATER, ReplayedEndings, replay_endings
 from nfd_env.evaluation.held_out import EncodedEpisodes
 from nfd_env.worlds.load import load_world
 
@@ -26,14 +26,14 @@ def test_a_constant_hazard_in_closed_form(
     episodes = long_recordings.split("validation")
     encoded = EncodedEpisodes(world.model, episodes)
     report = replay_endings(world, world.model, encoded, seed=0)
-    assert report["episodes"] == sum(e.terminated[-1] for e in episodes) > 0
+    assert report.episodes == sum(e.terminated[-1] for e in episodes) > 0
     for ahead in AHEAD:
         reached, end = (1 - HAZARD) ** (ahead - EARLIER), (1 - HAZARD) ** ahead
-        row = report[str(ahead)]
-        assert row["before"] == pytest.approx(1 - reached, abs=1e-5)
-        assert row["recorded_before"] == pytest.approx(1 - reached, abs=1e-5)
-        assert row["there"] == pytest.approx(reached - end * (1 - HAZARD) ** LATER, abs=1e-5)
-        assert row["recorded_there"] == pytest.approx(reached - end, abs=1e-5)
+        row = report.ahead[ahead]
+        assert row.before == pytest.approx(1 - reached, abs=1e-5)
+        assert row.recorded_before == pytest.approx(1 - reached, abs=1e-5)
+        assert row.there == pytest.approx(reached - end * (1 - HAZARD) ** LATER, abs=1e-5)
+        assert row.recorded_there == pytest.approx(reached - end, abs=1e-5)
 
 
 def test_what_is_played_again(
@@ -50,7 +50,7 @@ def test_what_is_played_again(
         model, "start", lambda contexts, seeds: seen.append(contexts) or start(contexts, seeds)
     )
     monkeypatch.setattr(model, "step", lambda state, a: seen.append(a) or step(state, a))
-    assert replay_endings(world, model, encoded, seed=0)["episodes"] == 1
+    assert replay_endings(world, model, encoded, seed=0).episodes == 1
     end = len(episode) - int(not world.spec.source.terminal_frame)
     (context,), *actions = seen
     assert torch.equal(context.latents[-1], encoded.latents([end - 12])[0])
@@ -66,4 +66,4 @@ def test_episodes_that_are_too_short(
     world = load_world(tiny_world, "cpu", "fp32")
     monkeypatch.setattr(endings, "AHEAD", (12, 90))
     encoded = EncodedEpisodes(world.model, long_recordings.split("validation"))
-    assert replay_endings(world, world.model, encoded, seed=0) == {"episodes": 0}
+    assert replay_endings(world, world.model, encoded, seed=0) == ReplayedEndings(0, {})

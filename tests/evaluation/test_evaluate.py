@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,42 +31,45 @@ def test_steps_are_compared_on_the_same_windows(
 ) -> None:
     world = load_world(distilled_world, "cpu", "fp32")
     report = evaluate_steps(world, long_recordings, [1, 5], **SMALL)
-    rows = report["rows"]
-    assert [(r["dynamics"], r["sampling_steps"]) for r in rows] == [
+    rows = report.rows
+    assert [(r.dynamics, r.sampling_steps) for r in rows] == [
         ("student", 1),
         ("teacher", 1),
         ("teacher", 5),
     ]
-    assert report["reference"] == 2
+    assert report.reference == 2
     for when in ("early", "paired", "late"):
-        ratio = rows[0][when]["frechet"] / rows[2][when]["frechet"]
-        assert rows[0][when]["over_reference"] == pytest.approx(ratio)
-        assert rows[2][when]["over_reference"] == 1
-    assert rows[0]["early"]["over_reference_error"] > 0 == rows[2]["early"]["over_reference_error"]
-    assert math.isnan(rows[0]["late"]["frechet_error"])  # of a single rollout
+        mine, best = getattr(rows[0], when), getattr(rows[2], when)
+        ratio = mine.frechet / best.frechet
+        assert mine.over_reference == pytest.approx(ratio)
+        assert best.over_reference == 1
+    assert (rows[0].early.over_reference_error or 0) > 0 == rows[2].early.over_reference_error
+    assert rows[0].late is not None and math.isnan(
+        rows[0].late.frechet_error
+    )  # of a single rollout
     # What does not depend on the model says that the windows are the same.
-    for name in ("psnr_frozen", "ssim_frozen"):
-        assert len({r["horizons"]["8"][name] for r in rows}) == 1
-    assert len({r["horizons"]["8"]["psnr"] for r in rows}) == 3
+    for name in ("psnr_frozen", "ssim_frozen", "moving_psnr_frozen"):
+        assert len({getattr(r.horizons[8], name) for r in rows}) == 1
+    assert len({r.horizons[8].psnr for r in rows}) == 3
     alone = evaluate(world, long_recordings, 1, **SMALL)
-    assert alone["horizons"] == rows[0]["horizons"]
-    assert alone["late"]["frechet"] == rows[0]["late"]["frechet"]
+    assert alone.horizons == rows[0].horizons
+    assert alone.late is not None and alone.late.frechet == rows[0].late.frechet
     text = format_rows(report)
-    psnr = rows[0]["horizons"]["8"]
-    cell = f"| {psnr['psnr']:.2f} ± {psnr['psnr_error']:.2f} |"
+    psnr = rows[0].horizons[8]
+    cell = f"| {psnr.psnr:.2f} ± {psnr.psnr_error:.2f} |"
     for part in ("| 1 (student, consistency) |", "| 5 (teacher, euler) |", "(1.00×)", cell):
         assert part in text
-    json.dumps(report)
+    json.dumps(asdict(report))
 
 
 def test_a_world_with_one_network(tiny_world: Path, long_recordings: RecordedDataset) -> None:
     world = load_world(tiny_world, "cpu", "fp32")
     report = evaluate_steps(world, long_recordings, [2, 1], **QUICK)
-    assert [(r["dynamics"], r["sampling_steps"]) for r in report["rows"]] == [
+    assert [(r.dynamics, r.sampling_steps) for r in report.rows] == [
         ("flow", 2),
         ("flow", 1),
     ]
-    assert report["reference"] == 0 and "sharpness" not in format_rows(report)
+    assert report.reference == 0 and "sharpness" not in format_rows(report)
 
 
 def test_long_rollouts_of_some_rows(
@@ -86,9 +91,10 @@ def test_long_rollouts_of_some_rows(
         *[("measure_windows", n) for n in (1, 2, 3)],
         *[("measure_drift", n) for n in (1, 2)],
     ]
-    assert ["late" in row for row in report["rows"]] == [True, True, False]
-    assert report["reference"] == 2  # has no long rollouts for others to be related to
-    assert "over_reference" not in report["rows"][0]["late"]
+    assert [row.late is not None for row in report.rows] == [True, True, False]
+    assert report.reference == 2  # has no long rollouts for others to be related to
+    late = report.rows[0].late
+    assert late is not None and late.over_reference is None
     assert "| not run |" in format_rows(report)
     with pytest.raises(ValueError, match=r"long rollouts were asked for at \[4\] steps"):
         evaluate_steps(world, long_recordings, [1, 2], long_steps=[1, 4], **SMALL)
@@ -121,12 +127,34 @@ def test_a_perfect_world_reaches_the_floor(
     replay.frames = torch.stack([held.encoded.latents(range(n, n + 70)) for n in first])
     row = module._Row(world, replay, 1)
     row.measure_windows(held, 0, False)
-    early = row.report["early"]
-    assert early["frechet"] == pytest.approx(held.early_floor.value)
-    assert early["frechet_error"] == pytest.approx(held.early_floor.error)
-    assert row.report["paired"]["frechet"] == pytest.approx(0, abs=1e-6)
-    assert early["bright_ratio"] == pytest.approx(1)
-    assert all(h["bright_ratio"] == pytest.approx(1) for h in row.report["horizons"].values())
+    early = row.report().early
+    assert early.frechet == pytest.approx(held.early_floor.value)
+    assert early.frechet_error == pytest.approx(held.early_floor.error)
+    assert row.report().paired.frechet == pytest.approx(0, abs=1e-6)
+    assert early.bright_ratio == pytest.approx(1)
+    assert all(h.bright_ratio == pytest.approx(1) for h in row.horizons.values())
+
+
+def test_what_moves_and_what_stands_out(tiny_world: Path, long_recordings: RecordedDataset) -> None:
+    world = load_world(tiny_world, "cpu", "fp32")
+    held = module.HeldOut.prepare(world, long_recordings, 5, 0, seed=0)
+    horizon = held.horizons[8]
+    perfect = module._errors(held, horizon, horizon.frames)
+    assert perfect.moving_psnr == math.inf and perfect.standing_ratio == 1
+    assert perfect.gradient_correlation == pytest.approx(1)
+    # What does not move is no merit: here nothing else is wrong.
+    moved = horizon.moved[..., None]
+    assert 0 < moved.mean() < 0.5
+    off = np.where(moved, horizon.frames ^ 16, horizon.frames)
+    wrong = module._errors(held, horizon, off)
+    assert wrong.moving_psnr == pytest.approx(20 * math.log10(255 / 16)) and wrong.psnr > 26
+    # A world in which everything has faded into the background.
+    faded = module._errors(held, horizon, held.background)
+    assert faded.standing_ratio == 0 and faded.moving_psnr < 20
+    noisy = np.random.default_rng(0).integers(0, 256, horizon.frames.shape, np.uint8)
+    noise = module._errors(held, horizon, noisy)
+    assert noise.sharpness_ratio > 1 and noise.standing_ratio > 1
+    assert abs(noise.gradient_correlation) < 0.1
 
 
 def test_jointly_drawn_frames_are_compared(
@@ -134,17 +162,19 @@ def test_jointly_drawn_frames_are_compared(
 ) -> None:
     world = load_world(endless_world, "cpu", "fp32")
     report = evaluate_drafts(world, long_recordings, [1, 3], **QUICK)
-    plain, drafted = report["rows"]
-    assert [r["speculative_frames"] for r in report["rows"]] == [1, 3]
-    assert plain["early"]["over_reference"] == 1
+    plain, drafted = report.rows
+    assert [r.speculative_frames for r in report.rows] == [1, 3]
+    assert plain.early.over_reference == 1
     # The first frame of a joint draw is the one that is drawn alone.
-    assert drafted["horizons"]["1"] == pytest.approx(plain["horizons"]["1"], rel=1e-3)
-    assert drafted["horizons"]["32"]["psnr"] != plain["horizons"]["32"]["psnr"]
+    first = asdict(drafted.horizons[1])
+    assert first == pytest.approx(asdict(plain.horizons[1]), rel=1e-3)
+    assert drafted.horizons[32].psnr != plain.horizons[32].psnr
     # Actions are held for 1 to 4 frames: many of the frames that may be drawn ahead are not.
-    assert 0.1 < drafted["drawn_ahead"] < 2 / 3 and "drawn_ahead" not in plain
+    assert drafted.drawn_ahead is not None and 0.1 < drafted.drawn_ahead < 2 / 3
+    assert plain.drawn_ahead is None
     text = format_rows(report)
     assert "| sampling steps | n | drawn ahead |" in text
-    assert f"| 3 | {drafted['drawn_ahead']:.2f} |" in text and "| 1 | 0.00 |" in text
+    assert f"| 3 | {drafted.drawn_ahead:.2f} |" in text and "| 1 | 0.00 |" in text
     for wrong, message in (([], "no numbers"), ([1, 0], "speculative_frames must be")):
         with pytest.raises(ValueError, match=message):
             evaluate_drafts(world, long_recordings, wrong, **QUICK)
@@ -156,11 +186,11 @@ def test_one_report_of_jointly_drawn_frames(
     world = load_world(endless_world, "cpu", "fp32")
     report = evaluate(world, long_recordings, 2, speculative_frames=3, **QUICK)
     drafts = evaluate_drafts(world, long_recordings, [3], 2, **QUICK)
-    assert report["early"]["frechet"] == drafts["rows"][0]["early"]["frechet"]
+    assert report.early.frechet == drafts.rows[0].early.frechet
     text = format_report(report)
     assert "up to 3 frames drawn jointly" in text and "deaths recorded" in text
     steps = evaluate_steps(world, long_recordings, [2], speculative_frames=3, **QUICK)
-    assert steps["rows"][0]["early"]["frechet"] == report["early"]["frechet"]
+    assert steps.rows[0].early.frechet == report.early.frechet
     assert "up to 3 frames drawn jointly" in format_rows(steps)
 
 
@@ -186,7 +216,7 @@ def test_the_commands(
     command += ["--markdown-into", str(document)]
     assert main([*command, "--json", "--steps", "1", "2", "--long-steps", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert ["late" in row for row in rows] == [True, False, True, False]
+    assert [row["late"] is not None for row in rows] == [True, False, True, False]
     assert "| 2 (teacher, euler) |" in document.read_text()
     assert main([*command, "--compare-drafts", "1", "2"]) == 0
     printed = capsys.readouterr().out

@@ -58,9 +58,10 @@ def test_contexts_end_where_the_window_begins(
 ) -> None:
     encoded = EncodedEpisodes(world.model, long_recordings.split("validation"))
     context = recorded_context(world, encoded, 1, 20)
-    numbers = [encoded.number(1, t) for t in range(10, 21)]
+    first = 21 - world.model.dynamics.config.window
+    numbers = [encoded.number(1, t) for t in range(first, 21)]
     assert torch.equal(context.latents, encoded.latents(numbers))
-    actions = encoded.episodes[1].actions[9:20]
+    actions = encoded.episodes[1].actions[first - 1 : 20]
     assert torch.equal(context.actions, torch.eye(3)[torch.from_numpy(actions)])
     young = recorded_context(world, encoded, 1, 1)
     assert len(young.latents) == 2 and not young.actions[0].any()
@@ -116,7 +117,7 @@ def test_numbers_out_of_range(
 
 def test_recordings_that_do_not_do(world: World, recordings: Path, monkeypatch: Any) -> None:
     dataset = RecordedDataset(recordings)
-    with pytest.raises(RecordingError, match="no held-out episode has 83 frames"):
+    with pytest.raises(RecordingError, match="no held-out episode has 77 frames"):
         prepare(world, dataset, 1, 0)
     monkeypatch.setattr(dataset, "episodes", dataset.split("train"))
     with pytest.raises(RecordingError, match="no validation episodes"):
