@@ -99,14 +99,19 @@ class Tab:
         await self.send("Emulation.setTouchEmulationEnabled", enabled=phone)
 
     async def key(self, name: str, down: bool) -> None:
-        codes = {"left": "ArrowLeft", "right": "ArrowRight"}
+        codes = {"left": "ArrowLeft", "right": "ArrowRight", "escape": "Escape"}
         code = codes.get(name, f"Key{name.upper()}")
         await self.send(
             "Input.dispatchKeyEvent",
             type="keyDown" if down else "keyUp",
             code=code,
             key=codes.get(name, name),
+            windowsVirtualKeyCode=27 if name == "escape" else 0,
         )
+
+    async def tap(self, name: str) -> None:
+        await self.key(name, True)
+        await self.key(name, False)
 
     async def screenshot(self, path: str | Path) -> None:
         data = await self.send("Page.captureScreenshot", format="png")

@@ -1,14 +1,20 @@
 """The page in a real headless Chromium, measured on its pixels."""
 
 import asyncio
+import json
 import warnings
 
+import numpy as np
 import pytest
+from gymnasium import spaces
 
+av = pytest.importorskip("av")
 aiohttp = pytest.importorskip("aiohttp")
 
+from nfd_env.play.keys import Keymap  # noqa: E402
 from nfd_env.play.web.client import Limits  # noqa: E402
 from nfd_env.play.web.server import PlayServer  # noqa: E402
+from nfd_env.sources.spec import SourceConfig  # noqa: E402
 from tests.play.browser import Browser, find_chromium, run  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 
@@ -30,9 +36,8 @@ HELD = "nfd.held.join()"
 LIVE = "window.nfd && nfd.hello && nfd.hud.step > 3 && nfd.frames > 3"
 
 
-async def serving(port=0, end_at=None, **kwargs):
-    game = {"Scroll": lambda count: ScrollGame(count, end_at=end_at)}
-    server = PlayServer(game, port=port, **kwargs)
+async def serving(port=0, game=ScrollGame, end_at=None, **kwargs):
+    server = PlayServer({"Scroll": lambda count: game(count, end_at=end_at)}, port=port, **kwargs)
     await server.start()
     return server
 
@@ -170,6 +175,166 @@ def test_the_rest_between_two_episodes_is_no_frame_time():
             await tab.until("nfd.hud.episode == 2 && nfd.hud.step > 20", 30)
             assert await tab.evaluate("nfd.gaps.length") > 40
             assert await tab.evaluate("Math.max(...nfd.gaps)") < 1000
+        await server.stop()
+
+    run(main, 90)
+
+
+def test_keys_of_ones_own_are_kept_by_the_browser():
+    async def main():
+        server = await serving()
+        async with Browser(CHROMIUM) as browser:
+            tab = await browser.tab(server.url)
+            await tab.until(LIVE)
+            stored = "localStorage.getItem('nfd keys Scroll')"
+            opened = "document.getElementById('keymap').open"
+            # The row of "right", whose first key by the alphabet is D.
+            add = "document.querySelector('#keymap-rows [data-key=d]')"
+            await tab.tap("e")
+            await tab.until(f"{opened} && nfd.hud.paused")
+            await tab.evaluate(f"{add}.click()")
+            assert await tab.evaluate(f"{add}.textContent") == "press a key…"
+            # Escape gives up the choice, and only that; another one closes the editor.
+            await tab.tap("escape")
+            assert await tab.evaluate(f"{add}.textContent") == "add a key"
+            assert await tab.evaluate(opened) and await tab.evaluate(stored) is None
+            await tab.evaluate(f"{add}.click()")
+            await tab.tap("l")
+            await tab.evaluate(f"{add}.click()")
+            await tab.tap("a")  # one of the usual keys, of the other way
+            assert json.loads(await tab.evaluate(stored)) == {"l": "d", "a": "d"}
+            caps = f"[...{add}.previousSibling.children].map((cap) => cap.textContent).sort()"
+            assert await tab.evaluate(caps) == ["A", "D", "L", "▶"]
+            await tab.tap("escape")
+            await tab.until(f"!{opened} && !nfd.hud.paused")
+            for attempt in range(2):
+                for key, sign in (("l", 1), ("a", 1), ("d", 1), ("left", -1)):
+                    await tab.key(key, True)
+                    await turns(tab, sign)
+                    await tab.key(key, False)
+                await turns(tab, 0)
+                if attempt == 0:
+                    await tab.evaluate("nfd.gone = 1; location.reload(); 0")
+                    await tab.until(f"window.nfd && !nfd.gone && {LIVE}")
+            await tab.tap("e")
+            await tab.until(opened)
+            await tab.evaluate("document.getElementById('keymap-reset').click()")
+            assert await tab.evaluate(stored) is None
+            await tab.evaluate("document.getElementById('keymap-close').click()")
+            await tab.until(f"!{opened} && !nfd.hud.paused")
+            await tab.key("a", True)
+            await turns(tab, -1)
+            # What is stored may be anybody's.
+            for junk in ("null", "[", '{"l": "no key", "constructor": 3}'):
+                await tab.evaluate(f"localStorage.setItem('nfd keys Scroll', '{junk}')")
+                await tab.evaluate("nfd.gone = 1; location.reload(); 0")
+                await tab.until(f"window.nfd && !nfd.gone && {LIVE}")
+            assert tab.errors == []
+        await server.stop()
+
+    run(main, 120)
+
+
+class Pixels(ScrollGame):
+    """Square pixels with hard edges, of an odd number."""
+
+    display = "pixelated"
+
+    def __init__(self, count, **kwargs):
+        super().__init__(count, **kwargs)
+        self.frame_shape, self.display_aspect = (63, 85, 3), 0.0
+
+    def frame(self, at):
+        """A chequerboard: what is blurred, or wide by a broken number, would show."""
+        rows, columns = np.indices((63, 85))
+        return np.repeat(255 * ((rows // 3 + columns // 3) % 2)[..., None], 3, 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("width", "height", "phone"), [(1280, 800, False), (390, 844, True)])
+def test_pixels_keep_hard_edges_and_whole_multiples(tmp_path, width, height, phone):
+    async def main():
+        server = await serving(game=Pixels)
+        async with Browser(CHROMIUM) as browser:
+            tab = await browser.tab("about:blank")
+            await tab.size(width, height, phone)
+            await tab.open(server.url)
+            await tab.until(LIVE)
+            style = "getComputedStyle(document.getElementById('view')).imageRendering"
+            assert await tab.evaluate(style) == "pixelated"
+            box = await tab.evaluate(
+                "(() => { const b = document.getElementById('view').getBoundingClientRect();"
+                "return [b.x, b.y, b.width, b.height].map((v) => v * devicePixelRatio); })()"
+            )
+            await tab.screenshot(tmp_path / "page.png")
+        await server.stop()
+        return box
+
+    left, top, wide, high = run(main, 60)
+    times = round(high / 63)
+    assert times >= 4 and (wide, high) == (times * 85, times * 63)
+    with av.open(str(tmp_path / "page.png")) as container:
+        shot = next(container.decode(video=0)).to_ndarray(format="gray")
+    # Between the rounded corners: a row of black and white runs of three pixels each.
+    row = shot[round(top + high / 2) + times, round(left + wide / 4) : round(left + 3 * wide / 4)]
+    edges = np.flatnonzero(np.diff((row > 127).astype(int)))
+    assert set(np.diff(edges)) == {3 * times}
+    # JPEG rings a little; enlarging smoothly would make a ramp over a whole pixel.
+    assert (np.abs(row.astype(int) - 127) < 60).mean() < 0.02
+
+
+class Steering(ScrollGame):
+    """A Box of a steering wheel, an accelerator and a brake: the wheel scrolls."""
+
+    def __init__(self, count, **kwargs):
+        super().__init__(count, **kwargs)
+        space = spaces.Box(np.array([-1, 0, 0], np.float32), np.ones(3, np.float32))
+        self.keymap = Keymap.from_source(SourceConfig(env_id="Steering-v0"), space)
+
+    def cost(self, rows):
+        return 1.0  # too dear to be generated ahead
+
+    def take_drafts(self, actions):
+        return {}
+
+    def step(self, actions):
+        sharp = {slot: int(np.sign(a[0]) * (abs(a[0]) > 0.5)) for slot, a in actions.items()}
+        return super().step({slot: {1: 1, -1: 2, 0: 0}[way] for slot, way in sharp.items()})
+
+
+@pytest.mark.parametrize("game", [ScrollGame, Steering])
+def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
+    async def main():
+        server = await serving(game=game)
+        async with Browser(CHROMIUM) as browser:
+            tab = await browser.tab("about:blank")
+            await tab.send("Emulation.setFocusEmulationEnabled", enabled=True)
+            await tab.open(server.url)
+            await tab.until(LIVE)
+            plug = """(() => {
+              const button = () => ({ pressed: false, value: 0 });
+              window.pad = { index: 0, id: "Fake", axes: [0, 0, 0, 0],
+                             buttons: Array.from({ length: 17 }, button) };
+              navigator.getGamepads = () => [window.pad, null];
+              dispatchEvent(Object.assign(new Event("gamepadconnected"), { gamepad: pad }));
+            })()"""
+            await tab.evaluate(plug)
+            await turns(tab, 0)
+            for tilt, sign in ((-1, -1), (0.05, 0), (0.9, 1), (0, 0)):
+                await tab.evaluate(f"pad.axes[0] = {tilt}")
+                await turns(tab, sign)
+            if game is ScrollGame:  # the cross, too
+                await tab.evaluate("pad.buttons[15] = { pressed: true, value: 1 }; 0")
+                await turns(tab, 1)
+                await tab.evaluate("pad.buttons[15] = { pressed: false, value: 0 }; 0")
+                await turns(tab, 0)
+            await tab.evaluate("pad.axes[0] = 1")
+            await turns(tab, 1)
+            await tab.evaluate("navigator.getGamepads = () => [null]; 0")
+            await turns(tab, 0)
+            await tab.evaluate(plug)
+            await tab.evaluate("pad.axes[0] = -1")
+            await turns(tab, -1)
+            assert tab.errors == []
         await server.stop()
 
     run(main, 90)

@@ -122,7 +122,7 @@ function choose(event) {
 
 function rows() {
   const { hello } = page, groups = new Map();
-  const order = hello.buttons.map((b) => b.label);
+  const order = buttons().map((b) => b.label);
   const place = (key) => (order.indexOf(hello.labels[key]) + 1) || order.length + 1;
   for (const key of [...hello.keys].sort((a, b) => place(a) - place(b))) {
     const label = hello.labels[key] || key;
@@ -135,7 +135,7 @@ function rows() {
     name.textContent = label;
     const caps = document.createElement("span");
     for (const key of [...own, ...usual]) {
-      caps.append(Object.assign(document.createElement("kbd"), { textContent: GLYPHS[key] || key }));
+      caps.append(kbd(cap(key)));
     }
     const button = document.createElement("button");
     button.type = "button";
@@ -165,9 +165,18 @@ $("keymap-close").onclick = () => $("keymap").close();
 
 // ---- what is shown of the keys -------------------------------------------------------------
 
+/** The game's buttons, ways to turn at their sides. */
+function buttons() {
+  const order = { left: 0, up: 1, down: 2, right: 9 };
+  return [...page.hello.buttons].sort((a, b) => (order[a.label] ?? 5) - (order[b.label] ?? 5));
+}
+
+/** What is printed on a key. */
+const cap = (key) => GLYPHS[key] || (key.length === 1 ? key.toUpperCase() : key);
+
 const shownKey = (key) => {
   const own = Object.keys(chosen).find((k) => chosen[k] === key);
-  return GLYPHS[own || key] || own || key;
+  return cap(own || key);
 };
 
 function kbd(key) {
@@ -176,11 +185,15 @@ function kbd(key) {
 
 function hints() {
   const parts = [];
-  for (const { label, key } of page.hello.buttons.slice(0, 10)) parts.push([shownKey(key), label]);
+  for (const { label, key } of buttons().slice(0, 10)) parts.push([shownKey(key), label]);
   const rest = { P: "pause", ".": "step", R: "reset", N: "new seed", G: "ahead", J: "speculate", V: "replay", E: "keys" };
   const used = new Set([...page.hello.keys, ...Object.keys(chosen)]);
   for (const [key, words] of Object.entries(rest)) if (!used.has(key.toLowerCase())) parts.push([key, words]);
-  $("hint").replaceChildren(...parts.flatMap(([key, words]) => [kbd(key), ` ${words}   `]));
+  $("hint").replaceChildren(...parts.map(([key, words]) => {
+    const span = document.createElement("span");
+    span.append(kbd(key), ` ${words}`);
+    return span;
+  }));
   for (const span of $("keys").children) span.textContent = GLYPHS[span.dataset.label] || shownKey(span.dataset.key);
 }
 
@@ -188,10 +201,8 @@ function hints() {
 export function setUpInput() {
   load();
   waiting.clear();
-  const order = { left: 0, up: 1, down: 2, right: 9 };
-  const buttons = [...page.hello.buttons].sort((a, b) => (order[a.label] ?? 5) - (order[b.label] ?? 5));
-  $("pad").replaceChildren(...buttons.map(padButton));
-  $("keys").replaceChildren(...buttons.slice(0, 8).map(({ label, key }) => {
+  $("pad").replaceChildren(...buttons().map(padButton));
+  $("keys").replaceChildren(...buttons().slice(0, 8).map(({ label, key }) => {
     const span = document.createElement("span");
     span.dataset.key = key;
     span.dataset.label = label;

@@ -92,7 +92,7 @@ function show() {
   text("h-return", String(Math.round(hud.return * 10) / 10));
   text("h-step", String(hud.step));
   text("h-fps", hud.paused ? "–" : rate(gaps.slice(-70)).toFixed(1));
-  text("h-latency", latencies.length ? `${percentile(latencies, 50).toFixed(0)} / ${percentile(latencies, 95).toFixed(0)} ms` : "–");
+  text("h-latency", latencies.length ? `${percentile(latencies, 50).toFixed(0)} / ${percentile(latencies, 95).toFixed(0)}` : "–");
   text("h-ahead", share(hud.lookahead, hud.guessed));
   text("h-accepted", share(hud.speculation, hud.acceptance));
   text("h-steps", hud.sampling_steps ?? "–");
@@ -139,5 +139,5 @@ function graph() {
     c.fillStyle = gap > 2 * goal ? "#ff6b6b" : gap > 1.4 * goal ? "#ffb84d" : "#6ea8ff";
     c.fillRect((first + i) * bar, y(gap), Math.max(bar - 1, 1), height - y(gap));
   });
-  text("graph-label", gaps.length ? `p50 ${percentile(gaps, 50).toFixed(0)} · p95 ${percentile(gaps, 95).toFixed(0)} ms · goal ${goal.toFixed(0)} ms` : "");
+  text("graph-label", gaps.length ? `p50 ${percentile(gaps, 50).toFixed(0)} · p95 ${percentile(gaps, 95).toFixed(0)} · goal ${goal.toFixed(0)} ms` : "");
 }
