@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ from nfd_env.data.layout import (
     mapped,
     read_lines,
     read_records,
+    rewrite_lines,
     shard_folders,
     writer_of,
 )
@@ -141,6 +142,41 @@ class ShardWriter:
             RecordingError: when its frames or actions do not have the data set's shape.
             FolderError: when the disk is full, for instance.
         """
+        arrays = self._arrays(episode)
+        if self._frames >= self.frames_per_shard:
+            self._number += 1
+            self._open()
+        record = {
+            "length": len(episode),
+            "return": float(np.sum(episode.rewards)),
+            "seed": episode.seed,
+            "policy": episode.policy,
+            "split": episode.split,
+            **({} if number is None else {"number": number}),
+        }
+        self._commit(arrays, lambda: append_line(self.shard / "episodes.jsonl", record))
+
+    def extend(self, more: Episode) -> None:
+        """Lengthen the episode that was added last, and commit that; if it fails, see ``add``.
+
+        What somebody plays is recorded in this way. An episode that is under way has no end yet: it
+        reads as truncated wherever its recording stops.
+
+        Args:
+            more: begins with the last frame of that episode; the policy is that of the whole.
+        """
+        arrays = self._arrays(more)
+        arrays["frames.bin"] = arrays["frames.bin"][1:]
+        records = read_records(self.shard)
+        if not records:
+            raise RecordingError(f"{self.shard} has no episode that could be lengthened")
+        records[-1]["length"] += len(more)
+        records[-1]["return"] += float(np.sum(more.rewards))
+        records[-1]["policy"] = more.policy
+        self._commit(arrays, lambda: rewrite_lines(self.shard / "episodes.jsonl", records))
+
+    def _arrays(self, episode: Episode) -> dict[str, np.ndarray]:
+        """What is appended to each file, once it fits and the shard can be written."""
         if not self._ownership.held:
             raise RecordingError(f"the writer {self.writer} of {self.folder} is closed")
         if not self._is_open:  # after an error that left the shard unclear
@@ -160,9 +196,6 @@ class ShardWriter:
                 f"there are {episode.signals.shape[1:]} signals a transition, the data set has "
                 f"{self.spec.signals}"
             )
-        if self._frames >= self.frames_per_shard:
-            self._number += 1
-            self._open()
         ends = episode.terminated * _TERMINATED + episode.truncated * _TRUNCATED
         actions = episode.actions.astype(self.spec.action_dtype)
         if not np.can_cast(episode.actions.dtype, self.spec.action_dtype, "same_kind"):
@@ -177,9 +210,17 @@ class ShardWriter:
         }
         if self.spec.signals:
             arrays["signals.bin"] = episode.signals.astype(np.float32)
+        return arrays
+
+    def _commit(self, arrays: dict[str, np.ndarray], write_record: Callable[[], None]) -> None:
         self._is_open = False
         try:
-            self._append(arrays, episode, number)
+            for name, array in arrays.items():
+                with open(self.shard / name, "ab") as file:
+                    file.write(np.ascontiguousarray(array).tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+            write_record()
         except OSError as error:
             self._open()
             raise FolderError(
@@ -189,25 +230,9 @@ class ShardWriter:
         except BaseException:
             self._open()
             raise
-        self._frames += len(episode) + 1
-        self._transitions += len(episode)
+        self._frames += len(arrays["frames.bin"])
+        self._transitions += len(arrays["rewards.bin"])
         self._is_open = True
-
-    def _append(self, arrays: dict[str, np.ndarray], episode: Episode, number: int | None) -> None:
-        for name, array in arrays.items():
-            with open(self.shard / name, "ab") as file:
-                file.write(np.ascontiguousarray(array).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        record = {
-            "length": len(episode),
-            "return": float(np.sum(episode.rewards)),
-            "seed": episode.seed,
-            "policy": episode.policy,
-            "split": episode.split,
-            **({} if number is None else {"number": number}),
-        }
-        append_line(self.shard / "episodes.jsonl", record)
 
     def skip(self, number: int, seed: int, policy: str, error: str) -> None:
         """Note that this episode could not be recorded, so that nobody tries again."""
@@ -295,8 +320,10 @@ class EpisodeReference:
 
     @property
     def truncated(self) -> np.ndarray:
-        """Boolean (T,)."""
-        return (self._ends & _TRUNCATED) > 0
+        """Boolean (T,); an episode that neither terminated nor was cut off ends all the same."""
+        truncated = (self._ends & _TRUNCATED) > 0
+        truncated[-1] |= not self.terminated[-1]
+        return truncated
 
     def load(self) -> Episode:
         """Read the whole episode into memory."""

@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ pygame = pytest.importorskip("pygame")
 from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.envs.single_env import NFDEnv  # noqa: E402
+from nfd_env.play import recorder  # noqa: E402
 from nfd_env.play.keys import Keymap  # noqa: E402
 from nfd_env.play.session import Session  # noqa: E402
 from nfd_env.play.slots import Slots  # noqa: E402
@@ -135,6 +138,29 @@ def test_play_draws_records_and_saves_what_train_reads(world, tmp_path):
     assert np.abs(frame.astype(int) - episode.frames[0]).max() <= 1
     frame = env.step(episode.actions[0])[0]
     assert np.abs(frame.astype(int) - episode.frames[1]).max() <= 1
+
+
+def test_a_full_disk_ends_the_recording_not_the_play(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recorder, "_COMMIT_EVERY", 0.05)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(player):
+        assert player._files.saving
+        monkeypatch.setattr(os, "fsync", full)
+
+    def clear(player):
+        assert not player._files.saving
+        monkeypatch.undo()
+        post(pygame.KEYDOWN, pygame.K_F12)  # once more
+
+    shown = run({20: fill, 60: clear}, 100, save=tmp_path / "kept")
+    assert len(shown) > 50
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "No space left on device" in said
+    first, second = RecordedDataset(tmp_path / "kept")
+    assert first.length < 60 and second.length > 10
 
 
 def test_controls_reach_the_world(world):

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from nfd_env.files import FolderError, FolderInUseError
 from nfd_env.play.game import Game
-from nfd_env.play.recording import PlayRecorder, VideoFile, display_size
+from nfd_env.play.recorder import PlayRecorder
+from nfd_env.play.recording import VideoFile, display_size
 from nfd_env.play.session import Session
 
 
@@ -49,7 +51,7 @@ class Files:
     @property
     def saving(self) -> bool:
         """Whether the play is appended to a data set."""
-        return self._recorder is not None
+        return self._recorder is not None and not self._recorder.ended
 
     def add(self, frame: np.ndarray) -> None:
         """A picture for the film."""
@@ -73,11 +75,11 @@ class Files:
 
         Raises:
             RecordingError: when the folder holds recordings of something else.
-            OSError: when it cannot be written.
+            FolderError, FolderInUseError: when it cannot be written.
         """
         game, session = self._game, self._session
         recorder = PlayRecorder(
-            self._folder, game.frame_shape, game.keymap.space, self._source, game.fps
+            self._folder, game.frame_shape, game.keymap.space, self._source, game.fps, self._failed
         )
         if session.frame is not None and not session.over:
             recorder.began(session.frame, session.seed)
@@ -97,11 +99,13 @@ class Files:
 
     def toggle_saving(self) -> None:
         """Begin or end saving the play."""
-        if self._recorder is not None:
-            return self.stop_saving()
+        saving = self.saving
+        self.stop_saving()
+        if saving:
+            return
         try:
             self.start_saving()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FolderError, FolderInUseError) as error:
             self._say(f"cannot save: {error}")
 
     def stop_film(self) -> None:
@@ -112,12 +116,16 @@ class Files:
                 video.close()
                 self._say(f"wrote {self._video_path}")
             except OSError as error:
-                self._say(str(error))
-                print(error, file=sys.stderr)
+                self._failed(str(error))
 
     def stop_saving(self) -> None:
         """Commit what was played last."""
         recorder, self._recorder, self._session.recorder = self._recorder, None, None
         if recorder is not None:
             recorder.close()
-            self._say(f"{recorder.saved} episodes saved in {recorder.folder}")
+            if not recorder.error:
+                self._say(f"{recorder.saved} episodes saved in {recorder.folder}")
+
+    def _failed(self, why: str) -> None:
+        self._say(why)
+        print(f"nfd play: {why}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nfd_env.play.window.display import import_pygame, open_display
 from nfd_env.play.window.files import Files
 from nfd_env.play.window.gamepad import Gamepads
 from nfd_env.play.window.hud import BAR, Hud
+from nfd_env.stopping import stopping
 
 
 class KeyboardPlayer:
@@ -105,20 +107,22 @@ class KeyboardPlayer:
 
         Raises:
             Exception: whatever the game itself raised.
+            KeyboardInterrupt, SystemExit: when INT, TERM or HUP has ended it; the recordings are
+                finished first.
         """
         pygame = self._pygame
-        # What was asked for from the start.
-        if self._record is not None:
-            self._files.start_film(Path(self._record))
-        if self._save is not None:
-            self._files.start_saving()
-        player = self.engine.join(self.session, self._take, self._seed)
-        assert player is not None
         self._running = True
-        try:
+        with stopping() as stop, closing(self):
+            # What was asked for from the start.
+            if self._record is not None:
+                self._files.start_film(Path(self._record))
+            if self._save is not None:
+                self._files.start_saving()
+            player = self.engine.join(self.session, self._take, self._seed)
+            assert player is not None
             if self._threaded:
                 self.engine.start()
-            while self._running:
+            while self._running and not stop.asked:
                 for event in pygame.event.get():
                     self._event(event)
                 wait = 0.002 if self._threaded else min(self.engine.poll(), 0.002)
@@ -134,8 +138,6 @@ class KeyboardPlayer:
                         break
                 elif wait > 0:
                     time.sleep(wait)
-        finally:
-            self.close()
         return self._drawn
 
     def stop(self) -> None:
@@ -145,8 +147,8 @@ class KeyboardPlayer:
     def close(self) -> None:
         """Finish the recordings and close the window."""
         self.engine.close()
-        self._files.stop_film()
         self._files.stop_saving()
+        self._files.stop_film()
         self._pygame.display.quit()
         self._pygame.quit()
 

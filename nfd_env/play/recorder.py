@@ -1,0 +1,176 @@
+"""A person's play as recordings that ``nfd train`` reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from nfd_env.data.episode import Episode
+from nfd_env.data.shards import DatasetSpec, ShardWriter
+from nfd_env.play.game import Outcome
+from nfd_env.spaces import ActionCodec, space_to_dict
+
+_COMMIT_EVERY = 2.0  # seconds of play that a kill or a power cut may cost
+
+
+class _Stretch:
+    """A part of an episode that is not on disk yet; it begins with a frame that may be."""
+
+    def __init__(self, frame: np.ndarray, seed: int) -> None:
+        self.frames, self.seed = [frame], seed
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[float] = []
+        self.ends: list[tuple[bool, bool]] = []
+        self.players: set[str] = set()  # of the whole episode
+        self.committed = 0  # transitions of the episode that are on disk
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def rest(self) -> _Stretch:
+        """What follows once this is on disk."""
+        rest = _Stretch(self.frames[-1], self.seed)
+        rest.players, rest.committed = set(self.players), self.committed + len(self)
+        return rest
+
+    def episode(self) -> Episode:
+        ends = np.array(self.ends, bool)
+        return Episode(
+            np.stack(self.frames),
+            np.stack(self.actions),
+            np.array(self.rewards, np.float32),
+            ends[:, 0],
+            ends[:, 1] & ~ends[:, 0],
+            seed=self.seed,
+            policy="+".join(sorted(self.players)),
+        )
+
+
+class PlayRecorder:
+    """Appends episodes of play to a data set; a segment begins with the picture shown then.
+
+    A thread of its own commits what was played every few seconds, so that neither a slow disk holds
+    up the game nor a kill costs more than that. An error, of a full disk for instance, ends the
+    recording, not the game; what was committed before stays.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        frame_shape: tuple[int, ...],
+        space: spaces.Space,
+        source: dict[str, Any],
+        fps: float,
+        failed: Callable[[str], None],
+        limit: int = 4000,
+    ) -> None:
+        """Open ``folder``, a new data set or one of the same world.
+
+        Args:
+            folder: see ``nfd_env.data.shards``.
+            frame_shape: (H, W, 3).
+            space: the action space.
+            source: the world's source section, plain values.
+            fps: frames a second.
+            failed: told, in a line, why the recording has ended; on the recorder's thread.
+            limit: transitions after which an episode is cut off and another segment begins, because
+                readers load whole episodes.
+
+        Raises:
+            RecordingError: when the folder holds recordings of something else.
+            FolderError: when it cannot be written.
+            FolderInUseError: when somebody else's play is recorded there.
+        """
+        codec = ActionCodec(space)
+        spec = DatasetSpec(
+            frame_shape=(frame_shape[0], frame_shape[1], 3),
+            action_shape=codec.shape,
+            action_dtype=str(np.dtype(space.dtype or np.int64)),
+            action_space=space_to_dict(space),
+            source=source,
+            fps=fps,
+        )
+        self.folder, self._limit, self._failed = Path(folder), limit, failed
+        spec.save(self.folder)
+        self._writer = ShardWriter(self.folder, spec, "play")
+        self.saved = 0
+        self.ended = False  # nothing is recorded any more
+        self.error = ""  # why, when it was not asked to end
+        self._waiting: list[_Stretch] = []
+        self._now: _Stretch | None = None  # the last one of those that wait
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+
+    def began(self, frame: np.ndarray, seed: int | None) -> None:
+        """An episode (or a segment of one) begins with ``frame``."""
+        with self._changed:
+            self._begin(frame, seed or 0)
+
+    def took(self, action: Any, outcome: Outcome, by_agent: bool) -> None:
+        """``action`` led to ``outcome``."""
+        with self._changed:
+            now = self._now
+            if now is None or self.ended:
+                return
+            now.frames.append(outcome.frame)
+            now.actions.append(np.array(action))
+            now.rewards.append(outcome.reward)
+            now.ends.append((outcome.terminated, outcome.truncated))
+            now.players.add("agent" if by_agent else "person")
+            if outcome.terminated or outcome.truncated:
+                self._now = None
+            elif now.committed + len(now) >= self._limit:
+                self._begin(outcome.frame, now.seed)
+
+    def close(self) -> None:
+        """Commit what was played, and let others record into the folder.
+
+        An episode under way reads as truncated.
+        """
+        with self._changed:
+            self.ended = True
+            self._changed.notify()
+        self._thread.join()
+        self._writer.close()
+
+    def _begin(self, frame: np.ndarray, seed: int) -> None:
+        if not self.ended:
+            self._now = _Stretch(frame, seed)
+            self._waiting.append(self._now)
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            with self._changed:
+                self._changed.wait_for(lambda: self.ended, _COMMIT_EVERY)
+                ended, stretches, self._waiting = self.ended, self._waiting, []
+                if self._now is not None:
+                    self._now = self._now.rest()
+                    self._waiting.append(self._now)
+            try:
+                for stretch in stretches:
+                    self._commit(stretch)
+            except Exception as error:  # of the disk, or a game that breaks its own word
+                with self._changed:
+                    ended, self.ended = True, True
+                    self._waiting, self._now = [], None
+                self.error = (
+                    f"the recording in {self.folder} has ended: {' '.join(str(error).split())}; "
+                    f"what was committed before is whole ({self.saved} episodes)"
+                )
+                self._failed(self.error)
+
+    def _commit(self, stretch: _Stretch) -> None:
+        if not len(stretch):
+            return
+        if stretch.committed:
+            self._writer.extend(stretch.episode())
+        else:
+            self._writer.add(stretch.episode())
+            self.saved += 1
