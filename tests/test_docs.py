@@ -34,6 +34,8 @@ def test_commands_and_their_flags(path: Path) -> None:
             command = inspect.signature(getattr(importlib.import_module(module), function))
             for flag in re.findall(r"--([a-z-]+)", arguments):
                 assert flag.replace("-", "_") in command.parameters, code
+            if name == "eval-agent" and re.match(r" (random|\S+:\S|\S+\.zip)", arguments):
+                assert "--world" in arguments, code  # these do not say what they play
 
 
 @page

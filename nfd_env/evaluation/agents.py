@@ -330,7 +330,7 @@ def _world_of(settings: AgentEvaluation, spec: AgentSpec | None) -> Path:
     if settings.world:
         return find_world(settings.world)
     if spec is None or not spec.world:
-        raise AgentError(f"{settings.agent} does not say which world it plays: give the world")
+        raise AgentError(f"{settings.agent} does not say which world it plays: name it by --world")
     try:
         return find_world(spec.world)
     except UnknownWorldError:
