@@ -67,6 +67,13 @@ def exists(name: str) -> bool:
     return False
 
 
+def test_the_drawings_of_the_architecture_name_files() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = [n for block in text.split("```")[1::2] for n in re.findall(r"[\w/]+\.py\b", block)]
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "nfd_env" / name).is_file()] == []
+
+
 @page
 def test_links(path: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):

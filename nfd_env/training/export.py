@@ -46,7 +46,7 @@ from nfd_env.worlds.format import (
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The config file of ``nfd export``.
+    """Which finished networks become a world, and what it says of itself.
 
     Attributes:
         name: the world's name.
