@@ -135,7 +135,9 @@ def import_minari(dataset: Any, settings: ImportConfig) -> RecordedDataset:
         try:
             import minari
         except ImportError:
-            raise RecordingError("Minari data sets need the package: pip install minari") from None
+            raise RecordingError(
+                "Minari data sets need minari: pip install 'nfd-env[minari]'"
+            ) from None
         dataset = minari.load_dataset(dataset)
 
     def recordings() -> Iterator[_Recording]:
@@ -295,7 +297,9 @@ def _columns(path: Path) -> dict[str, list[Any]]:
             try:
                 from pyarrow import parquet
             except ImportError:
-                raise RecordingError(f"{path} needs the package: pip install pyarrow") from None
+                raise RecordingError(
+                    f"{path} needs pyarrow: pip install 'nfd-env[parquet]'"
+                ) from None
             return parquet.read_table(path).to_pydict()
         with open(path, encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":

@@ -38,6 +38,12 @@ def videos(folder: Path, played: RecordedDataset, kind: str = "csv", rows: int =
         if kind == "csv":
             text = "action,reward,terminated\n"
             text += "".join(f"{x['action']},{x['reward']},{x['terminated']}\n" for x in table)
+        elif kind == "parquet":
+            pyarrow = pytest.importorskip("pyarrow", reason="pip install 'nfd-env[parquet]'")
+            from pyarrow import parquet
+
+            parquet.write_table(pyarrow.Table.from_pylist(table), folder / f"{number}.parquet")
+            continue
         else:
             text = "".join(json.dumps(x) + "\n" for x in table)
         (folder / f"{number}.{kind}").write_text(text)
@@ -52,7 +58,7 @@ def assert_aligned(data: RecordedDataset, lengths: list[int]) -> None:
         assert np.array_equal(episode.rewards, move(episode.actions))
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("csv", 30), ("jsonl", 31)])
+@pytest.mark.parametrize(("kind", "rows"), [("csv", 30), ("jsonl", 31), ("parquet", 30)])
 def test_videos_with_actions(tmp_path: Path, played: RecordedDataset, kind: str, rows: int) -> None:
     where = videos(tmp_path / "v", played, kind, rows)
     settings = ImportConfig(str(tmp_path / "d"), "counter", validation_every=2)
@@ -125,6 +131,33 @@ def minari(played: RecordedDataset, **changes: Any) -> Any:
     ]
     vars(episodes[-1]).update(changes)
     return SimpleNamespace(action_space=ACTIONS, iterate_episodes=lambda: iter(episodes))
+
+
+def test_a_real_minari_data_set(
+    tmp_path: Path, played: RecordedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("minari", reason="pip install 'nfd-env[minari]'")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    buffers = [
+        library.data_collector.EpisodeBuffer(
+            id=number,
+            observations=np.asarray(e.frames),
+            actions=e.actions,
+            rewards=list(e.rewards),
+            terminations=list(e.terminated),
+            truncations=list(e.truncated),
+        )
+        for number, e in enumerate(played)
+    ]
+    made = library.create_dataset_from_buffers(
+        "counter/test-v0",
+        buffers,
+        action_space=ACTIONS,
+        observation_space=spaces.Box(0, 255, played.spec.frame_shape, np.uint8),
+    )
+    settings = ImportConfig(str(tmp_path / "d"), "counter")
+    assert_aligned(import_minari(made, settings), [30, 30, 30])
+    assert_aligned(import_minari("counter/test-v0", settings), [30, 30, 30])
 
 
 def test_minari(tmp_path: Path, played: RecordedDataset) -> None:
