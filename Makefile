@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/nfd demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
