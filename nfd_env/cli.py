@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("nfd_env.recipe.commands:export", "put finished stages together as a world again"),
     "eval": ("nfd_env.evaluation.commands:evaluate", "how good a world is, on held-out recordings"),
     "eval-agent": ("nfd_env.evaluation.commands:eval_agent", "score an agent, in world and game"),
+    "rank": ("nfd_env.evaluation.commands:rank", "does a world rank policies as its game does"),
     "bench": ("nfd_env.evaluation.commands:bench", "how fast a world steps"),
 }
 

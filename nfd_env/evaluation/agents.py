@@ -17,7 +17,7 @@ from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.evaluation.film import beside
-from nfd_env.files import atomic_write
+from nfd_env.files import atomic_write, make_folder
 from nfd_env.players.load import behaviour_policy, find_agent, load_player, read_agent_spec
 from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
@@ -284,6 +284,7 @@ def evaluate_agent(
             side: load_player(agent, env, settings.greedy, settings.trust, settings.agent_kwargs)
             for side, env in envs.items()
         }
+        folder = None if folder is None else make_folder(folder)
         played = {
             side: play_episodes(
                 env,
@@ -305,7 +306,7 @@ def evaluate_agent(
     scores = {side: Scores.of(p, frame_skip, settings.threshold) for side, p in played.items()}
     filled = {"obs_type": obs_type, "frame_skip": frame_skip, "max_frames": max_frames}
     learned = envs.get("learned")
-    video = "" if folder is None else str(Path(folder) / "eval_agent.mp4")
+    video = "" if folder is None else str(folder / "eval_agent.mp4")
     report = AgentReport(
         loaded.spec.name,
         AgentEvaluation(**{**asdict(settings), **filled, "world": str(world)}),
@@ -318,9 +319,8 @@ def evaluate_agent(
         video,
     )
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         # Before the film, which takes a while.
-        with atomic_write(Path(folder) / "eval_agent.json") as path:
+        with atomic_write(folder / "eval_agent.json") as path:
             path.write_text(json.dumps(asdict(report), indent=2))
         write_mp4(video, _film(played, loaded.spec.source.display_aspect), fps)
     return report

@@ -1,4 +1,4 @@
-"""``nfd demo``, ``bench``, ``eval`` and ``eval-agent``."""
+"""``nfd demo``, ``bench``, ``eval``, ``eval-agent`` and ``rank``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
+from nfd_env.files import make_folder
 from nfd_env.worlds.load import load_world, shipped_worlds
 
 Dynamics = Literal["student", "teacher"]
@@ -325,6 +326,66 @@ def eval_agent(
     )
     report = evaluate_agent(settings, out)
     return _show(report, format_report(report), json)
+
+
+def rank(
+    agents: Positional[tuple[str, ...]],
+    world: str = "",
+    episodes: int = 100,
+    seed: int = 0,
+    max_frames: int = 0,
+    greedy: bool = False,
+    trust: bool = False,
+    num_envs: int = 25,
+    real_envs: int = 8,
+    sampling_steps: int | None = None,
+    dynamics: Dynamics | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    out: str = "outputs/rank",
+    json: bool = False,
+) -> int:
+    """Ask whether a world ranks policies as the real game does.
+
+    Args:
+        agents: three or more, better eight, policies from poor to good, each named as for nfd
+            eval-agent: checkpoints of one training, random, scripted ones.
+        world: world folder or shipped world; default: the first shipped one.
+        episodes: of each policy, on each side.
+        seed: of the first episode.
+        max_frames: longest episode in frames; default: the world's own limit, or a minute.
+        greedy: take the most probable actions.
+        trust: a .zip may run code of its author.
+        num_envs: worlds stepped together.
+        real_envs: real games beside each other.
+        sampling_steps: of the learned world; default: its own.
+        dynamics: of a distilled world that comes with both; default: the world's own.
+        device: auto, cpu, cuda or cuda:N.
+        precision: auto, fp32 or bf16.
+        out: folder for ranking.json and the plot ranking.png.
+        json: print JSON instead of text.
+    """
+    from nfd_env.evaluation.ranking import format_ranking, rank_policies, write_ranking
+
+    settings = AgentEvaluation(
+        agent="",
+        world=_chosen(world),
+        episodes=episodes,
+        seed=seed,
+        max_frames=max_frames,
+        greedy=greedy,
+        trust=trust,
+        num_envs=num_envs,
+        real_envs=real_envs,
+        sampling_steps=sampling_steps,
+        dynamics=dynamics,
+        device=device,
+        precision=precision,
+    )
+    folder = make_folder(out)  # find out whether there can be one before anything is played
+    ranking = rank_policies(agents, settings)
+    plot = write_ranking(ranking, folder)
+    return _show(ranking, f"{format_ranking(ranking)}\n\nplot: {plot}", json)
 
 
 def _chosen(world: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.film import beside
+from nfd_env.files import make_folder
 from nfd_env.video import enlarge, write_gif, write_mp4, write_png
 from nfd_env.worlds.clip import load_clip
 from nfd_env.worlds.load import load_world
@@ -82,6 +83,7 @@ def demo(
     """
     begin = time.perf_counter()
     loaded = load_world(world, device, precision)
+    folder = make_folder(folder)
     clip = load_clip(loaded.folder)
     real, actions = clip.frames, clip.actions
     env = NFDVectorEnv(world, device=device, sampling_steps=sampling_steps, precision=precision)
@@ -110,7 +112,6 @@ def demo(
         times.append(time.perf_counter() - begin)
         ended = bool(terminated[0] or truncated[0])
         made.append(observation[0])
-    folder = Path(folder)
     shown = real[first + 1 : first + 1 + len(made)]
     aspect = loaded.spec.source.display_aspect
     names = loaded.spec.source.action_names

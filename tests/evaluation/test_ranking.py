@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nfd_env.cli import main
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation import agents
 from nfd_env.evaluation.agents import AgentEvaluation, Scores
 from nfd_env.evaluation.episodes import Episodes
 from nfd_env.evaluation.ranking import (
@@ -70,6 +74,45 @@ def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
     ranking = rank_policies(names, settings, progress=False)
     assert [p.agent for p in ranking.policies] == names
     assert [p.real.mean for p in ranking.policies[1:]] == [-4.0, 4.0]
+
+
+def test_the_command(
+    counter_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "rank"
+    command = ["rank", "random", f"{__name__}:Left", f"{__name__}:Right", "--episodes", "2"]
+    command += ["--world", str(counter_world), "--max-frames", "4", "--out", str(out)]
+    command += ["--device", "cpu", "--precision", "fp32"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "Spearman" in text and str(out / "ranking.png") in text
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "ranking.json").read_text())
+    assert [p["real"]["mean"] for p in printed["policies"][1:]] == [-4.0, 4.0]
+    assert main(["rank", "random", *command[3:]]) == 1
+    assert "at least 3 different policies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["eval-agent", "random", "--world"], ["rank", "a", "b", "c", "--world"]]
+)
+def test_a_folder_that_cannot_be_made_is_found_out_first(
+    command: list[str],
+    counter_world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def played(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("played first")
+
+    monkeypatch.setattr(agents, "play_episodes", played)
+    monkeypatch.setattr(NFDVectorEnv, "step", played)
+    (tmp_path / "file").touch()
+    out = ["--out", str(tmp_path / "file" / "x"), "--device", "cpu", "--precision", "fp32"]
+    assert main([*command, str(counter_world), *out]) == 1
+    assert f"{tmp_path / 'file' / 'x'} cannot be made" in capsys.readouterr().err
 
 
 class Left:
