@@ -74,7 +74,7 @@ def test_a_stage_that_is_stopped_goes_on(
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     step = torch.load(state, weights_only=True)["step"]
-    assert step >= 20
+    assert step >= (19 if number == signal.SIGKILL else 20)  # a step is logged before it is saved
     # The same command goes on from there, and nothing is left to clear up.
     assert cli.main(["tokenizer", str(config), f"train.steps={step + 2}"]) == 0
     assert torch.load(state, weights_only=True)["step"] == step + 2
