@@ -58,7 +58,8 @@ ALLOWED = {
     "nfd_env.training": TRAINING,
     "nfd_env.evaluation": PLAYERS | TRAINING | {"nfd_env.evaluation"},
     "nfd_env.recipe": PLAYERS | TRAINING | {"nfd_env.evaluation", "nfd_env.recipe"},
-    "nfd_env.play": PLAYERS | {"nfd_env.play"},
+    # The real game is played from its file.
+    "nfd_env.play": PLAYERS | {"nfd_env.play", "nfd_env.recipe.game"},
     "nfd_env.sb3": ENVS,
     "nfd_env.torchrl": ENVS,
     "nfd_env.cli": set(),  # it imports a command's module by name

@@ -27,10 +27,10 @@ def play(
     max_episode_steps: int | None = None,
     max_frames: int | None = None,
 ) -> int:
-    """Play a world in a window, with the keyboard or a gamepad.
+    """Play a world, or the real game, in a window, with the keyboard or a gamepad.
 
     Args:
-        world: world folder or shipped world; default: the first shipped one.
+        world: world folder, shipped world (default: the first), or a game file: the real game.
         device: auto, cpu, cuda or cuda:N.
         seed: of the first episode.
         scale: size of the window; 1 is about 480 pixels high.

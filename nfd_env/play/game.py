@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
+from gymnasium.wrappers import TimeLimit
 
 from nfd_env.play.keys import Keymap
+from nfd_env.sources.source import SourceConfig, make_source
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,38 @@ class EnvGame:
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self.fps = float(fps or env.metadata.get("render_fps") or 30)
         self.display_aspect, self.display = 0.0, "smooth"
+        self.source: SourceConfig | None = None
         self._seed: int | None = None
         env.reset()
         self.frame_shape: tuple[int, ...] = self._frame().shape
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str], max_episode_steps: int | None = None) -> EnvGame:
+        """The real game of a game file, seen exactly as a world of it would be.
+
+        Args:
+            path: see ``nfd_env.recipe.game.load_game``.
+            max_episode_steps: instead of the file's.
+
+        Raises:
+            ConfigError: when the file is not one.
+            SourceError: when the game cannot be made.
+            KeymapError: when its keys do not fit its actions.
+        """
+        from nfd_env.recipe.game import load_game
+
+        about = load_game(path)
+        env = make_source(about.source, render_mode="rgb_array")
+        try:
+            env = TimeLimit(env, max_episode_steps or about.max_episode_steps)
+            keymap = Keymap.from_source(about.source, env.action_space)
+            game = cls(env, keymap, about.source.fps or None)
+        except BaseException:
+            env.close()
+            raise
+        game.name, game.source = about.name, about.source
+        game.display_aspect = about.source.display_aspect
+        return game
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """See ``Game``."""
@@ -169,4 +201,4 @@ class EnvGame:
                 f'{self.name} must be made with render_mode="rgb_array": its render() gave '
                 f"{type(frame).__name__}"
             )
-        return np.ascontiguousarray(frame)
+        return np.array(frame, order="C")  # a copy: the environment may draw over its own

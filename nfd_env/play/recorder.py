@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.data.episode import Episode
-from nfd_env.data.shards import DatasetSpec, ShardWriter
+from nfd_env.data.shards import DatasetSpec, RecordedDataset, ShardWriter
 from nfd_env.play.game import Outcome
 from nfd_env.spaces import ActionCodec, space_to_dict
 
 _COMMIT_EVERY = 2.0  # seconds of play that a kill or a power cut may cost
+_VALIDATION_EVERY = (
+    10  # for so many episodes to train on, one is held out, the second to begin with
+)
 
 
 class _Stretch:
@@ -28,6 +32,7 @@ class _Stretch:
         self.ends: list[tuple[bool, bool]] = []
         self.players: set[str] = set()  # of the whole episode
         self.committed = 0  # transitions of the episode that are on disk
+        self.follows = False  # another segment of the episode before
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -36,9 +41,10 @@ class _Stretch:
         """What follows once this is on disk."""
         rest = _Stretch(self.frames[-1], self.seed)
         rest.players, rest.committed = set(self.players), self.committed + len(self)
+        rest.follows = self.follows
         return rest
 
-    def episode(self) -> Episode:
+    def episode(self, split: str) -> Episode:
         ends = np.array(self.ends, bool)
         return Episode(
             np.stack(self.frames),
@@ -48,6 +54,7 @@ class _Stretch:
             ends[:, 1] & ~ends[:, 0],
             seed=self.seed,
             policy="+".join(sorted(self.players)),
+            split=split,
         )
 
 
@@ -99,6 +106,8 @@ class PlayRecorder:
         spec.save(self.folder)
         self._writer = ShardWriter(self.folder, spec, "play")
         self.saved = 0
+        self._split = "train"  # of the last episode
+        self._counts = Counter(e.split for e in RecordedDataset(self.folder))
         self.ended = False  # nothing is recorded any more
         self.error = ""  # why, when it was not asked to end
         self._waiting: list[_Stretch] = []
@@ -126,7 +135,7 @@ class PlayRecorder:
             if outcome.terminated or outcome.truncated:
                 self._now = None
             elif now.committed + len(now) >= self._limit:
-                self._begin(outcome.frame, now.seed)
+                self._begin(outcome.frame, now.seed, follows=True)
 
     def close(self) -> None:
         """Commit what was played, and let others record into the folder.
@@ -139,9 +148,10 @@ class PlayRecorder:
         self._thread.join()
         self._writer.close()
 
-    def _begin(self, frame: np.ndarray, seed: int) -> None:
+    def _begin(self, frame: np.ndarray, seed: int, follows: bool = False) -> None:
         if not self.ended:
             self._now = _Stretch(frame, seed)
+            self._now.follows = follows
             self._waiting.append(self._now)
 
     def _run(self) -> None:
@@ -170,7 +180,10 @@ class PlayRecorder:
         if not len(stretch):
             return
         if stretch.committed:
-            self._writer.extend(stretch.episode())
-        else:
-            self._writer.add(stretch.episode())
-            self.saved += 1
+            return self._writer.extend(stretch.episode(self._split))
+        if not stretch.follows:
+            held_out = self._counts["validation"] * _VALIDATION_EVERY < self._counts["train"]
+            self._split = "validation" if held_out else "train"
+        self._writer.add(stretch.episode(self._split))
+        self._counts[self._split] += 1
+        self.saved += 1

@@ -98,6 +98,21 @@ def test_long_episodes_become_segments_and_another_recording_follows(tmp_path, o
     assert episodes[1].load().frames[0, 0, 0, 0] == 10
 
 
+def test_one_episode_in_eleven_is_held_out_the_second_to_begin_with(tmp_path):
+    for count in (1, 24):
+        recorder = opened(tmp_path, limit=10)
+        for seed in range(count):
+            recorder.began(frame(0), seed)
+            recorder.began(frame(0), seed)  # reset before anything was done
+            play(recorder, range(1, 16), "over")
+        recorder.close()
+    splits = [e.split for e in RecordedDataset(tmp_path)]
+    # Two segments each; those of one episode stay together.
+    assert splits[::2] == splits[1::2]
+    held_out = [n for n, split in enumerate(splits[::2]) if split == "validation"]
+    assert held_out == [1, 12, 23]
+
+
 def test_a_full_disk_ends_the_recording_with_one_line(tmp_path, often, monkeypatch):
     said = []
     recorder = opened(tmp_path, said.append)

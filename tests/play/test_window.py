@@ -10,6 +10,7 @@ from gymnasium import spaces
 
 pygame = pytest.importorskip("pygame")
 
+from nfd_env import config  # noqa: E402
 from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.envs.single_env import NFDEnv  # noqa: E402
@@ -20,7 +21,8 @@ from nfd_env.play.slots import Slots  # noqa: E402
 from nfd_env.play.window import display, hud  # noqa: E402
 from nfd_env.play.window import player as window  # noqa: E402
 from nfd_env.play.window.gamepad import Gamepads  # noqa: E402
-from nfd_env.sources.spec import SourceConfig  # noqa: E402
+from nfd_env.recipe.game import load_game  # noqa: E402
+from nfd_env.sources.source import SourceConfig, make_source  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 from tests.tiny_world import make_tiny_world  # noqa: E402
 
@@ -161,6 +163,66 @@ def test_a_full_disk_ends_the_recording_not_the_play(tmp_path, monkeypatch, caps
     assert said.count("\n") == 1 and "No space left on device" in said
     first, second = RecordedDataset(tmp_path / "kept")
     assert first.length < 60 and second.length > 10
+
+
+GAME = """
+name: Pole
+source:
+  env_id: CartPole-v1
+  frames: render
+  size: [40, 60]
+  fps: 100
+  display_aspect: 2.0
+  action_names: [left, right]
+max_episode_steps: 12
+"""
+
+
+def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
+    file, folder = tmp_path / "pole.yaml", tmp_path / "kept"
+    file.write_text(GAME)
+    first = []
+    window.play(str(file), save=folder, seed=3, max_frames=30, on_shown=first.append)
+    assert first[0].frame.shape == (40, 60, 3)
+    recorded = RecordedDataset(folder)
+    source = load_game(file).source
+    assert recorded.spec.source == config.to_dict(source) and recorded.spec.fps == 100
+    episode = recorded.episodes[0].load()
+    assert len(episode) <= 12 and episode.terminated[-1] != episode.truncated[-1]
+    env = make_source(source, render_mode="rgb_array")
+    frames = [env.reset(seed=3)[0]] + [env.step(a)[0] for a in episode.actions]
+    env.close()
+    assert np.array_equal(episode.frames, frames)
+    with pytest.raises(ValueError, match="are of learned worlds"):
+        window.play(str(file), sampling_steps=2)
+
+
+class OneBuffer(gymnasium.Env):
+    """Draws every frame over the one before."""
+
+    action_space = spaces.Discrete(2)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
+    render_mode = "rgb_array"
+
+    def reset(self, *, seed=None, options=None):
+        self.buffer = np.zeros((8, 8, 3), np.uint8)
+        return 0, {}
+
+    def step(self, action):
+        self.buffer += 1
+        return 0, 0.0, False, False, {}
+
+    def render(self):
+        return self.buffer
+
+
+def test_frames_of_an_env_that_draws_over_its_own_are_copied(tmp_path):
+    player = window.KeyboardPlayer(
+        OneBuffer(), {"a": 0, "d": 1}, save=tmp_path, source={"env_id": "x"}
+    )
+    player.run(10)
+    (episode,) = RecordedDataset(tmp_path)
+    assert episode.load().frames[:, 0, 0, 0].tolist() == list(range(len(episode) + 1))
 
 
 def test_controls_reach_the_world(world):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ class KeyboardPlayer:
             RecordingError: when ``save`` holds recordings of something else.
         """
         self._pygame = import_pygame()
-        self._threaded = not isinstance(game, gymnasium.Env)
+        # Foreign code may bear one thread only.
+        self._threaded = not isinstance(game, gymnasium.Env | EnvGame)
         if isinstance(game, gymnasium.Env):
             keymap = Keymap.from_env(game, keys_to_action, noop)
             source = source or {"env_id": game.spec.id if game.spec else "", "frames": "render"}
@@ -265,10 +266,11 @@ def play(
     max_frames: int | None = None,
     on_shown: Callable[[Shown], None] | None = None,
 ) -> int:
-    """Play a learned world in a window, at its native rate.
+    """Play a learned world, or the real game, in a window, at its native rate.
 
     Args:
-        world: a world folder, or the name of a shipped world.
+        world: a world folder, the name of a shipped world, or a game file (.yaml), of which the
+            real game is played: then what is said of worlds cannot be chosen.
         device: see ``nfd_env.devices.resolve_device``.
         seed: of the first episode; None for a random one.
         scale: size of the window, 1 for about 480 pixels of height; None to fit the screen.
@@ -298,19 +300,35 @@ def play(
     from nfd_env.play.slots import Slots
     from nfd_env.worlds.load import find_world
 
+    real = Path(world).suffix.lower() in (".yaml", ".yml")
     # What fails fast comes before the world is loaded.
-    find_world(world)
+    if real and not (sampling_steps is dynamics is None and speculative_frames == 1):
+        raise ValueError(
+            f"{world} is a real game: sampling_steps, speculative_frames and dynamics are of "
+            "learned worlds"
+        )
+    if not real:
+        find_world(world)
     open_display()
-    slots = Slots(world, 1, device, sampling_steps, max_episode_steps, speculative_frames, dynamics)
-    player = KeyboardPlayer(
-        slots,
-        scale=scale,
-        seed=seed,
-        agent=agent,
-        trust=trust,
-        record=record,
-        save=save,
-        source=config.to_dict(slots.spec.source),
-        on_shown=on_shown,
-    )
-    return player.run(max_frames)
+    with ExitStack() as stack:
+        if real:
+            game: Game = EnvGame.from_file(world, max_episode_steps)
+            stack.callback(game.env.close)
+            source = game.source
+        else:
+            game = Slots(
+                world, 1, device, sampling_steps, max_episode_steps, speculative_frames, dynamics
+            )
+            source = game.spec.source
+        player = KeyboardPlayer(
+            game,
+            scale=scale,
+            seed=seed,
+            agent=agent,
+            trust=trust,
+            record=record,
+            save=save,
+            source=config.to_dict(source),
+            on_shown=on_shown,
+        )
+        return player.run(max_frames)
