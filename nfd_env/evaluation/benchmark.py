@@ -104,11 +104,12 @@ def benchmark(
     if sampling_steps is not None:
         model = model.with_sampling(replace(model.sampling, steps=sampling_steps))
     size = _MATMUL_SIZE if device.type == "cpu" else _MATMUL_SIZE_GPU
+    drawing = {"sampling_steps": sampling_steps, "speculative_frames": speculative_frames}
     envs = {}
     for count in batches:
         paces, accepted = {}, {}
         for obs_type in ("rgb", "latent"):
-            env = _env(world, count, obs_type, sampling_steps, speculative_frames)
+            env = _started(world, count, obs_type, **drawing)
             times, accepted[obs_type] = _step_times(env, seconds)
             p50, p95, p99 = (float(np.percentile(times, p) * 1e3) for p in (50, 95, 99))
             paces[obs_type] = Pace(float(count * len(times) / times.sum()), p50, p95, p99)
@@ -167,24 +168,21 @@ def step_gflop(model: WorldModel) -> float:
     return 2 * (finished + model.sampling.steps * unfinished) / 1e9
 
 
-def _env(
-    world: World,
-    count: int,
-    obs_type: str,
-    sampling_steps: int | None,
-    speculative_frames: int = 1,
-) -> NFDVectorEnv:
-    env = NFDVectorEnv(
+def make_env(world: World, count: int, obs_type: str, **kwargs: Any) -> NFDVectorEnv:
+    """An env to time, of a world that is loaded, on its device and in its precision."""
+    return NFDVectorEnv(
         world.folder,
-        num_envs=count,
+        count,
         device=world.model.device,
         precision=world.model.precision,
         obs_type=obs_type,
-        sampling_steps=sampling_steps,
-        dynamics=world.dynamics,
-        speculative_frames=speculative_frames,
         autoreset_mode=AutoresetMode.NEXT_STEP,
+        **{"dynamics": world.dynamics, **kwargs},
     )
+
+
+def _started(world: World, count: int, obs_type: str, **kwargs: Any) -> NFDVectorEnv:
+    env = make_env(world, count, obs_type, **kwargs)
     env.reset(seed=0)
     env.action_space.seed(0)
     return env
@@ -262,7 +260,7 @@ def _transformer_and_matmul(
 
 def _late_frame(world: World, sampling_steps: int | None, frames: int) -> LateFrame:
     """Time frames near number ``frames`` and near number 10 in turn."""
-    young, old = (_env(world, 1, "rgb", sampling_steps) for _ in range(2))
+    young, old = (_started(world, 1, "rgb", sampling_steps=sampling_steps) for _ in range(2))
     fresh = young.save_state()
     memory = 0
     for i in range(frames):

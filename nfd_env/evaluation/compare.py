@@ -9,14 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.evaluation.benchmark import acceptance_rate, describe_device
+from nfd_env.evaluation.benchmark import acceptance_rate, describe_device, make_env
 from nfd_env.evaluation.plain import PlainModel
 from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.evaluation.streams import HELD, ActionStream
@@ -217,7 +215,7 @@ def compare(
     ]
     both, runners = world.spec.teacher is not None, []
     for count, cache, n, stream in ways:
-        env = _env(
+        env = make_env(
             world,
             num_envs,
             obs_type,
@@ -270,11 +268,10 @@ def compare_frame_skip(
     if len(joint) < 2:
         raise ValueError(f"a frame skip of {frame_skip} cannot be drawn in fewer passes")
     envs = [
-        _env(
+        make_env(
             world,
             num_envs,
             obs_type,
-            dynamics=world.dynamics,
             sampling_steps=sampling_steps,
             speculative_frames=n,
             frame_skip=frame_skip,
@@ -319,18 +316,6 @@ def _related(rows: list[ComparedRow]) -> list[ComparedRow]:
         )
         for row in rows
     ]
-
-
-def _env(world: World, num_envs: int, obs_type: str, **kwargs: Any) -> NFDVectorEnv:
-    return NFDVectorEnv(
-        world.folder,
-        num_envs,
-        device=world.model.device,
-        precision=world.model.precision,
-        obs_type=obs_type,
-        autoreset_mode=AutoresetMode.NEXT_STEP,
-        **kwargs,
-    )
 
 
 def _conditions(world: World, num_envs: int, seconds: float, obs_type: str) -> Conditions:
