@@ -375,7 +375,9 @@ def _ends(
         matched += [
             events_matched(rng.random(count) < hazard, happened, tolerance=2) for _ in range(20)
         ]
-    precision, recall = np.nanmean(np.array(matched), axis=0)
+    found = np.array(matched)  # NaN where there was no end, or none was drawn
+    with np.errstate(invalid="ignore"):
+        precision, recall = np.nansum(found, 0) / (~np.isnan(found)).sum(0)
     rate = deaths / steps
     constant = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
     return EndsReport(
