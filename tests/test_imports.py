@@ -25,6 +25,7 @@ BASE = {
     "nfd_env.files",
     "nfd_env.stopping",
     "nfd_env.devices",
+    "nfd_env.progress",
     "nfd_env.metrics",
     "nfd_env.video",
 }
@@ -45,6 +46,7 @@ ALLOWED = {
     "nfd_env.spaces": {"nfd_env.config"},
     "nfd_env.precision": set(),
     "nfd_env.devices": set(),
+    "nfd_env.progress": set(),
     "nfd_env.metrics": set(),
     "nfd_env.video": {"nfd_env.files"},
     "nfd_env.flow": {"nfd_env.flow"},

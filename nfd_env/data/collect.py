@@ -30,6 +30,7 @@ from nfd_env.data.worker import (
     writer_name,
 )
 from nfd_env.files import FolderError, make_folder, owned_folder
+from nfd_env.progress import progress_bar
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.spaces import ActionCodec, space_to_dict
 from nfd_env.stopping import StopRequest, stopping
@@ -139,12 +140,8 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
                 (folder / f"shard-{name}-00000").mkdir(exist_ok=True)
             recorded = RecordedDataset(folder).frame_count
             _check_room(folder, spec, settings.frames - recorded)
-            with tqdm(
-                total=settings.frames,
-                initial=recorded,
-                unit="frame",
-                disable=not progress,
-                desc="recording",
+            with progress_bar(
+                None, "recording", progress, total=settings.frames, initial=recorded, unit="frame"
             ) as bar:
                 _run_workers(settings, spec, bar, stop)
             data = RecordedDataset(folder)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from tqdm import tqdm
 
 from nfd_env import config
 from nfd_env.data.episode import Episode
 from nfd_env.data.layout import DatasetSpec, RecordingError
 from nfd_env.data.shards import RecordedDataset, ShardWriter
 from nfd_env.files import make_folder, owned_folder
+from nfd_env.progress import progress_bar
 from nfd_env.sources.spec import SourceConfig
 from nfd_env.spaces import ActionCodec, space_to_dict
 
@@ -176,7 +176,7 @@ def _write(
                 there[episode.policy] = there.get(episode.policy, 0) + 1
                 number = max(number, (episode.number or 0) + 1)
         try:
-            for recording in tqdm(recordings, desc="importing", unit="recording"):
+            for recording in progress_bar(recordings, "importing", True, unit="recording"):
                 label, frames = f"import:{recording.name}", iter(recording.frames)
                 last = _next(frames, recording)
                 if writer is None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nfd_env.evaluation.progress import progress_bar
 from nfd_env.players.player import Player
+from nfd_env.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def play_episodes(
         return torch.as_tensor(env.frames([0])[0]).cpu().numpy()
 
     filmed = [picture()] if film else []
-    with progress_bar(None, progress, bool(progress), episodes, "episode") as bar:
+    with progress_bar(None, progress, bool(progress), total=episodes, unit="episode") as bar:
         while (playing >= 0).any():
             shown = _put(shown, seats, observation)
             actions = player.act(see(shown) if see else shown, first)[seats]

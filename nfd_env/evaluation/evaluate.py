@@ -22,7 +22,6 @@ from nfd_env.evaluation.held_out import (
     moving_psnr,
     squared_error,
 )
-from nfd_env.evaluation.progress import progress_bar
 from nfd_env.evaluation.reports import (
     Distribution,
     EndsReport,
@@ -46,6 +45,7 @@ from nfd_env.metrics import (
     ssim,
     standing_out,
 )
+from nfd_env.progress import progress_bar
 from nfd_env.worlds.load import World, load_world
 
 FEW = 4  # most steps that a student is compared at

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
-from nfd_env.evaluation.progress import progress_bar
 from nfd_env.inference.state import Context
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.metrics import (
@@ -25,6 +24,7 @@ from nfd_env.metrics import (
     ssim,
     standing_out,
 )
+from nfd_env.progress import progress_bar
 from nfd_env.worlds.load import World
 
 HORIZONS = (1, 8, 32, 128)

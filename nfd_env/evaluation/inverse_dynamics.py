@@ -24,10 +24,10 @@ from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingErro
 from nfd_env.data.windows import Places
 from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
-from nfd_env.evaluation.progress import progress_bar
 from nfd_env.evaluation.tables import table
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.progress import progress_bar
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.loop import TrainConfig
 from nfd_env.worlds.load import World

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
@@ -15,6 +14,7 @@ from nfd_env.files import atomic_write, owned_folder
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights
 from nfd_env.precision import autocast, choose_precision
+from nfd_env.progress import progress_bar
 from nfd_env.stopping import stopping
 from nfd_env.training.checkpoints import writing
 from nfd_env.training.loop import Progress
@@ -74,7 +74,7 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
         owned_folder(folder),
         stopping() as stop,
         stop.at_once(),
-        tqdm(total=total, unit="frame", desc="encoding", disable=not progress) as bar,
+        progress_bar(None, "encoding", progress, total=total, unit="frame") as bar,
     ):
 
         def advance(frames: int) -> None:

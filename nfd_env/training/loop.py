@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from nfd_env.devices import resolve_device
 from nfd_env.files import owned_folder
 from nfd_env.models.weights import CheckpointError
 from nfd_env.precision import autocast, choose_precision
+from nfd_env.progress import progress_bar
 from nfd_env.stopping import StopRequest, stopping
 from nfd_env.training.checkpoints import Checkpoints, writing
 from nfd_env.training.divergence import LossWatch, TrainingDiverged
@@ -181,12 +181,8 @@ def train(
         run = _Run(stage, settings, device, folder)
         with (
             open_log(folder, run.step) as log,
-            tqdm(
-                total=settings.steps,
-                initial=run.step,
-                disable=not progress,
-                desc=folder.name,
-                mininterval=2,
+            progress_bar(
+                None, folder.name, progress, total=settings.steps, initial=run.step
             ) as bar,
         ):
             run.to_the_end(precision, stop, log, bar, on_step or (lambda step, total: None))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nfd_env.evaluation.progress import progress_bar
+from nfd_env.progress import progress_bar
 
 
 def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:
