@@ -54,7 +54,9 @@ def mp4_writer(
         opened: Any = target
         if isinstance(target, str | Path):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            opened = str(stack.enter_context(atomic_write(target)))
+            temporary = stack.enter_context(atomic_write(target))
+            temporary.touch()  # PyAV would find out at the first frame only
+            opened = str(temporary)
         container = stack.enter_context(av.open(opened, "w", format="mp4"))
 
         def append(frame: np.ndarray) -> None:

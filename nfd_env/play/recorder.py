@@ -17,9 +17,7 @@ from nfd_env.play.game import Outcome
 from nfd_env.spaces import ActionCodec, space_to_dict
 
 _COMMIT_EVERY = 2.0  # seconds of play that a kill or a power cut may cost
-_VALIDATION_EVERY = (
-    10  # for so many episodes to train on, one is held out, the second to begin with
-)
+_VALIDATION_EVERY = 10  # episodes to train on for each that is held out, after the first one
 
 
 class _Stretch:

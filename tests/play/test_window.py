@@ -225,6 +225,18 @@ def test_frames_of_an_env_that_draws_over_its_own_are_copied(tmp_path):
     assert episode.load().frames[:, 0, 0, 0].tolist() == list(range(len(episode) + 1))
 
 
+def test_a_film_that_cannot_be_written_is_said_before_the_play(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("file/play.mp4", "/proc/play.mp4"):
+        shown = []
+        player = window.KeyboardPlayer(
+            ScrollGame(1, fps=100), record=tmp_path / path, on_shown=shown.append
+        )
+        with pytest.raises(OSError, match=rf"{path} cannot be written: \w+"):
+            player.run(5)
+        assert not shown and not pygame.display.get_init()
+
+
 def test_controls_reach_the_world(world):
     script = {
         2: lambda p: post(pygame.KEYDOWN, pygame.K_F8),

@@ -66,7 +66,11 @@ class Files:
         """
         pixelated = self._game.display == "pixelated"
         size = display_size(self._game.frame_shape, self._game.display_aspect, 288, pixelated)
-        self._video = VideoFile(path, self._game.fps, size, pixelated)
+        try:
+            self._video = VideoFile(path, self._game.fps, size, pixelated)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"{path} cannot be written: {reason}") from None
         self._video_path = path
         self._say(f"recording {path}")
 

@@ -115,10 +115,10 @@ class KeyboardPlayer:
         self._running = True
         with stopping() as stop, closing(self):
             # What was asked for from the start.
-            if self._record is not None:
-                self._files.start_film(Path(self._record))
             if self._save is not None:
                 self._files.start_saving()
+            if self._record is not None:
+                self._files.start_film(Path(self._record))
             player = self.engine.join(self.session, self._take, self._seed)
             assert player is not None
             if self._threaded:
