@@ -97,7 +97,7 @@ class Files:
         try:
             self.start_film(Path(f"nfd-play-{time.strftime('%Y%m%d-%H%M%S')}.mp4"))
         except OSError as error:
-            return self._say(f"cannot record: {error}")
+            return self._say(str(error))
         if shown is not None:
             self.add(shown)
 
