@@ -130,6 +130,7 @@ def flow_gates(metrics: Mapping[str, float]) -> list[Gate]:
             stops=horizon == 1,  # far ahead a world has to guess, and guesses cost
         )
         for horizon in (1, 8, 32)
+        if f"error_over_frozen_{horizon}" in metrics  # episodes may be too short for all
     ]
     standing = metrics.get("standing_32", math.nan)
     if not math.isnan(standing):

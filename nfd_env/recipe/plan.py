@@ -7,27 +7,25 @@ have been computed.
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from nfd_env.precision import autocast, choose_precision
+from nfd_env import config
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.sources.source import PRESENTATION
-from nfd_env.training.loop import Stage
+from nfd_env.training.latent_stage import CONTEXT, LEAST_HORIZON
 
 # Shares of the time that is left after recording. The flow model profits longest from more steps.
 SHARES = {"tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
 _RESERVE = 0.1  # for encoding, calibration and the report
-_TRAINED = 0.85  # of a stage's time; the rest goes to validation and strips
+_VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
 _FEWEST = {"tokenizer": 60, "flow": 60, "heads": 40, "distill": 20}
+LEAST_STEPS = 10  # of each stage, however small the budget
 _MOST = {"tokenizer": 30_000, "flow": 60_000, "heads": 6_000, "distill": 3_000}
 
 # Settings that say where things lie, and nothing of what they are.
@@ -37,7 +35,13 @@ _WITH_STEPS = ("steps", "warmup_steps", "validate_every", "discrete_steps")
 
 _LATENTS = 1536  # numbers in a frame's latents that a small transformer can follow
 _TOKENS = (12, 32)  # fewest and most tokens a frame
-_CONTEXT, _HORIZON = 4, 32  # frames of the rollouts by which flow and distillation are judged
+LEAST_FRAMES = CONTEXT + LEAST_HORIZON  # of an episode, to judge a world by
+
+FEWEST_FRAMES = 1_000  # recorded, unless the file says otherwise
+_MOST_FRAMES = 250_000
+_FRAMES_A_MINUTE = 2_500  # of the budget; more than a training of that length can look at
+_RECORDING_SHARE = 0.12  # of the budget, at most
+EPISODES = 8  # that each recording process makes at least, so that there are some to hold out
 
 
 class PlanError(ValueError):
@@ -68,7 +72,26 @@ class Grid:
         return (self.height // self.patch) * (self.width // self.patch)
 
 
-def choose_grid(height: int, width: int, small: float) -> Grid:
+def wanted_frames(minutes: float) -> int:
+    """Frames worth recording for a budget."""
+    return int(min(_MOST_FRAMES, max(FEWEST_FRAMES, _FRAMES_A_MINUTE * minutes)))
+
+
+def frames_to_record(game: GameConfig, rate: float) -> int:
+    """Frames to record, where the game file leaves it open.
+
+    Args:
+        game: the game file.
+        rate: steps a second that one process plays.
+    """
+    seconds = _RECORDING_SHARE * 60 * game.minutes
+    most = int(rate * game.collect_config(1).workers * seconds)
+    return max(FEWEST_FRAMES, min(wanted_frames(game.minutes), most))
+
+
+def choose_grid(
+    height: int, width: int, small: float, allowed: tuple[int, ...] = (2, 3, 4)
+) -> Grid:
     """The grid of latents for frames of a size, in which things of side ``small`` are kept.
 
     A latent as large as several small things loses them, whatever the loss is: a third level lost
@@ -78,12 +101,26 @@ def choose_grid(height: int, width: int, small: float) -> Grid:
         height: of a frame, in pixels.
         width: of a frame, in pixels.
         small: side in pixels of the smallest moving things; infinite for no such.
+        allowed: levels to choose from.
 
     Raises:
         PlanError: when no grid has from 12 to 32 tokens.
     """
-    found: list[tuple[float, Grid]] = []
-    for levels in (2, 3, 4):
+    found = _grids(height, width, small, allowed)
+    if not found:
+        raise PlanError(
+            f"frames of {height}x{width} cannot be cut into {_TOKENS[0]} to {_TOKENS[1]} equal "
+            f"tokens; set source.size to sides that 16 divides, here {fitting_size(height, width)}"
+        )
+    return min(found, key=lambda entry: entry[0])[1]
+
+
+def _grids(
+    height: int, width: int, small: float, allowed: tuple[int, ...] = (2, 3, 4)
+) -> list[tuple[float, Grid]]:
+    """All grids with few enough tokens, and what speaks against each."""
+    found = []
+    for levels in allowed:
         if height % 2**levels or width % 2**levels:
             continue
         rows, columns = height >> levels, width >> levels
@@ -95,12 +132,7 @@ def choose_grid(height: int, width: int, small: float) -> Grid:
             if rows % patch or columns % patch or not _TOKENS[0] <= grid.tokens <= _TOKENS[1]:
                 continue
             found.append((cost + 0.1 * abs(math.log2(grid.tokens / 16)), grid))
-    if not found:
-        raise PlanError(
-            f"frames of {height}x{width} cannot be cut into {_TOKENS[0]} to {_TOKENS[1]} equal "
-            "tokens; set source.size to sides that 16 divides, such as [64, 64] or [96, 128]"
-        )
-    return min(found, key=lambda entry: entry[0])[1]
+    return found
 
 
 def fitting_size(height: int, width: int, most: int = 96 * 128) -> list[int]:
@@ -117,9 +149,7 @@ def fitting_size(height: int, width: int, most: int = 96 * 128) -> list[int]:
         for columns in range(48, 209, 16):
             if rows * columns > 1.1 * most:
                 continue
-            try:
-                choose_grid(rows, columns, math.inf)
-            except PlanError:
+            if not _grids(rows, columns, math.inf):
                 continue
             aspect = abs(math.log(rows / columns) - math.log(height / width))
             area = abs(math.log(rows * columns / (height * width * scale**2)))
@@ -156,17 +186,21 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
     """The plan but for the numbers of steps."""
     folder, data = game.run_folder, str(game.recordings_folder)
     height, width = measures.frame_size
-    grid = choose_grid(height, width, game.small or measures.small)
+    # What a user chose for the tokenizer holds for everything that is built on it.
+    own = game.tokenizer.get("model") or {}
+    allowed = (len(own["encoder_channels"]),) if own.get("encoder_channels") else (2, 3, 4)
+    grid = choose_grid(height, width, game.small or measures.small, allowed)
+    grid = replace(grid, channels=own.get("latent_channels", grid.channels))
     gpu = device.startswith("cuda")
     pixels = height * width
     tokenizer_batch = int(np.clip(32 * 64 * 64 / pixels, 8, 32)) * (8 if gpu else 1)
-    channels = {2: [48, 96], 3: [48, 96, 128], 4: [48, 96, 160, 256]}[grid.levels]
+    channels = [48, 96, *{2: [], 3: [128]}.get(grid.levels, [160, 256, 256, 256])][: grid.levels]
     window = 16 if gpu or game.minutes >= 180 else 12
     frames = min(window, int(measures.median_length) + 1)
-    if measures.longest + 1 < _CONTEXT + _HORIZON:
+    if measures.longest + 1 < LEAST_FRAMES:
         raise PlanError(
             f"the longest held-out episode has {measures.longest + 1} frames; judging a world "
-            f"takes episodes of at least {_CONTEXT + _HORIZON}: record longer episodes (raise "
+            f"takes episodes of at least {LEAST_FRAMES}: record longer episodes (raise "
             "max_episode_steps, or let policies play that live longer)"
         )
     weights = {
@@ -220,6 +254,7 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
             "modulation_rank": 32,
         },
         "frames": frames,
+        "rollouts": int(np.clip(game.minutes, 2, 8)),
         "level_shift": 2.0,
         "train": train(
             "flow",
@@ -279,7 +314,19 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
 
 
 def _overridden(plan: Plan, game: GameConfig) -> Plan:
-    """``plan`` with what the game file sets itself."""
+    """``plan`` with what the game file sets itself.
+
+    Raises:
+        ConfigError: when it sets where things lie: that is decided here.
+    """
+    for name in (*SHARES, "export"):
+        own = getattr(game, name)
+        wrong = [key for key in PATHS if key in own]
+        wrong += ["train.folder"] if "folder" in (own.get("train") or {}) else []
+        if wrong:
+            raise config.ConfigError(
+                f"{name}.{wrong[0]}: everything lies in the run folder, see folder; leave it out"
+            )
     changed = {
         name: merged(getattr(plan, name), getattr(game, name))
         for name in ("tokenizer", "flow", "heads", "distill", "export")
@@ -298,7 +345,23 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def with_steps(plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float) -> Plan:
+def with_smaller_batch(
+    plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float
+) -> Plan:
+    """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``."""
+    values = getattr(plan, name)
+    own = getattr(game, name).get("train", {})
+    share = seconds / (per_step * _FEWEST[name])
+    if share >= 1 or "steps" in own or "batch_size" in own:
+        return plan
+    train = values["train"]
+    size = max(2, int(train["batch_size"] * share))
+    return replace(plan, **{name: {**values, "train": {**train, "batch_size": size}}})
+
+
+def with_steps(
+    plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float, validation: float
+) -> Plan:
     """``plan`` with the steps of one stage, where the game file does not set them.
 
     Args:
@@ -307,27 +370,25 @@ def with_steps(plan: Plan, game: GameConfig, name: str, seconds: float, per_step
         name: of the stage.
         seconds: to be spent on it.
         per_step: seconds a step.
+        validation: seconds of a validation.
     """
     values = getattr(plan, name)
+    most = 6 if game.minutes >= 20 and name != "distill" else 2
+    often = int(np.clip(_VALIDATED * seconds / max(validation, 1e-9), 1, most))
     train = dict(values["train"])
     own = getattr(game, name).get("train", {})
     if "steps" not in own:
-        steps = int(_TRAINED * seconds / per_step)
-        train["steps"] = int(np.clip(steps, _FEWEST[name], _MOST[name]))
-        if steps < _FEWEST[name] and "batch_size" not in own:  # rather small batches than no steps
-            share = max(steps, 1) / _FEWEST[name]
-            train["batch_size"] = max(2, int(train["batch_size"] * share))
-            per_step *= share
+        steps = int((seconds - often * validation) / per_step)
+        train["steps"] = int(np.clip(steps, LEAST_STEPS, _MOST[name]))
     steps = train["steps"]
     train.setdefault("warmup_steps", max(1, min(200, steps // 10)))
-    often = 6 if game.minutes >= 20 and name != "distill" else 2
     train.setdefault("validate_every", max(1, -(-steps // often)))
     values = {**values, "train": train}
     if name == "distill":
         values.setdefault("discrete_steps", steps)
     return replace(
         plan,
-        seconds={**plan.seconds, name: round(steps * per_step / _TRAINED, 1)},
+        seconds={**plan.seconds, name: round(steps * per_step + often * validation, 1)},
         seconds_per_step={**plan.seconds_per_step, name: round(per_step, 5)},
         **{name: values},
     )
@@ -363,25 +424,3 @@ def share_of(name: str) -> float:
     order = list(SHARES)
     later = sum(SHARES[stage] for stage in order[order.index(name) :])
     return SHARES[name] / (later + _RESERVE)
-
-
-def seconds_per_step(stage: Stage, train: Mapping[str, Any], steps: int = 3) -> float:
-    """Median time of a training step, measured on real batches; ``stage`` stays as it is."""
-    device = torch.device(str(train["device"]))
-    network = copy.deepcopy(stage.network).to(device).train()
-    optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-6)
-    precision = choose_precision(str(train.get("precision", "auto")), device)
-    rng = np.random.default_rng(0)
-    times = []
-    for _ in range(2 + steps):  # the first ones also pay for memory and kernels
-        begin = time.perf_counter()
-        batch = stage.batch(rng, int(train["batch_size"]))
-        with autocast(device, precision):
-            loss, _ = stage.loss(network, batch)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[2:]))

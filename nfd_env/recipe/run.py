@@ -10,48 +10,52 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-import yaml
 
 from nfd_env import config
 from nfd_env.data.alignment import measure_alignment
 from nfd_env.data.collect import collect
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import atomic_write, owned_folder
+from nfd_env.files import owned_folder
 from nfd_env.inference.sampling import CONSISTENCY
 from nfd_env.models.weights import fingerprint_values
-from nfd_env.recipe import gates
+from nfd_env.recipe import door, gates
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.calibration import calibrate
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import Gate, GateError
 from nfd_env.recipe.measure import GameMeasures, measure
 from nfd_env.recipe.plan import Plan
+from nfd_env.recipe.progress import Progress
+from nfd_env.recipe.records import (
+    StageRecord,
+    latent_statistics,
+    read_records,
+    recordings_digest,
+    write_records,
+    write_yaml,
+)
+from nfd_env.recipe.timing import seconds_per_step, validation_seconds
 from nfd_env.sources.source import PRESENTATION
 from nfd_env.spaces import ActionCodec, space_from_dict
-from nfd_env.training.distill import DistillStage, DistillTrainingConfig
+from nfd_env.stopping import stopping
+from nfd_env.training.distill import DistillStage
 from nfd_env.training.encode import EncodeConfig, encode
-from nfd_env.training.export import ExportConfig, export
-from nfd_env.training.flow import FlowStage, FlowTrainingConfig
-from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig
+from nfd_env.training.export import export
+from nfd_env.training.flow import FlowStage
+from nfd_env.training.heads import HeadsStage
 from nfd_env.training.loop import train
-from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
+from nfd_env.training.tokenizer import TokenizerStage
 from nfd_env.worlds.load import load_world
 
 STAGES = ("record", "tokenizer", "encode", "flow", "heads", "distill", "world", "report")
 
-_RECORDING_SHARE = 0.12  # of the budget, at most
-_FEWEST_FRAMES = 2_000
-_MOST_FRAMES = 250_000
-_FRAMES_A_MINUTE = 2_500  # of the budget; more than a training of that length can look at
-_PROBED = 400  # frames after which the game's speed is known
+_SHORT = 20.0  # seconds of a stage that nobody plans
 
 # What may change without making a stage's result another one.
 _WITHOUT_EFFECT = (
@@ -64,29 +68,6 @@ _WITHOUT_EFFECT = (
     "folder",
     "precision",
 )
-
-
-@dataclass
-class StageRecord:
-    """What ``run.yaml`` says of a stage.
-
-    Attributes:
-        made_from: fingerprint of its settings and inputs.
-        finished: whether it is.
-        steps: that were trained.
-        seconds: that it took, all runs together.
-        metrics: of its last validation.
-        gates: lines of text.
-        extra: other plain values, such as the student's sampling steps.
-    """
-
-    made_from: str
-    finished: bool = False
-    steps: int = 0
-    seconds: float = 0.0
-    metrics: dict[str, float] | None = None
-    gates: list[str] | None = None
-    extra: dict[str, Any] | None = None
 
 
 class Recipe:
@@ -113,18 +94,15 @@ class Recipe:
         device = str(resolve_device(game.device))
         self.game, self.device = game, device
         self.folder = game.run_folder
-        self._keep_going, self._say, self._progress = keep_going, say, progress
+        self._keep_going, self._say, self._shown = keep_going, say, progress
+        self._progress = Progress(STAGES, say, progress)
+        self._seen: door.Look | None = None
         self.records: dict[str, StageRecord] = {}
-        path = self.folder / "run.yaml"
-        if path.exists():
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            self.records = {
-                name: config.from_mapping(StageRecord, value, f"{path}: {name}")
-                for name, value in values.items()
-            }
 
     def run(self, only: str | None = None) -> Path:
         """Make the world; or one stage of it.
+
+        INT, TERM and HUP stop it; what was made stays, and another run goes on.
 
         Args:
             only: one of ``STAGES``, whose inputs must be there and up to date.
@@ -136,19 +114,46 @@ class Recipe:
             GateError: when a stage's result is not good enough.
             PlanError: when no training can be planned.
             RecordingError: when the game cannot be recorded.
+            FolderInUseError: when another process makes a world in the folder.
+            FolderError: when the folder cannot be written to.
+            KeyboardInterrupt, SystemExit: after INT, and after TERM or HUP.
         """
         if only is not None and only not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {only!r}")
-        with owned_folder(self.folder):
-            for number, name in enumerate(STAGES, 1):
-                if only is not None and STAGES.index(only) < number - 1:
-                    break
-                if only is not None and name != only:
-                    self._require(name)
-                    continue
-                self._say(f"[{number}/{len(STAGES)}] {name}{self._forecast(name)}")
-                getattr(self, f"_{name}")()
+        made = not self.folder.exists()
+        with stopping() as stop, stop.at_once(), owned_folder(self.folder):
+            self.records = read_records(self.folder)
+            try:
+                self._pass_door()
+            except BaseException:
+                if made:  # nothing was begun, so nothing is left behind
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            name = STAGES[0]
+            try:
+                for name in STAGES:
+                    if only is not None and STAGES.index(only) < STAGES.index(name):
+                        break
+                    if only is not None and name != only:
+                        self._require(name)
+                        continue
+                    self._progress.stage(name, self._expected())
+                    getattr(self, f"_{name}")()
+            except (KeyboardInterrupt, SystemExit):
+                self._say(f"stopped in the stage {name}; run it again to go on")
+                raise
+            finally:
+                self._progress.close()
         return self.game.world_folder
+
+    def _pass_door(self) -> None:
+        """Refuse at once what can be known before anything is made."""
+        recorded = self.records.get("record")
+        if recorded is None or not recorded.finished:
+            self._seen = door.look(self.game)
+            door.check(self.game, self.device, self._seen)
+        else:
+            door.check_settings(self._plan(), door.look_at_recordings(self.game))
 
     # Stages, in their order.
 
@@ -157,10 +162,15 @@ class Recipe:
         if self.game.recordings:
             recordings = RecordedDataset(self.game.recordings_folder)
         else:
-            frames = self._frames_to_record(record)
-            begin = time.monotonic()
-            recordings = collect(self.game.collect_config(frames), self._progress)
-            record.seconds += time.monotonic() - begin
+            if not record.extra:  # decided once: more frames later would make everything anew
+                seen = self._seen or door.look(self.game)
+                frames = self.game.frames or planning.frames_to_record(self.game, seen.rate)
+                record.extra = {"frames": frames}
+                self._save()
+            frames = self.game.frames or int(record.extra["frames"])
+            with self._timed(record):
+                game = door.with_short_episodes(self.game, frames)
+                recordings = collect(game.collect_config(frames), self._shown)
         measures = measure(recordings)
         record.metrics = {
             name: float(value)
@@ -171,7 +181,7 @@ class Recipe:
         self._finish("record", record, gates.recording_gates(measures, shift))
 
     def _tokenizer(self) -> None:
-        record = self._train("tokenizer", TokenizerTrainingConfig, TokenizerStage)
+        record = self._train("tokenizer", TokenizerStage)
         if record is not None:
             found = gates.tokenizer_gates(record.metrics or {}, self._measures())
             self._finish("tokenizer", record, found)
@@ -179,30 +189,29 @@ class Recipe:
     def _encode(self) -> None:
         plan = self._plan()
         record = self._begin("encode")
-        begin = time.monotonic()
         latents = plan.flow["latents"]
-        encode(
-            EncodeConfig(plan.flow["recordings"], plan.flow["tokenizer"], latents, self.device),
-            self._progress,
+        settings = EncodeConfig(
+            plan.flow["recordings"], plan.flow["tokenizer"], latents, self.device
         )
-        record.seconds += time.monotonic() - begin
-        mean, deviation = _latent_statistics(Path(latents))
+        with self._timed(record):
+            encode(settings, False, self._progress)
+        mean, deviation = latent_statistics(Path(latents))
         record.metrics = {"mean": mean, "deviation": deviation}
         self._finish("encode", record, gates.latent_gates(mean, deviation))
 
     def _flow(self) -> None:
-        record = self._train("flow", FlowTrainingConfig, FlowStage)
+        record = self._train("flow", FlowStage)
         if record is not None:
             self._finish("flow", record, gates.flow_gates(record.metrics or {}))
 
     def _heads(self) -> None:
-        record = self._train("heads", HeadsTrainingConfig, HeadsStage)
+        record = self._train("heads", HeadsStage)
         if record is not None:
             found = gates.heads_gates(record.metrics or {}, self._measures())
             self._finish("heads", record, found)
 
     def _distill(self) -> None:
-        record = self._train("distill", DistillTrainingConfig, DistillStage)
+        record = self._train("distill", DistillStage)
         if record is not None:
             steps = gates.student_steps(record.metrics or {})
             record.extra = {"sampling_steps": steps}
@@ -213,32 +222,32 @@ class Recipe:
         record = self._begin("world")
         if record.finished and (self.game.world_folder / "world.yaml").is_file():
             return
-        begin = time.monotonic()
-        values = {**plan.export, **self._sampling(plan)}
-        made = export(config.from_mapping(ExportConfig, values, "export"))
-        recordings = RecordedDataset(self.game.recordings_folder)
-        found = calibrate(load_world(made, self.device, "fp32"), recordings, seed=self.game.seed)
-        if "hazard_odds" not in plan.export and found.hazard_odds != 1.0:
-            values["hazard_odds"] = found.hazard_odds
-            export(config.from_mapping(ExportConfig, values, "export"))
-        record.seconds += time.monotonic() - begin
+        with self._timed(record):
+            values = {**plan.export, **self._sampling(plan)}
+            made = export(door.built_from("export", values))
+            recordings = RecordedDataset(self.game.recordings_folder)
+            world = load_world(made, self.device, "fp32")
+            windows = int(min(192, 32 + 4 * self.game.minutes))
+            found = calibrate(world, recordings, windows, seed=self.game.seed)
+            if "hazard_odds" not in plan.export and found.hazard_odds != 1.0:
+                values["hazard_odds"] = found.hazard_odds
+                export(door.built_from("export", values))
         record.metrics = {name: float(value) for name, value in asdict(found).items()}
         self._finish("world", record, gates.world_gates(found.reward, found.ends))
 
     def _report(self) -> None:
         from nfd_env.recipe.report import write_report
 
-        begin = time.monotonic()
-        path = write_report(self)
         record = self._begin("report")
-        record.seconds += time.monotonic() - begin
+        with self._timed(record):
+            path = write_report(self)
         self._finish("report", record, [])
         self._say(f"report: {path}")
         self._say(f"play it:  nfd play {self.game.world_folder}")
 
     # What stages have in common.
 
-    def _train(self, name: str, schema: Any, make: Callable[[Any], Any]) -> StageRecord | None:
+    def _train(self, name: str, make: Callable[[Any], Any]) -> StageRecord | None:
         """Train a stage to its end; None where it was finished before."""
         plan = self._plan()
         values = getattr(plan, name)
@@ -248,19 +257,16 @@ class Recipe:
         done = record.finished and (folder / "model.safetensors").is_file()
         if decided and done and record.steps >= values["train"]["steps"]:
             return None
-        begin = time.monotonic()
-        try:
-            stage = make(config.from_mapping(schema, values, name))
+        record.finished = False
+        with self._timed(record):
+            stage = make(door.built_from(name, values))
             if not decided:
                 values = getattr(self._decide(plan, name, stage), name)
-                stage.settings = config.from_mapping(schema, values, name)
-            settings = config.from_mapping(schema, values, name)
-            record.finished = False
-            metrics = train(stage, settings.train, self._progress)
-        finally:
-            record.seconds += time.monotonic() - begin
-            self._save()
-        record.steps = settings.train.steps
+                stage.settings = door.built_from(name, values)
+            self._progress.expect(name, self._expected())
+            settings = stage.settings.train
+            metrics = train(stage, settings, False, self._progress)
+        record.steps = settings.steps
         record.metrics = {key: float(value) for key, value in metrics.items()}
         return record
 
@@ -268,12 +274,19 @@ class Recipe:
         """How many steps a stage gets, from its speed and the time that is left."""
         spent = sum(record.seconds for record in self.records.values())
         left = max(1.0, 60 * self.game.minutes - spent)
-        per_step = planning.seconds_per_step(stage, getattr(plan, name)["train"])
-        seconds = left * planning.share_of(name)
-        plan = planning.with_steps(plan, self.game, name, seconds, per_step)
+        begin = time.monotonic()
+        validation = validation_seconds(stage, self.device)
+        per_step = seconds_per_step(stage, getattr(plan, name)["train"])
+        spent = time.monotonic() - begin
+        seconds = max(1.0, left - spent) * planning.share_of(name)
+        smaller = planning.with_smaller_batch(plan, self.game, name, seconds - validation, per_step)
+        if smaller is not plan:  # time does not fall as the batch does
+            plan = smaller
+            per_step = seconds_per_step(stage, getattr(plan, name)["train"])
+        plan = planning.with_steps(plan, self.game, name, seconds, per_step, validation)
         self._store(plan)
         steps = getattr(plan, name)["train"]["steps"]
-        self._say(f"  {steps} steps of {per_step:.3f} s, about {steps * per_step / 60:.1f} min")
+        self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")
         return plan
 
     def _begin(self, name: str) -> StageRecord:
@@ -293,6 +306,7 @@ class Recipe:
 
     def _finish(self, name: str, record: StageRecord, found: list[Gate]) -> None:
         """Write down what came out, and stop where it is not good enough."""
+        self._progress.close()
         record.gates = [gate.line() for gate in found]
         failed = [gate for gate in found if not gate.passed and gate.stops]
         record.finished = not failed or self._keep_going
@@ -305,10 +319,18 @@ class Recipe:
                 f"{failed[0].advice} (--keep-going goes on regardless)"
             )
 
+    @contextmanager
+    def _timed(self, record: StageRecord) -> Iterator[None]:
+        """Count the time of the block, also where it is stopped."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            record.seconds += time.monotonic() - begin
+            self._save()
+
     def _save(self) -> None:
-        values = {name: asdict(record) for name, record in self.records.items()}
-        with atomic_write(self.folder / "run.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_records(self.folder, self.records)
 
     def _require(self, name: str) -> None:
         record = self.records.get(name)
@@ -320,17 +342,17 @@ class Recipe:
                 "nfd train without --stage, or that stage first"
             )
 
-    def _forecast(self, name: str) -> str:
+    def _expected(self) -> dict[str, float]:
+        """Seconds of the stages that are not finished, as far as they are known."""
         path = self.folder / "plan.yaml"
         if not path.exists():
-            return ""
-        seconds = yaml.safe_load(path.read_text(encoding="utf-8"))["seconds"]
-        left = [
-            seconds.get(later, 20.0)
-            for later in STAGES[STAGES.index(name) :]
-            if not getattr(self.records.get(later), "finished", False)
-        ]
-        return f": about {seconds.get(name, 20.0) / 60:.1f} min; all: {sum(left) / 60:.0f} min left"
+            return {}
+        known = config.read(path)["seconds"]
+        return {
+            name: known.get(name, _SHORT)
+            for name in STAGES
+            if not getattr(self.records.get(name), "finished", False)
+        }
 
     # What stages are made from.
 
@@ -374,24 +396,6 @@ class Recipe:
     def _measures(self) -> GameMeasures:
         return measure(RecordedDataset(self.game.recordings_folder))
 
-    def _frames_to_record(self, record: StageRecord) -> int:
-        """Decided once: more frames later would make everything anew."""
-        if self.game.frames:
-            return self.game.frames
-        if record.extra and "frames" in record.extra:
-            return int(record.extra["frames"])
-        wanted = int(min(_MOST_FRAMES, max(_FEWEST_FRAMES, _FRAMES_A_MINUTE * self.game.minutes)))
-        begin = time.monotonic()
-        workers = self.game.collect_config(1).workers
-        probed = collect(self.game.collect_config(_PROBED), progress=False).frame_count
-        # Starting the processes takes a while that is not part of their speed.
-        rate = probed / max(0.1, time.monotonic() - begin)
-        most = int(rate * workers * _RECORDING_SHARE * 60 * self.game.minutes)
-        frames = max(_FEWEST_FRAMES, probed, min(wanted, most))
-        record.extra = {"frames": frames}
-        self._save()
-        return frames
-
     def _plan(self) -> Plan:
         """The stored plan; made and stored where there is none for this game and budget."""
         path = self.folder / "plan.yaml"
@@ -409,8 +413,7 @@ class Recipe:
         }
         old = None
         if path.exists():
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            old = config.from_mapping(Plan, values, str(path))
+            old = config.from_mapping(Plan, config.read(path), str(path))
             if old.made_for == made_for:
                 return old
         recordings = RecordedDataset(self.game.recordings_folder)
@@ -425,9 +428,7 @@ class Recipe:
         return plan
 
     def _store(self, plan: Plan) -> None:
-        with atomic_write(self.folder / "plan.yaml") as temporary:
-            text = yaml.safe_dump(asdict(plan), sort_keys=False)
-            temporary.write_text(text, encoding="utf-8")
+        write_yaml(self.folder / "plan.yaml", asdict(plan))
 
     def _sampling(self, plan: Plan) -> dict[str, Any]:
         """How the world draws its frames: by the student, else by the teacher."""
@@ -451,22 +452,3 @@ class Recipe:
             }
         own = {name: given for name, given in self.game.export.items() if name in values}
         return planning.merged(values, own)
-
-
-def recordings_digest(recordings: RecordedDataset) -> str:
-    """A hash of which episodes a data set has; not of every frame, which would take minutes."""
-    digest = hashlib.sha256()
-    for episode in recordings:
-        text = f"{episode.key} {len(episode)} {episode.seed} {episode.total_reward} {episode.split}"
-        digest.update(text.encode())
-    return digest.hexdigest()
-
-
-def _latent_statistics(folder: Path) -> tuple[float, float]:
-    """Largest absolute mean of a channel, and the deviation over all, of encoded recordings."""
-    parts = []
-    for path in sorted(folder.glob("*.npy")):
-        latents = np.load(path, mmap_mode="r")
-        parts.append(np.array(latents[:: max(1, len(latents) // 500)], np.float32))
-    values = torch.from_numpy(np.concatenate(parts))
-    return float(values.mean((0, 2, 3)).abs().max()), float(values.std())

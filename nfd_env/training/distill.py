@@ -42,8 +42,7 @@ from nfd_env.training.distill_validation import (
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.latent_stage import (
     CONTEXT,
-    HORIZON,
-    ROLLOUT_LOSSES,
+    LEAST_HORIZON,
     LatentStage,
     LatentTrainingConfig,
     check_fit,
@@ -169,7 +168,7 @@ class DistillStage(LatentStage):
                 ``LatentStage``.
         """
         self._teacher = load_teacher(settings.teacher)
-        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + HORIZON))
+        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + LEAST_HORIZON))
         self.settings = settings
         self._made_from["teacher"] = fingerprint_of(Path(settings.teacher).expanduser())
         student = self._teacher
@@ -200,7 +199,7 @@ class DistillStage(LatentStage):
         return [
             f"steps{steps}_{name}"
             for steps in STEPS
-            for name in (*ROLLOUT_LOSSES, "frechet", "texture")
+            for name in (*self._rollout_losses, "frechet", "texture")
         ]
 
     def batch(self, rng: np.random.Generator, size: int) -> Batch:

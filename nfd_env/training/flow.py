@@ -18,15 +18,14 @@ from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.latent_stage import (
     CONTEXT,
-    HORIZON,
-    ROLLOUT_LOSSES,
+    LEAST_HORIZON,
     LatentStage,
     LatentTrainingConfig,
     check_fit,
     check_windows,
 )
 
-_WINDOWS, _ROLLOUTS = 64, 8  # of a validation
+_WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
 _STEPS = 4  # Euler steps of its rollouts
 
 
@@ -47,6 +46,7 @@ class FlowTrainingConfig(LatentTrainingConfig):
         level_shift: see ``nfd_env.flow.path.sample_levels``.
         ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
         ending_frames: see there.
+        rollouts: held-out windows that a validation continues.
     """
 
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
@@ -58,11 +58,14 @@ class FlowTrainingConfig(LatentTrainingConfig):
     level_shift: float = 3.0
     ending_share: float = 0.0
     ending_frames: int = 0
+    rollouts: int = 8
 
     def __post_init__(self) -> None:
         """Check the choices."""
         check_endings(self.ending_share, self.ending_frames)
         check_windows(self.frames, self.history_level)
+        if self.rollouts < 1:
+            raise ValueError(f"rollouts must be at least 1, got {self.rollouts}")
         if self.level_shift <= 0:
             raise ValueError(f"level_shift must be above 0, got {self.level_shift}")
         if self.history not in ("two_copies", "shared"):
@@ -72,8 +75,6 @@ class FlowTrainingConfig(LatentTrainingConfig):
 class FlowStage(LatentStage):
     """See ``nfd_env.training.loop.Stage``."""
 
-    lower_is_better = ("flow", *ROLLOUT_LOSSES)
-
     def __init__(self, settings: FlowTrainingConfig) -> None:
         """Load the data and build the network.
 
@@ -81,7 +82,7 @@ class FlowStage(LatentStage):
             CheckpointError: when the config or the weights to begin with do not fit the data; see
                 also ``LatentStage``.
         """
-        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + HORIZON))
+        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + LEAST_HORIZON))
         self.settings = settings
         check_fit(self._train, settings.model, "the config's model")
         torch.manual_seed(settings.train.seed)
@@ -99,8 +100,15 @@ class FlowStage(LatentStage):
                 )
             self.network.load_state_dict(begun.state_dict())
         rng = np.random.default_rng(0)
-        self._held_out = self._validation.windows(rng, _WINDOWS, settings.frames)
-        self._hold_out(rng, _ROLLOUTS)
+        self._held_out = self._validation.windows(
+            rng, _WINDOWS * settings.rollouts, settings.frames
+        )
+        self._hold_out(rng, settings.rollouts)
+
+    @property
+    def lower_is_better(self) -> list[str]:
+        """The loss and the errors of rollouts."""
+        return ["flow", *self._rollout_losses]
 
     def _known_actions(self) -> Tensor:
         """Encoded actions (n, action_width) of the recordings, and the one before the first."""

@@ -24,15 +24,15 @@ from nfd_env.training.loop import TrainConfig
 from nfd_env.training.recorded import open_recordings
 
 CONTEXT, HORIZON = 4, 32
-"""Frames that a validation's rollout begins with, and frames that it goes on for."""
+"""Frames that a validation's rollout begins with, and frames that it goes on for, where held-out
+episodes are that long."""
+LEAST_HORIZON = 8
+"""Frames that it must go on for at least."""
 _JUDGED = (1, 8, HORIZON)  # frames after which rollouts are compared with what happened
 _STANDING = (8, HORIZON)
 _NEAR = 4  # frames up to each of those that are counted, so that there is something to count
-_SHOWN = torch.tensor([1, 4, 8, 16, 24, 32]) - 1  # frames of a strip
+_SHOWN = (1, 4, 8, 16, 24, 32)  # frames of a strip, as far as rollouts go
 _CHUNK = 64  # frames decoded at a time
-
-ROLLOUT_LOSSES = [f"error{over}_{h}" for h in _JUDGED for over in ("", "_over_frozen")]
-"""Those of ``LatentStage.judge``'s metrics of which less is better."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,16 @@ class LatentStage:
         return torch.cat(frames).unflatten(0, latents.shape[:-3]).numpy()
 
     def _hold_out(self, rng: np.random.Generator, count: int) -> None:
-        """Choose ``count`` held-out windows to roll out from."""
-        self._rollouts = self._validation.windows(rng, count, CONTEXT + HORIZON)
+        """Choose ``count`` held-out windows to roll out from, as long as there are any."""
+        longest = max(len(e.latents) for e in self._validation.episodes)
+        self._horizon = min(HORIZON, longest - CONTEXT)
+        self._rollouts = self._validation.windows(rng, count, CONTEXT + self._horizon)
+
+    @property
+    def _rollout_losses(self) -> list[str]:
+        """Those of ``_judge``'s metrics of which less is better."""
+        judged = [h for h in _JUDGED if h <= self._horizon]
+        return [f"error{over}_{h}" for h in judged for over in ("", "_over_frozen")]
 
     def _generate(
         self, network: Dynamics, sampler: Sampler, history_level: float, count: int | None = None
@@ -128,7 +136,8 @@ class LatentStage:
         """Rollouts from the first ``count`` held-out windows, or all.
 
         Returns:
-            The generated frames (B, HORIZON, C, h, w), and the windows (B, CONTEXT + HORIZON, ...).
+            The generated frames (B, n, C, h, w), and the windows (B, CONTEXT + n, ...), with n up
+            to HORIZON.
         """
         assert self._rollouts is not None
         latents, actions = (x[:count].to(self._device) for x in self._rollouts)
@@ -145,11 +154,12 @@ class LatentStage:
         of a picture that stands still. ``spread``: standard deviation of the latents over the real
         one. ``standing_N``: how much stands out from the background after N frames, over how much
         really does; below 1 things fade, above they are invented; NaN where nothing stands out. See
-        ``nfd_env.metrics.standing_out``.
+        ``nfd_env.metrics.standing_out``. Where held-out episodes are short, what would be further
+        ahead is left out.
         """
         real, frozen = latents[:, CONTEXT:], latents[:, CONTEXT - 1]
         metrics: dict[str, float] = {}
-        for horizon in _JUDGED:
+        for horizon in (h for h in _JUDGED if h <= self._horizon):
             after = real[:, horizon - 1]
             error = functional.mse_loss(made[:, horizon - 1], after)
             metrics[f"error_{horizon}"] = float(error)
@@ -158,7 +168,7 @@ class LatentStage:
             )
         metrics["spread"] = float(made.std() / real.std())
         background, known = self._background
-        for horizon in _STANDING:
+        for horizon in known:
             frames = self._decode(made[:, horizon - _NEAR : horizon])
             count = int(standing_out(frames, background).sum())
             metrics[f"standing_{horizon}"] = count / known[horizon] if known[horizon] else np.nan
@@ -169,7 +179,7 @@ class LatentStage:
         """The windows' median frames (B, 1, H, W, 3), and how much really stands out of them."""
         assert self._rollouts is not None
         medians: list[np.ndarray] = []
-        counts: dict[int, int] = {horizon: 0 for horizon in _STANDING}
+        counts: dict[int, int] = {h: 0 for h in _STANDING if h <= self._horizon}
         for window in self._rollouts[0]:
             frames = self._decode(window)
             median = np.median(frames, axis=0, keepdims=True).astype(np.uint8)
@@ -180,9 +190,10 @@ class LatentStage:
         return np.stack(medians), counts
 
     def _picture(self, *rollouts: Tensor) -> np.ndarray:
-        """Three episodes (B, HORIZON, C, h, w) below one another, of each kind in turn."""
+        """Three episodes (B, n, C, h, w) below one another, of each kind in turn."""
+        shown = [frame - 1 for frame in _SHOWN if frame <= self._horizon]
         rows = [
-            np.concatenate(list(self._decode(latents[episode][_SHOWN.to(latents.device)])), 1)
+            np.concatenate(list(self._decode(latents[episode][shown])), 1)
             for episode in range(min(3, len(rollouts[0])))
             for latents in rollouts
         ]

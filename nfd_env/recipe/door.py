@@ -1,0 +1,286 @@
+"""What can be known before anything is recorded or trained: refused here, in one sentence each."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nfd_env import config
+from nfd_env.data.policies import make_policy
+from nfd_env.data.record import record_episode
+from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.files import FolderError
+from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.tokenizer import Tokenizer
+from nfd_env.recipe import plan as planning
+from nfd_env.recipe.game import GameConfig
+from nfd_env.recipe.measure import GameMeasures
+from nfd_env.recipe.plan import Plan, PlanError
+from nfd_env.sources.source import make_source
+from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.training.distill import DistillTrainingConfig
+from nfd_env.training.export import ExportConfig
+from nfd_env.training.flow import FlowTrainingConfig
+from nfd_env.training.heads import HeadsTrainingConfig
+from nfd_env.training.tokenizer import TokenizerTrainingConfig
+
+SCHEMAS: dict[str, Any] = {
+    "tokenizer": TokenizerTrainingConfig,
+    "flow": FlowTrainingConfig,
+    "heads": HeadsTrainingConfig,
+    "distill": DistillTrainingConfig,
+    "export": ExportConfig,
+}
+
+_TRIED = 100  # steps that each policy plays to show what the game is like
+_TRIES = 8  # episodes of a policy at most
+_STATES = 10  # times the weights' bytes on disk: what trainings keep to go back to
+_PATIENCE = 1.5  # times the budget that a world may take
+_STARTING = 10.0  # seconds for starting, encoding and the report, whatever the game
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a game.
+
+    Attributes:
+        frame_size: [H, W].
+        action_width: of encoded actions.
+        rate: steps a second that one process plays; NaN where nothing is to be recorded.
+        longest: transitions of the longest episode that was seen, or cut off.
+    """
+
+    frame_size: list[int]
+    action_width: int
+    rate: float = math.nan
+    longest: int = 10**6
+
+
+def look(game: GameConfig) -> Look:
+    """Look at the recordings that are there, or play a few steps of the game.
+
+    Raises:
+        RecordingError: when there are no such recordings, or the game always fails.
+        SourceError: when the game cannot be made or does what no game should.
+        PlanError: when its episodes are too short, or nothing moves in it.
+    """
+    if game.recordings:
+        return look_at_recordings(game)
+    env = make_source(game.source, **game.recording_kwargs)
+    try:
+        shape = env.observation_space.shape
+        assert shape is not None
+        width = ActionCodec(env.action_space).width
+        rate, longest, moves = 0.0, 0, False
+        shares = sum(policy.share for policy in game.policies)
+        for policy in game.policies:
+            behaviour = make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
+            steps, failed, begun = 0, 0, time.perf_counter()
+            for seed in range(_TRIES):
+                most = min(_TRIED, game.max_episode_steps)
+                try:
+                    episode = record_episode(env, behaviour, seed, most)
+                except (Exception, SystemExit) as error:  # whatever foreign code may raise
+                    failed += 1
+                    if failed == _TRIES or "all frames of a game" in str(error):
+                        raise RecordingError(
+                            f"{game.source.env_id} fails in every episode with the policy "
+                            f"{policy.policy}: {type(error).__name__}: {error}"
+                        ) from error
+                    continue
+                steps, longest = steps + len(episode), max(longest, len(episode))
+                moves = moves or bool((episode.frames != episode.frames[0]).any())
+                if steps >= _TRIED:
+                    break
+            seconds = (time.perf_counter() - begun) / max(1, steps)
+            rate += policy.share / shares * seconds
+    finally:
+        env.close()
+    if longest + 1 < planning.LEAST_FRAMES:
+        raise PlanError(
+            f"the episodes of {game.source.env_id} have at most {longest + 1} frames; a world "
+            f"takes some of {planning.LEAST_FRAMES} or more: let policies play that live longer, "
+            "or raise max_episode_steps"
+        )
+    if not moves:
+        raise PlanError(
+            f"nothing moves in the frames of {game.source.env_id}: check source.frames, source.key "
+            "and source.crop"
+        )
+    return Look([int(shape[0]), int(shape[1])], width, 1 / rate, longest)
+
+
+def look_at_recordings(game: GameConfig) -> Look:
+    """What recordings say that are there.
+
+    Raises:
+        RecordingError: when there are none.
+    """
+    recordings = RecordedDataset(game.recordings_folder)
+    if not len(recordings):
+        raise RecordingError(
+            f"{recordings.folder} holds no episodes: set recordings to a data set's folder, or "
+            "leave it out to record the game"
+        )
+    codec = ActionCodec(space_from_dict(recordings.spec.action_space))
+    return Look(list(recordings.spec.frame_shape[:2]), codec.width)
+
+
+def check(game: GameConfig, device: str, seen: Look) -> None:
+    """Refuse settings that do not fit, a budget that is too small and a disk that is too full.
+
+    Raises:
+        ConfigError: naming the setting that is unknown, of the wrong type or out of range.
+        PlanError: when frames cannot be cut into tokens, or the budget is too small.
+        FolderError: when the disk is too full.
+    """
+    measures = GameMeasures(
+        frame_size=seen.frame_size,
+        small=4.0,
+        moved=0.02,
+        frozen_moving_psnr=10.0,
+        episodes=100,
+        median_length=1000.0,
+        longest=1000,
+        ends=10,
+        mean_return=0.0,
+        reward_deviation=0.0,
+    )
+    plan = planning.settings(game, measures, device, seen.action_width)
+    built = check_settings(plan, seen)
+    with torch.random.fork_rng():
+        networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
+    _check_room(game, seen, networks)
+    seconds = _least_seconds(game, plan, device, seen, networks)
+    if seconds > _PATIENCE * 60 * game.minutes:
+        raise PlanError(
+            f"a world of this game takes at least about {seconds / 60:.1f} minutes on this machine;"
+            f" {game.minutes:g} are too few: give --minutes {math.ceil(seconds / 60)} or more, "
+            "smaller frames (source.size), or a faster device"
+        )
+
+
+def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
+    """Refuse settings of stages that are wrong or do not fit one another; returns them.
+
+    Raises:
+        ConfigError: naming the setting.
+        PlanError: when frames do not divide.
+    """
+    built = {name: built_from(name, getattr(plan, name)) for name in SCHEMAS}
+    _check_fit(built, seen)
+    return built
+
+
+def built_from(name: str, values: dict[str, Any]) -> Any:
+    """The settings of a stage, checked.
+
+    Raises:
+        ConfigError: naming the stage and the setting.
+    """
+    return config.from_mapping(SCHEMAS[name], values, name)
+
+
+def _check_fit(built: dict[str, Any], seen: Look) -> None:
+    """Of settings that a user may have set one by one."""
+    tokenizer, flow = built["tokenizer"].model, built["flow"].model
+    down = tokenizer.downsampling
+    height, width = seen.frame_size
+    if height % down or width % down:
+        size = planning.fitting_size(height, width)
+        raise PlanError(
+            f"frames of {height}x{width} do not divide by {down}, as "
+            f"{len(tokenizer.encoder_channels)} tokenizer.model.encoder_channels ask for: set "
+            f"source.size to {size}, or give fewer channels"
+        )
+    made = (tokenizer.latent_channels, height // down, width // down)
+    if (*flow.latent_shape, flow.action_width) != (*made, seen.action_width):
+        raise config.ConfigError(
+            f"flow.model is for latents {tuple(flow.latent_shape)} and actions of width "
+            f"{flow.action_width}, but the tokenizer makes {made} and the game's actions have "
+            f"{seen.action_width}: leave these settings out, they are derived"
+        )
+
+
+def frames_at_most(game: GameConfig) -> int:
+    """Frames that will be recorded, if the game is fast enough."""
+    if game.recordings:
+        return 0
+    return game.frames or planning.wanted_frames(game.minutes)
+
+
+def _check_room(game: GameConfig, seen: Look, networks: tuple[torch.nn.Module, ...]) -> None:
+    folder = game.run_folder
+    while not folder.exists():
+        folder = folder.parent
+    weights = sum(p.numel() for network in networks for p in network.parameters()) * 4
+    there = sum(p.stat().st_size for p in _files(game.run_folder))
+    height, width = seen.frame_size
+    needed = frames_at_most(game) * height * width * 3 + _STATES * weights - there
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FolderError(
+            f"{game.run_folder} has room for {free / 1e9:.2f} GB, but the recordings and weights "
+            f"take about {needed / 1e9:.2f} GB: make room, or set folder to another disk, or "
+            "record less (frames, source.size)"
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
+
+
+def _least_seconds(
+    game: GameConfig, plan: Plan, device: str, seen: Look, networks: tuple[Any, Any]
+) -> float:
+    """About how long the smallest world of this game takes, from one pass of each network."""
+    total = _STARTING
+    if not math.isnan(seen.rate):
+        workers = game.collect_config(1).workers
+        total += (game.frames or planning.FEWEST_FRAMES) / (seen.rate * workers)
+    where = torch.device(device)
+    tokenizer, dynamics = (network.to(where).train() for network in networks)
+    frames = torch.rand(2, 3, *seen.frame_size, device=where)
+    steps = {name: _steps(game, name) for name in planning.SHARES}
+    total += steps["tokenizer"] * _pass(lambda: tokenizer(frames).square().mean())
+    size, length = dynamics.config, plan.flow["frames"]
+    latents = torch.rand(2, length, *size.latent_shape, device=where)
+    levels = torch.rand(2, length, device=where)
+    actions = torch.rand(2, length, size.action_width, device=where)
+    one = _pass(
+        lambda: (
+            dynamics.forward_two_copies(latents, levels, latents, levels, actions).square().mean()
+        )
+    )
+    return total + one * (steps["flow"] + 3 * steps["distill"])
+
+
+def _steps(game: GameConfig, name: str) -> int:
+    own = getattr(game, name).get("train", {})
+    return int(own.get("steps", planning.LEAST_STEPS))
+
+
+def _pass(loss: Any) -> float:
+    """Seconds of one pass forward and back, the faster of three."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        value = loss()
+        value.backward()
+        value.item()  # waits for a GPU
+        times.append(time.perf_counter() - begin)
+    return float(np.min(times))
+
+
+def with_short_episodes(game: GameConfig, frames: int) -> GameConfig:
+    """``game`` with episodes so short that ``frames`` frames are some of them for each split."""
+    workers = game.collect_config(1).workers
+    most = max(2 * planning.LEAST_FRAMES, frames // workers // planning.EPISODES)
+    return replace(game, max_episode_steps=min(game.max_episode_steps, most))

@@ -1,0 +1,46 @@
+"""How long a stage's steps and validations take on this machine, before they are planned."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from nfd_env.precision import autocast, choose_precision
+from nfd_env.training.loop import Stage
+
+
+def validation_seconds(stage: Stage, device: str) -> float:
+    """Time of a validation with its strip; ``stage`` stays as it is."""
+    network = copy.deepcopy(stage.network).to(device).eval()
+    begin = time.perf_counter()
+    with torch.random.fork_rng(), torch.no_grad():
+        stage.validate(network)
+        stage.strip(network)
+    return time.perf_counter() - begin
+
+
+def seconds_per_step(stage: Stage, train: Mapping[str, Any], steps: int = 3) -> float:
+    """Median time of a training step, measured on real batches; ``stage`` stays as it is."""
+    device = torch.device(str(train["device"]))
+    network = copy.deepcopy(stage.network).to(device).train()
+    optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-6)
+    precision = choose_precision(str(train.get("precision", "auto")), device)
+    rng = np.random.default_rng(0)
+    times = []
+    for _ in range(2 + steps):  # the first ones also pay for memory and kernels
+        begin = time.perf_counter()
+        batch = stage.batch(rng, int(train["batch_size"]))
+        with autocast(device, precision):
+            loss, _ = stage.loss(network, batch)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[2:]))
