@@ -182,6 +182,7 @@ def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: St
                     raise RecordingError(value)
                 else:
                     del running[reports]
+                    process.join(_CLOSING)  # it has finished, and is not to be stopped
             stop.obey()
     finally:
         for process in processes:

@@ -69,12 +69,17 @@ def collect(
         frames: in all; default: the file's, or 20,000.
     """
     from nfd_env.data.collect import collect as record
-    from nfd_env.data.summary import summary
+    from nfd_env.data.summary import CONTACT_SHEET, summary
     from nfd_env.recipe.game import load_game
 
     described = load_game(game, overrides)
+    if described.recordings:
+        raise ValueError(f"{game}: recordings names a data set that is there: nothing to record")
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames must be at least 1, got {frames}")
     recordings = record(described.collect_config(frames or described.frames or 20_000))
     print(summary(recordings))
+    print(f"frames of it: {recordings.folder / CONTACT_SHEET}")
     return 0
 
 

@@ -16,6 +16,7 @@ from nfd_env import config
 from nfd_env.data.policies import make_policy
 from nfd_env.data.record import record_episode
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.data.worker import close, described
 from nfd_env.files import FolderError
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
@@ -73,6 +74,8 @@ def look(game: GameConfig) -> Look:
     """
     if game.recordings:
         return look_at_recordings(game)
+    for policy in game.policies:
+        make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
     env = make_source(game.source, **game.recording_kwargs)
     try:
         shape = env.observation_space.shape
@@ -89,11 +92,13 @@ def look(game: GameConfig) -> Look:
                     episode = record_episode(env, behaviour, seed, most)
                 except (Exception, SystemExit) as error:  # whatever foreign code may raise
                     failed += 1
-                    if failed == _TRIES or "all frames of a game" in str(error):
+                    if failed == _TRIES:
                         raise RecordingError(
-                            f"{game.source.env_id} fails in every episode with the policy "
-                            f"{policy.policy}: {type(error).__name__}: {error}"
+                            f"{game.source.env_id} fails in every episode that {policy.policy} "
+                            f"plays; the last: {described(error)}"
                         ) from error
+                    close(env)  # who knows what state it is in
+                    env = make_source(game.source, **game.recording_kwargs)
                     continue
                 steps, longest = steps + len(episode), max(longest, len(episode))
                 moves = moves or bool((episode.frames != episode.frames[0]).any())
@@ -102,12 +107,12 @@ def look(game: GameConfig) -> Look:
             seconds = (time.perf_counter() - begun) / max(1, steps)
             rate += policy.share / shares * seconds
     finally:
-        env.close()
+        close(env)
     if longest + 1 < planning.LEAST_FRAMES:
         raise PlanError(
-            f"the episodes of {game.source.env_id} have at most {longest + 1} frames; a world "
-            f"takes some of {planning.LEAST_FRAMES} or more: let policies play that live longer, "
-            "or raise max_episode_steps"
+            f"the episodes of {game.source.env_id} have at most {longest + 1} frames, but a world "
+            f"takes some of {planning.LEAST_FRAMES} or more to learn from: let policies play that "
+            "live longer, or raise max_episode_steps"
         )
     if not moves:
         raise PlanError(

@@ -12,6 +12,9 @@ from nfd_env import config
 from nfd_env.data.collect import CollectConfig, PolicyConfig
 from nfd_env.sources.source import SourceConfig
 
+# What the files of the stages began with, when each had one.
+_STAGE_SETTINGS = {"train", "model", "latents", "dynamics", "sampling"}
+
 
 @dataclass(frozen=True)
 class GameConfig:
@@ -78,6 +81,7 @@ class GameConfig:
             raise ValueError(f"max_episode_steps must be at least 2, got {self.max_episode_steps}")
         if self.small < 0:
             raise ValueError(f"small must not be negative, got {self.small}")
+        self.collect_config(1)  # which checks what it takes from here
 
     @property
     def run_folder(self) -> Path:
@@ -128,12 +132,25 @@ def load_game(
     Raises:
         ConfigError: naming the key that is unknown, missing or of the wrong type.
     """
-    game = config.load(GameConfig, Path(path).expanduser(), overrides)
+    path = Path(path).expanduser()
+    _check_kind(path)
+    game = config.load(GameConfig, path, overrides)
     given = {"minutes": minutes, "device": device}
     try:
         return replace(game, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise config.ConfigError(f"{path}: {error}") from None
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse the files of single stages, which games were described by in older versions."""
+    found = sorted(_STAGE_SETTINGS & config.read(path).keys())
+    if found:
+        raise config.ConfigError(
+            f"{path}: is the file of one stage ({', '.join(found)}); now one file describes the "
+            "game and every stage: begin with `nfd init ENV_ID`, and set what is not to be derived "
+            "below the stage's name, such as flow: {train: {steps: 20000}}"
+        )
 
 
 def snake_case(name: str) -> str:

@@ -55,9 +55,24 @@ class Gate:
         return f"{self.low:.3g} to {self.high:.3g}"
 
 
-def recording_gates(measures: GameMeasures, shift: int | None) -> list[Gate]:
-    """Of recordings: do actions stand where they belong, and are there ends to learn from."""
+def recording_gates(measures: GameMeasures, shift: int | None, failed: float = 0.0) -> list[Gate]:
+    """Of recordings: do actions stand where they belong, and are there ends to learn from.
+
+    Args:
+        measures: of the recordings.
+        shift: of the actions, that explains the frames best; None where that cannot be told.
+        failed: share of the episodes that the game failed in.
+    """
     gates = [
+        Gate(
+            "share of episodes in which the game failed, and that were left out",
+            failed,
+            0.0,
+            0.05,
+            "0",
+            "see the skipped-*.jsonl in the recordings: what leads there, the world will not show",
+            stops=False,
+        ),
         Gate(
             "held-out episodes that ended",
             measures.ends,
@@ -66,7 +81,7 @@ def recording_gates(measures: GameMeasures, shift: int | None) -> list[Gate]:
             "tens of them",
             "the world will never end an episode; record more, if the game has ends",
             stops=False,
-        )
+        ),
     ]
     if shift is not None:
         gates.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from gymnasium import spaces
 
+from nfd_env.data.worker import close, described
 from nfd_env.files import atomic_write
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.plan import choose_grid, fitting_size
@@ -25,7 +26,8 @@ from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.video import write_png
 
 _LOOKED_AT = 24  # steps that are played to see the game
-_PLAYED_TO_THE_END = 1500  # steps at most, to see how the game shows an end
+_PLAYED_TO_THE_END = 300  # steps at most, to see how the game shows an end; slow games take 10 s
+_ATTEMPTS = 5  # a game may fail in some of its episodes
 _SMALLEST = 24  # pixels; a smaller "image" is a map of symbols (MiniGrid's is 7 x 7)
 
 # Packages that register ids when they are imported, by the beginning of the id.
@@ -62,14 +64,27 @@ def inspect_game(
     source = SourceConfig(env_id, imports=imports, kwargs=dict(kwargs or {}))
     source, raw, seen, env = _with_frames(source)
     try:
-        names, keys = _controls(env)
-        fps = _frame_rate(env, source)
-        space = env.action_space
-        steps = _longest(env)
-        alike = _alike(env)
-        source = replace(source, terminal_frame=_shows_its_end(env))
+        return _inspected(source, raw, seen, env)
+    except SourceError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever foreign code may raise
+        raise SourceError(
+            f"{env_id} fails while it is looked at: {described(error)}; write its file by hand, "
+            "after another game's"
+        ) from error
     finally:
-        env.close()
+        close(env)
+
+
+def _inspected(
+    source: SourceConfig, raw: np.ndarray, seen: np.ndarray, env: gymnasium.Env
+) -> tuple[SourceConfig, str, np.ndarray]:
+    names, keys = _controls(env)
+    fps = _frame_rate(env, source)
+    space = env.action_space
+    steps = _longest(env)
+    alike = _attempted(lambda: _alike(env), [])
+    source = replace(source, terminal_frame=_attempted(lambda: _shows_its_end(env, source), True))
     source = replace(source, action_names=names, keys=keys, fps=round(fps, 3))
     return source, _text(source, space, steps, alike), _preview(raw, seen)
 
@@ -147,19 +162,35 @@ def _places(source: SourceConfig) -> list[SourceConfig]:
     return places
 
 
+def _attempted(look: Callable[[], Any], otherwise: Any) -> Any:
+    """What ``look`` finds, or ``otherwise`` where the game fails in it."""
+    try:
+        return look()
+    except (Exception, SystemExit):  # whatever foreign code may raise; recording tells of it
+        return otherwise
+
+
 def _played(env: gymnasium.Env) -> np.ndarray:
     """The frame after a few random steps."""
-    frame, _ = env.reset(seed=0)
     env.action_space.seed(0)
-    for _ in range(_LOOKED_AT):
-        frame, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        if terminated or truncated:
-            frame, _ = env.reset()
-    return frame
+    reason: BaseException = SourceError("")
+    for seed in range(_ATTEMPTS):
+        try:
+            frame, _ = env.reset(seed=seed)
+            for _ in range(_LOOKED_AT):
+                frame, _, terminated, truncated, _ = env.step(env.action_space.sample())
+                if terminated or truncated:
+                    frame, _ = env.reset()
+            return frame
+        except (Exception, SystemExit) as error:  # whatever foreign code may raise
+            reason = error
+    raise SourceError(f"it fails in every episode; the last: {described(reason)}")
 
 
-def _shows_its_end(env: gymnasium.Env) -> bool:
+def _shows_its_end(env: gymnasium.Env, source: SourceConfig) -> bool:
     """Whether the frame of an episode's end is a picture; ViZDoom hands out an empty one."""
+    if any(module.startswith("vizdoom") for module in source.imports):
+        return False
     env.reset(seed=1)
     env.action_space.seed(1)
     for _ in range(_PLAYED_TO_THE_END):

@@ -67,7 +67,7 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
         shares.append(moved.mean())
         squares += float((difference[moved].astype(np.float64) ** 2).sum())
         count += 3 * int(moved.sum())
-        areas = np.bincount(label(moved, connectivity=2).ravel())[1:]
+        areas = np.bincount(np.ravel(np.asarray(label(moved, connectivity=2))))[1:]
         sides += [float(np.sqrt(area)) for area in areas if area > 1]
     if not count:
         raise RecordingError(

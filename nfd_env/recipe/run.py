@@ -177,8 +177,10 @@ class Recipe:
             for name, value in asdict(measures).items()
             if not isinstance(value, list)
         }
+        skipped = len(recordings.skipped())
+        failed = skipped / (skipped + len(recordings))
         shift = measure_alignment(recordings).best
-        self._finish("record", record, gates.recording_gates(measures, shift))
+        self._finish("record", record, gates.recording_gates(measures, shift, failed))
 
     def _tokenizer(self) -> None:
         record = self._train("tokenizer", TokenizerStage)

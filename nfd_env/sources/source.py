@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -49,9 +50,13 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
         env = OwnFolder(_make(source.env_id, arguments))
     try:
         return FrameObservation(env, source, "rgb_array" if shows else None)
-    except BaseException:
-        env.close()
-        raise
+    except BaseException as error:
+        with suppress(Exception, SystemExit):
+            env.close()
+        if isinstance(error, SourceError) or not isinstance(error, Exception):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SourceError(f"{source.env_id} fails at its first reset: {said}") from error
 
 
 def _make(env_id: str, arguments: dict[str, Any]) -> gymnasium.Env:

@@ -83,8 +83,8 @@ class Symbols(gymnasium.Env):
 
 
 for _id, _entry in (
-    (ENV_ID, DotsEnv),
-    ("tests/RenderedOnly-v0", RenderedOnly),
-    ("tests/Symbols-v0", Symbols),
+    (ENV_ID, "DotsEnv"),
+    ("tests/RenderedOnly-v0", "RenderedOnly"),
+    ("tests/Symbols-v0", "Symbols"),
 ):
-    gymnasium.register(_id, entry_point=_entry, disable_env_checker=True)
+    gymnasium.register(_id, entry_point=f"tests.recipe.dots:{_entry}", disable_env_checker=True)

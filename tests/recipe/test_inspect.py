@@ -12,7 +12,7 @@ from nfd_env.recipe.game import load_game
 from nfd_env.recipe.inspect import write_game
 from nfd_env.sources.source import SourceError
 
-DOTS = ["tests.recipe.dots"]
+DOTS = ["tests.recipe.dots", "tests.recipe.hostile"]
 
 
 def test_the_file_says_what_was_found_and_can_be_trained_as_it_is(tmp_path: Path) -> None:
@@ -23,7 +23,8 @@ def test_the_file_says_what_was_found_and_can_be_trained_as_it_is(tmp_path: Path
     assert game.source.action_names == ["left", "noop", "right"]
     assert "left" in game.source.keys["left"] and "right" in game.source.keys["right"]
     assert len(path.read_text().splitlines()) <= 25
-    assert cv2.imread(str(picture)).shape[0] >= 256
+    preview = cv2.imread(str(picture))
+    assert preview is not None and preview.shape[0] >= 256
     with pytest.raises(FileExistsError, match="-o"):
         write_game("tests/Dots-v0", path, imports=DOTS)
 
@@ -39,14 +40,25 @@ def test_pictures_that_are_only_rendered_are_found(tmp_path: Path) -> None:
         ("tests/Symbols-v0", "map of symbols"),
         ("NoSuchGame-v0", "cannot be made"),
         ("envpool/NoSuchGame-v0", "no task|needs EnvPool"),
+        ("tests/Hostile-v0:reset", "fails in every episode.*no level.*first reset"),
+        ("tests/Hostile-v0:exit", r"fails in every episode.*exit\(3\)"),
     ],
 )
 def test_what_cannot_be_recorded_is_said_and_nothing_is_written(
     env_id: str, message: str, tmp_path: Path
 ) -> None:
+    env_id, _, fault = env_id.partition(":")
+    kwargs = {"fault": fault} if fault else {}
     with pytest.raises(SourceError, match=message):
-        write_game(env_id, tmp_path / "g.yaml", imports=DOTS)
+        write_game(env_id, tmp_path / "g.yaml", kwargs, imports=DOTS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["sometimes", "multi_discrete", "multi_binary", "endless"])
+def test_difficult_games_get_a_file_that_can_be_read(fault: str, tmp_path: Path) -> None:
+    path, _ = write_game("tests/Hostile-v0", tmp_path / "g.yaml", {"fault": fault}, DOTS)
+    game = load_game(path)
+    assert game.source.kwargs == {"fault": fault} and game.source.terminal_frame
 
 
 def test_an_unknown_key_and_a_bad_budget_are_named(tmp_path: Path) -> None:

@@ -334,6 +334,6 @@ def test_adversarial_settings_out_of_range(make: Make) -> None:
 def test_recordings_that_are_too_short(make: Make, tmp_path: Path) -> None:
     record_counter_episodes(tmp_path / "r", 4, validation_every=2, length=10)
     short = replace(make(), recordings=str(tmp_path / "r"), latents=str(tmp_path / "l"))
-    with pytest.raises(ValueError, match="no validation .* has 36 frames, the longest has 11"):
+    with pytest.raises(ValueError, match="no validation .* has 12 frames, the longest has 11"):
         DistillStage(short)
     assert not (tmp_path / "l").exists()  # it is said before anything is encoded

@@ -1,0 +1,137 @@
+"""What is refused before anything is recorded or trained, in one sentence, leaving nothing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nfd_env.config import ConfigError
+from nfd_env.data.collect import PolicyConfig
+from nfd_env.recipe import door
+from nfd_env.recipe.game import GameConfig, load_game
+from nfd_env.recipe.run import Recipe
+from nfd_env.sources.source import SourceConfig
+from tests.recipe.hostile import HOSTILE
+from tests.recipe.test_run import TINY, game
+
+_ERRORS = (ValueError, RuntimeError, OSError)  # what the command line shows in one line
+
+
+def hostile(folder: Path, fault: str, **changes: Any) -> GameConfig:
+    kwargs = {"fault": fault, **changes.pop("kwargs", {})}
+    source = SourceConfig(HOSTILE, imports=["tests.recipe.hostile"], kwargs=kwargs)
+    return replace(game(folder), source=source, **changes)
+
+
+def refused(settings: GameConfig, message: str) -> None:
+    with pytest.raises(_ERRORS, match=message) as caught:
+        Recipe(settings, say=lambda line: None, progress=False).run()
+    assert "\n" not in str(caught.value).strip()
+    assert not settings.run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("reset", "fails in every episode.*no level"),
+        ("exit", r"fails in every episode.*exit\(3\)"),
+        ("size", "fails in every episode.*must have one size"),
+        ("nan", "fails in every episode.*reward must be a finite number"),
+        ("shaped", "fails in every episode.*reward must be one number"),
+        ("one_step", "have at most 2 frames.*let policies play that live longer"),
+        ("still", "nothing moves.*source.crop"),
+        ("large", r"frames of 90x70 .*source.size.*\[\d+, \d+\]"),
+    ],
+)
+def test_a_game_that_cannot_be_recorded(fault: str, message: str, tmp_path: Path) -> None:
+    refused(hostile(tmp_path / "run", fault, tokenizer={}, flow={}), message)
+
+
+def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    source = replace(game(tmp_path).source, size=[90, 70])
+    refused(game(tmp_path / "run", source=source, tokenizer={}), r"90x70.*source.size.*\[\d+, \d+")
+    refused(game(tmp_path / "run", source=source), r"90x70.*source.size.*\[\d+, \d+")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer": {"hard_wieght": 1.0}}, "tokenizer: hard_wieght.*hard_weight"),
+        ({"flow": {"model": {"widht": 32}}}, "flow: model.widht.*width"),
+        ({"heads": {"train": {"steps": "many"}}}, "heads: train.steps"),
+        ({"distill": {"frames": 1}}, "distill: a window needs at least 2 frames"),
+        ({"export": {"startz": 3}}, "export: startz.*starts"),
+        ({"flow": {"train": {"folder": "elsewhere"}}}, "flow.train.folder.*leave it out"),
+        ({"flow": {"recordings": "elsewhere"}}, "flow.recordings.*leave it out"),
+        ({"flow": {"model": {"latent_channels": 3}}}, "flow.model is for latents.*leave these"),
+        ({"policies": [PolicyConfig("randm")]}, "unknown policy 'randm'"),
+        ({"policies": [PolicyConfig("random_held", kwargs={"lo": 1})]}, "random_held.*lo"),
+        ({"recordings": "/no/such/folder"}, "/no/such/folder"),
+        ({"max_episode_steps": 5}, "at most 6 frames.*max_episode_steps"),
+    ],
+)
+def test_settings_that_are_wrong(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(game(tmp_path / "run", **changes), message)
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough(tmp_path: Path) -> None:
+    settings = hostile(tmp_path / "run", "", kwargs={"pause": 0.01}, minutes=0.01, frames=0)
+    refused(settings, r"at least about [\d.]+ minutes.*give --minutes \d+")
+
+
+def test_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(door.shutil, "disk_usage", lambda folder: usage)
+    refused(game(tmp_path / "run"), r"has room for 0.00 GB.*make room")
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(_ERRORS, match="file"):
+        Recipe(game(tmp_path / "file"), say=lambda line: None).run()
+    with pytest.raises(_ERRORS, match="cannot be made"):
+        Recipe(game(tmp_path / "file" / "run"), say=lambda line: None).run()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("recordings: r\ntokenizer: t\nmodel: {width: 3}\ntrain: {steps: 3}", "nfd init"),
+        ("source: {env_id: X-v0}\nfolder: f\nframes: 100\npolicies: []", "name"),
+        ("name: Dots\nsource: {env_id: X-v0}\nminuets: 3", "minuets.*minutes"),
+        ("name: Dots\nsource: {env_id: X-v0, sizes: [3, 3]}", "sizes.*size"),
+        ("name: ../Dots\nsource: {env_id: X-v0}", "name must consist of"),
+        ("name: Dots\nsource: {env_id: X-v0}\npolicies: []", "policies"),
+        ("name: Dots\nsource: {env_id: X-v0}\nvalidation_every: 1", "validation_every"),
+        ("name: Dots\nsource: {env_id: X-v0}\nminutes: .nan", "minutes"),
+        ("- 3", "key: value"),
+    ],
+)
+def test_files_that_are_no_game_files(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "game.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_game(path)
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "game.yaml"
+    path.write_text("name: Dots\nsource: {env_id: X-v0}\nfolder: ~/runs\nrecordings: ~/data\n")
+    settings = load_game("~/game.yaml")
+    assert settings.run_folder == tmp_path / "runs"
+    assert settings.recordings_folder == tmp_path / "data"
+
+
+def test_what_can_be_recorded_passes(tmp_path: Path) -> None:
+    for fault in ("", "sometimes", "endless", "twelve_steps", "multi_discrete", "multi_binary"):
+        settings = hostile(tmp_path / "run", fault)
+        seen = door.look(settings)
+        assert seen.frame_size == [48, 48] and seen.rate > 0
+        door.check(settings, "cpu", seen)
+    assert TINY
