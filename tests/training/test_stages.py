@@ -729,6 +729,6 @@ def test_episodes_too_short_for_a_start(
 def test_recordings_that_are_too_short(tmp_path: Path, flow_settings: FlowTrainingConfig) -> None:
     record_counter_episodes(tmp_path / "r", 4, validation_every=2, length=10)
     short = replace(flow_settings, recordings=str(tmp_path / "r"), latents=str(tmp_path / "l"))
-    with pytest.raises(RecordingError, match="no validation .* has 36 frames, the longest has 11"):
+    with pytest.raises(RecordingError, match="no validation .* has 12 frames, the longest has 11"):
         FlowStage(short)
     assert not (tmp_path / "l").exists()  # it is said before anything is encoded
