@@ -130,6 +130,9 @@ def test_the_next_save_fails_after_one_was_killed(
     assert not list(tmp_path.glob(".world.*"))
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @pytest.fixture
 def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
     """Starts a process that writes ``tmp_path / "world"`` again and again; its number."""
@@ -137,11 +140,10 @@ def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
 
     def start() -> int:
         parent = os.getpid()
+        # Whoever started the tests may ignore some of them, as a shell does for "command &".
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
         child = os.fork()
         if child == 0:
-            # Whoever started the tests may ignore some of them, as a shell does for "command &".
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
             try:
                 for seed in itertools.cycle((2, 1)):
                     if os.getppid() != parent:
@@ -149,6 +151,8 @@ def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
                     make_tiny_world(tmp_path / "world", seed=seed)
             finally:
                 os._exit(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         started.append(child)
         return child
 
