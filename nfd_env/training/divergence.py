@@ -13,7 +13,7 @@ _SUDDEN = 10.0  # times the median of the steps before
 _SLOW = 30.0  # times the lowest median ever
 # Losses are of values of about unit size. Below this one, a loss that grows tenfold still is a good
 # one, and a student that begins as its teacher has none at all.
-_SMALL = 0.1
+_SMALL = 0.15
 
 
 class TrainingDiverged(RuntimeError):
