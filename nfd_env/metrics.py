@@ -101,9 +101,14 @@ class FrechetReference:
         """
         values = features.double()
         self._centre = values.mean(0)
-        covariance = torch.cov((values - self._centre).T)
-        dimensions = min(dimensions, features.shape[1])
-        self._basis = torch.linalg.eigh(covariance).eigenvectors[:, -dimensions:]
+        count, width = features.shape
+        dimensions = min(dimensions, width)
+        if count < width:  # a covariance of all features would take minutes, and is singular
+            directions = torch.linalg.svd(values - self._centre, full_matrices=False).Vh
+            self._basis = directions[:dimensions].T
+        else:
+            covariance = torch.cov((values - self._centre).T)
+            self._basis = torch.linalg.eigh(covariance).eigenvectors[:, -dimensions:]
         self._gaussian = _Gaussian.fit(self.project(features))
 
     def project(self, features: Tensor) -> Tensor:

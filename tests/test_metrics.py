@@ -139,3 +139,13 @@ def test_gradient_correlation() -> None:
     other = rng.integers(0, 256, real.shape, np.uint8)
     assert abs(gradient_correlation(real, other)) < 0.05
     assert np.isnan(gradient_correlation(real, np.zeros_like(real)))
+
+
+def test_frechet_distance_of_fewer_samples_than_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(40, 6, generator=generator) @ torch.randn(6, 8, generator=generator)
+    moved = few + 0.5
+    wide = torch.linalg.qr(torch.randn(60, 60, generator=generator)).Q[:8]
+    # The same samples in a rotated space of more features than samples: the same distance.
+    expected = frechet_distance(few, moved, 4)
+    assert frechet_distance(few @ wide, moved @ wide, 4) == pytest.approx(expected, rel=1e-3)

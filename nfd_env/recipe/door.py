@@ -44,6 +44,7 @@ _TRIED = 100  # steps that each policy plays to show what the game is like
 _TRIES = 8  # episodes of a policy at most
 _STATES = 10  # times the weights' bytes on disk: what trainings keep to go back to
 _PATIENCE = 1.5  # times the budget that a world may take
+_ENCODING = 6  # times that a pass of the tokenizer, forward and back, takes longer than encoding
 _STARTING = 10.0  # seconds for starting, encoding and the report, whatever the game
 
 
@@ -138,8 +139,11 @@ def look_at_recordings(game: GameConfig) -> Look:
     return Look(list(recordings.spec.frame_shape[:2]), codec.width)
 
 
-def check(game: GameConfig, device: str, seen: Look) -> None:
+def check(game: GameConfig, device: str, seen: Look) -> float:
     """Refuse settings that do not fit, a budget that is too small and a disk that is too full.
+
+    Returns:
+        About how many seconds it takes to encode a frame.
 
     Raises:
         ConfigError: naming the setting that is unknown, of the wrong type or out of range.
@@ -163,13 +167,14 @@ def check(game: GameConfig, device: str, seen: Look) -> None:
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
     _check_room(game, seen, networks)
-    seconds = _least_seconds(game, plan, device, seen, networks)
+    seconds, encoding = _least_seconds(game, plan, device, seen, networks)
     if seconds > _PATIENCE * 60 * game.minutes:
         raise PlanError(
             f"a world of this game takes at least about {seconds / 60:.1f} minutes on this machine;"
             f" {game.minutes:g} are too few: give --minutes {math.ceil(seconds / 60)} or more, "
             "smaller frames (source.size), or a faster device"
         )
+    return encoding
 
 
 def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
@@ -244,8 +249,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _least_seconds(
     game: GameConfig, plan: Plan, device: str, seen: Look, networks: tuple[Any, Any]
-) -> float:
-    """About how long the smallest world of this game takes, from one pass of each network."""
+) -> tuple[float, float]:
+    """About how long the smallest world of this game takes, and to encode one of its frames.
+
+    In seconds, from a pass of each network with two samples.
+    """
     total = _STARTING
     if not math.isnan(seen.rate):
         workers = game.collect_config(1).workers
@@ -254,7 +262,10 @@ def _least_seconds(
     tokenizer, dynamics = (network.to(where).train() for network in networks)
     frames = torch.rand(2, 3, *seen.frame_size, device=where)
     steps = {name: _steps(game, name) for name in planning.SHARES}
-    total += steps["tokenizer"] * _pass(lambda: tokenizer(frames).square().mean())
+    pass_ = _pass(lambda: tokenizer(frames).square().mean())
+    encoding = pass_ / len(frames) / _ENCODING
+    recorded = game.frames or planning.FEWEST_FRAMES
+    total += steps["tokenizer"] * pass_ + encoding * recorded
     size, length = dynamics.config, plan.flow["frames"]
     latents = torch.rand(2, length, *size.latent_shape, device=where)
     levels = torch.rand(2, length, device=where)
@@ -264,7 +275,7 @@ def _least_seconds(
             dynamics.forward_two_copies(latents, levels, latents, levels, actions).square().mean()
         )
     )
-    return total + one * (steps["flow"] + 3 * steps["distill"])
+    return total + one * (steps["flow"] + 3 * steps["distill"]), encoding
 
 
 def _steps(game: GameConfig, name: str) -> int:

@@ -77,15 +77,17 @@ def wanted_frames(minutes: float) -> int:
     return int(min(_MOST_FRAMES, max(FEWEST_FRAMES, _FRAMES_A_MINUTE * minutes)))
 
 
-def frames_to_record(game: GameConfig, rate: float) -> int:
+def frames_to_record(game: GameConfig, rate: float, encoding: float) -> int:
     """Frames to record, where the game file leaves it open.
 
     Args:
         game: the game file.
         rate: steps a second that one process plays.
+        encoding: seconds that it takes to encode a frame.
     """
     seconds = _RECORDING_SHARE * 60 * game.minutes
-    most = int(rate * game.collect_config(1).workers * seconds)
+    a_frame = max(encoding, 1 / (rate * game.collect_config(1).workers))
+    most = int(seconds / a_frame)
     return max(FEWEST_FRAMES, min(wanted_frames(game.minutes), most))
 
 
@@ -287,7 +289,7 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
         "shift": 4.0,
         # Judging a student takes rollouts of the teacher, of many passes a frame.
         "rollouts": int(np.clip(game.minutes / 3, 3, 16)),
-        "reference_steps": 18 if game.minutes >= 30 else 8,
+        "reference_steps": 18 if game.minutes >= 30 else 8 if game.minutes >= 5 else 4,
         "train": train(
             "distill",
             batch_size=64 if gpu else 16,
@@ -351,7 +353,7 @@ def with_smaller_batch(
     """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``."""
     values = getattr(plan, name)
     own = getattr(game, name).get("train", {})
-    share = seconds / (per_step * _FEWEST[name])
+    share = max(0.0, seconds) / (per_step * _FEWEST[name])
     if share >= 1 or "steps" in own or "batch_size" in own:
         return plan
     train = values["train"]

@@ -76,6 +76,7 @@ def write_report(recipe: Recipe) -> Path:
         f"<h1>{html.escape(game.name)}</h1>",
         f"<p>From <code>{html.escape(game.source.env_id)}</code>. "
         f"Left: the game. Right: the world, same keys.</p>",
+        _verdict(recipe),
         _film(real, made, recordings.spec.fps),
         "<h2>How good</h2>",
         _table(rows),
@@ -84,7 +85,7 @@ def write_report(recipe: Recipe) -> Path:
         "as sharp as the game. Gradients: 1 is with edges where the game has them. Things that "
         "stand out: 1 is as many as in the game; less, they fade; more, they are invented.</p>",
         *_gates(recipe),
-        f"<h2>Real above generated, after {', '.join(map(str, _HORIZONS))} frames</h2>",
+        f"<h2>Real above generated, after {', '.join(str(r.horizon) for r in rows)} frames</h2>",
         *_strips(real, made),
         "<h2>Time</h2>",
         _times(recipe),
@@ -118,8 +119,11 @@ def play_held_out(
         held-out episode has. Frame 0 is the last one that the world was shown.
     """
     held_out = recordings.split("validation")
-    frames = min(frames, max(len(e) for e in held_out) - _SHOWN)
-    where = moments(held_out, _SHOWN, frames, windows)
+    # As far as a quarter of the episodes go: the longest alone would be the same moment each time.
+    lengths = sorted((len(e) for e in held_out), reverse=True)
+    shown = max(1, min(_SHOWN, lengths[0] // 2))
+    frames = max(1, min(frames, lengths[len(lengths) // 4] - shown))
+    where = moments(held_out, shown, frames, windows)
     real = np.stack([m.episode.frames[m.now : m.now + frames + 1] for m in where])
     made = [real[:, 0]]
     for drawn in replay(world, where, frames, seed=0):
@@ -202,12 +206,30 @@ def _table(rows: Sequence[Comparison]) -> str:
         "picture's<th>sharpness<th>gradients<th>things that stand out</tr>"
     )
     lines = [
-        f"<tr><td>{r.horizon}<td>{r.psnr:.2f}<td>{r.frozen_psnr:.2f}<td>{r.moving_psnr:.2f}"
-        f"<td>{r.frozen_moving_psnr:.2f}<td>{r.sharpness:.2f}<td>{r.gradients:.2f}"
-        f"<td>{r.standing:.2f}</tr>"
+        "<tr><td>"
+        + "<td>".join([str(r.horizon), *map(_number, list(asdict(r).values())[1:])])
+        + "</tr>"
         for r in rows
     ]
     return f"<table>{head}{''.join(lines)}</table>"
+
+
+def _verdict(recipe: Recipe) -> str:
+    """How many gates did not pass, in one sentence."""
+    lines = [line for record in recipe.records.values() for line in record.gates or []]
+    counts = {word: sum(line.startswith(word) for line in lines) for word in ("FAILED", "warning")}
+    if counts["FAILED"]:
+        text = f"Not good enough: {counts['FAILED']} of {len(lines)} gates failed, see below."
+    elif counts["warning"]:
+        text = f"{counts['warning']} of {len(lines)} gates warn, see below."
+    else:
+        text = f"All {len(lines)} gates passed."
+    return f"<p><strong>{text}</strong></p>"
+
+
+def _number(value: float, form: str = ".2f") -> str:
+    """``value``, or a dash where there is nothing to measure."""
+    return format(value, form) if np.isfinite(value) else "–"
 
 
 def _gates(recipe: Recipe) -> list[str]:
@@ -275,7 +297,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em }}
 img {{ image-rendering: pixelated; max-width: 100%; margin: 4px 0 }}
 td, th {{ padding: 2px 14px 2px 0; text-align: left }}
-pre {{ background: #f4f4f4; padding: 8px; overflow-x: auto }}
+pre {{ background: #f4f4f4; padding: 8px; white-space: pre-wrap }}
 figure {{ display: inline-block; margin: 4px 12px 4px 0; font-size: 12px; max-width: 240px }}
 </style>
 {body}

@@ -40,7 +40,7 @@ from nfd_env.recipe.records import (
     write_records,
     write_yaml,
 )
-from nfd_env.recipe.timing import seconds_per_step, validation_seconds
+from nfd_env.recipe.timing import timed
 from nfd_env.sources.source import PRESENTATION
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.stopping import stopping
@@ -97,6 +97,7 @@ class Recipe:
         self._keep_going, self._say, self._shown = keep_going, say, progress
         self._progress = Progress(STAGES, say, progress)
         self._seen: door.Look | None = None
+        self._encoding = 0.0  # seconds a frame
         self.records: dict[str, StageRecord] = {}
 
     def run(self, only: str | None = None) -> Path:
@@ -151,7 +152,7 @@ class Recipe:
         recorded = self.records.get("record")
         if recorded is None or not recorded.finished:
             self._seen = door.look(self.game)
-            door.check(self.game, self.device, self._seen)
+            self._encoding = door.check(self.game, self.device, self._seen)
         else:
             door.check_settings(self._plan(), door.look_at_recordings(self.game))
 
@@ -163,8 +164,10 @@ class Recipe:
             recordings = RecordedDataset(self.game.recordings_folder)
         else:
             if not record.extra:  # decided once: more frames later would make everything anew
-                seen = self._seen or door.look(self.game)
-                frames = self.game.frames or planning.frames_to_record(self.game, seen.rate)
+                assert self._seen is not None
+                frames = self.game.frames or planning.frames_to_record(
+                    self.game, self._seen.rate, self._encoding
+                )
                 record.extra = {"frames": frames}
                 self._save()
             frames = self.game.frames or int(record.extra["frames"])
@@ -278,16 +281,7 @@ class Recipe:
         """How many steps a stage gets, from its speed and the time that is left."""
         spent = sum(record.seconds for record in self.records.values())
         left = max(1.0, 60 * self.game.minutes - spent)
-        begin = time.monotonic()
-        validation = validation_seconds(stage, self.device)
-        per_step = seconds_per_step(stage, getattr(plan, name)["train"])
-        spent = time.monotonic() - begin
-        seconds = max(1.0, left - spent) * planning.share_of(name)
-        smaller = planning.with_smaller_batch(plan, self.game, name, seconds - validation, per_step)
-        if smaller is not plan:  # time does not fall as the batch does
-            plan = smaller
-            per_step = seconds_per_step(stage, getattr(plan, name)["train"])
-        plan = planning.with_steps(plan, self.game, name, seconds, per_step, validation)
+        plan = timed(plan, self.game, name, stage, left)
         self._store(plan)
         steps = getattr(plan, name)["train"]["steps"]
         self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")

@@ -11,7 +11,34 @@ import numpy as np
 import torch
 
 from nfd_env.precision import autocast, choose_precision
+from nfd_env.recipe import plan as planning
+from nfd_env.recipe.game import GameConfig
+from nfd_env.recipe.plan import Plan
 from nfd_env.training.loop import Stage
+
+_TRIED = 2  # samples of a batch by which a stage's speed is known roughly
+
+
+def timed(plan: Plan, game: GameConfig, name: str, stage: Stage, left: float) -> Plan:
+    """``plan`` with the batch and the steps of a stage, by its speed.
+
+    Args:
+        plan: so far.
+        game: the game file.
+        name: of the stage.
+        stage: ready to train.
+        left: seconds that are left for it and the later ones.
+    """
+    begin = time.monotonic()
+    train = getattr(plan, name)["train"]
+    validation = validation_seconds(stage, str(train["device"]))
+    # A whole batch may take longer than such a budget has; time falls less than the batch does.
+    tried = {**train, "batch_size": min(_TRIED, train["batch_size"])}
+    most = seconds_per_step(stage, tried) * train["batch_size"] / tried["batch_size"]
+    seconds = max(1.0, left - (time.monotonic() - begin)) * planning.share_of(name)
+    plan = planning.with_smaller_batch(plan, game, name, seconds - validation, most)
+    per_step = seconds_per_step(stage, getattr(plan, name)["train"])
+    return planning.with_steps(plan, game, name, seconds, per_step, validation)
 
 
 def validation_seconds(stage: Stage, device: str) -> float:

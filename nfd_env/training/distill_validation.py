@@ -13,6 +13,7 @@ from nfd_env.metrics import frechet_distance
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.training.latent_stage import CONTEXT
 
+_DIMENSIONS = 64  # principal components of frames that distances are told in
 STEPS = (1, 2, 4)
 """Numbers of sampling steps that a student is validated with."""
 
@@ -57,7 +58,8 @@ def follow(
 def frechet(real: Tensor, made: Tensor) -> float:
     """Fréchet distance of latent frames (B, T, C, h, w)."""
     first, second = (x.flatten(2).flatten(0, 1).cpu() for x in (real, made))
-    return frechet_distance(first, second)
+    # A Gaussian in as many dimensions as there are samples is none.
+    return frechet_distance(first, second, min(_DIMENSIONS, len(first) // 2))
 
 
 def texture(real: Tensor, made: Tensor) -> float:

@@ -22,9 +22,9 @@ from nfd_env.training.recorded import open_recordings
 
 _HELD_OUT = 64  # frames of a validation
 _CHUNK = 16  # frames that are encoded or decoded at a time
-# Frames whose latents the stored statistics are of: 4,096 frames of 16 x 16 latents are a million
-# values a channel. A validation makes do with fewer.
-_STATISTICS, _STATISTICS_OF_VALIDATION = 4096, 512
+# Frames whose latents the stored statistics are of: 1,024 frames of 16 x 16 latents are a quarter
+# of a million values a channel. A validation makes do with fewer.
+_STATISTICS, _STATISTICS_OF_VALIDATION = 1024, 128
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from nfd_env.recipe.gates import GateError
 from nfd_env.recipe.run import STAGES, Recipe
 from nfd_env.sources.source import SourceConfig
 from tests.recipe.dots import ENV_ID
+from tests.recipe.hostile import HOSTILE
 
 TINY: dict[str, Any] = {
     "tokenizer": {
@@ -148,3 +149,15 @@ def test_a_gate_stops_with_advice_before_the_next_stage(copied: Path) -> None:
         Recipe(game(copied, tokenizer=tokenizer), say=lambda line: None, progress=False).run()
     after = {**before, "tokenizer": (copied / "tokenizer/model.safetensors").stat().st_mtime_ns}
     assert written(copied) == after != before
+
+
+def test_a_game_of_twelve_steps_that_fails_now_and_then_ends_in_a_world(tmp_path: Path) -> None:
+    source = SourceConfig(
+        HOSTILE, imports=["tests.recipe.hostile"], kwargs={"fault": "sometimes", "length": 12}
+    )
+    said = run(game(tmp_path / "short", source=source, frames=600))
+    assert any("warning share of episodes in which the game failed" in line for line in said)
+    env = gymnasium.make("NFD/World-v0", world=tmp_path / "short" / "world")
+    env.reset(seed=0)
+    assert env.step(2)[0].shape == (48, 48, 3)
+    assert (tmp_path / "short" / "report.html").is_file()
