@@ -7,7 +7,6 @@ have changed is made again; one that was stopped goes on.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
 from nfd_env.files import owned_folder
 from nfd_env.inference.sampling import CONSISTENCY
-from nfd_env.models.weights import fingerprint_values
+from nfd_env.models.weights import fingerprint_of, fingerprint_values
 from nfd_env.recipe import door, gates
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.calibration import calibrate
@@ -389,7 +388,7 @@ class Recipe:
         path = self.folder / name / "model.safetensors"
         if not path.is_file():
             raise ValueError(f"{path}: no such weights; run stage {name} first")
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return fingerprint_of(path)  # not of the file: equal weights may differ in its header
 
     def _measures(self) -> GameMeasures:
         return measure(RecordedDataset(self.game.recordings_folder))
