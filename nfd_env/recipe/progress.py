@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
-_EVERY = 0.5  # seconds between two drawings of the bar
+from nfd_env.progress import progress_bar
 
 
 class Progress:
@@ -49,12 +49,12 @@ class Progress:
         """So many steps of the stage are done."""
         now = time.monotonic()
         if self._bar is None:
-            self._bar = tqdm(
+            self._bar = progress_bar(
+                None,
+                self._title,
+                self._shown,
                 total=total,
                 initial=done,
-                disable=not self._shown,
-                desc=self._title,
-                mininterval=_EVERY,
                 bar_format="{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}{postfix}",
             )
             self._first = now, done
