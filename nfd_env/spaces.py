@@ -54,9 +54,9 @@ def space_from_dict(values: dict[str, Any]) -> spaces.Space:
     if "dtype" in values:
         dtypes["dtype"] = np.dtype(values["dtype"]).type
     if kind == "Discrete":
-        return spaces.Discrete(values["n"], start=values["start"], **dtypes)
+        return spaces.Discrete(values["n"], start=values.get("start", 0), **dtypes)
     if kind == "MultiDiscrete":
-        return spaces.MultiDiscrete(values["nvec"], start=values["start"], **dtypes)
+        return spaces.MultiDiscrete(values["nvec"], start=values.get("start"), **dtypes)
     if kind == "MultiBinary":
         return spaces.MultiBinary(values["n"])
     if kind == "Box":

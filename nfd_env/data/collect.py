@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nfd_env import config
 from nfd_env.data.episode import Episode
+from nfd_env.data.importers import import_recordings
 from nfd_env.data.layout import shard_folders, writer_of
 from nfd_env.data.policies import RandomHeld, make_policy
 from nfd_env.data.record import record_episode
@@ -32,6 +33,7 @@ from nfd_env.data.worker import (
 from nfd_env.files import FolderError, make_folder, owned_folder
 from nfd_env.progress import progress_bar
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
+from nfd_env.sources.spec import is_imported
 from nfd_env.spaces import ActionCodec, space_to_dict
 from nfd_env.stopping import StopRequest, stopping
 
@@ -110,6 +112,7 @@ class CollectConfig:
 def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
     """Record until the data set holds ``settings.frames`` frames; run again to go on.
 
+    A source that names recordings made elsewhere is imported, whatever its number of frames is.
     INT, TERM and HUP end the workers first. Episodes that fail are noted and left out; see
     ``nfd_env.data.summary`` for what there is in the end.
 
@@ -122,6 +125,12 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
     """
     settings = replace(settings, folder=str(Path(settings.folder).expanduser()))
     folder = Path(settings.folder)
+    if is_imported(settings.source.env_id):
+        data = import_recordings(
+            settings.source, folder, settings.max_episode_steps, settings.validation_every, progress
+        )
+        save_contact_sheet(data)
+        return data
     for policy in settings.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
     with stopping() as stop:

@@ -1,11 +1,18 @@
-"""Recordings made elsewhere as a data set: videos with files of actions, and Minari data sets."""
+"""Recordings made elsewhere as a data set: videos with files of actions, and Minari data sets.
+
+A source whose ``env_id`` begins with ``videos:`` names a folder of .mp4 files, each with its file
+of actions beside it: of the video's name, .csv with a header, .jsonl or .parquet, as VPT and
+LeRobot have them. Row t was done while frame t was shown; there is a row for each frame but the
+last, and one for the last too leads nowhere and is left out. One whose id begins with ``minari:``
+names a Minari data set with pixels.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +25,25 @@ from nfd_env.data.layout import DatasetSpec, RecordingError
 from nfd_env.data.shards import RecordedDataset, ShardWriter
 from nfd_env.files import make_folder, owned_folder
 from nfd_env.progress import progress_bar
-from nfd_env.sources.spec import SourceConfig
-from nfd_env.spaces import ActionCodec, space_to_dict
+from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig
+from nfd_env.spaces import ActionCodec, space_from_dict, space_to_dict
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
-class ImportConfig:
-    """How foreign recordings become a data set.
+class TableConfig:
+    """``source.kwargs`` of videos: how their files of actions are read.
 
     Attributes:
-        folder: where the data set is written.
-        name: what the game is called.
-        columns: of a file of actions: one for Discrete actions, or one that holds lists, else one
-            for each number of an action. Columns "reward", "terminated" and "truncated" are read
-            where they are there.
-        key: entry of a Minari Dict observation that holds the frame; "" for a plain one.
-        crop: [top, bottom, left, right] in pixels; empty for the whole frame.
-        size: [height, width] after an area-averaging resize; empty for no resize.
-        fps: frames a second; 0 for what a video says of itself, else 30.
-        segment: transitions after which a long recording is cut, to bound memory.
-        validation_every: every n-th segment is held out.
+        action_space: as plain values, e.g. {type: Discrete, n: 5}; empty to tell it by the
+            actions: whole numbers that are Discrete or MultiDiscrete, or others from -1 to 1.
+        columns: one for Discrete actions, or one that holds lists, else one for each number of an
+            action. Columns "reward", "terminated" and "truncated" are read where they are there.
     """
 
-    folder: str
-    name: str
+    action_space: dict[str, Any] = field(default_factory=dict)
     columns: list[str] = field(default_factory=lambda: ["action"])
-    key: str = ""
-    crop: list[int] = field(default_factory=list)
-    size: list[int] = field(default_factory=list)
-    fps: float = 0.0
-    segment: int = 2000
-    validation_every: int = 20
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.segment < 1 or self.validation_every < 2 or not self.columns:
-            raise config.ConfigError(
-                "segment must be at least 1, validation_every at least 2, and columns must be named"
-            )
-        if self.fps < 0 or (self.size and (len(self.size) != 2 or min(self.size) < 1)):
-            raise config.ConfigError(f"fps or size cannot be: {self.fps}, {self.size}")
 
 
 @dataclass(frozen=True)
@@ -73,27 +57,91 @@ class _Recording:
     terminated: bool
 
 
-def import_videos(
-    videos: str | Path, action_space: spaces.Space, settings: ImportConfig
-) -> RecordedDataset:
-    """Write the videos of a folder, each with its file of actions beside it, as a data set.
+@dataclass(frozen=True)
+class Foreign:
+    """Recordings made elsewhere, checked and ready to be read.
 
-    The file has the video's name and is .csv with a header, .jsonl or .parquet. Its row t was done
-    while frame t was shown.
-    There is a row for each frame but the last; one for the last too leads nowhere and is left out.
-    Run again to go on, or to add videos.
+    Attributes:
+        action_space: of one transition.
+        fps: frames a second.
+        recordings: reads them, from the first one.
+    """
+
+    action_space: spaces.Space
+    fps: float
+    recordings: Callable[[], Iterator[_Recording]]
+
+    def frame(self) -> np.ndarray:
+        """The first frame, cropped and resized, uint8 (H, W, 3)."""
+        first = next(self.recordings(), None)
+        if first is None:
+            raise RecordingError("there are no episodes to import")
+        return _next(iter(first.frames), first)
+
+
+def open_foreign(source: SourceConfig) -> Foreign:
+    """Look at recordings made elsewhere; nothing is written.
+
+    Args:
+        source: ``env_id``, ``kwargs``, ``key`` (the entry of a Minari Dict observation that holds
+            the frame), ``crop``, ``size`` and ``fps`` (0: what a video says of itself, else 30)
+            are used.
 
     Raises:
-        RecordingError: when frames and actions do not belong together; names the file. All files
-            are checked before anything is written.
+        RecordingError: when frames and actions do not belong together; names the file.
+        ConfigError: when ``source.kwargs`` has settings that there are not.
     """
+    if source.fps < 0 or (source.size and (len(source.size) != 2 or min(source.size) < 1)):
+        raise config.ConfigError(f"fps or size cannot be: {source.fps}, {source.size}")
+    if source.env_id.startswith(VIDEOS):
+        return _open_videos(source)
+    if source.kwargs:
+        raise config.ConfigError(f"source.kwargs: {MINARI} knows none, got {list(source.kwargs)}")
+    return _open_minari(source)
+
+
+def import_recordings(
+    source: SourceConfig,
+    folder: str | Path,
+    longest: int = 2000,
+    validation_every: int = 20,
+    progress: bool = True,
+) -> RecordedDataset:
+    """Write recordings made elsewhere as a data set; run again to go on, or when there are more.
+
+    Args:
+        source: see ``open_foreign``.
+        folder: of the data set.
+        longest: transitions after which a long recording is cut, to bound memory.
+        validation_every: every n-th episode is held out.
+        progress: show a bar.
+
+    Raises:
+        RecordingError: see ``open_foreign``; all videos are checked before anything is written.
+    """
+    if longest < 1 or validation_every < 2:
+        raise config.ConfigError(
+            "max_episode_steps must be at least 1 and validation_every at least 2, got "
+            f"{longest} and {validation_every}"
+        )
+    found = open_foreign(source)
+    prefix, _, name = source.env_id.partition(":")
+    # Where they lay is nobody's business who gets the world.
+    told = replace(source, env_id=f"{prefix}:{Path(name).name if prefix == 'videos' else name}")
+    return _write(found, told, make_folder(folder), longest, validation_every, progress)
+
+
+def _open_videos(source: SourceConfig) -> Foreign:
     import av
 
-    found = sorted(p for p in Path(videos).expanduser().glob("*.mp4"))
+    folder = Path(source.env_id.removeprefix(VIDEOS)).expanduser()
+    settings = config.from_mapping(TableConfig, source.kwargs, "source.kwargs")
+    if not settings.columns:
+        raise config.ConfigError("source.kwargs.columns must name a column")
+    found = sorted(folder.glob("*.mp4"))
     if not found:
-        raise RecordingError(f"{videos} holds no .mp4 files")
-    codec = ActionCodec(action_space)
-    tables, rates = {}, set()
+        raise RecordingError(f"{folder} holds no .mp4 files")
+    read, rates = {}, set()
     for video in found:
         beside = [video.with_suffix(s) for s in _SUFFIXES if video.with_suffix(s).is_file()]
         if len(beside) != 1:
@@ -108,65 +156,76 @@ def import_videos(
                 rates.add(float(stream.average_rate or 0))
         except (av.FFmpegError, IndexError) as error:
             raise RecordingError(f"{video} cannot be read: {error}") from None
-        tables[video] = _table(beside[0], action_space, codec, settings, count)
-    if not settings.fps and len(rates) > 1:
-        raise RecordingError(f"{videos} has videos of {sorted(rates)} frames a second: set fps")
+        read[video] = beside[0], _columns(beside[0]), count
+    if not source.fps and len(rates) > 1:
+        raise RecordingError(f"{folder} has videos of {sorted(rates)} frames a second: set fps")
+    if settings.action_space:
+        try:
+            space = space_from_dict(settings.action_space)
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise config.ConfigError(f"source.kwargs.action_space cannot be: {error}") from None
+    else:
+        space = _space_of([_actions(path, c, settings, n - 1) for path, c, n in read.values()])
+    codec = ActionCodec(space)
+    tables = {v: _table(path, c, space, codec, settings, n) for v, (path, c, n) in read.items()}
 
     def recordings() -> Iterator[_Recording]:
         for video, (actions, rewards, terminated) in tables.items():
-            yield _Recording(
-                video.stem, _video_frames(video, settings), actions, rewards, terminated
-            )
+            yield _Recording(video.stem, _video_frames(video, source), actions, rewards, terminated)
 
-    return _write(recordings(), action_space, settings, settings.fps or rates.pop() or 30.0)
+    return Foreign(space, source.fps or rates.pop() or 30.0, recordings)
 
 
-def import_minari(dataset: Any, settings: ImportConfig) -> RecordedDataset:
-    """Write a Minari data set whose observations are uint8 RGB frames as a data set.
+def _open_minari(source: SourceConfig) -> Foreign:
+    try:
+        import minari
+    except ImportError:
+        raise RecordingError(
+            "Minari data sets need minari: pip install 'nfd-env[minari]'"
+        ) from None
+    name = source.env_id.removeprefix(MINARI)
+    try:
+        dataset = minari.load_dataset(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise RecordingError(
+            f"there is no Minari data set {name!r} here ({error}): minari download {name}"
+        ) from None
+    return foreign_minari(dataset, source)
 
-    Args:
-        dataset: a ``minari.MinariDataset``, or the id of one that is there.
-        settings: how.
 
-    Raises:
-        RecordingError: when it shows no frames.
-    """
-    if isinstance(dataset, str):
-        try:
-            import minari
-        except ImportError:
-            raise RecordingError(
-                "Minari data sets need minari: pip install 'nfd-env[minari]'"
-            ) from None
-        dataset = minari.load_dataset(dataset)
+def foreign_minari(dataset: Any, source: SourceConfig) -> Foreign:
+    """A ``minari.MinariDataset`` whose observations are uint8 RGB frames; see ``open_foreign``."""
 
     def recordings() -> Iterator[_Recording]:
         for episode in dataset.iterate_episodes():
-            frames = episode.observations
-            if settings.key:
-                if not isinstance(frames, dict) or settings.key not in frames:
-                    raise RecordingError(f"observations have no entry {settings.key!r}")
-                frames = frames[settings.key]
-            name = f"episode {episode.id}"
+            name, frames = f"episode {episode.id}", episode.observations
+            if source.key:
+                if not isinstance(frames, dict) or source.key not in frames:
+                    raise RecordingError(f"{name}: observations have no entry {source.key!r}")
+                frames = frames[source.key]
             if not isinstance(frames, np.ndarray):
-                raise RecordingError(f"{name}: observations are no frames: set key")
+                raise RecordingError(f"{name}: observations are no frames: set source.key")
             actions = np.asarray(episode.actions)
             if len(frames) != len(actions) + 1:
                 raise RecordingError(
                     f"{name}: {len(frames)} frames do not fit {len(actions)} actions"
                 )
-            fitted = (_fitted(frame, name, settings) for frame in frames)
+            fitted = (_fitted(frame, name, source) for frame in frames)
             rewards = np.asarray(episode.rewards)
             yield _Recording(name, fitted, actions, rewards, bool(episode.terminations[-1]))
 
-    return _write(recordings(), dataset.action_space, settings, settings.fps or 30.0)
+    return Foreign(dataset.action_space, source.fps or 30.0, recordings)
 
 
 def _write(
-    recordings: Iterator[_Recording], space: spaces.Space, settings: ImportConfig, fps: float
+    found: Foreign,
+    source: SourceConfig,
+    folder: Path,
+    longest: int,
+    validation_every: int,
+    progress: bool,
 ) -> RecordedDataset:
-    codec = ActionCodec(space)
-    folder = make_folder(settings.folder)
+    space, codec = found.action_space, ActionCodec(found.action_space)
     with owned_folder(folder):
         writer: ShardWriter | None = None
         there: dict[str, int] = {}
@@ -176,7 +235,9 @@ def _write(
                 there[episode.policy] = there.get(episode.policy, 0) + 1
                 number = max(number, (episode.number or 0) + 1)
         try:
-            for recording in progress_bar(recordings, "importing", True, unit="recording"):
+            for recording in progress_bar(
+                found.recordings(), "importing", progress, unit="recording"
+            ):
                 label, frames = f"import:{recording.name}", iter(recording.frames)
                 last = _next(frames, recording)
                 if writer is None:
@@ -185,14 +246,14 @@ def _write(
                         codec.shape,
                         str(np.dtype(space.dtype or np.int64)),
                         space_to_dict(space),
-                        config.to_dict(SourceConfig(f"imported/{settings.name}")),
-                        fps,
+                        config.to_dict(source),
+                        found.fps,
                     )
                     spec.save(folder)
                     writer = ShardWriter(folder, spec, "import")
                 total = len(recording.actions)
-                for segment, first in enumerate(range(0, total, settings.segment)):
-                    stop = min(total, first + settings.segment)
+                for segment, first in enumerate(range(0, total, longest)):
+                    stop = min(total, first + longest)
                     shown = [last, *(_next(frames, recording) for _ in range(first, stop))]
                     last = shown[-1]
                     if segment < there.get(label, 0):
@@ -208,7 +269,7 @@ def _write(
                             ended & ~terminated,
                             seed=number,
                             policy=label,
-                            split=("train" if number % settings.validation_every else "validation"),
+                            split=("train" if number % validation_every else "validation"),
                         )
                     except ValueError as error:
                         raise RecordingError(f"{recording.name}: {error}") from None
@@ -229,51 +290,69 @@ def _next(frames: Iterator[np.ndarray], recording: _Recording) -> np.ndarray:
     return frame
 
 
-def _video_frames(video: Path, settings: ImportConfig) -> Iterator[np.ndarray]:
+def _video_frames(video: Path, source: SourceConfig) -> Iterator[np.ndarray]:
     import av
 
     with av.open(str(video)) as container:
         for frame in container.decode(video=0):
-            yield _fitted(frame.to_ndarray(format="rgb24"), str(video), settings)
+            yield _fitted(frame.to_ndarray(format="rgb24"), str(video), source)
 
 
-def _fitted(frame: np.ndarray, name: str, settings: ImportConfig) -> np.ndarray:
+def _fitted(frame: np.ndarray, name: str, source: SourceConfig) -> np.ndarray:
     """The cropped and resized frame."""
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise RecordingError(
             f"{name}: frames must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}"
         )
-    if settings.crop:
-        top, bottom, left, right = settings.crop
+    if source.crop:
+        top, bottom, left, right = source.crop
         if not (0 <= top < bottom <= frame.shape[0] and 0 <= left < right <= frame.shape[1]):
-            raise RecordingError(f"{name}: crop {settings.crop} leaves the {frame.shape[:2]} frame")
+            raise RecordingError(f"{name}: crop {source.crop} leaves the {frame.shape[:2]} frame")
         frame = frame[top:bottom, left:right]
-    if settings.size:
+    if source.size:
         import cv2
 
-        height, width = settings.size
+        height, width = source.size
         frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
     return np.array(frame, order="C")
 
 
-def _table(
-    path: Path, space: spaces.Space, codec: ActionCodec, settings: ImportConfig, frames: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Actions (T, ...), rewards (T,), and whether the last transition terminated."""
-    columns = _columns(path)
+def _actions(
+    path: Path, columns: dict[str, list[Any]], settings: TableConfig, count: int
+) -> np.ndarray:
+    """Numbers (count,) or (count, n), as they stand in a table.
+
+    Raises:
+        RecordingError: when the table has no such columns, or not one row for each transition.
+    """
     missing = [c for c in settings.columns if c not in columns]
     if missing:
         raise RecordingError(f"{path} has no column {missing[0]!r}, but {', '.join(columns)}")
     rows = len(columns[settings.columns[0]])
-    if rows not in (frames, frames - 1):
+    if rows not in (count, count + 1):
         raise RecordingError(
-            f"{path} has {rows} actions, but its video has {frames} frames: there must be "
-            f"{frames - 1}, one between any two frames"
+            f"{path} has {rows} actions, but its video has {count + 1} frames: there must be "
+            f"{count}, one between any two frames"
         )
-    count = frames - 1
     try:
         parts = [_numbers(columns[c][:count]) for c in settings.columns]
-        actions = parts[0] if len(parts) == 1 else np.stack(parts, 1)
+        return parts[0] if len(parts) == 1 else np.stack(parts, 1)
+    except (TypeError, ValueError) as error:
+        raise RecordingError(f"{path}: {error}") from None
+
+
+def _table(
+    path: Path,
+    columns: dict[str, list[Any]],
+    space: spaces.Space,
+    codec: ActionCodec,
+    settings: TableConfig,
+    frames: int,
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Actions (T, ...), rewards (T,), and whether the last transition terminated."""
+    count = frames - 1
+    actions = _actions(path, columns, settings, count)
+    try:
         if len(settings.columns) == 1 and codec.shape == (1,) and actions.ndim == 1:
             actions = actions[:, None]
         if np.dtype(space.dtype).kind in "iu" and np.array_equal(actions, np.rint(actions)):
@@ -284,6 +363,36 @@ def _table(
     except (TypeError, ValueError) as error:
         raise RecordingError(f"{path}: {error}") from None
     return actions.astype(space.dtype), rewards, terminated
+
+
+def _space_of(tables: Sequence[np.ndarray]) -> spaces.Space:
+    """The space that actions (T,) or (T, n) of several tables seem to be from.
+
+    Raises:
+        RecordingError: when that cannot be told.
+    """
+    shapes = {table.shape[1:] for table in tables}
+    actions = np.concatenate([t.reshape(len(t), -1) for t in tables]) if len(shapes) == 1 else None
+    if actions is None or not actions.size or not np.isfinite(actions).all():
+        raise RecordingError(
+            "the files of actions do not tell the action space: set source.kwargs.action_space, "
+            "e.g. {type: Discrete, n: 5}"
+        )
+    if np.array_equal(actions, np.rint(actions)) and actions.min() >= 0:
+        counts = actions.max(0).astype(int) + 1
+        return (
+            spaces.Discrete(max(2, counts[0]))
+            if not shapes.pop()
+            else spaces.MultiDiscrete(np.maximum(2, counts))
+        )
+    if np.abs(actions).max() > 1:
+        raise RecordingError(
+            f"actions go from {actions.min():g} to {actions.max():g}, and nobody says how far they "
+            "could: set source.kwargs.action_space, e.g. {type: Box, low: [-2.0], high: [2.0], "
+            "dtype: float32}"
+        )
+    shape = shapes.pop() or (1,)
+    return spaces.Box(-1.0, 1.0, shape, np.float32)
 
 
 def _numbers(values: Sequence[Any]) -> np.ndarray:

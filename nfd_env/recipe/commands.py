@@ -17,7 +17,9 @@ def init(
     """Look at a game and write the file that describes it, with a preview picture.
 
     Args:
-        env_id: Gymnasium id, or "envpool/" and the name of an EnvPool task.
+        env_id: Gymnasium id; "envpool/" and the name of an EnvPool task; or recordings that were
+            made elsewhere: "videos:" and a folder of .mp4 files with their actions, "minari:" and
+            the name of a data set.
         output: the file; default: named after the game, in this folder.
         kwargs: arguments of the game as YAML, e.g. "{continuous: true}".
         imports: modules that register the id, where it is not a well-known game.

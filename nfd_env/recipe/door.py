@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nfd_env import config
+from nfd_env.data.importers import open_foreign
 from nfd_env.data.policies import make_policy
 from nfd_env.data.record import record_episode
 from nfd_env.data.shards import RecordedDataset, RecordingError
@@ -25,6 +26,7 @@ from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import Plan, PlanError
 from nfd_env.sources.source import make_source
+from nfd_env.sources.spec import is_imported
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig
@@ -75,6 +77,10 @@ def look(game: GameConfig) -> Look:
     """
     if game.recordings:
         return look_at_recordings(game)
+    if is_imported(game.source.env_id):
+        foreign = open_foreign(game.source)
+        size = [int(side) for side in foreign.frame().shape[:2]]
+        return Look(size, ActionCodec(foreign.action_space).width)
     for policy in game.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
     env = make_source(game.source, **game.recording_kwargs)
@@ -221,7 +227,7 @@ def _check_fit(built: dict[str, Any], seen: Look) -> None:
 
 def frames_at_most(game: GameConfig) -> int:
     """Frames that will be recorded, if the game is fast enough."""
-    if game.recordings:
+    if game.recordings or is_imported(game.source.env_id):
         return 0
     return game.frames or planning.wanted_frames(game.minutes)
 

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from gymnasium import spaces
 
+from nfd_env.data.importers import open_foreign
 from nfd_env.data.worker import close, described
 from nfd_env.files import atomic_write
 from nfd_env.recipe.game import snake_case
@@ -23,6 +24,8 @@ from nfd_env.recipe.plan import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
 from nfd_env.sources.keys import default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
+from nfd_env.sources.spec import VIDEOS, is_imported
+from nfd_env.spaces import space_to_dict
 from nfd_env.video import write_png
 
 _LOOKED_AT = 24  # steps that are played to see the game
@@ -48,8 +51,9 @@ def inspect_game(
     """Make the game, play a few steps of it, and decide how to record it.
 
     Args:
-        env_id: Gymnasium id, or "envpool/" and an EnvPool task.
-        kwargs: of ``gymnasium.make``.
+        env_id: Gymnasium id, "envpool/" and an EnvPool task, or recordings that were made elsewhere
+            ("videos:" and a folder, "minari:" and a data set).
+        kwargs: of ``gymnasium.make``; see ``SourceConfig.kwargs`` for recordings.
         imports: modules that register the id; None for those of well-known games.
 
     Returns:
@@ -62,6 +66,8 @@ def inspect_game(
     if imports is None:
         imports = [m for start, m in _REGISTERED_BY.items() if env_id.startswith(start)]
     source = SourceConfig(env_id, imports=imports, kwargs=dict(kwargs or {}))
+    if is_imported(env_id):
+        return _foreign(source)
     source, raw, seen, env = _with_frames(source)
     try:
         return _inspected(source, raw, seen, env)
@@ -74,6 +80,21 @@ def inspect_game(
         ) from error
     finally:
         close(env)
+
+
+def _foreign(source: SourceConfig) -> tuple[SourceConfig, str, np.ndarray]:
+    """What ``inspect_game`` returns of recordings that were made elsewhere."""
+    found = open_foreign(source)
+    raw, space = found.frame(), found.action_space
+    size = fitting_size(*raw.shape[:2])
+    names, keys = default_controls(space)
+    source = replace(
+        source, size=size, fps=round(found.fps, 3), action_names=list(names), keys=keys
+    )
+    if source.env_id.startswith(VIDEOS) and "action_space" not in source.kwargs:
+        told = space_to_dict(space)  # so that more recordings will not change it
+        source = replace(source, kwargs={**source.kwargs, "action_space": told})
+    return source, _text(source, space, 2000, []), _preview(raw, open_foreign(source).frame())
 
 
 def _inspected(
@@ -309,7 +330,9 @@ def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[lis
         lines.append(f"  imports: {flow(source.imports)}  # these register the id")
     if source.kwargs:
         lines.append(f"  kwargs: {flow(source.kwargs)}")
-    lines.append(f"  frames: {source.frames}  # or: {_other(source.frames)}")
+    played = not is_imported(source.env_id)
+    if played:
+        lines.append(f"  frames: {source.frames}  # or: {_other(source.frames)}")
     if source.key:
         lines.append(f"  key: {source.key}")
     lines += [
@@ -319,18 +342,21 @@ def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[lis
     ]
     if not source.terminal_frame:
         lines.append("  terminal_frame: false  # the game shows no picture at its end")
-    if isinstance(space, spaces.Discrete):
+    if isinstance(space, spaces.Discrete) and played:
         hint = f"; these looked alike in a few steps: {alike}" if alike else ""
         lines.append(f"  actions: []  # those that the world has, [] for all{hint}")
     if source.action_names:
         lines.append(f"  action_names: {flow(source.action_names)}")
     lines.append(f"  keys: {flow(source.keys)}  # names and keys can change at any time")
+    if played:
+        lines += [
+            "policies:  # who plays while it is recorded; the better, the better the world",
+            "  - {policy: random_held, kwargs: {low: 1, high: 12}}",
+            "workers: 0  # processes that record; 0: one a core",
+        ]
     lines += [
-        "policies:  # who plays while it is recorded; the better, the better the world",
-        "  - {policy: random_held, kwargs: {low: 1, high: 12}}",
         "minutes: 60  # for everything; nfd train --minutes M overrides it",
         f"max_episode_steps: {steps}  # recorded episodes are cut off there",
-        "workers: 0  # processes that record; 0: one a core",
         "seed: 0",
         "",
     ]

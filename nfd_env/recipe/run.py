@@ -40,7 +40,7 @@ from nfd_env.recipe.records import (
     write_yaml,
 )
 from nfd_env.recipe.timing import timed
-from nfd_env.sources.source import PRESENTATION
+from nfd_env.sources.spec import PRESENTATION, is_imported
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.stopping import stopping
 from nfd_env.training.distill import DistillStage
@@ -161,6 +161,9 @@ class Recipe:
         record = self._begin("record")
         if self.game.recordings:
             recordings = RecordedDataset(self.game.recordings_folder)
+        elif is_imported(self.game.source.env_id):
+            with self._timed(record):
+                recordings = collect(self.game.collect_config(1), self._shown)
         else:
             if not record.extra:  # decided once: more frames later would make everything anew
                 assert self._seen is not None

@@ -11,7 +11,7 @@ import gymnasium
 from nfd_env.sources.envpool_env import PREFIX, EnvPoolEnv
 from nfd_env.sources.frames import FrameObservation
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import PRESENTATION, SourceConfig, SourceError
+from nfd_env.sources.spec import PRESENTATION, SourceConfig, SourceError, is_imported
 from nfd_env.sources.vizdoom import OwnFolder
 
 __all__ = ["PRESENTATION", "SourceConfig", "SourceError", "make_source"]
@@ -28,6 +28,10 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
         SourceError: when a needed package is not installed, an argument is unknown, or the
             environment has no RGB frames.
     """
+    if is_imported(source.env_id):
+        raise SourceError(
+            f"{source.env_id} are recordings that were made elsewhere: there is no game to make"
+        )
     for module in source.imports:
         try:
             importlib.import_module(module)

@@ -8,6 +8,14 @@ from typing import Any
 # What a person sees and presses: it can change later without anything to be recorded anew.
 PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
 
+# How ids of recordings begin that were made elsewhere, see nfd_env.data.importers.
+VIDEOS, MINARI = "videos:", "minari:"
+
+
+def is_imported(env_id: str) -> bool:
+    """Whether an id names recordings that were made elsewhere, and no game."""
+    return env_id.startswith((VIDEOS, MINARI))
+
 
 class SourceError(RuntimeError):
     """The real environment of a world cannot be made here, or does what no environment should."""
@@ -18,7 +26,9 @@ class SourceConfig:
     """Which real environment to record, and how its frames become observations.
 
     Attributes:
-        env_id: Gymnasium id of the real environment, or "envpool/" and the name of an EnvPool task.
+        env_id: Gymnasium id of the real environment; "envpool/" and the name of an EnvPool task;
+            or recordings that were made elsewhere: "videos:" and a folder, "minari:" and a data set
+            (see ``nfd_env.data.importers``).
         imports: modules to import first, so that the id is registered.
         kwargs: passed to ``gymnasium.make``.
         frames: "observation" or "render": where the RGB frames come from.

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from nfd_env.data.importers import ImportConfig, import_minari, import_videos
+from nfd_env.config import ConfigError
+from nfd_env.data.importers import foreign_minari, import_recordings, open_foreign
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.recipe.door import look
+from nfd_env.recipe.game import load_game
+from nfd_env.recipe.inspect import write_game
+from nfd_env.recipe.run import Recipe
+from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.video import write_mp4
 from tests.counter_env import move, read, record_counter_episodes
 
@@ -50,6 +56,11 @@ def videos(folder: Path, played: RecordedDataset, kind: str = "csv", rows: int =
     return folder
 
 
+def of(folder: Path, **settings: Any) -> SourceConfig:
+    given = {"action_space": {"type": "Discrete", "n": 3}}
+    return SourceConfig(f"videos:{folder}", kwargs=given, **settings)
+
+
 def assert_aligned(data: RecordedDataset, lengths: list[int]) -> None:
     assert [len(e) for e in data] == lengths
     for episode in data:
@@ -61,22 +72,24 @@ def assert_aligned(data: RecordedDataset, lengths: list[int]) -> None:
 @pytest.mark.parametrize(("kind", "rows"), [("csv", 30), ("jsonl", 31), ("parquet", 30)])
 def test_videos_with_actions(tmp_path: Path, played: RecordedDataset, kind: str, rows: int) -> None:
     where = videos(tmp_path / "v", played, kind, rows)
-    settings = ImportConfig(str(tmp_path / "d"), "counter", validation_every=2)
-    data = import_videos(where, ACTIONS, settings)
+    data = import_recordings(of(where), tmp_path / "d", validation_every=2)
     assert_aligned(data, [30, 30, 30])
-    assert data.spec.fps == 25 and data.spec.source["env_id"] == "imported/counter"
+    assert data.spec.fps == 25 and data.spec.source["env_id"] == "videos:v"  # no path of ours
     assert [bool(e.terminated[-1]) for e in data] == [True] * 3
     assert {e.policy for e in data} == {"import:0", "import:1", "import:2"}
     data.check(30)
     # Nothing is there twice, and more can be added.
     (where / "9.mp4").write_bytes((where / "0.mp4").read_bytes())
     (where / f"9.{kind}").write_bytes((where / f"0.{kind}").read_bytes())
-    assert_aligned(import_videos(where, ACTIONS, settings), [30] * 4)
+    again = import_recordings(of(where), tmp_path / "d", validation_every=2)
+    assert_aligned(again, [30] * 4)
+    with pytest.raises(SourceError, match="no game"):
+        make_source(SourceConfig(data.spec.source["env_id"]))
 
 
 def test_long_recordings_are_cut(tmp_path: Path, played: RecordedDataset) -> None:
     where = videos(tmp_path / "v", played)
-    data = import_videos(where, ACTIONS, ImportConfig(str(tmp_path / "d"), "c", segment=12))
+    data = import_recordings(of(where), tmp_path / "d", longest=12)
     assert_aligned(data, [12, 12, 6] * 3)
     assert [bool(e.terminated[-1]) for e in data] == [False, False, True] * 3
     assert [bool(e.truncated[-1]) for e in data] == [True, True, False] * 3
@@ -101,21 +114,60 @@ def test_tables_that_do_not_fit_are_refused_before_anything_is_written(
     where = videos(tmp_path / "v", played)
     (where / "1.csv").write_text(text)
     with pytest.raises(RecordingError, match=message):
-        import_videos(where, ACTIONS, ImportConfig(str(tmp_path / "d"), "c"))
+        import_recordings(of(where), tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 
 def test_files_that_are_not_there(tmp_path: Path, played: RecordedDataset) -> None:
-    settings = ImportConfig(str(tmp_path / "d"), "c")
     with pytest.raises(RecordingError, match="no .mp4"):
-        import_videos(tmp_path, ACTIONS, settings)
+        open_foreign(of(tmp_path))
     where = videos(tmp_path / "v", played)
     (where / "2.mp4").write_bytes(b"no video")
     with pytest.raises(RecordingError, match="2.mp4 cannot be read"):
-        import_videos(where, ACTIONS, settings)
+        open_foreign(of(where))
     (where / "1.csv").unlink()
     with pytest.raises(RecordingError, match="1.mp4 needs one file of actions"):
-        import_videos(where, ACTIONS, settings)
+        open_foreign(of(where))
+
+
+def test_the_action_space_is_told_by_the_actions(tmp_path: Path, played: RecordedDataset) -> None:
+    where = videos(tmp_path / "v", played)
+    assert open_foreign(SourceConfig(f"videos:{where}")).action_space == ACTIONS
+    for table, space in (
+        ("a,b\n" + "1,0\n" * 30, spaces.MultiDiscrete([2, 2])),
+        ("a,b\n" + "0.5,-1\n" * 30, spaces.Box(-1, 1, (2,), np.float32)),
+        ("a,b\n" + "0.5,-1.5\n" * 30, None),
+    ):
+        for number in range(3):
+            (where / f"{number}.csv").write_text(table)
+        source = SourceConfig(f"videos:{where}", kwargs={"columns": ["a", "b"]})
+        if space is None:
+            with pytest.raises(RecordingError, match=r"from -1.5 to 0.5.*action_space"):
+                open_foreign(source)
+        else:
+            assert open_foreign(source).action_space == space
+    for wrong, message in (
+        ({"column": []}, "source.kwargs.*column"),
+        ({"columns": []}, "source.kwargs.columns"),
+        ({"action_space": {"type": "Discrete"}}, "action_space cannot be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_foreign(SourceConfig(f"videos:{where}", kwargs=wrong))
+
+
+def test_the_recipe_reads_videos(tmp_path: Path, played: RecordedDataset) -> None:
+    where = videos(tmp_path / "v", played)
+    path, preview = write_game(f"videos:{where}", tmp_path / "v.yaml")
+    assert preview.is_file()
+    game = load_game(path, [f"folder={tmp_path / 'run'}", "validation_every=2"])
+    assert game.name == "v" and game.source.fps == 25 and game.source.env_id == f"videos:{where}"
+    assert game.source.kwargs["action_space"]["n"] == 3
+    seen = look(game)
+    assert seen.frame_size == game.source.size and seen.action_width == 3
+    Recipe(game, keep_going=True, progress=False).run("record")
+    data = RecordedDataset(game.recordings_folder)
+    assert [len(e) for e in data] == [30] * 3
+    assert list(data.spec.frame_shape[:2]) == game.source.size
 
 
 def minari(played: RecordedDataset, **changes: Any) -> Any:
@@ -155,19 +207,25 @@ def test_a_real_minari_data_set(
         action_space=ACTIONS,
         observation_space=spaces.Box(0, 255, played.spec.frame_shape, np.uint8),
     )
-    settings = ImportConfig(str(tmp_path / "d"), "counter")
-    assert_aligned(import_minari(made, settings), [30, 30, 30])
-    assert_aligned(import_minari("counter/test-v0", settings), [30, 30, 30])
-
-
-def test_minari(tmp_path: Path, played: RecordedDataset) -> None:
-    data = import_minari(minari(played), ImportConfig(str(tmp_path / "d"), "c", fps=20))
+    assert made is not None
+    source = SourceConfig("minari:counter/test-v0", fps=20)
+    data = import_recordings(source, tmp_path / "d")
     assert_aligned(data, [30, 30, 30])
     assert data.spec.fps == 20
+    assert_aligned(import_recordings(source, tmp_path / "d"), [30, 30, 30])
+    with pytest.raises(RecordingError, match="no Minari data set 'other/test-v0'"):
+        open_foreign(SourceConfig("minari:other/test-v0"))
+    with pytest.raises(ConfigError, match="knows none, got .'n'"):
+        open_foreign(SourceConfig("minari:counter/test-v0", kwargs={"n": 1}))
+
+
+def test_what_minari_may_hold(played: RecordedDataset) -> None:
     for wrong, message in (
         ({"observations": np.zeros((31, 4))}, r"episode 2: frames must be uint8"),
         ({"observations": {"x": 1}}, "episode 2: observations are no frames"),
         ({"actions": np.zeros(7, int)}, "episode 2: 31 frames do not fit 7 actions"),
     ):
+        found = foreign_minari(minari(played, **wrong), SourceConfig("minari:x"))
         with pytest.raises(RecordingError, match=message):
-            import_minari(minari(played, **wrong), ImportConfig(str(tmp_path / "e"), "c"))
+            for recording in found.recordings():
+                list(recording.frames)
