@@ -33,7 +33,7 @@ stacked.close()
 # What it is worth shows in the real game, not in the world that it learned in.
 evaluation = AgentEvaluation(
     f"{args.out}/agent.zip",
-    "DoomTakeCover",
+    world="DoomTakeCover",
     episodes=args.episodes,
     obs_type="latent",
     frame_skip=4,

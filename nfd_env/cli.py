@@ -70,12 +70,9 @@ def _run(name: str, arguments: list[str]) -> int:
 
     module, function = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), function)
-    return int(
-        tyro.cli(
-            command, args=arguments, prog=f"nfd {name}", config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        or 0
-    )
+    # What several commands share is a dataclass among their arguments, without a name of its own.
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    return int(tyro.cli(command, args=arguments, prog=f"nfd {name}", config=config) or 0)
 
 
 def _usage() -> str:

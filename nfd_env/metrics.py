@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 
@@ -20,6 +19,8 @@ def psnr(mean_squared_error: float, peak: float = 255.0) -> float:
 
 def ssim(real: np.ndarray, made: np.ndarray) -> np.ndarray:
     """Structural similarity of each pair of uint8 frames (n, H, W, 3), float64 (n,)."""
+    from skimage.metrics import structural_similarity  # here, because importing it takes long
+
     pairs = zip(real, made, strict=True)
     return np.array([structural_similarity(a, b, channel_axis=-1) for a, b in pairs])
 

@@ -5,83 +5,64 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from tyro.conf import Fixed, Positional, Suppress
 
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.evaluation.film import beside
+from nfd_env.evaluation.tables import table
 from nfd_env.files import atomic_write, make_folder
 from nfd_env.players.load import behaviour_policy, find_agent, load_player, read_agent_spec
 from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
 from nfd_env.video import write_mp4
 from nfd_env.worlds.format import WorldSpec
-from nfd_env.worlds.load import UnknownWorldError, World, find_world, load_world
+from nfd_env.worlds.load import UnknownWorldError, find_world, load_world
 
 _LABELS = {"real": "real game", "learned": "learned world"}
 _FILM_SECONDS = 60
 
 
-@dataclass(frozen=True)
-class AgentEvaluation:
-    """Which agent is played where, and for how long.
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """Where agents are scored, and for how long; also arguments of commands.
 
     Attributes:
-        agent: "random" (held keys); a file of ours (``.safetensors``) or of Stable-Baselines3
-            (``.zip``); the name of an agent that lies beside a world; or "module:Class" of a
-            behaviour policy.
-        world: a world folder or a shipped name; "" for the one that the agent was trained in.
+        world: world folder or shipped world; default: the agent's own, for nfd rank the first
+            shipped one.
         episodes: on each side.
         seed: episode i has the environment seed ``seed`` + i.
-        max_frames: an episode is truncated there on either side; 0 for the world's own limit, or
-            a minute at its frame rate where it has none.
-        threshold: the share of scores above it is reported; None for no such share.
-        obs_type: "rgb", "latent" or "features"; None for what the agent's file says, or "rgb".
-        frame_skip: frames an action is repeated for; None for what the agent's file says, or 1.
-        greedy: take the most probable action, where the agent would draw one.
-        through_tokenizer: show the agent real frames as the world's tokenizer renders them, which
-            is how generated frames look.
-        real_only: leave the learned world out.
-        trust: a ``.zip`` may run code of its author, see ``nfd_env.named.check_trusted``.
-        agent_kwargs: arguments of a behaviour policy.
+        max_frames: longest episode in frames; default: the world's own limit, or a minute.
+        greedy: take the most probable actions.
+        trust: a .zip may run code of its author.
         num_envs: learned worlds stepped together.
-        real_envs: real games run beside each other.
-        device: see ``nfd_env.devices.resolve_device``.
-        precision: see ``nfd_env.worlds.load.load_world``.
-        sampling_steps: of the learned world; None for its default.
-        dynamics: of the learned world, see ``NFDVectorEnv``; so are the next two.
-        history_level: see there.
-        temperature: see there.
+        real_envs: real games beside each other.
+        sampling_steps: of the learned world; default: its own.
+        dynamics: of a distilled world that comes with both; default: the world's own.
+        device: auto, cpu, cuda or cuda:N.
+        precision: auto, fp32 or bf16.
     """
 
-    agent: str
     world: str = ""
     episodes: int = 100
     seed: int = 0
     max_frames: int = 0
-    threshold: float | None = None
-    obs_type: str | None = None
-    frame_skip: int | None = None
     greedy: bool = False
-    through_tokenizer: bool = False
-    real_only: bool = False
     trust: bool = False
-    agent_kwargs: dict[str, Any] = field(default_factory=dict)
     num_envs: int = 25
     real_envs: int = 8
+    sampling_steps: int | None = None
+    dynamics: Literal["student", "teacher"] | None = None
     device: str = "auto"
     precision: str = "auto"
-    sampling_steps: int | None = None
-    dynamics: str | None = None
-    history_level: float | None = None
-    temperature: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -90,6 +71,40 @@ class AgentEvaluation:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_frames < 0:
             raise ValueError(f"max_frames must be at least 1, or 0, got {self.max_frames}")
+
+
+@dataclass(frozen=True)
+class AgentEvaluation(Scoring):
+    """Which agent is played, and how; see also ``Scoring``.
+
+    Attributes:
+        agent: random (held keys); an agent file (.safetensors, or .zip of Stable-Baselines3,
+            DQN:agent.zip where it is not PPO); the name of an agent that comes with a world; or
+            module:Class of a behaviour policy.
+        threshold: report the share of scores above it.
+        obs_type: default: the agent's own, or rgb.
+        frame_skip: frames an action is repeated for; default: the agent's own, or 1.
+        through_tokenizer: show the agent real frames as the world's tokenizer renders them, which
+            is how generated frames look.
+        real_only: leave the learned world out, for policies that need the real game's internals.
+        agent_kwargs: arguments of a behaviour policy.
+        history_level: of the learned world, see ``NFDVectorEnv``; default: its own.
+        temperature: likewise.
+    """
+
+    agent: Positional[str]
+    threshold: float | None = None
+    obs_type: Literal["rgb", "latent", "features"] | None = None
+    frame_skip: int | None = None
+    through_tokenizer: bool = False
+    real_only: bool = False
+    agent_kwargs: Suppress[Fixed[dict[str, Any]]] = field(default_factory=dict)
+    history_level: float | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
         if self.frame_skip is not None and self.frame_skip < 1:
             raise ValueError(f"frame_skip must be at least 1, got {self.frame_skip}")
 
@@ -276,8 +291,15 @@ def evaluate_agent(
         if not settings.real_only:
             # What does not look at frames (random keys) spares the learned world drawing them.
             sees = getattr(policy, "needs_frames", True)
-            envs["learned"] = _learned_env(
-                loaded, settings, {**common, "obs_type": obs_type if sees else "latent"}
+            envs["learned"] = NFDVectorEnv(
+                world,
+                min(settings.num_envs, settings.episodes),
+                sampling_steps=settings.sampling_steps,
+                dynamics=settings.dynamics,
+                history_level=settings.history_level,
+                temperature=settings.temperature,
+                autoreset_mode="SameStep",
+                **{**common, "obs_type": obs_type if sees else "latent"},
             )
         # Whatever the agent cannot play is found out before anything is played.
         players = {
@@ -304,12 +326,13 @@ def evaluate_agent(
         for env in envs.values():
             env.close()
     scores = {side: Scores.of(p, frame_skip, settings.threshold) for side, p in played.items()}
-    filled = {"obs_type": obs_type, "frame_skip": frame_skip, "max_frames": max_frames}
+    filled: dict[str, Any] = {"obs_type": obs_type, "frame_skip": frame_skip}
+    filled["max_frames"] = max_frames
     learned = envs.get("learned")
     video = "" if folder is None else str(folder / "eval_agent.mp4")
     report = AgentReport(
         loaded.spec.name,
-        AgentEvaluation(**{**asdict(settings), **filled, "world": str(world)}),
+        replace(settings, world=str(world), **filled),
         scores.get("learned"),
         scores.get("real"),
         Gap.between(scores["learned"], scores["real"]) if len(scores) == 2 else None,
@@ -340,19 +363,6 @@ def _world_of(settings: AgentEvaluation, spec: AgentSpec | None) -> Path:
         ) from None
 
 
-def _learned_env(world: World, settings: AgentEvaluation, common: dict[str, Any]) -> NFDVectorEnv:
-    return NFDVectorEnv(
-        world.folder,
-        min(settings.num_envs, settings.episodes),
-        sampling_steps=settings.sampling_steps,
-        dynamics=settings.dynamics,
-        history_level=settings.history_level,
-        temperature=settings.temperature,
-        autoreset_mode="SameStep",
-        **common,
-    )
-
-
 def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
@@ -377,15 +387,7 @@ def format_report(report: AgentReport) -> str:
     settings = report.settings
     above = [] if settings.threshold is None else [f"above {settings.threshold:g}"]
     columns = ["", "mean ± s.e.", "sd", "median", "min", "max", *above, "frames an episode"]
-    columns.append("ends in 1,000 frames")
-    lines = [
-        f"{settings.agent} in {report.world}: {settings.episodes} episodes, seeds from "
-        f"{settings.seed}, {settings.obs_type} observations, frame skip {settings.frame_skip}, at "
-        f"most {settings.max_frames} frames an episode",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|" + "---|" * len(columns),
-    ]
+    rows = []
     for label, row in ((_LABELS["real"], report.real), (_LABELS["learned"], report.learned)):
         if row is None:
             continue
@@ -394,9 +396,15 @@ def format_report(report: AgentReport) -> str:
         cells += [f"{row.median:.4g}", f"{row.min:.4g}", f"{row.max:.4g}"]
         cells += [] if share is None else [f"{share:.0%}"]
         cells.append(f"{row.length:.0f} ± {row.length_error:.2g}")
-        cells.append(f"{row.ends_per_1000_frames:.2f} ± {row.ends_error:.2g}")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
+        rows.append([*cells, f"{row.ends_per_1000_frames:.2f} ± {row.ends_error:.2g}"])
+    lines = [
+        f"{settings.agent} in {report.world}: {settings.episodes} episodes, seeds from "
+        f"{settings.seed}, {settings.obs_type} observations, frame skip {settings.frame_skip}, at "
+        f"most {settings.max_frames} frames an episode",
+        "",
+        table([*columns, "ends in 1,000 frames"], rows),
+        "",
+    ]
     if report.gap is not None:
         gap = report.gap
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +24,10 @@ class DemoReport:
     """What was played, and how fast.
 
     Attributes:
-        world: its name.
-        device: name of the processor.
-        threads: of torch on the CPU.
         sampling_steps: denoising steps a frame.
-        frames: that were played.
         restarts: how often an episode ended and was joined again.
-        frames_per_second: of env steps alone.
-        p50_ms: latency of an env step.
-        p95_ms: likewise.
-        p99_ms: likewise.
+        frames_per_second: of env steps alone, as are the percentiles of their latency.
         time_to_first_frame_s: loading included.
-        video: path of the film.
-        strip: path of the picture.
     """
 
     world: str
@@ -57,11 +49,10 @@ def demo(
     world: str,
     folder: str | Path,
     seconds: float = 20.0,
-    device: str = "auto",
     seed: int = 0,
     sampling_steps: int | None = None,
-    precision: str = "auto",
     gif: str | Path | None = None,
+    **kwargs: Any,
 ) -> DemoReport:
     """Replay a held-out recording's actions inside a world, and film both side by side.
 
@@ -72,21 +63,20 @@ def demo(
         world: a world folder or a shipped name.
         folder: where ``demo.mp4`` and ``demo.png`` are written.
         seconds: playing time at the world's native rate.
-        device: see ``nfd_env.devices.resolve_device``.
         seed: of the world's noise.
         sampling_steps: None for the world's default.
-        precision: see ``nfd_env.worlds.load.load_world``.
         gif: also write the first six seconds as a small moving picture.
+        kwargs: of ``nfd_env.worlds.load.load_world``.
 
     Raises:
         CheckpointError: when the world has no recorded clip.
     """
     begin = time.perf_counter()
-    loaded = load_world(world, device, precision)
+    loaded = load_world(world, **kwargs)
     folder = make_folder(folder)
     clip = load_clip(loaded.folder)
     real, actions = clip.frames, clip.actions
-    env = NFDVectorEnv(world, device=device, sampling_steps=sampling_steps, precision=precision)
+    env = NFDVectorEnv(world, sampling_steps=sampling_steps, **kwargs)
     keep = env.model.dynamics.config.window
     first = keep - 1
 

@@ -17,34 +17,22 @@ from nfd_env.evaluation.held_out import (
     EARLY,
     EVERY,
     EncodedEpisodes,
+    EvaluationConfig,
     HeldOut,
-    Horizon,
-    moving_psnr,
-    squared_error,
+    HorizonErrors,
+    ratio,
 )
 from nfd_env.evaluation.reports import (
     Distribution,
     EndsReport,
     Floor,
-    FloorSpread,
-    HeldOutReport,
-    HorizonErrors,
     RowReport,
     RowsReport,
     WorldReport,
 )
 from nfd_env.inference.speculation import advance, check_frames
 from nfd_env.inference.world_model import WorldModel
-from nfd_env.metrics import (
-    Estimate,
-    bright_share,
-    events_matched,
-    gradient_correlation,
-    psnr,
-    sharpness,
-    ssim,
-    standing_out,
-)
+from nfd_env.metrics import Estimate, bright_share, events_matched, sharpness
 from nfd_env.progress import progress_bar
 from nfd_env.worlds.load import World, load_world
 
@@ -53,38 +41,22 @@ _LONG_SEEDS = 10_000  # episode numbers of the noise of long rollouts start ther
 
 
 def evaluate(
-    world: World,
-    recordings: RecordedDataset,
-    sampling_steps: int | None = None,
-    windows: int = 64,
-    long_rollouts: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-    speculative_frames: int = 1,
+    world: World, recordings: RecordedDataset, settings: EvaluationConfig, progress: bool = True
 ) -> WorldReport:
     """Compare a world with held-out episodes, conditioned on their true actions.
-
-    Args:
-        world: the world.
-        recordings: a data set of the same environment with a validation split.
-        sampling_steps: None for the world's default.
-        windows: rollouts of 128 frames under recorded actions, >= 1.
-        long_rollouts: rollouts of 2,000 frames for the drift; 0 leaves them out.
-        seed: of the choice of windows and of all noise.
-        progress: show a progress bar.
-        speculative_frames: with more than 1, frames are drawn jointly wherever the action is kept.
 
     Raises:
         RecordingError: when the recordings are of another environment or hold too little.
         ValueError: when a number is out of range.
     """
-    row = _Row(world, _model(world, sampling_steps), speculative_frames)
-    held = HeldOut.prepare(world, recordings, windows, long_rollouts, seed, progress)
+    model, seed = _model(world, settings.sampling_steps), settings.seed
+    row = _Row(world, model, settings.speculative_frames)
+    held = HeldOut.prepare(world, recordings, settings, progress)
     row.measure_windows(held, seed, progress)
     if held.long is not None:
         row.measure_drift(held, seed, progress)
-    ends = _ends(world, row.model, held.encoded, np.random.default_rng(seed))
-    replayed = replay_endings(world, row.model, held.encoded, seed)
+    ends = _ends(world, model, held.encoded, np.random.default_rng(seed))
+    replayed = replay_endings(world, model, held.encoded, seed)
     return WorldReport(**_about(world, held), **vars(row.report()), ends=ends, replayed=replayed)
 
 
@@ -92,12 +64,9 @@ def evaluate_steps(
     world: World,
     recordings: RecordedDataset,
     steps: Sequence[int],
-    windows: int = 64,
-    long_rollouts: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-    speculative_frames: int = 1,
+    settings: EvaluationConfig,
     long_steps: Collection[int] | None = None,
+    progress: bool = True,
 ) -> RowsReport:
     """``evaluate`` for several numbers of sampling steps, on the same windows with the same noise.
 
@@ -105,18 +74,15 @@ def evaluate_steps(
     at those up to 4. The reference is the teacher with most steps.
 
     Args:
-        world: see ``evaluate``, also for the arguments that are not named here.
-        recordings: see there.
-        steps: numbers of steps, each >= 1.
-        windows: see there.
-        long_rollouts: see there.
-        seed: see there.
-        progress: see there.
-        speculative_frames: see there.
+        world: the world.
+        recordings: of the same game.
+        steps: each >= 1, in place of ``settings.sampling_steps``.
+        settings: how it is judged.
         long_steps: those of ``steps`` that also have long rollouts, which cost most; None for all.
+        progress: show progress bars.
 
     Raises:
-        ValueError: when a number is out of range.
+        ValueError: when a number is out of range; see also ``evaluate``.
     """
     if not steps or min(steps) < 1:
         raise ValueError(f"the numbers of steps must be at least 1, got {list(steps)}")
@@ -130,7 +96,7 @@ def evaluate_steps(
             for which in ("student", "teacher")
         ]
     rows = [
-        _Row(judged, _model(judged, count), speculative_frames)
+        _Row(judged, _model(judged, count), settings.speculative_frames)
         for judged in worlds
         for count in steps
         if len(worlds) == 1 or judged.dynamics == "teacher" or count <= FEW
@@ -141,31 +107,27 @@ def evaluate_steps(
         key=lambda i: (rows[i].world.dynamics != "student", rows[i].model.sampling.steps),
     )
     # Student and teacher share the tokenizer.
-    held = HeldOut.prepare(world, recordings, windows, long_rollouts, seed, progress)
-    return _compare(rows, chosen, best, held, seed, progress)
+    held = HeldOut.prepare(world, recordings, settings, progress)
+    return _compare(rows, chosen, best, held, settings.seed, progress)
 
 
 def evaluate_drafts(
     world: World,
     recordings: RecordedDataset,
     speculative_frames: Sequence[int],
-    sampling_steps: int | None = None,
-    windows: int = 64,
-    long_rollouts: int = 16,
-    seed: int = 0,
+    settings: EvaluationConfig,
     progress: bool = True,
 ) -> RowsReport:
     """``evaluate`` for several numbers of jointly drawn frames, on the same windows and noise.
 
-    The reference is the first of ``speculative_frames``. For the other arguments and what is
-    raised, see ``evaluate_steps``.
+    The reference is the first of them. For what is raised, see ``evaluate_steps``.
     """
     if not speculative_frames:
         raise ValueError("there are no numbers of jointly drawn frames to compare")
-    model = _model(world, sampling_steps)
+    model = _model(world, settings.sampling_steps)
     rows = [_Row(world, model, count) for count in speculative_frames]
-    held = HeldOut.prepare(world, recordings, windows, long_rollouts, seed, progress)
-    return _compare(rows, [True] * len(rows), 0, held, seed, progress)
+    held = HeldOut.prepare(world, recordings, settings, progress)
+    return _compare(rows, [True] * len(rows), 0, held, settings.seed, progress)
 
 
 def _model(world: World, steps: int | None) -> WorldModel:
@@ -175,18 +137,17 @@ def _model(world: World, steps: int | None) -> WorldModel:
 
 
 def _about(world: World, held: HeldOut) -> dict[str, Any]:
-    early = Distribution(held.early_floor.value, held.early_floor.error)
-    late = None if held.late_floor is None else FloorSpread(*held.late_floor)
-    about = HeldOutReport(
-        world=world.spec.name,
-        windows=len(held.windows.contexts),
-        long_rollouts=len(held.long.contexts) if held.long else 0,
-        held_out_episodes=len(held.encoded.episodes),
-        held_out_frames=held.encoded.frames,
-        bright_threshold=held.threshold,
-        floor=Floor(early, late),
-    )
-    return vars(about)
+    """What a ``HeldOutReport`` has."""
+    late = None if held.late_floor is None else Distribution(*held.late_floor)
+    return {
+        "world": world.spec.name,
+        "windows": len(held.windows.contexts),
+        "long_rollouts": len(held.long.contexts) if held.long else 0,
+        "held_out_episodes": len(held.encoded.episodes),
+        "held_out_frames": held.encoded.frames,
+        "bright_threshold": held.threshold,
+        "floor": Floor(Distribution(held.early_floor.value, held.early_floor.error), late),
+    }
 
 
 def _compare(
@@ -268,11 +229,11 @@ class _Row:
                 continue
             made = self.model.decode(latents).cpu().numpy()
             if frame in held.horizons:
-                self.horizons[frame] = _errors(held, held.horizons[frame], made)
+                self.horizons[frame] = held.horizons[frame].errors(made, rollouts.groups)
             if sampled:
                 shares.append(bright_share(made, held.threshold))
         features = torch.stack(early, 1).flatten(2)
-        bright = _ratio(float(np.mean(shares)), held.early_bright)
+        bright = ratio(float(np.mean(shares)), held.early_bright)
         self._relate("early", held, features, rollouts.groups, None, bright)
         self._relate("paired", held, features, rollouts.groups, held.early)
         if self.speculative_frames > 1:
@@ -304,7 +265,7 @@ class _Row:
             features,
             rollouts.groups,
             None,
-            _ratio(float(np.mean(shares)), held.bright),
+            ratio(float(np.mean(shares)), held.bright),
             float(np.mean(sharp)) / held.sharpness,
             float(features.std()) / held.spread,
         )
@@ -325,32 +286,6 @@ class _Row:
     def _name(self) -> str:
         steps = f"{self.model.sampling.steps} steps of the {self.world.dynamics}"
         return steps + (f", n = {self.speculative_frames}" if self.speculative_frames > 1 else "")
-
-
-def _errors(held: HeldOut, horizon: Horizon, made: np.ndarray) -> HorizonErrors:
-    """How far the windows' frames ``made`` are from what happened."""
-    real, groups = horizon.frames, held.windows.groups
-    squared, similar = squared_error(real, made), ssim(real, made)
-    error = Estimate.jackknife(lambda used: psnr(float(squared[used].mean())), groups)
-    similarity = Estimate.jackknife(lambda used: float(similar[used].mean()), groups)
-    return HorizonErrors(
-        psnr=error.value,
-        psnr_error=error.error,
-        ssim=similarity.value,
-        ssim_error=similarity.error,
-        psnr_frozen=horizon.psnr_frozen,
-        ssim_frozen=horizon.ssim_frozen,
-        moving_psnr=moving_psnr(real, made, horizon.moved),
-        moving_psnr_frozen=horizon.moving_psnr_frozen,
-        sharpness_ratio=sharpness(made) / horizon.sharpness,
-        gradient_correlation=gradient_correlation(real, made),
-        bright_ratio=_ratio(bright_share(made, held.threshold), horizon.bright),
-        standing_ratio=_ratio(float(standing_out(made, held.background).sum()), horizon.standing),
-    )
-
-
-def _ratio(made: float, real: float) -> float:
-    return made / real if real else float("nan")
 
 
 def _ends(

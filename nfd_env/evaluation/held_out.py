@@ -17,6 +17,7 @@ from nfd_env.metrics import (
     Estimate,
     FrechetReference,
     bright_share,
+    gradient_correlation,
     luminance,
     moving_pixels,
     psnr,
@@ -34,6 +35,33 @@ EVERY = 10  # of which so many are one decoded frame
 BRIGHT = 99.5  # percentile of the luma of real frames above which a pixel is bright
 REFERENCE = 4096  # random held-out frames that distributions are compared with
 _FLOOR_SETS = 200
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a world is judged; also arguments of ``nfd eval``.
+
+    Attributes:
+        windows: rollouts of 128 frames under recorded actions, at least 1.
+        long_rollouts: rollouts of 2,000 frames for the drift; 0 leaves them out.
+        seed: of the choice of windows and of the world's noise.
+        speculative_frames: frames drawn jointly wherever the action is kept; 1 for none.
+        sampling_steps: denoising steps a frame; default: the world's own.
+    """
+
+    windows: int = 64
+    long_rollouts: int = 16
+    seed: int = 0
+    speculative_frames: int = 1
+    sampling_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.windows < 1 or self.long_rollouts < 0:
+            raise ValueError(
+                f"evaluation needs windows >= 1 and long_rollouts >= 0, got {self.windows} and "
+                f"{self.long_rollouts}"
+            )
 
 
 class EncodedEpisodes:
@@ -92,29 +120,111 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class HorizonErrors:
+    """How far the windows' frames of one number are from what happened.
+
+    ``_error``: standard error. ``_frozen``: of the window's last recorded frame before. ``_ratio``:
+    generated over real.
+
+    Attributes:
+        moving_psnr: PSNR in dB of pixels that differ from this last frame; NaN where none do.
+        sharpness_ratio: of gradient energies.
+        gradient_correlation: ``nfd_env.metrics.gradient_correlation``.
+        standing_ratio: of numbers of pixels that stand out from the still background.
+    """
+
+    psnr: float
+    psnr_error: float
+    ssim: float
+    ssim_error: float
+    psnr_frozen: float
+    ssim_frozen: float
+    moving_psnr: float
+    moving_psnr_frozen: float
+    sharpness_ratio: float
+    gradient_correlation: float
+    bright_ratio: float
+    standing_ratio: float
+
+
+@dataclass(frozen=True)
 class Horizon:
     """The recorded frames that a window's frames of one number are compared with.
 
     Attributes:
         frames: uint8 (windows, H, W, 3).
-        sharpness: of them all.
+        background: uint8 (windows, H, W, 3), what stands still in the windows.
+        threshold: luma above which a pixel is bright.
         bright: share of bright pixels as the tokenizer shows the frames: what it loses is not the
             dynamics' loss.
+        sharpness: of all frames.
         psnr_frozen: of the window's last frame before, which is what a still picture scores.
         ssim_frozen: likewise.
         moved: bool (windows, H, W), pixels that differ from that last frame.
-        moving_psnr_frozen: of that frame at these pixels; NaN where nothing moved.
-        standing: pixels that stand out from the windows' still backgrounds.
+        moving_psnr_frozen: of that frame at these pixels.
+        standing: pixels that stand out from the background.
     """
 
     frames: np.ndarray
-    sharpness: float
+    background: np.ndarray
+    threshold: float
     bright: float
+    sharpness: float
     psnr_frozen: float
     ssim_frozen: float
     moved: np.ndarray
     moving_psnr_frozen: float
     standing: int
+
+    @classmethod
+    def of(
+        cls,
+        last: np.ndarray,
+        real: np.ndarray,
+        background: np.ndarray,
+        threshold: float,
+        bright: float,
+    ) -> Horizon:
+        """Of the frames ``real``, with the ``last`` ones before the windows."""
+        moved = moving_pixels(last, real)
+        return cls(
+            real,
+            background,
+            threshold,
+            bright,
+            sharpness(real),
+            psnr(float(_squared_error(real, last).mean())),
+            float(ssim(real, last).mean()),
+            moved,
+            _moving_psnr(real, last, moved),
+            int(standing_out(real, background).sum()),
+        )
+
+    def errors(self, made: np.ndarray, groups: np.ndarray) -> HorizonErrors:
+        """How far frames ``made`` are from these; for ``groups`` see ``Rollouts``."""
+        squared, similar = _squared_error(self.frames, made), ssim(self.frames, made)
+        error = Estimate.jackknife(lambda used: psnr(float(squared[used].mean())), groups)
+        similarity = Estimate.jackknife(lambda used: float(similar[used].mean()), groups)
+        standing = float(standing_out(made, self.background).sum())
+        return HorizonErrors(
+            psnr=error.value,
+            psnr_error=error.error,
+            ssim=similarity.value,
+            ssim_error=similarity.error,
+            psnr_frozen=self.psnr_frozen,
+            ssim_frozen=self.ssim_frozen,
+            moving_psnr=_moving_psnr(self.frames, made, self.moved),
+            moving_psnr_frozen=self.moving_psnr_frozen,
+            sharpness_ratio=ratio(sharpness(made), self.sharpness),
+            gradient_correlation=gradient_correlation(self.frames, made),
+            bright_ratio=ratio(bright_share(made, self.threshold), self.bright),
+            standing_ratio=ratio(standing, self.standing),
+        )
+
+
+def ratio(made: float, real: float) -> float:
+    """``made`` over ``real``; NaN where there is nothing real."""
+    return made / real if real else float("nan")
 
 
 @dataclass(frozen=True)
@@ -130,7 +240,6 @@ class HeldOut:
         sharpness: of the same frames.
         windows: rollouts of max(HORIZONS) frames under recorded actions.
         horizons: what happened in them.
-        background: uint8 (windows, H, W, 3), medians over time of every EVERY-th recorded frame.
         early_bright: share of bright pixels in every EVERY-th of their first EARLY frames, as the
             tokenizer decodes them.
         early: recorded frames 1 to EARLY of the windows, projected, (windows, EARLY, dimensions).
@@ -149,7 +258,6 @@ class HeldOut:
     sharpness: float
     windows: Rollouts
     horizons: dict[int, Horizon]
-    background: np.ndarray
     early_bright: float
     early: Tensor
     early_floor: Estimate
@@ -161,9 +269,7 @@ class HeldOut:
         cls,
         world: World,
         recordings: RecordedDataset,
-        windows: int,
-        long_rollouts: int,
-        seed: int,
+        settings: EvaluationConfig,
         progress: bool = False,
     ) -> HeldOut:
         """Choose windows and long rollouts from the validation split, and encode what they need.
@@ -171,18 +277,13 @@ class HeldOut:
         Which windows are chosen does not depend on the number of long rollouts.
 
         Raises:
-            ValueError: when there are no windows, or fewer than no long rollouts.
             RecordingError: when the recordings are of another environment or hold too little.
         """
-        if windows < 1 or long_rollouts < 0:
-            raise ValueError(
-                f"evaluation needs windows >= 1 and long_rollouts >= 0, got {windows} and "
-                f"{long_rollouts}"
-            )
+        windows, long_rollouts = settings.windows, settings.long_rollouts
         _check_fits(world, recordings)
         model = world.model
         encoded = EncodedEpisodes(model, recordings.split("validation"), progress)
-        random, window, drift = np.random.default_rng(seed).spawn(3)
+        random, window, drift = np.random.default_rng(settings.seed).spawn(3)
         chosen = random.permutation(encoded.frames)[:REFERENCE]
         latents = encoded.latents(chosen)
         reference = FrechetReference(latents.flatten(1))
@@ -196,7 +297,6 @@ class HeldOut:
         projected = reference.project(real.flatten(1)).unflatten(0, (len(moments), EARLY))
         shown = real.unflatten(0, (len(moments), EARLY))[:windows, EVERY - 1 :: EVERY]
         groups = np.array([episode for episode, _ in moments[:windows]])
-        background = _background(encoded, first[:windows])
         return cls(
             encoded,
             reference,
@@ -205,8 +305,7 @@ class HeldOut:
             bright_share(pictures, threshold),
             sharpness(pictures),
             _windows(world, encoded, moments[:windows]),
-            _horizons(model, encoded, first[:windows], threshold, background),
-            background,
+            _horizons(model, encoded, first[:windows], threshold),
             float(np.mean([_bright(model, part, threshold) for part in shown.unbind(1)])),
             projected[:windows],
             reference.estimate(projected[:windows], groups),
@@ -275,43 +374,27 @@ def recorded_context(world: World, encoded: EncodedEpisodes, episode: int, last:
     return Context(latents, actions, first == 0)
 
 
-def _background(encoded: EncodedEpisodes, first: np.ndarray) -> np.ndarray:
-    numbers = range(0, max(HORIZONS) + 1, EVERY)
-    medians = [np.median(encoded.pictures([n + i for i in numbers]), axis=0) for n in first]
-    return np.stack(medians).astype(np.uint8)
-
-
 def _horizons(
-    model: WorldModel,
-    encoded: EncodedEpisodes,
-    first: np.ndarray,
-    threshold: float,
-    background: np.ndarray,
+    model: WorldModel, encoded: EncodedEpisodes, first: np.ndarray, threshold: float
 ) -> dict[int, Horizon]:
     last = encoded.pictures(first)
+    numbers = range(0, max(HORIZONS) + 1, EVERY)
+    medians = [np.median(encoded.pictures([n + i for i in numbers]), axis=0) for n in first]
+    background = np.stack(medians).astype(np.uint8)
     made = {}
     for horizon in HORIZONS:
         real = encoded.pictures(first + horizon)
-        moved = moving_pixels(last, real)
-        made[horizon] = Horizon(
-            real,
-            sharpness(real),
-            _bright(model, encoded.latents(first + horizon), threshold),
-            psnr(float(squared_error(real, last).mean())),
-            float(ssim(real, last).mean()),
-            moved,
-            moving_psnr(real, last, moved),
-            int(standing_out(real, background).sum()),
-        )
+        bright = _bright(model, encoded.latents(first + horizon), threshold)
+        made[horizon] = Horizon.of(last, real, background, threshold, bright)
     return made
 
 
-def squared_error(real: np.ndarray, made: np.ndarray) -> np.ndarray:
+def _squared_error(real: np.ndarray, made: np.ndarray) -> np.ndarray:
     """Mean squared error of each pair of uint8 frames (n, H, W, 3), (n,)."""
     return np.square(real.astype(np.float32) - made).mean((1, 2, 3))
 
 
-def moving_psnr(real: np.ndarray, made: np.ndarray, moved: np.ndarray) -> float:
+def _moving_psnr(real: np.ndarray, made: np.ndarray, moved: np.ndarray) -> float:
     """PSNR in dB of uint8 frames (n, H, W, 3) at the pixels ``moved`` (n, H, W); NaN without."""
     squares = np.square(real[moved].astype(np.float32) - made[moved])
     return psnr(float(squares.mean())) if squares.size else float("nan")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nfd_env.evaluation.agents import AgentEvaluation, Scores, evaluate_agent
+from nfd_env.evaluation.agents import AgentEvaluation, Scores, Scoring, evaluate_agent
 from nfd_env.evaluation.tables import table
 from nfd_env.files import atomic_write
 from nfd_env.sources.source import SourceError
@@ -41,13 +41,7 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One policy.
-
-    Attributes:
-        agent: its name.
-        learned: scores in the learned world.
-        real: scores in the real game.
-    """
+    """One policy, and what it scored in the learned world and in the real game."""
 
     agent: str
     learned: Scores
@@ -76,15 +70,13 @@ class Ranking:
     length_ratio: float
 
 
-def rank_policies(
-    agents: Sequence[str], settings: AgentEvaluation, progress: bool = True
-) -> Ranking:
+def rank_policies(agents: Sequence[str], settings: Scoring, progress: bool = True) -> Ranking:
     """Score policies in a world and in its real game.
 
     Args:
         agents: 3 or more, better 8, named as for ``AgentEvaluation``: checkpoints of one training,
             "random", scripted policies.
-        settings: how each is scored; ``world`` is needed, ``agent`` is not looked at.
+        settings: how each is scored; ``world`` is needed.
         progress: show progress bars.
 
     Raises:
@@ -93,11 +85,11 @@ def rank_policies(
     """
     if len(set(agents)) < max(_FEWEST, len(agents)):
         raise ValueError(f"a ranking needs at least {_FEWEST} different policies, got {agents}")
-    if settings.real_only or not settings.world:
-        raise ValueError("a ranking needs a world, and scores on both sides: not real_only")
+    if not settings.world:
+        raise ValueError("a ranking needs a world")
     rows, name = [], ""
     for agent in agents:
-        report = evaluate_agent(replace(settings, agent=agent), progress=progress)
+        report = evaluate_agent(AgentEvaluation(agent, **vars(settings)), progress=progress)
         if report.real is None or report.learned is None:
             raise SourceError(f"a ranking needs the real game: {report.missing}")
         rows.append(Ranked(agent, report.learned, report.real))

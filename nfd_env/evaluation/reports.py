@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nfd_env.evaluation.endings import EARLIER, LATER, ReplayedEndings
-from nfd_env.evaluation.held_out import BRIGHT, EARLY, HORIZONS, LONG, REFERENCE
+from nfd_env.evaluation.held_out import (
+    BRIGHT,
+    EARLY,
+    HORIZONS,
+    LONG,
+    REFERENCE,
+    HorizonErrors,
+)
 from nfd_env.evaluation.inverse_dynamics import ActionReport, format_actions
 from nfd_env.evaluation.tables import table
 
@@ -42,34 +49,6 @@ _ENDS = {
 
 
 @dataclass(frozen=True)
-class HorizonErrors:
-    """How far the windows' frames of one number are from what happened.
-
-    ``_error``: standard error. ``_frozen``: of the window's last recorded frame before. ``_ratio``:
-    generated over real.
-
-    Attributes:
-        moving_psnr: PSNR in dB of pixels that differ from this last frame.
-        sharpness_ratio: of gradient energies.
-        gradient_correlation: ``nfd_env.metrics.gradient_correlation``.
-        standing_ratio: of numbers of pixels that stand out from the still background.
-    """
-
-    psnr: float
-    psnr_error: float
-    ssim: float
-    ssim_error: float
-    psnr_frozen: float
-    ssim_frozen: float
-    moving_psnr: float
-    moving_psnr_frozen: float
-    sharpness_ratio: float
-    gradient_correlation: float
-    bright_ratio: float
-    standing_ratio: float
-
-
-@dataclass(frozen=True)
 class Distribution:
     """A Fréchet distance with its standard error, and ratios of generated to real frames.
 
@@ -86,19 +65,14 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class FloorSpread:
-    """Mean and standard deviation of the Fréchet distances of random sets of real stretches."""
-
-    frechet: float
-    deviation: float
-
-
-@dataclass(frozen=True)
 class Floor:
-    """The Fréchet distances of real frames, which a perfect world reaches."""
+    """The Fréchet distances of real frames, which a perfect world reaches.
+
+    Of ``late`` it is the mean of random sets of real stretches, with its standard deviation.
+    """
 
     early: Distribution
-    late: FloorSpread | None
+    late: Distribution | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,11 +280,8 @@ def _distance(row: Distribution) -> str:
 
 
 def _floor(report: HeldOutReport, when: str) -> str:
-    floor = report.floor
-    if when == "early":
-        return _number(floor.early.frechet, floor.early.frechet_error, 1)
-    late = when == "late" and floor.late
-    return _number(late.frechet, late.deviation, 1) if late else "0"
+    floor = None if when == "paired" else getattr(report.floor, when)
+    return _number(floor.frechet, floor.frechet_error, 1) if floor else "0"
 
 
 def _number(value: float, error: float | None, digits: int) -> str:

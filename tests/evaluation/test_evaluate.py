@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from nfd_env.cli import main
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation import evaluate as module
 from nfd_env.evaluation.evaluate import evaluate, evaluate_drafts, evaluate_steps
+from nfd_env.evaluation.held_out import EvaluationConfig, HeldOut
 from nfd_env.evaluation.reports import format_report, format_rows
 from nfd_env.inference.state import Transition, WorldState
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.load import load_world
 from tests.counter_env import read
 
-SMALL: dict[str, Any] = {"windows": 4, "long_rollouts": 1, "progress": False}
-QUICK: dict[str, Any] = {**SMALL, "long_rollouts": 0}
+SMALL: dict[str, Any] = {
+    "settings": EvaluationConfig(windows=4, long_rollouts=1),
+    "progress": False,
+}
+QUICK: dict[str, Any] = {**SMALL, "settings": EvaluationConfig(windows=4, long_rollouts=0)}
 
 pytestmark = pytest.mark.usefixtures("short")
 
@@ -51,7 +55,7 @@ def test_steps_are_compared_on_the_same_windows(
     for name in ("psnr_frozen", "ssim_frozen", "moving_psnr_frozen"):
         assert len({getattr(r.horizons[8], name) for r in rows}) == 1
     assert len({r.horizons[8].psnr for r in rows}) == 3
-    alone = evaluate(world, long_recordings, 1, **SMALL)
+    alone = evaluate(world, long_recordings, EvaluationConfig(4, 1, sampling_steps=1), False)
     assert alone.horizons == rows[0].horizons
     assert alone.late is not None and alone.late.frechet == rows[0].late.frechet
     text = format_rows(report)
@@ -117,7 +121,7 @@ def test_a_perfect_world_reaches_the_floor(
     tiny_world: Path, long_recordings: RecordedDataset
 ) -> None:
     world = load_world(tiny_world, "cpu", "fp32")
-    held = module.HeldOut.prepare(world, long_recordings, 5, 0, seed=0)
+    held = HeldOut.prepare(world, long_recordings, EvaluationConfig(5, 0))
     parts = (world.model.tokenizer, world.model.dynamics, world.model.heads, world.model.sampling)
     replay = Replay(*parts)
     _, steps = read(held.horizons[1].frames)
@@ -137,22 +141,22 @@ def test_a_perfect_world_reaches_the_floor(
 
 def test_what_moves_and_what_stands_out(tiny_world: Path, long_recordings: RecordedDataset) -> None:
     world = load_world(tiny_world, "cpu", "fp32")
-    held = module.HeldOut.prepare(world, long_recordings, 5, 0, seed=0)
-    horizon = held.horizons[8]
-    perfect = module._errors(held, horizon, horizon.frames)
+    held = HeldOut.prepare(world, long_recordings, EvaluationConfig(5, 0))
+    horizon, groups = held.horizons[8], held.windows.groups
+    perfect = horizon.errors(horizon.frames, groups)
     assert perfect.moving_psnr == math.inf and perfect.standing_ratio == 1
     assert perfect.gradient_correlation == pytest.approx(1)
     # What does not move is no merit: here nothing else is wrong.
     moved = horizon.moved[..., None]
     assert 0 < moved.mean() < 0.5
     off = np.where(moved, horizon.frames ^ 16, horizon.frames)
-    wrong = module._errors(held, horizon, off)
+    wrong = horizon.errors(off, groups)
     assert wrong.moving_psnr == pytest.approx(20 * math.log10(255 / 16)) and wrong.psnr > 26
     # A world in which everything has faded into the background.
-    faded = module._errors(held, horizon, held.background)
+    faded = horizon.errors(horizon.background, groups)
     assert faded.standing_ratio == 0 and faded.moving_psnr < 20
     noisy = np.random.default_rng(0).integers(0, 256, horizon.frames.shape, np.uint8)
-    noise = module._errors(held, horizon, noisy)
+    noise = horizon.errors(noisy, groups)
     assert noise.sharpness_ratio > 1 and noise.standing_ratio > 1
     assert abs(noise.gradient_correlation) < 0.1
 
@@ -184,12 +188,15 @@ def test_one_report_of_jointly_drawn_frames(
     endless_world: Path, long_recordings: RecordedDataset
 ) -> None:
     world = load_world(endless_world, "cpu", "fp32")
-    report = evaluate(world, long_recordings, 2, speculative_frames=3, **QUICK)
-    drafts = evaluate_drafts(world, long_recordings, [3], 2, **QUICK)
+    joint = EvaluationConfig(4, 0, speculative_frames=3)
+    report = evaluate(world, long_recordings, replace(joint, sampling_steps=2), False)
+    drafts = evaluate_drafts(
+        world, long_recordings, [3], EvaluationConfig(4, 0, sampling_steps=2), False
+    )
     assert report.early.frechet == drafts.rows[0].early.frechet
     text = format_report(report)
     assert "up to 3 frames drawn jointly" in text and "deaths recorded" in text
-    steps = evaluate_steps(world, long_recordings, [2], speculative_frames=3, **QUICK)
+    steps = evaluate_steps(world, long_recordings, [2], joint, progress=False)
     assert steps.rows[0].early.frechet == report.early.frechet
     assert "up to 3 frames drawn jointly" in format_rows(steps)
 

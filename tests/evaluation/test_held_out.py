@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nfd_env.data.shards import RecordedDataset, RecordingError
-from nfd_env.evaluation.held_out import EncodedEpisodes, HeldOut, recorded_context
+from nfd_env.evaluation.held_out import EncodedEpisodes, EvaluationConfig, HeldOut, recorded_context
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.load import World, load_world
 from tests.counter_env import read
@@ -22,7 +22,7 @@ def world(tiny_world: Path) -> World:
 
 
 def prepare(world: World, recordings: RecordedDataset, windows: int, long: int) -> HeldOut:
-    return HeldOut.prepare(world, recordings, windows, long, seed=5)
+    return HeldOut.prepare(world, recordings, EvaluationConfig(windows, long, seed=5))
 
 
 def test_a_frame_is_encoded_once(

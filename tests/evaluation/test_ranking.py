@@ -12,7 +12,7 @@ import pytest
 from nfd_env.cli import main
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation import agents
-from nfd_env.evaluation.agents import AgentEvaluation, Scores
+from nfd_env.evaluation.agents import Scores, Scoring
 from nfd_env.evaluation.episodes import Episodes
 from nfd_env.evaluation.ranking import (
     Ranked,
@@ -62,7 +62,7 @@ def test_a_world_that_ranks_the_wrong_way_round() -> None:
 
 def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
     common: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_frames": 4}
-    settings = AgentEvaluation("", str(counter_world), 2, **common)
+    settings = Scoring(world=str(counter_world), episodes=2, **common)
     always = "tests.counter_env:AlwaysRight"
     for wrong, message in (
         (["random", "random", always], "at least 3 different policies"),
