@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from agents import train_ppo, train_sb3
 from agents.ppo import Position, gae, ppo_loss, rollout, update
+from agents.settings import AgentTrainingConfig
 from agents.train_ppo import TrainPPOConfig
 from agents.train_sb3 import TrainSB3Config
 from nfd_env import config
@@ -29,25 +30,10 @@ from nfd_env.evaluation.benchmark import describe_device
 def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
     """The same training for Stable-Baselines3."""
     ppo = settings.ppo
+    same = {f.name: getattr(settings, f.name) for f in fields(AgentTrainingConfig)}
     return TrainSB3Config(
-        folder=settings.folder,
-        world=settings.world,
-        decisions=settings.decisions,
-        num_envs=settings.num_envs,
-        obs_type=settings.obs_type,
-        frame_skip=settings.frame_skip,
-        frame_stack=settings.frame_stack,
-        frame_offsets=settings.frame_offsets,
-        max_episode_frames=settings.max_episode_frames,
-        starts=settings.starts,
-        horizon_frames=settings.horizon_frames,
-        env=settings.env,
-        guard=settings.guard,
-        channels=settings.channels,
-        width=settings.width,
+        **same,
         reward_scale=ppo.reward_scale,
-        seed=settings.seed,
-        device=settings.device,
         ppo={
             "n_steps": ppo.rollout_steps,
             "n_epochs": ppo.epochs,

@@ -21,82 +21,35 @@ from tqdm import tqdm
 
 from agents.evaluation import Judge, describe
 from agents.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
+from agents.settings import AgentTrainingConfig, run
 from nfd_env import config
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.files import atomic_write, owned_folder
 from nfd_env.models.weights import save_weights
 from nfd_env.players.load import find_agent, load_network
 from nfd_env.players.player import NetworkPlayer
 from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, PolicyConfig
-from nfd_env.training.starts import StartsConfig, recorded_starts
-from nfd_env.worlds.load import load_world
 
 
 @dataclass(frozen=True)
-class TrainPPOConfig:
-    """A training of the native PPO.
+class TrainPPOConfig(AgentTrainingConfig):
+    """A training of the native PPO; see also ``AgentTrainingConfig``.
 
     Attributes:
-        folder: the run's folder: agent, state and logs.
-        world: a world folder or the name of a shipped world.
-        decisions: total decisions over all environments. Raising it later continues the run.
         real: train in the real game behind the world instead, for comparison; ``starts``,
             ``horizon_frames``, ``env`` and ``guard`` then mean nothing.
-        num_envs: environments stepped together.
-        obs_type: "latent", "rgb" or "features".
-        frame_skip: frames for which each action is repeated.
-        frame_stack: latest observations that a decision can be based on; one shows no velocity.
-        frame_offsets: those of them that it is based on, in decisions back; empty for all.
-        max_episode_frames: whole episodes are truncated there; 0 for never.
-        starts: recorded moments that the episodes in the learned world start from; None for those
-            that come with it.
-        horizon_frames: truncate the episodes in the learned world so early, with the value of what
-            would follow; 0 for whole episodes. With ``starts``, the policy learns on frames that
-            are never far from recorded ones: a world is the less true, the longer it runs on its
-            own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
-        env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
-        guard: against learning from frames of the learned world that are out of distribution; None
-            for nothing. A penalty is part of the scores in the world that are logged.
         initial: an agent of the same world and network to begin with; "" for a new one. It may look
             at fewer observations, and at latents where this one is to look at features.
-        channels: of the policy's convolutions.
-        width: of the policy's fully connected layer.
         ppo: hyper-parameters.
-        seed: of everything.
-        device: "auto", "cpu" or "cuda".
         compile: use torch.compile on acting, advantages and loss.
-        evaluate_every: decisions between evaluations in the real game; 0 for none.
-        evaluate_episodes: real episodes each time.
-        checkpoint_seconds: time between checkpoints.
         threads: CPU threads; 0 leaves torch's default.
     """
 
-    folder: str
-    world: str
-    decisions: int
     real: bool = False
-    num_envs: int = 32
-    obs_type: str = "latent"
-    frame_skip: int = 4
-    frame_stack: int = 3
-    frame_offsets: list[int] = field(default_factory=list)
-    max_episode_frames: int = 0
-    starts: StartsConfig | None = None
-    horizon_frames: int = 0
-    env: dict[str, Any] = field(default_factory=dict)
-    guard: GuardConfig | None = None
     initial: str = ""
-    channels: int = 32
-    width: int = 256
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    seed: int = 0
-    device: str = "auto"
     compile: bool = False
-    evaluate_every: int = 0
-    evaluate_episodes: int = 8
-    checkpoint_seconds: float = 60.0
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -110,39 +63,22 @@ class TrainPPOConfig:
                 f"num_envs x ppo.rollout_steps = {batch}"
             )
 
-    @property
-    def max_episode_steps(self) -> int | None:
-        """The truncation of whole episodes in steps."""
-        return math.ceil(self.max_episode_frames / self.frame_skip) or None
-
-    @property
-    def horizon_steps(self) -> int | None:
-        """The truncation of episodes in the learned world in steps."""
-        return math.ceil(self.horizon_frames / self.frame_skip) or self.max_episode_steps
-
-    @property
-    def branched(self) -> bool:
-        """Whether training episodes are only parts of whole ones."""
-        return bool(self.starts or self.horizon_frames)
-
 
 def make_env(settings: TrainPPOConfig) -> Any:
     """The vector env of tensors to train in: the learned world, or the real game behind it."""
-    kwargs: dict[str, Any] = {
-        "device": settings.device,
-        "frame_skip": settings.frame_skip,
-        "obs_type": settings.obs_type,
-        "output": "torch",
-    }
     world = settings.world
     if settings.real:
-        steps = settings.max_episode_steps
-        return RealVectorEnv(world, settings.num_envs, max_episode_steps=steps, **kwargs)
-    kwargs |= {"max_episode_steps": settings.horizon_steps, "autoreset_mode": "SameStep"}
-    kwargs["context_observations"] = settings.frame_stack - 1
-    if settings.starts is not None:
-        kwargs["starts"] = recorded_starts(settings.starts, load_world(world, settings.device))
-    kwargs |= settings.env
+        return RealVectorEnv(
+            world,
+            settings.num_envs,
+            settings.device,
+            settings.frame_skip,
+            settings.obs_type,
+            "torch",
+            settings.max_episode_steps,
+        )
+    kwargs: dict[str, Any] = {"output": "torch", "autoreset_mode": "SameStep"}
+    kwargs |= {"context_observations": settings.frame_stack - 1} | settings.world_kwargs()
     env = NFDVectorEnv(world, settings.num_envs, **kwargs)
     return env if settings.guard is None else settings.guard.around(env)
 
@@ -312,30 +248,17 @@ def _train(settings: TrainPPOConfig, folder: Path, progress: bool) -> dict[str, 
     return metrics
 
 
+def _command(settings: TrainPPOConfig, args: argparse.Namespace) -> str:
+    if args.real:
+        settings = replace(settings, real=True, folder=f"{settings.folder}_real")
+    train(settings)
+    return f"{settings.folder}/agent.safetensors"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m agents.train_ppo", description=__doc__)
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument(
-        "--real",
-        action="store_true",
-        help="real=true, in a folder with _real behind its name",
-    )
-    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
-    args = parser.parse_args(arguments)
-    try:
-        settings = config.load(TrainPPOConfig, args.config, args.overrides)
-        if args.real:
-            settings = replace(settings, real=True, folder=f"{settings.folder}_real")
-        train(settings)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"train_ppo: {error}", file=sys.stderr)
-        return 1
-    print(f"finished; to score it: nfd eval-agent {settings.folder}/agent.safetensors")
-    return 0
+    flags = {"--real": "real=true, in a folder with _real behind its name"}
+    return run("train_ppo", TrainPPOConfig, _command, arguments, flags)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The same command goes on with a run that was interrupted; its environments then 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections import deque
@@ -21,16 +20,14 @@ from gymnasium import spaces
 from tqdm import tqdm
 
 from agents.evaluation import Judge, describe
+from agents.settings import AgentTrainingConfig, run
 from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.files import atomic_write, owned_folder
 from nfd_env.players.load import SPEC_ATTRIBUTE
 from nfd_env.players.player import SB3Player
 from nfd_env.players.policy import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env.sb3 import SB3VecEnv, make_vec_env
-from nfd_env.training.starts import StartsConfig, recorded_starts
-from nfd_env.worlds.load import load_world
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
 from stable_baselines3.common.callbacks import BaseCallback  # isort: skip
@@ -40,59 +37,19 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStac
 
 
 @dataclass(frozen=True)
-class TrainSB3Config:
-    """A training of PPO of Stable-Baselines3.
+class TrainSB3Config(AgentTrainingConfig):
+    """A training of PPO of Stable-Baselines3; see also ``AgentTrainingConfig``.
 
     Attributes:
-        folder: the run's folder: agent, logs.
-        world: a world folder or the name of a shipped world.
-        decisions: total decisions over all environments. Raising it later continues the run.
-        num_envs: environments stepped together.
-        obs_type: "latent", "rgb" or "features".
-        frame_skip: frames for which each action is repeated.
-        frame_stack: latest observations that a decision can be based on; one shows no velocity.
-        frame_offsets: those of them that the trunk looks at, in decisions back; empty for all.
-        max_episode_frames: whole episodes are truncated there; 0 for never.
-        starts: see ``TrainPPOConfig``.
-        horizon_frames: see ``TrainPPOConfig``.
-        env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
-        guard: see ``TrainPPOConfig``.
         policy: "trunk" for the network of the native PPO (not for features), "CnnPolicy" (rgb
-            only) or "MlpPolicy".
-        channels: of the trunk's convolutions.
-        width: of the trunk's fully connected layer.
+            only) or "MlpPolicy", which look at the whole stack.
         reward_scale: factor on rewards that brings values to the order of 1; scores are unscaled.
         ppo: arguments of ``stable_baselines3.PPO``. Its learning_rate falls linearly to zero.
-        seed: of everything.
-        device: "auto", "cpu" or "cuda".
-        evaluate_every: decisions between evaluations in the real game; 0 for none.
-        evaluate_episodes: real episodes each time.
-        checkpoint_seconds: time between checkpoints.
     """
 
-    folder: str
-    world: str
-    decisions: int
-    num_envs: int = 32
-    obs_type: str = "latent"
-    frame_skip: int = 4
-    frame_stack: int = 3
-    frame_offsets: list[int] = field(default_factory=list)
-    max_episode_frames: int = 0
-    starts: StartsConfig | None = None
-    horizon_frames: int = 0
-    env: dict[str, Any] = field(default_factory=dict)
-    guard: GuardConfig | None = None
     policy: str = "trunk"
-    channels: int = 32
-    width: int = 256
     reward_scale: float = 1.0
     ppo: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    device: str = "auto"
-    evaluate_every: int = 0
-    evaluate_episodes: int = 8
-    checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         """Check that the policy can take the observations."""
@@ -108,16 +65,6 @@ class TrainSB3Config:
         looked_at(self.frame_offsets, self.frame_stack)
         if self.frame_offsets and self.policy != "trunk":
             raise ValueError(f"{self.policy} looks at the whole stack: frame_offsets need trunk")
-
-    @property
-    def max_episode_steps(self) -> int | None:
-        """The truncation of whole episodes in steps."""
-        return math.ceil(self.max_episode_frames / self.frame_skip) or None
-
-    @property
-    def horizon_steps(self) -> int | None:
-        """The truncation of episodes in the learned world in steps."""
-        return math.ceil(self.horizon_frames / self.frame_skip) or self.max_episode_steps
 
 
 class TrunkExtractor(BaseFeaturesExtractor):
@@ -176,18 +123,7 @@ def native_env(venv: VecEnv) -> NFDVectorEnv:
 
 def make_env(settings: TrainSB3Config) -> tuple[VecEnv, AgentSpec]:
     """The monitored and stacked VecEnv to train in, and the spec of its agents."""
-    env_kwargs: dict[str, Any] = {
-        "world": settings.world,
-        "device": settings.device,
-        "frame_skip": settings.frame_skip,
-        "obs_type": settings.obs_type,
-        "max_episode_steps": settings.horizon_steps,
-        **settings.env,
-    }
-    if settings.starts is not None:
-        env_kwargs["starts"] = recorded_starts(
-            settings.starts, load_world(settings.world, settings.device)
-        )
+    env_kwargs = {"world": settings.world, **settings.world_kwargs()}
     guard = None if settings.guard is None else settings.guard.around
     venv = make_vec_env("NFD/World-v0", settings.num_envs, settings.seed, None, env_kwargs, guard)
     spec = AgentSpec.of(native_env(venv), settings.frame_stack)
@@ -267,8 +203,7 @@ class Progress(BaseCallback):
         done = self.model.num_timesteps
         self._bar.update(done - self._bar.n)
         infos = self.model.ep_info_buffer
-        whole = self._settings.starts is None and not self._settings.horizon_frames
-        if infos and whole:
+        if infos and not self._settings.branched:
             self.metrics["score"] = float(sum(info["r"] for info in infos) / len(infos))
         if self._hazards:
             ends = self.metrics["ends_per_1000_frames"] = 1000 * float(np.mean(self._hazards))
@@ -354,23 +289,14 @@ def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
     return model
 
 
+def _command(settings: TrainSB3Config, args: argparse.Namespace) -> str:
+    train(settings)
+    return f"{settings.folder}/agent.zip"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m agents.train_sb3", description=__doc__)
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
-    args = parser.parse_args(arguments)
-    try:
-        settings = config.load(TrainSB3Config, args.config, args.overrides)
-        train(settings)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"train_sb3: {error}", file=sys.stderr)
-        return 1
-    print(f"finished; to score it: nfd eval-agent {settings.folder}/agent.zip")
-    return 0
+    return run("train_sb3", TrainSB3Config, _command, arguments, {})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""What the native PPO's training and Stable-Baselines3's have in common: settings, command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from nfd_env import config
+from nfd_env.envs.wrappers import GuardConfig
+from nfd_env.training.starts import StartsConfig, recorded_starts
+from nfd_env.worlds.load import load_world
+
+
+@dataclass(frozen=True)
+class AgentTrainingConfig:
+    """What an agent is trained in, and on what it decides.
+
+    Attributes:
+        folder: the run's folder: agent, state and logs.
+        world: a world folder or the name of a shipped world.
+        decisions: total decisions over all environments. Raising it later continues the run.
+        num_envs: environments stepped together.
+        obs_type: "latent", "rgb" or "features".
+        frame_skip: frames for which each action is repeated.
+        frame_stack: latest observations that a decision can be based on; one shows no velocity.
+        frame_offsets: those of them that it is based on, in decisions back; empty for all.
+        max_episode_frames: whole episodes are truncated there; 0 for never.
+        starts: recorded moments that the episodes in the learned world start from; None for those
+            that come with it.
+        horizon_frames: truncate the episodes in the learned world so early, with the value of what
+            would follow; 0 for whole episodes. With ``starts``, the policy learns on frames that
+            are never far from recorded ones: a world is the less true, the longer it runs on its
+            own (branched rollouts, Janner et al. 2019, arXiv 1906.08253).
+        env: further arguments of ``NFDVectorEnv``, e.g. sampling_steps.
+        guard: against learning from frames of the learned world that are out of distribution; None
+            for nothing. A penalty is part of the scores in the world that are logged.
+        channels: of the policy's convolutions.
+        width: of the policy's fully connected layer.
+        seed: of everything.
+        device: "auto", "cpu" or "cuda".
+        evaluate_every: decisions between evaluations in the real game; 0 for none.
+        evaluate_episodes: real episodes each time.
+        checkpoint_seconds: time between checkpoints.
+    """
+
+    folder: str
+    world: str
+    decisions: int
+    num_envs: int = 32
+    obs_type: str = "latent"
+    frame_skip: int = 4
+    frame_stack: int = 3
+    frame_offsets: list[int] = field(default_factory=list)
+    max_episode_frames: int = 0
+    starts: StartsConfig | None = None
+    horizon_frames: int = 0
+    env: dict[str, Any] = field(default_factory=dict)
+    guard: GuardConfig | None = None
+    channels: int = 32
+    width: int = 256
+    seed: int = 0
+    device: str = "auto"
+    evaluate_every: int = 0
+    evaluate_episodes: int = 8
+    checkpoint_seconds: float = 60.0
+
+    @property
+    def max_episode_steps(self) -> int | None:
+        """The truncation of whole episodes in steps."""
+        return math.ceil(self.max_episode_frames / self.frame_skip) or None
+
+    @property
+    def branched(self) -> bool:
+        """Whether training episodes are only parts of whole ones."""
+        return bool(self.starts or self.horizon_frames)
+
+    def world_kwargs(self) -> dict[str, Any]:
+        """Arguments of ``NFDVectorEnv`` beside the world and the number of environments."""
+        horizon = math.ceil(self.horizon_frames / self.frame_skip)
+        kwargs: dict[str, Any] = {
+            "device": self.device,
+            "frame_skip": self.frame_skip,
+            "obs_type": self.obs_type,
+            "max_episode_steps": horizon or self.max_episode_steps,
+        }
+        if self.starts is not None:
+            kwargs["starts"] = recorded_starts(self.starts, load_world(self.world, self.device))
+        return kwargs | self.env
+
+
+Settings = TypeVar("Settings", bound=AgentTrainingConfig)
+
+
+def run(
+    name: str,
+    schema: type[Settings],
+    train: Callable[[Settings, argparse.Namespace], str],
+    arguments: Sequence[str] | None,
+    flags: dict[str, str],
+) -> int:
+    """The command line of a training.
+
+    Args:
+        name: of the module.
+        schema: what the config file holds.
+        train: trains, and returns the agent's file.
+        arguments: None for the process's own.
+        flags: switches and their help.
+
+    Returns:
+        The exit status.
+    """
+    about = sys.modules[train.__module__].__doc__
+    parser = argparse.ArgumentParser(prog=f"python -m agents.{name}", description=about)
+    parser.add_argument("config", help="YAML file")
+    for flag, text in flags.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, over the config file's")
+    args = parser.parse_args(arguments)
+    try:
+        agent = train(config.load(schema, args.config, args.overrides), args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    print(f"finished; to score it: nfd eval-agent {agent}")
+    return 0
