@@ -71,8 +71,8 @@ async def main():
     parser.add_argument("--browser", action="store_true")
     args = parser.parse_args()
     code = (
-        "import sys; from nfd_env.play.web.server import serve; "
-        "serve(sys.argv[1], port=0, sampling_steps=int(sys.argv[2]) or None)"
+        "import sys; from nfd_env.play.commands import ServeConfig, serve; "
+        "serve(ServeConfig(sys.argv[1], port=0, sampling_steps=int(sys.argv[2]) or None))"
     )
     command = [sys.executable, "-c", code, args.world, str(args.sampling_steps or 0)]
     server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)

@@ -377,7 +377,7 @@ def test_two_players_of_one_world_have_worlds_of_their_own(tmp_path):
     world = str(make_tiny_world(tmp_path / "tiny", hazard_bias=-30.0))
 
     async def main():
-        games = world_games(world, "cpu")
+        games = world_games(world, {"device": "cpu"})
         limits = Limits(clients=2)
         async with (
             Running(games, limits=limits) as (server, http),

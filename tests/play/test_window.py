@@ -15,6 +15,7 @@ from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.envs.single_env import NFDEnv  # noqa: E402
 from nfd_env.play import recorder  # noqa: E402
+from nfd_env.play.commands import PlayConfig  # noqa: E402
 from nfd_env.play.keys import Keymap  # noqa: E402
 from nfd_env.play.session import Session  # noqa: E402
 from nfd_env.play.slots import Slots  # noqa: E402
@@ -115,16 +116,16 @@ def test_play_draws_records_and_saves_what_train_reads(world, tmp_path):
             pictures.append(pygame.surfarray.array3d(pygame.display.get_surface()))
 
     film, folder = tmp_path / "play.mp4", tmp_path / "recordings"
-    shown = window.play(
+    settings = PlayConfig(
         str(world),
         device="cpu",
         seed=4,
-        record=film,
-        save=folder,
+        record=str(film),
+        save=str(folder),
         agent="random",
         max_frames=30,
-        on_shown=on_shown,
     )
+    shown = window.play(settings, on_shown)
     assert shown >= 30
     assert pictures[0].std() > 5
     import av
@@ -182,7 +183,7 @@ def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
     file, folder = tmp_path / "pole.yaml", tmp_path / "kept"
     file.write_text(GAME)
     first = []
-    window.play(str(file), save=folder, seed=3, max_frames=30, on_shown=first.append)
+    window.play(PlayConfig(str(file), save=str(folder), seed=3, max_frames=30), first.append)
     assert first[0].frame.shape == (40, 60, 3)
     recorded = RecordedDataset(folder)
     source = load_game(file).source
@@ -194,7 +195,7 @@ def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
     env.close()
     assert np.array_equal(episode.frames, frames)
     with pytest.raises(ValueError, match="are of learned worlds"):
-        window.play(str(file), sampling_steps=2)
+        window.play(PlayConfig(str(file), sampling_steps=2))
 
 
 class OneBuffer(gymnasium.Env):
@@ -307,7 +308,7 @@ def test_a_missing_pygame_names_the_extra_at_once():
     code = (
         "import sys; sys.modules['pygame'] = None\n"
         "from nfd_env.play import PlayError, commands\n"
-        "try: commands.play('x')\n"
+        "try: commands.play(commands.PlayConfig('x'))\n"
         "except PlayError as error: print(error, 'torch' in sys.modules)"
     )
     done = subprocess.run(

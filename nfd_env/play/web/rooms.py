@@ -91,14 +91,12 @@ class Rooms:
             await asyncio.get_running_loop().run_in_executor(None, room.engine.close)
 
 
-def world_games(
-    world: str,
-    device: str = "auto",
-    sampling_steps: int | None = None,
-    speculative_frames: int = 1,
-    dynamics: str | None = None,
-) -> dict[str, Callable[[int], Game]]:
+def world_games(world: str, sampling: Mapping[str, Any]) -> dict[str, Callable[[int], Game]]:
     """The worlds that the page offers: the given one first, then the shipped ones.
+
+    Args:
+        world: a folder or a shipped name; "" for the first shipped one.
+        sampling: arguments of ``Slots``, for all of them.
 
     Raises:
         CheckpointError: when the given one is not there or is damaged.
@@ -107,18 +105,11 @@ def world_games(
     from nfd_env.worlds.format import read_spec
     from nfd_env.worlds.load import find_world, shipped_worlds
 
-    folders = {read_spec(find_world(world)).name: str(find_world(world))}
-    for name in shipped_worlds():
+    names = ([world] if world else []) + list(shipped_worlds())
+    folders: dict[str, str] = {}
+    for name in names:
         folders.setdefault(read_spec(find_world(name)).name, name)
-
-    def maker(folder: str) -> Callable[[int], Game]:
-        return lambda count: Slots(
-            folder,
-            count,
-            device,
-            sampling_steps,
-            speculative_frames=speculative_frames,
-            dynamics=dynamics,
-        )
-
-    return {name: maker(folder) for name, folder in folders.items()}
+    return {
+        name: lambda count, folder=folder: Slots(folder, count, **sampling)
+        for name, folder in folders.items()
+    }

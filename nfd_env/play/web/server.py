@@ -20,6 +20,7 @@ from urllib.parse import quote
 from aiohttp import WSMsgType, web
 
 from nfd_env.play import PlayError
+from nfd_env.play.commands import ServeConfig
 from nfd_env.play.engine import Engine
 from nfd_env.play.game import Game
 from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
@@ -324,45 +325,11 @@ class PlayServer:
                     await part(client.socket, protocol.IDLE, why)
 
 
-def serve(
-    world: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_clients: int = 8,
-    token: str | None = None,
-    token_file: str | os.PathLike[str] | None = None,
-    allow_origin: Sequence[str] = (),
-    device: str = "auto",
-    sampling_steps: int | None = None,
-    speculative_frames: int = 1,
-    dynamics: str | None = None,
-    agent: Any = None,
-    trust: bool = False,
-    idle_seconds: float = 180.0,
-    ready: Callable[[PlayServer], None] | None = None,
-) -> None:
-    """Serve the browser player until interrupted.
+def serve(settings: ServeConfig, ready: Callable[[PlayServer], None] | None = None) -> None:
+    """Serve the browser player until interrupted; the other shipped worlds are offered too.
 
     Args:
-        world: a world folder, or the name of a shipped world; the others are offered beside it.
-        host: address to bind to. Beyond loopback a token is required: one is made up and printed
-            when none is given.
-        port: TCP port, 0 for a free one.
-        max_clients: players at a time, 1 or more.
-        token: whoever knows it may play. Other users of the machine can read a command line;
-            better use ``token_file``, or the environment variable NFD_TOKEN.
-        token_file: a file that holds the token.
-        allow_origin: addresses of proxies that the page may be opened at, such as
-            "https://hub.example.org".
-        device: see ``nfd_env.devices.resolve_device``.
-        sampling_steps: denoising steps a frame; None for the world's default.
-        speculative_frames: frames drawn jointly while the action is kept; with 1 players can still
-            switch to 2.
-        dynamics: "student" or "teacher"; None for the world's default. Players can switch.
-        agent: whom players can hand over to, see ``nfd_env.players.frames.FramePlayer``.
-        trust: see there.
-        idle_seconds: a player without any input for so long loses the slot.
+        settings: what and how.
         ready: called once the page can be opened.
 
     Raises:
@@ -372,27 +339,26 @@ def serve(
         ValueError: when an argument is out of range.
         OSError: when the token's file cannot be read.
     """
-    if max_clients < 1 or not idle_seconds > 0:
-        raise ValueError("max_clients must be at least 1 and idle_seconds above 0")
-    secret = read_token(token, token_file)
+    host = settings.host
+    secret = read_token(settings.token, settings.token_file)
     made_up = secret is None and not is_loopback(host)
     if made_up:
         secret = secrets.token_urlsafe(16)
     usual = Limits()
     server = PlayServer(
-        world_games(world, device, sampling_steps, speculative_frames, dynamics),
+        world_games(settings.world, settings.sampling()),
         host=host,
-        port=port,
+        port=settings.port,
         token=secret,
-        origins=allow_origin,
+        origins=settings.allow_origin,
         limits=Limits(
-            clients=max_clients,
-            idle_seconds=idle_seconds,
-            connections=max(usual.connections, 8 * max_clients),
-            connections_each=max(usual.connections_each, 8 * max_clients),
+            clients=settings.max_clients,
+            idle_seconds=settings.idle_seconds,
+            connections=max(usual.connections, 8 * settings.max_clients),
+            connections_each=max(usual.connections_each, 8 * settings.max_clients),
         ),
-        agent=agent,
-        trust=trust,
+        agent=settings.agent,
+        trust=settings.trust,
     )
 
     async def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium
 
+from nfd_env.play.commands import Chosen, PlayConfig
 from nfd_env.play.engine import Engine, Shown
 from nfd_env.play.game import EnvGame, Game
 from nfd_env.play.keys import Keymap, key_name
@@ -249,41 +250,11 @@ class KeyboardPlayer:
         self._hud.draw(shown, latency, self._files.filming, self._files.saving)
 
 
-def play(
-    world: str,
-    *,
-    device: str = "auto",
-    seed: int | None = None,
-    scale: float | None = None,
-    sampling_steps: int | None = None,
-    speculative_frames: int = 1,
-    dynamics: str | None = None,
-    record: str | Path | None = None,
-    save: str | Path | None = None,
-    agent: Any = None,
-    trust: bool = False,
-    max_episode_steps: int | None = None,
-    max_frames: int | None = None,
-    on_shown: Callable[[Shown], None] | None = None,
-) -> int:
-    """Play a learned world, or the real game, in a window, at its native rate.
+def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) -> int:
+    """Play a learned world, or the real game of a game file, in a window, at its native rate.
 
     Args:
-        world: a world folder, the name of a shipped world, or a game file (.yaml), of which the
-            real game is played: then what is said of worlds cannot be chosen.
-        device: see ``nfd_env.devices.resolve_device``.
-        seed: of the first episode; None for a random one.
-        scale: size of the window, 1 for about 480 pixels of height; None to fit the screen.
-        sampling_steps: denoising steps a frame; None for the world's default.
-        speculative_frames: frames drawn jointly while the action is kept; with 1 a key can still
-            switch to 2.
-        dynamics: "student" or "teacher"; None for the world's default. A key switches.
-        record: an MP4 file to write.
-        save: folder of a data set to append the play to.
-        agent: whom F10 hands over to, see ``nfd_env.players.frames.FramePlayer``.
-        trust: see there.
-        max_episode_steps: episodes are cut off there; None for the world's default.
-        max_frames: stop after so many pictures.
+        settings: what and how.
         on_shown: called with every picture that the window shows.
 
     Returns:
@@ -298,11 +269,12 @@ def play(
     import_pygame()
     from nfd_env import config
     from nfd_env.play.slots import Slots
-    from nfd_env.worlds.load import find_world
+    from nfd_env.worlds.load import find_world, shipped_worlds
 
+    world, sampling = settings.world or shipped_worlds()[0], settings.sampling()
     real = Path(world).suffix.lower() in (".yaml", ".yml")
     # What fails fast comes before the world is loaded.
-    if real and not (sampling_steps is dynamics is None and speculative_frames == 1):
+    if real and sampling | {"device": "auto"} != Chosen().sampling():
         raise ValueError(
             f"{world} is a real game: sampling_steps, speculative_frames and dynamics are of "
             "learned worlds"
@@ -312,23 +284,21 @@ def play(
     open_display()
     with ExitStack() as stack:
         if real:
-            game: Game = EnvGame.from_file(world, max_episode_steps)
+            game: Game = EnvGame.from_file(world, settings.max_episode_steps)
             stack.callback(game.env.close)
             source = game.source
         else:
-            game = Slots(
-                world, 1, device, sampling_steps, max_episode_steps, speculative_frames, dynamics
-            )
+            game = Slots(world, max_episode_steps=settings.max_episode_steps, **sampling)
             source = game.spec.source
         player = KeyboardPlayer(
             game,
-            scale=scale,
-            seed=seed,
-            agent=agent,
-            trust=trust,
-            record=record,
-            save=save,
+            scale=settings.scale,
+            seed=settings.seed,
+            agent=settings.agent,
+            trust=settings.trust,
+            record=settings.record,
+            save=settings.save,
             source=config.to_dict(source),
             on_shown=on_shown,
         )
-        return player.run(max_frames)
+        return player.run(settings.max_frames)
