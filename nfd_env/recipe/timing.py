@@ -15,6 +15,7 @@ from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.plan import Plan
 from nfd_env.training.loop import Stage
+from nfd_env.training.optimiser import Optimiser
 
 _TRIED = 2  # samples of a batch by which a stage's speed is known roughly
 
@@ -55,7 +56,7 @@ def seconds_per_step(stage: Stage, train: Mapping[str, Any], steps: int = 3) -> 
     """Median time of a training step, measured on real batches; ``stage`` stays as it is."""
     device = torch.device(str(train["device"]))
     network = copy.deepcopy(stage.network).to(device).train()
-    optimiser = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-6)
+    optimiser = Optimiser(network, str(train.get("optimiser", "adamw")), 0.0)
     precision = choose_precision(str(train.get("precision", "auto")), device)
     rng = np.random.default_rng(0)
     times = []
@@ -64,9 +65,9 @@ def seconds_per_step(stage: Stage, train: Mapping[str, Any], steps: int = 3) -> 
         batch = stage.batch(rng, int(train["batch_size"]))
         with autocast(device, precision):
             loss, _ = stage.loss(network, batch)
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimiser.step(1e-6)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)

@@ -26,6 +26,7 @@ from nfd_env.progress import progress_bar
 from nfd_env.stopping import StopRequest, stopping
 from nfd_env.training.checkpoints import Checkpoints, writing
 from nfd_env.training.divergence import LossWatch, TrainingDiverged
+from nfd_env.training.optimiser import OPTIMISERS, Optimiser
 from nfd_env.training.run_log import RunLog, open_log
 
 _LOG_EVERY = 20  # steps
@@ -39,11 +40,12 @@ class TrainConfig:
         folder: the run's folder: state, logs, sample strips and the finished weights.
         steps: total optimiser steps. Raising it later continues the run.
         batch_size: samples a step.
-        learning_rate: peak rate of AdamW.
+        learning_rate: peak rate.
+        optimiser: "adamw", or "muon" for the matrices of a transformer's blocks, see ``Optimiser``.
         warmup_steps: linear warm-up.
         decay_fraction: in (0, 1], the last part of ``steps``, over which the rate falls linearly to
             zero.
-        weight_decay: of AdamW, on matrices only.
+        weight_decay: on matrices only.
         ema_decay: in [0, 1), of the averaged weights, which are what is validated and saved.
         clip_norm: gradients are clipped to this norm.
         seed: of initialisation, batches and noise.
@@ -61,6 +63,7 @@ class TrainConfig:
     steps: int
     batch_size: int
     learning_rate: float
+    optimiser: str = "adamw"
     warmup_steps: int = 200
     decay_fraction: float = 0.3
     weight_decay: float = 0.01
@@ -79,6 +82,8 @@ class TrainConfig:
         """Check the ranges."""
         if self.precision not in ("fp32", "bf16", "auto"):
             raise ValueError(f"precision must be fp32, bf16 or auto, got {self.precision!r}")
+        if self.optimiser not in OPTIMISERS:
+            raise ValueError(f"optimiser must be adamw or muon, got {self.optimiser!r}")
         if not self.folder:
             raise ValueError("train.folder must name a folder")
         if self.steps < 1 or self.batch_size < 1:
@@ -203,11 +208,7 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.network = stage.network.to(device)
         self.averaged = AveragedModel(self.network, multi_avg_fn=_ema(settings.ema_decay))
-        self.optimiser = torch.optim.AdamW(
-            _parameter_groups(self.network, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
-        )
+        self.optimiser = Optimiser(self.network, settings.optimiser, settings.weight_decay)
         self.watch = LossWatch()
         self.checkpoints = Checkpoints(folder)
         self.step, self.elapsed = 0, 0.0
@@ -297,8 +298,6 @@ class _Run:
         """One step of the optimiser; returns the loss and what to log."""
         s, step, network = self.settings, self.step, self.network
         rate = s.learning_rate * schedule(step, s)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         seed = int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0])
         torch.manual_seed(seed)
         batch = self.stage.batch(np.random.default_rng(seed), s.batch_size)
@@ -307,12 +306,12 @@ class _Run:
             loss, logs = loss_of(network, batch)
         value = loss.item()
         self.watch.see(value, sorted(logs))
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm).item()
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient became {norm}")
-        self.optimiser.step()
+        self.optimiser.step(rate)
         self.averaged.update_parameters(network)
         self.step += 1
         return value, {**logs, "gradient_norm": norm, "learning_rate": rate}
@@ -362,14 +361,6 @@ def _ema(decay: float) -> Any:
         torch._foreach_lerp_(list(averages), list(values), weight)
 
     return update
-
-
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _short(metrics: Mapping[str, float]) -> dict[str, str]:
