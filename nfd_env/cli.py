@@ -7,6 +7,7 @@ imported when the command is called, so that ``nfd worlds`` needs no torch and n
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Sequence
 
@@ -65,14 +66,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     import importlib
+    import inspect
 
     import tyro
 
     module, function = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), function)
+    parameters = inspect.signature(command).parameters
+    if "overrides" in parameters:
+        flags = [f"--{n.replace('_', '-')}" for n, p in parameters.items() if p.default is False]
+        arguments = _overrides_together(arguments, flags)
     # What several commands share is a dataclass among their arguments, without a name of its own.
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     return int(tyro.cli(command, args=arguments, prog=f"nfd {name}", config=config) or 0)
+
+
+def _overrides_together(arguments: list[str], flags: list[str]) -> list[str]:
+    """``arguments`` with every key.sub=value right behind the game file, wherever they stood.
+
+    The library wants positional arguments to stand together, and who types does not know that.
+    """
+    overrides = [a for a in arguments if re.match(r"[A-Za-z_][\w.]*=", a)]
+    others = [a for a in arguments if a not in overrides]
+    for place, argument in enumerate(others):
+        before = others[place - 1] if place else ""
+        value = before.startswith("-") and "=" not in before and before not in flags
+        if not argument.startswith("-") and not value:
+            return [*others[: place + 1], *overrides, *others[place + 1 :]]
+    return arguments
 
 
 def _usage() -> str:

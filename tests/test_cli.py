@@ -80,6 +80,25 @@ def test_unknown_commands_and_options_are_named(capsys: pytest.CaptureFixture[st
     assert "--seconds" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["g.yaml a.b=1 c=2 --minutes 3", "--minutes 3 g.yaml --keep-going a.b=1 c=2",
+     "a.b=1 --keep-going g.yaml c=2 --minutes=3", "g.yaml --minutes 3 a.b=1 --stage flow c=2"],
+)  # fmt: skip
+def test_overrides_may_stand_anywhere(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nfd_env.recipe import game
+
+    seen: list[object] = []
+
+    def load(path: str, overrides: tuple[str, ...], minutes: float, device: None) -> None:
+        seen.extend((path, overrides, minutes))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(game, "load_game", load)
+    assert cli.main(["train", *arguments.split()]) == 1
+    assert seen == ["g.yaml", ("a.b=1", "c=2"), 3.0]
+
+
 def test_errors_are_one_line_and_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "no-such-world"]) == 1
     shown = capsys.readouterr().err
