@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from nfd_env.play.game import Game, Outcome, Sampling
+from nfd_env.play.game import Game, Outcome, Sampling, side_by_side
 from nfd_env.play.keys import Choice
 from nfd_env.play.session import Session
+from nfd_env.sources.spec import SourceError
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +64,25 @@ class Player:
         """Whether the reset that is wanted is not allowed yet: nothing happens until then."""
         return self.session.reset_pending and time.perf_counter() < self.may_reset
 
-    def show(self, frame: np.ndarray, seq: int) -> None:
+    def show(self, seq: int) -> None:
         """Hand a picture to the person."""
+        frame, beside = self.session.frame, self.session.beside
+        assert frame is not None
         hud = self.session.hud()
         self._state = self.controls()
         self.shown += 1
-        self._publish(Shown(self.shown, frame, seq, hud))
+        shown = frame if beside is None else side_by_side(frame, beside)
+        self._publish(Shown(self.shown, shown, seq, hud))
 
     def controls(self) -> tuple[Any, ...]:
         """What the HUD shows even when no time passes."""
         s = self.session
-        return (s.paused, s.speed, s.sampling, s.lookahead, s.agent_on)
+        return (s.paused, s.speed, s.sampling, s.lookahead, s.agent_on, s.view)
 
     def refresh(self) -> None:
         """Show the current picture again when a control was changed in a pause."""
         if self._state != self.controls() and self.session.frame is not None:
-            self.show(self.session.frame, 0)
+            self.show(0)
 
 
 class Engine:
@@ -191,6 +195,8 @@ class Engine:
         session = player.session
         if player.must_wait:
             return
+        if session.view != self.game.view(player.slot):
+            self._change_view(player)
         # Asked first: a reset for other dynamics is wanted after they were chosen.
         reset, seed = session.wants_reset()
         if session.sampling is not None:
@@ -198,14 +204,30 @@ class Engine:
         if reset:
             began = time.perf_counter()
             frame = self.game.reset(player.slot, seed)
-            session.began(frame, self.game.seed_of(player.slot))
+            session.began(frame, self.game.seed_of(player.slot), self.game.beside(player.slot))
             now = time.perf_counter()
             player.due = now + self._period(player)
             player.may_reset = now + self._rest(player, now - began)
             if not player.gone:
-                player.show(frame, 0)
+                player.show(0)
         elif session.paused:
             player.refresh()
+
+    def _change_view(self, player: Player) -> None:
+        """World, real game, or both; a game that cannot be had is said, and nothing changes."""
+        session, slot = player.session, player.slot
+        if self.game.seed_of(slot) is None or session.frame is None:
+            return  # its first episode comes first
+        try:
+            frame = self.game.set_view(slot, session.view)
+        except SourceError as error:
+            session.view = self.game.view(slot)
+            session.say(str(error))
+        else:
+            session.began(frame, self.game.seed_of(slot), self.game.beside(slot))
+        player.due = time.perf_counter() + self._period(player)
+        if not player.gone:
+            player.show(0)
 
     def _period(self, player: Player) -> float:
         return 1 / (self.game.fps * player.session.speed)
@@ -279,8 +301,8 @@ class Engine:
             session = player.session
             if session.answering_since is not None:
                 session.latencies.add(now - session.answering_since)
-            session.took(choices[slot], outcome, now - began)
-            player.show(outcome.frame, session.answering)
+            session.took(choices[slot], outcome, now - began, self.game.beside(slot))
+            player.show(session.answering)
         self._showed = time.perf_counter()
 
     def _draft(self, players: list[Player], now: float, next_due: float) -> float:

@@ -41,14 +41,18 @@ class Outcome:
         truncated: the episode was cut off.
         info: plain values, e.g. "hazard"; "acceptance" is the share of speculative frames used.
         guessed: the frame had been generated before the action was known.
+        dreamed: by the learned world, not by the game.
+        error: why the real game is over for good; "" where it is not.
     """
 
     frame: np.ndarray
     reward: float
     terminated: bool
     truncated: bool
-    info: Mapping[str, Any]
+    info: dict[str, Any]
     guessed: bool = False
+    dreamed: bool = False
+    error: str = ""
 
 
 class Game(Protocol):
@@ -64,6 +68,7 @@ class Game(Protocol):
         frame_shape: (H, W, 3).
         default_sampling: None for a game that is not generated.
         steps_of: denoising steps of (student, teacher); None where there is no choice.
+        views: what its players may see, the first one first; see ``nfd_env.play.twin``.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Game(Protocol):
     frame_shape: tuple[int, ...]
     default_sampling: Sampling | None
     steps_of: tuple[int, int] | None
+    views: tuple[str, ...]
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """Start an episode; returns its first frame."""
@@ -108,12 +114,25 @@ class Game(Protocol):
         """How a slot's frames are drawn from now on."""
         ...
 
+    def view(self, slot: int) -> str:
+        """What a slot shows: "dream", "real" or "split"."""
+        ...
+
+    def set_view(self, slot: int, view: str) -> np.ndarray:
+        """Change that; returns the frame from which it goes on."""
+        ...
+
+    def beside(self, slot: int) -> np.ndarray | None:
+        """The dream's frame in the view "split"."""
+        ...
+
 
 class EnvGame:
     """Any Gymnasium environment with ``render_mode="rgb_array"`` as a game for one player."""
 
     default_sampling: Sampling | None = None
     steps_of: tuple[int, int] | None = None
+    views: tuple[str, ...] = ("real",)
 
     def __init__(self, env: gymnasium.Env, keymap: Keymap, fps: float | None = None) -> None:
         """Play ``env``.
@@ -194,6 +213,18 @@ class EnvGame:
     def set_sampling(self, slot: int, sampling: Sampling) -> None:
         """A game that is not generated has none."""
 
+    def view(self, slot: int) -> str:
+        """See ``Game``."""
+        return "real"
+
+    def set_view(self, slot: int, view: str) -> np.ndarray:
+        """There is no other."""
+        return self._frame()
+
+    def beside(self, slot: int) -> np.ndarray | None:
+        """There is no dream."""
+        return None
+
     def _frame(self) -> np.ndarray:
         frame = self.env.render()
         if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
@@ -202,3 +233,21 @@ class EnvGame:
                 f"{type(frame).__name__}"
             )
         return np.array(frame, order="C")  # a copy: the environment may draw over its own
+
+
+def side_by_side(real: np.ndarray, dream: np.ndarray) -> np.ndarray:
+    """One picture of a frame's aspect: the game, the dream, and below them what differs.
+
+    Args:
+        real: uint8 (H, W, 3).
+        dream: likewise.
+
+    Returns:
+        uint8 (2 H + 2, 2 W + 2, 3).
+    """
+    height, width = real.shape[:2]
+    picture = np.full((2 * height + 2, 2 * width + 2, 3), 24, np.uint8)
+    picture[:height, :width], picture[:height, width + 2 :] = real, dream
+    left = (width + 2) // 2
+    picture[height + 2 :, left : left + width] = np.abs(real.astype(np.int16) - dream)
+    return picture

@@ -129,7 +129,8 @@ class PlayRecorder:
             now.actions.append(np.array(action))
             now.rewards.append(outcome.reward)
             now.ends.append((outcome.terminated, outcome.truncated))
-            now.players.add("agent" if by_agent else "person")
+            who = "agent" if by_agent else "person"
+            now.players.add(f"{who}:dream" if outcome.dreamed else who)
             if outcome.terminated or outcome.truncated:
                 self._now = None
             elif now.committed + len(now) >= self._limit:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 SPEEDS = (0.25, 0.5, 1.0, 1.5, 2.0)
 MAX_SAMPLING_STEPS = 32
+_NOTICED = 6.0  # seconds that a notice is shown for
 RESTART_AFTER = 2.0  # seconds that the last frame of an episode is shown for
 
 
@@ -78,6 +79,7 @@ class Session:
         steps_of: tuple[int, int] | None = None,
         agent: FramePlayer | None = None,
         drafts: bool = True,
+        views: tuple[str, ...] = ("dream",),
     ) -> None:
         """Start with no key down.
 
@@ -87,6 +89,7 @@ class Session:
             steps_of: denoising steps of (student, teacher); None where there is no choice.
             agent: may take over through the control "agent".
             drafts: whether the game can generate frames ahead.
+            views: see ``Game.views``; the first one is shown.
         """
         self.keymap, self.agent = keymap, agent
         self.keys = KeyLatch(keymap.keys, len(keymap.axes))
@@ -94,12 +97,16 @@ class Session:
         self.speed = 1.0
         self.sampling, self.steps_of = sampling, steps_of
         self.can_draft = self.lookahead = drafts
+        self.views, self.view = views, views[0]
+        self.notice = ""
+        self._noticed = 0.0
         self.seed: int | None = None
         self.episode = self.steps = 0
         self.total_reward = self.reward = 0.0
         self.action = ""
         self.info: dict[str, Any] = {}
-        self.frame: np.ndarray | None = None
+        self.frame: np.ndarray | None = None  # what agents see and recordings hold
+        self.beside: np.ndarray | None = None  # the dream, where both are shown
         self.ended_at = 0.0
         self.frames = Meter(120)
         self.step_times = Meter(120)
@@ -154,6 +161,8 @@ class Session:
                        were distilled from; begins an episode
         lookahead      True, False or None to toggle: generate the next frames ahead
         agent          True, False or None to toggle: hand over to the agent
+        view           "dream", "real", "split" or None for the next one, where the real game is
+                       at hand: both are driven by the same keys in the split view
         ============== ============================================================
 
         Raises:
@@ -174,6 +183,11 @@ class Session:
             if not _is_int(value) or not 0 <= value < 2**32:
                 raise ControlError(f"seed must be from 0 to {2**32 - 1}, got {value!r}")
             self._want_reset(int(value))
+        elif name == "view":
+            after = self.views[(self.views.index(self.view) + 1) % len(self.views)]
+            if len(self.views) < 2 or not (value is None or value in self.views):
+                raise ControlError(f"there is {' and '.join(self.views)} to be seen, not {value!r}")
+            self.view = after if value is None else value
         elif name == "speed":
             if isinstance(value, bool) or value not in SPEEDS:
                 raise ControlError(f"speed must be one of {SPEEDS}, got {value!r}")
@@ -294,17 +308,27 @@ class Session:
         others = [a for a in self.keymap.all_actions() if a != likely]
         return [likely, *others]
 
-    def began(self, frame: np.ndarray, seed: int | None) -> None:
+    def say(self, text: str) -> None:
+        """A line for the person, shown for some seconds."""
+        self.notice, self._noticed = text, time.monotonic()
+
+    def began(self, frame: np.ndarray, seed: int | None, beside: np.ndarray | None = None) -> None:
         """An episode has begun."""
         self.episode = self.episode + 1 if seed == self.seed else 1
-        self.seed, self.frame, self.over = seed, frame, False
+        self.seed, self.frame, self.beside, self.over = seed, frame, beside, False
         self._handed_over = False
         self.steps, self.total_reward, self.reward, self.action = 0, 0.0, 0.0, ""
         if self.recorder is not None:
             self.recorder.began(frame, seed)
 
-    def took(self, choice: Choice, outcome: Outcome, seconds: float) -> None:
+    def took(
+        self, choice: Choice, outcome: Outcome, seconds: float, beside: np.ndarray | None = None
+    ) -> None:
         """A step was taken; ``seconds`` is how long the person waited for the model."""
+        self.beside = beside
+        if outcome.error:
+            self.say(outcome.error)
+            self.view = self.views[0]
         self.frame, self.reward, self.action = outcome.frame, outcome.reward, choice.label
         self.steps += 1
         self.total_reward += outcome.reward
@@ -322,7 +346,7 @@ class Session:
         """What window and page show, plain values; times in milliseconds."""
         rate = self.guesses.mean()
         hazard = self.info.get("hazard")
-        acceptance = self.info.get("acceptance")
+        acceptance, apart = self.info.get("acceptance"), self.info.get("apart")
         return {
             "action": self.action,
             "reward": round(self.reward, 4),
@@ -343,6 +367,9 @@ class Session:
             "acceptance": None if acceptance is None else round(float(acceptance), 3),
             "hazard": None if hazard is None else round(float(hazard), 4),
             "agent": self.agent_on,
+            "view": self.view,
+            "apart": None if apart is None else round(float(apart), 1),
+            "notice": self.notice if time.monotonic() - self._noticed < _NOTICED else "",
         }
 
     def _input(self, known: bool, seq: int) -> bool:

@@ -89,6 +89,7 @@ class Slots:
         self._costs: dict[tuple[Sampling, int], float] = {}
         self._warm: set[tuple[Sampling, int]] = set()
         self._started = False
+        self.views: tuple[str, ...] = ("dream",)
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """Start an episode; without a seed the next one of the slot's seed.
@@ -96,13 +97,31 @@ class Slots:
         Returns:
             Its first frame, uint8 (H, W, 3).
         """
+        return self._begin(slot, seed)
+
+    def view(self, slot: int) -> str:
+        """See ``Game``."""
+        return "dream"
+
+    def set_view(self, slot: int, view: str) -> np.ndarray:
+        """There is no other; see ``nfd_env.play.twin``."""
+        return self._all.frames()[slot].cpu().numpy()
+
+    def beside(self, slot: int) -> np.ndarray | None:
+        """Nothing is shown beside it."""
+        return None
+
+    def _begin(
+        self, slot: int, seed: int | None, context: Mapping[str, Any] | None = None
+    ) -> np.ndarray:
+        """Start an episode, from a context of the real game or from one of the world's own."""
         self._drafts.pop(slot, None)
         if not self._started:
             self._all.reset(seed=np.random.SeedSequence().generate_state(self.count).tolist())
             self._started = True
         # In a branch, because the slot's own dynamics must read the frames that it starts from.
         branch = self._branch([slot], self._sampling[slot])
-        branch.reset(seed=[seed])
+        branch.reset(seed=[seed], options={} if context is None else {"context": context})
         self._all.restore_state(branch.save_state(), [slot])
         return branch.frames()[0].cpu().numpy()
 
@@ -228,6 +247,7 @@ class Slots:
                 bool(truncated[i]),
                 {k: v[i].item() for k, v in info.items() if k[0] != "_" and np.ndim(v) == 1},
                 guessed,
+                dreamed=True,
             )
             for i in range(len(rows))
         ]

@@ -28,6 +28,7 @@ class ScrollGame:
     display = "smooth"
     default_sampling: Sampling | None = Sampling(2)
     steps_of: tuple[int, int] | None = (2, 6)
+    views: tuple[str, ...] = ("dream",)
 
     def __init__(
         self,
@@ -55,6 +56,15 @@ class ScrollGame:
 
     def seed_of(self, slot: int) -> int:
         return self.seeds[slot]
+
+    def view(self, slot: int) -> str:
+        return "dream"
+
+    def set_view(self, slot: int, view: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def beside(self, slot: int) -> np.ndarray | None:
+        return None
 
     def set_sampling(self, slot: int, sampling: Sampling) -> None:
         self.sampling[slot] = sampling

@@ -26,7 +26,8 @@ CONTROLS = (
     ("F10 O", "hand over to the agent"),
     ("F11 V", "record an MP4"),
     ("F12 K", "save the play for nfd train"),
-    ("Tab J", "speculation: frames drawn jointly"),
+    ("Tab", "dream / real game / both"),
+    ("J", "speculation: frames drawn jointly"),
     ("Bksp M", "student / teacher"),
     ("Esc", "quit"),
 )
@@ -74,8 +75,9 @@ class Hud:
             self._banner("Paused", "P goes on, . takes one step", width, room)
         if self.help:
             self._draw_help(width, room)
-        if time.monotonic() < self._notice_until:
-            text = self._fonts[18].render(self._notice, True, _TEXT)
+        notice = self._notice if time.monotonic() < self._notice_until else hud["notice"]
+        if notice:
+            text = self._fonts[18].render(notice, True, _TEXT)
             box = text.get_rect(midbottom=(width // 2, room - 10)).inflate(20, 12)
             pygame.draw.rect(window, _LINE, box, border_radius=8)
             window.blit(text, text.get_rect(center=box.center))
@@ -125,6 +127,8 @@ class Hud:
             (f"x{hud['speed']:g}", _DIM, hud["speed"] != 1.0),
             ("AGENT PLAYS", _ACCENT, hud["agent"]),
             ("TEACHER", _WARN, hud["teacher"]),
+            ("REAL GAME", _LIVE, hud["view"] == "real"),
+            (f"REAL AND DREAM, {hud['apart']} dB apart", _LIVE, hud["apart"] is not None),
             ("REC", _LIVE, filming),
             ("SAVING", _WARN, saving),
         ]

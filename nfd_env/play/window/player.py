@@ -88,6 +88,7 @@ class KeyboardPlayer:
             self.game.steps_of,
             agent=agent_for(self.game, agent, trust),
             drafts=self._threaded,
+            views=self.game.views,
         )
         self.engine = Engine(self.game)
         self._seed, self._scale = seed, scale
@@ -185,7 +186,8 @@ class KeyboardPlayer:
             ("f10", ("o",), lambda: control("agent")),
             ("f11", ("v",), self._toggle_film),
             ("f12", ("k",), lambda: self._files.toggle_saving()),
-            ("tab", ("j",), lambda: control("speculation")),
+            ("tab", (), lambda: control("view")),
+            ("", ("j",), lambda: control("speculation")),
             ("backspace", ("m",), lambda: control("teacher")),
             ("escape", (), self.stop),
         ]
@@ -193,7 +195,7 @@ class KeyboardPlayer:
             key: do
             for function_key, letters, do in actions
             for key in (function_key, *letters)
-            if key not in self.game.keymap.keys
+            if key and key not in self.game.keymap.keys
         }
 
     def _take(self, shown: Shown) -> None:
@@ -268,8 +270,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
     """
     import_pygame()
     from nfd_env import config
-    from nfd_env.play.slots import Slots
-    from nfd_env.worlds.load import find_world, shipped_worlds
+    from nfd_env.play.twin import TwinSlots
+    from nfd_env.worlds.load import find_world, make_real, shipped_worlds
 
     world, sampling = settings.world or shipped_worlds()[0], settings.sampling()
     real = Path(world).suffix.lower() in (".yaml", ".yml")
@@ -288,7 +290,13 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
             stack.callback(game.env.close)
             source = game.source
         else:
-            game = Slots(world, max_episode_steps=settings.max_episode_steps, **sampling)
+            game = TwinSlots(
+                lambda: make_real(world, trust=settings.trust),
+                world,
+                max_episode_steps=settings.max_episode_steps,
+                **sampling,
+            )
+            stack.callback(game.close)
             source = game.spec.source
         player = KeyboardPlayer(
             game,
