@@ -76,6 +76,7 @@ class ServeConfig(Chosen):
         allow_origin: addresses of proxies (JupyterHub, code-server) that the page is opened at,
             such as https://hub.example.org.
         idle_seconds: a player without any input for so long loses the place.
+        real: players can change to the real game, which then runs on this machine for each.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +86,7 @@ class ServeConfig(Chosen):
     token: str | None = None
     allow_origin: tuple[str, ...] = ()
     idle_seconds: float = 180.0
+    real: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

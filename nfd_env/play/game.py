@@ -126,6 +126,10 @@ class Game(Protocol):
         """The dream's frame in the view "split"."""
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds; nobody plays any more."""
+        ...
+
 
 class EnvGame:
     """Any Gymnasium environment with ``render_mode="rgb_array"`` as a game for one player."""
@@ -224,6 +228,10 @@ class EnvGame:
     def beside(self, slot: int) -> np.ndarray | None:
         """There is no dream."""
         return None
+
+    def close(self) -> None:
+        """See ``Game``."""
+        self.env.close()
 
     def _frame(self) -> np.ndarray:
         frame = self.env.render()

@@ -318,6 +318,7 @@ class Session:
         self.seed, self.frame, self.beside, self.over = seed, frame, beside, False
         self._handed_over = False
         self.steps, self.total_reward, self.reward, self.action = 0, 0.0, 0.0, ""
+        self.info = {}
         if self.recorder is not None:
             self.recorder.began(frame, seed)
 

@@ -111,6 +111,9 @@ class Slots:
         """Nothing is shown beside it."""
         return None
 
+    def close(self) -> None:
+        """It holds nothing that must be given back."""
+
     def _begin(
         self, slot: int, seed: int | None, context: Mapping[str, Any] | None = None
     ) -> np.ndarray:

@@ -66,6 +66,9 @@ class ScrollGame:
     def beside(self, slot: int) -> np.ndarray | None:
         return None
 
+    def close(self) -> None:
+        self.closed = True
+
     def set_sampling(self, slot: int, sampling: Sampling) -> None:
         self.sampling[slot] = sampling
 

@@ -394,6 +394,33 @@ def test_two_players_of_one_world_have_worlds_of_their_own(tmp_path):
     run(main)
 
 
+def test_a_player_changes_to_the_real_game_and_another_dreams_on(tmp_path):
+    pytest.importorskip("pygame", reason="CartPole draws by it")
+    world = str(make_tiny_world(tmp_path / "tiny", hazard_bias=-30.0))
+
+    async def main():
+        games = world_games(world, {"device": "cpu"}, real=True)
+        limits = Limits(clients=2)
+        async with (
+            Running(games, limits=limits) as (server, http),
+            Client(server, http, seed=1) as a,
+            Client(server, http, seed=2) as b,
+        ):
+            assert a.hello["views"] == ["dream", "real", "split"]
+            await a.pictures(3)
+            for view in ("real", "split"):
+                await a.send(t="control", do="view")
+                while a.headers[-1]["view"] != view:
+                    await a.pictures(1)
+            while not a.headers[-1]["apart"]:
+                await a.pictures(1)
+            cv2 = pytest.importorskip("cv2")
+            assert cv2.imdecode(np.frombuffer(a.jpeg, np.uint8), 1).shape == (66, 98, 3)
+            assert (await b.pictures(3))["view"] == "dream"
+
+    run(main, 60)
+
+
 def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
     assert nfd(["serve", "NoSuchWorld"]) == 1
     said = capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nfd_env.play.engine import Engine, Player
@@ -23,6 +24,11 @@ class Room:
     game: Game
     engine: Engine
     agent: FramePlayer | None
+
+    def close(self) -> None:
+        """Stop the engine, and let go of the game."""
+        self.engine.close()
+        self.game.close()
 
 
 class Rooms:
@@ -88,28 +94,36 @@ class Rooms:
         """Stop all engines."""
         rooms, self._open = list(self._open.values()), {}
         for room in rooms:
-            await asyncio.get_running_loop().run_in_executor(None, room.engine.close)
+            await asyncio.get_running_loop().run_in_executor(None, room.close)
 
 
-def world_games(world: str, sampling: Mapping[str, Any]) -> dict[str, Callable[[int], Game]]:
+def world_games(
+    world: str, sampling: Mapping[str, Any], real: bool = False, trust: bool = False
+) -> dict[str, Callable[[int], Game]]:
     """The worlds that the page offers: the given one first, then the shipped ones.
 
     Args:
         world: a folder or a shipped name; "" for the first shipped one.
         sampling: arguments of ``Slots``, for all of them.
+        real: players may change to the real game, which runs here.
+        trust: see ``nfd_env.worlds.load.make_real``.
 
     Raises:
         CheckpointError: when the given one is not there or is damaged.
     """
     from nfd_env.play.slots import Slots
+    from nfd_env.play.twin import TwinSlots
     from nfd_env.worlds.format import read_spec
-    from nfd_env.worlds.load import find_world, shipped_worlds
+    from nfd_env.worlds.load import find_world, make_real, shipped_worlds
 
     names = ([world] if world else []) + list(shipped_worlds())
     folders: dict[str, str] = {}
     for name in names:
         folders.setdefault(read_spec(find_world(name)).name, name)
-    return {
-        name: lambda count, folder=folder: Slots(folder, count, **sampling)
-        for name, folder in folders.items()
-    }
+
+    def make(folder: str, count: int) -> Game:
+        if real:
+            return TwinSlots(lambda: make_real(folder, trust=trust), folder, count, **sampling)
+        return Slots(folder, count, **sampling)
+
+    return {name: partial(make, folder) for name, folder in folders.items()}

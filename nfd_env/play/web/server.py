@@ -232,7 +232,9 @@ class PlayServer:
             game = room.game
             # Which remembers an episode of its own.
             agent = room.agent and room.agent.fork()
-            session = Session(game.keymap, game.default_sampling, game.steps_of, agent)
+            session = Session(
+                game.keymap, game.default_sampling, game.steps_of, agent, views=game.views
+            )
             if not client.sit(session, room.engine, _seed_number(request.query.get("seed"))):
                 await self._say_full(socket)
                 return socket
@@ -280,6 +282,7 @@ class PlayServer:
             "steps": sampling_choices(game),
             "has_teacher": game.steps_of is not None,
             "has_agent": room.agent is not None,
+            "views": game.views,
             "replay_seconds": self.limits.replay_seconds,
             "idle_seconds": self.limits.idle_seconds,
         }
@@ -346,7 +349,7 @@ def serve(settings: ServeConfig, ready: Callable[[PlayServer], None] | None = No
         secret = secrets.token_urlsafe(16)
     usual = Limits()
     server = PlayServer(
-        world_games(settings.world, settings.sampling()),
+        world_games(settings.world, settings.sampling(), settings.real, settings.trust),
         host=host,
         port=settings.port,
         token=secret,

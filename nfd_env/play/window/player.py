@@ -287,7 +287,6 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
     with ExitStack() as stack:
         if real:
             game: Game = EnvGame.from_file(world, settings.max_episode_steps)
-            stack.callback(game.env.close)
             source = game.source
         else:
             game = TwinSlots(
@@ -296,8 +295,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
                 max_episode_steps=settings.max_episode_steps,
                 **sampling,
             )
-            stack.callback(game.close)
             source = game.spec.source
+        stack.callback(game.close)
         player = KeyboardPlayer(
             game,
             scale=settings.scale,
