@@ -130,8 +130,9 @@ class ActionCodec:
             raise ValueError(
                 f"actions of {self.space} must be finite float32 numbers, got NaN or infinity"
             )
-        wrong = (checked < self._low.to(tensor.device)) | (checked > self._high.to(tensor.device))
-        if bool(wrong.any()):
+        low, high = self._low.to(tensor.device), self._high.to(tensor.device)
+        if not torch.equal(checked.clamp(low, high), checked):
+            wrong = (checked < low) | (checked > high)
             raise ValueError(
                 f"actions must lie in {self.space}, got {tensor[wrong].flatten()[0].item()}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from os import PathLike
 from typing import Any
 
 import gymnasium
@@ -13,11 +14,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from nfd_env.envs import guests
 from nfd_env.envs.checks import check_choice, check_room, check_whole
 from nfd_env.envs.observing import OBSERVATION_TYPES, OUTPUTS, observation_space, to_output
+from nfd_env.precision import PRECISIONS
 from nfd_env.sources.spec import short
-from nfd_env.worlds.load import World
+from nfd_env.worlds.load import World, load_world
 
+DYNAMICS = (None, "student", "teacher", "flow")
 _LONGEST_SKIP = 10_000  # frames; minutes of any game, so that more is a slip
 
 
@@ -46,6 +50,17 @@ class WorldVectorEnv(VectorEnv):
             max_episode_steps = check_whole("max_episode_steps", max_episode_steps)
         self.max_episode_steps = max_episode_steps
         self.obs_type, self.output = obs_type, output
+
+    def _load(self, world: Any, device: Any, precision: Any, dynamics: Any = None) -> World:
+        """Load a world, fit for this process; raises ValueError for what is no name of one."""
+        if not isinstance(world, str | PathLike):
+            raise ValueError(f"world must be a folder or the name of a world, got {short(world)}")
+        if not isinstance(device, str | torch.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {short(device)}")
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("dynamics", dynamics, DYNAMICS)
+        guests.settle(device)
+        return load_world(world, device, precision, dynamics)
 
     def _look_like(self, world: World, autoreset_mode: AutoresetMode) -> None:
         """Take the spaces and the frame rate of ``world``."""
@@ -130,6 +145,15 @@ class WorldVectorEnv(VectorEnv):
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(self.world.model.device)
+
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        """Arguments of new tensors of numbers, whatever torch's defaults are."""
+        return {"dtype": torch.float32, "device": self.world.model.device}
+
+    def _told(self, array: np.ndarray) -> Any:
+        """What ``infos`` hold of an array of ours."""
+        return array.copy() if self.output == "numpy" else self._tensor(array)
 
     def _output(self, value: Any) -> Any:
         return to_output(value, self.output)

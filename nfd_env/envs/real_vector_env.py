@@ -15,10 +15,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from nfd_env.envs import checks, guests
+from nfd_env.envs import checks
 from nfd_env.envs.base import WorldVectorEnv
 from nfd_env.envs.observing import observe
-from nfd_env.worlds.load import load_world, make_real
+from nfd_env.worlds.load import make_real
 
 
 class RealVectorEnv(WorldVectorEnv, VectorEnv):
@@ -66,8 +66,7 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         """
         super().__init__()
         self._check_common(num_envs, frame_skip, obs_type, output, max_episode_steps)
-        guests.settle(device)
-        self._look_like(load_world(world, device, precision), AutoresetMode.SAME_STEP)
+        self._look_like(self._load(world, device, precision), AutoresetMode.SAME_STEP)
         self.model = self.world.model
         self._owns = True
         self.envs: list[gymnasium.Env] = []
@@ -82,9 +81,9 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         self._steps = np.zeros(num_envs, np.int64)
         self._shown: np.ndarray | None = None
         # What latents and features are made of; not kept up to date where pictures are observed.
-        kind = {"dtype": torch.float32, "device": self.model.device}
-        self._latents = torch.zeros(num_envs, *self.model.dynamics.config.latent_shape, **kind)
-        self._action = torch.zeros(num_envs, self.world.codec.width, **kind)
+        shape = self.model.dynamics.config.latent_shape
+        self._latents = torch.zeros(num_envs, *shape, **self._numbers)
+        self._action = torch.zeros(num_envs, self.world.codec.width, **self._numbers)
         self._memory = self.model.heads.initial_state(num_envs)
 
     def reset(
@@ -131,7 +130,7 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         infos: dict[str, Any] = {}
         if ended.any():
             final = self._observe(np.stack([drawn[-1] for drawn in frames]))
-            infos = {"final_obs": final, "_final_obs": self._tensor(ended)}
+            infos = {"final_obs": final, "_final_obs": self._told(ended)}
             rows = np.flatnonzero(ended)
             self._begin(rows, shown[rows])
         rewards = self._tensor(reward.astype(np.float32))

@@ -1,13 +1,11 @@
-"""The learned world as a batched Gymnasium environment: all the env logic there is.
+"""The learned world as a batched Gymnasium environment: how it is made, reset and stepped.
 
 Longer than other files because the class's docstring is the reference of all its arguments.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -17,9 +15,10 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from nfd_env.envs import checks, guests
-from nfd_env.envs.base import WorldVectorEnv
-from nfd_env.envs.observing import OBSERVATION_TYPES, observe, observe_before
+from nfd_env.envs import checks
+from nfd_env.envs.base import DYNAMICS
+from nfd_env.envs.moment import Moment
+from nfd_env.envs.observing import observe_before
 from nfd_env.envs.state import EnvState
 from nfd_env.inference.cuda_graph import CapturedCall
 from nfd_env.inference.noise import mix
@@ -36,7 +35,7 @@ _MOST_SAMPLING_STEPS = 1000  # of the finest samplers in the literature
 _BITS = {"fp32": 32, "bf16": 16}
 
 
-class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which looks no deeper
+class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no deeper
     """A batch of copies of a learned world, stepped together by one model.
 
     ## Description
@@ -142,9 +141,6 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
-    _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now")
-
     def __init__(
         self,
         world: str | PathLike[str],
@@ -188,14 +184,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
                 f"autoreset_mode must be one of {[m.value for m in AutoresetMode]}, "
                 f"got {short(autoreset_mode)}"
             ) from None
-        if not isinstance(world, str | PathLike):
-            raise ValueError(f"world must be a folder or the name of a world, got {short(world)}")
-        if not isinstance(device, str | torch.device):
-            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {short(device)}")
-        checks.check_choice("precision", precision, ("auto", "fp32", "bf16"))
-        checks.check_choice("dynamics", dynamics, (None, "student", "teacher", "flow"))
-        guests.settle(device)
-        loaded = load_world(world, device, precision, dynamics)
+        loaded = self._load(world, device, precision, dynamics)
         self._look_like(loaded, mode)
         size = int(np.prod(self.observation_space.shape or ())) * 4  # as float32 latents or so
         checks.check_room("context_observations", context_observations, context_observations * size)
@@ -241,11 +230,10 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         for name, value in (("history_level", history_level), ("temperature", temperature)):
             if value is not None:
                 changed[name] = checks.check_number(name, value)
-        checks.check_choice("dynamics", dynamics, (None, "student", "teacher", "flow"))
+        checks.check_choice("dynamics", dynamics, DYNAMICS)
         if dynamics not in (None, world.dynamics):
             world = load_world(world.folder, self.model.device, self.model.precision, dynamics)
-        self.sampling = replace(world.model.sampling, **changed)
-        self.world, self.model, self._changed = world, world.model, changed
+        self._draw_by(world, changed)
 
     def watch_ood(self, limit: float = np.inf) -> None:
         """Report ``info["ood"]`` from now on, and truncate episodes in which it exceeds ``limit``.
@@ -305,7 +293,7 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         beginning = isinstance(given.get("start"), str)
         begun = self._restart(rows, keys, contexts, beginning)
         none = np.zeros(self.num_envs, bool)
-        infos = self._infos(torch.zeros_like(self._tensor(none), dtype=torch.float32), none)
+        infos = self._infos(torch.zeros(self.num_envs, **self._numbers), none)
         return self.observe(), self._output(infos | begun)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -350,154 +338,17 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
             begun = self._next_episodes(np.flatnonzero(now.ended))
         return self._step_output(self.observe(), rewards, terminated, truncated, infos | begun)
 
-    def render(self) -> tuple[np.ndarray, ...] | None:
-        """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
-        self._begun("render")
-        if self.render_mode is None:
-            gymnasium.logger.warn('render() does nothing without render_mode="rgb_array"')
-            return None
-        return tuple(self.frames().cpu().numpy())
-
-    def frames(self, rows: Sequence[int] | None = None) -> Tensor:
-        """The current frames, uint8 (num_envs, H, W, 3), whatever ``obs_type`` is.
-
-        Args:
-            rows: of these environments only, which costs less.
-        """
-        shown = self._begun("frames").shown
-        listed = None if rows is None else checks.check_rows(rows, self.num_envs)
-        if self._decoded is None and listed is not None:
-            return self.model.decode(shown[listed])
-        if self._decoded is None and self.model.captures:
-            (self._decoded,) = self._decoder(lambda z: [self.model.decode(z)], shown)
-        elif self._decoded is None:
-            self._decoded = self.model.decode(shown)
-        return self._decoded.clone() if listed is None else self._decoded[listed]
-
-    def observe(self, obs_type: str | None = None) -> Any:
-        """The current observations, of another type if ``obs_type`` is given; see the class.
-
-        Raises:
-            ValueError: when there is no such type.
-            gymnasium.error.ResetNeeded: before the first reset.
-        """
-        now = self._begun("observe")
-        checks.check_choice("obs_type", obs_type or self.obs_type, OBSERVATION_TYPES)
-        # The action of a step leads into each of its frames.
-        here = now.shown, now.world.action[:, 0], now.memory
-        return self._output(observe(self.world, obs_type or self.obs_type, self.frames, *here))
-
-    def take(self, rows: Sequence[int]) -> NFDVectorEnv:
-        """An env of some of these environments, in this order, that goes on from where they are.
-
-        It shares the networks, so it costs little; sampling can then be set for it alone.
-        """
-        state = self.save_state(rows)
-        taken = object.__new__(type(self))
-        taken.__dict__.update(self.__dict__, num_envs=len(state), _now=None)
-        taken._decoder = CapturedCall()
-        taken._batch_spaces()
-        taken.restore_state(state)
-        return taken
-
-    def save_state(self, rows: Sequence[int] | None = None) -> EnvState:
-        """An independent copy of everything that the future depends on.
-
-        Args:
-            rows: of these environments only, in this order; one may be named repeatedly.
-        """
-        now = self._begun("save_state")
-        return now.take(
-            range(self.num_envs) if rows is None else checks.check_rows(rows, self.num_envs)
-        )
-
-    def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
-        """Go back to a saved state, which may be restored again; returns its observation.
-
-        Args:
-            state: as ``save_state`` made it, possibly in another env of the same world.
-            rows: the environments to put it into, one for each in ``state``; the others stay as
-                they are. All of them by default.
-
-        Raises:
-            ValueError: when the state is of another world, or has another number of environments;
-                nothing is changed then.
-            gymnasium.error.ResetNeeded: with ``rows``, before the first reset.
-        """
-        self._need_open()
-        if not isinstance(state, EnvState):
-            raise ValueError(f"a state is what save_state() returned, got {short(state)}")
-        if rows is not None:
-            self._begun("restore_state() of some rows")
-            listed = checks.check_rows(rows, self.num_envs)
-            if len(listed) != len(state) or len(set(listed)) != len(listed):
-                raise ValueError(f"a state of {len(state)} environments cannot go into {listed}")
-        elif len(state) != self.num_envs:
-            raise ValueError(
-                f"the state has {len(state)} environments, this env has {self.num_envs}"
-            )
-        else:
-            listed = list(range(self.num_envs))
-        self.model.check_fits(state.world, self.speculative_frames)
-        if self._now is None:
-            self._now = state.take(listed)
-        else:  # keeps what was captured on its memory
-            self._now.put(listed, state)
-        self._decoded = None
-        return self.observe()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the world, which is loaded again where the copy is made."""
-        state = {k: v for k, v in self.__dict__.items() if k not in self._NOT_COPIED}
-        if self.starts is self.world.starts:
-            state["starts"] = None
-        state["saved"] = None if self._now is None else self.save_state()
-        # As it was decided here: elsewhere "auto" could mean something else.
-        parts = self.world.folder, str(self.model.device), self.model.precision
-        return state | {"loaded": (*parts, self.world.dynamics)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """See ``__getstate__``."""
-        state = dict(state)
-        saved, loaded = state.pop("saved"), state.pop("loaded")
-        guests.settle(loaded[1])
-        self.__dict__.update(state)
-        self.world = load_world(*loaded)
-        if self.starts is None:
-            self.starts = self.world.starts
-        self.set_sampling()
-        self._decoder, self._decoded, self._now = CapturedCall(), None, None
-        if saved is not None:
-            self.restore_state(saved)
-
-    def __copy__(self) -> NFDVectorEnv:
-        """A copy goes its own way, also a shallow one."""
-        return copy.deepcopy(self)
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Free what the episodes hold."""
-        self._now = self._decoded = None
-        self._decoder = CapturedCall()
-
-    def _begun(self, what: str) -> EnvState:
-        """The present moment, which ``what`` needs."""
-        self._need_open()
-        if self._now is None:
-            raise gymnasium.error.ResetNeeded(f"call reset() before {what}()")
-        return self._now
-
     def _infos(self, hazard: Tensor, stepped: np.ndarray) -> dict[str, Any]:
         """What ``info`` says at any time; ``stepped`` tells who took a step."""
-        everyone = np.ones_like(stepped)
         bits = np.full(self.num_envs, _BITS[self.model.precision])
-        infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._tensor(stepped)}
-        infos |= {"precision": self._tensor(bits), "_precision": self._tensor(everyone)}
+        infos: dict[str, Any] = {"hazard": hazard, "_hazard": self._told(stepped)}
+        infos |= {"precision": self._told(bits), "_precision": self._told(np.ones_like(stepped))}
         now = self._begun("step")
         if self._ood_scale is not None:
             error = self.model.reencoding_error(now.shown, self.frames()) / self._ood_scale
-            infos |= {"ood": error, "_ood": self._tensor(stepped)}
+            infos |= {"ood": error, "_ood": self._told(stepped)}
         if self.speculative_frames > 1:
-            infos |= {"speculation": now.world.report(), "_speculation": self._tensor(stepped)}
+            infos |= {"speculation": now.world.report(), "_speculation": self._told(stepped)}
         if self.context_observations:
             infos |= self._context([], [])
         return infos
@@ -506,9 +357,14 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
         """Step the model ``frame_skip`` frames; rows in ``skip`` do not count."""
         now = self._begun("step")
         encoded = self.world.codec.encode(actions)
+        how = self.sampling, self.drafting
+        if self.frame_skip == 1 and not skip.any():  # most steps, in few operations
+            made = advance(self.model, now.world, encoded, 1, None, *how)
+            now.shown, now.memory, self._decoded = made.latents, made.memory, None
+            # Copies: what is handed out is no part of the state.
+            return made.reward.clone(), made.terminated.cpu().numpy().copy(), made.hazard.clone()
         running = torch.from_numpy(~skip).to(self.model.device)
-        rewards = torch.zeros(self.num_envs, dtype=torch.float32, device=self.model.device)
-        hazard = torch.zeros_like(rewards)
+        rewards = hazard = torch.zeros(self.num_envs, **self._numbers)
         terminated = torch.zeros_like(running)
         shown, memory = now.shown, now.memory
         for frame in range(0 if skip.all() else self.frame_skip):
@@ -518,23 +374,21 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
                 break
             active = running.cpu().numpy() if drafts else None
             certain = self.frame_skip - frame
-            transition = advance(
-                self.model, now.world, encoded, certain, active, self.sampling, self.drafting
-            )
-            rewards = rewards + transition.reward * running
+            made = advance(self.model, now.world, encoded, certain, active, *how)
+            rewards = rewards + made.reward * running
             # The probability that the step ends the episode at one of its frames.
-            hazard = torch.where(running, 1 - (1 - hazard) * (1 - transition.hazard), hazard)
-            shown = torch.where(running[:, None, None, None], transition.latents, shown)
-            memory = torch.where(running[:, None], transition.memory, memory)
-            terminated = terminated | (running & transition.terminated)
-            running = running & ~transition.terminated
+            hazard = torch.where(running, hazard + (1 - hazard) * made.hazard, hazard)
+            shown = torch.where(running[:, None, None, None], made.latents, shown)
+            memory = torch.where(running[:, None], made.memory, memory)
+            terminated = terminated | (running & made.terminated)
+            running = running & ~made.terminated
         now.shown, now.memory, self._decoded = shown, memory, None
         return rewards, terminated.cpu().numpy(), hazard
 
     def _finish(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Add ``final_obs`` and ``final_info`` of the environments that have just ended."""
         ended = self._begun("step").ended
-        mask, final = self._tensor(ended), self.observe()
+        mask, final = self._told(ended), self.observe()
         if self.output == "torch":
             infos = {**infos, "final_obs": final}
         else:
@@ -600,4 +454,4 @@ class NFDVectorEnv(WorldVectorEnv, VectorEnv):  # named again for skrl, which lo
             context[rows] = observe_before(
                 self.world, self.obs_type, contexts, count, self.frame_skip
             )
-        return {"context": context, "_context": self._tensor(mask)}
+        return {"context": context, "_context": self._told(mask)}

@@ -29,25 +29,26 @@ def noise(keys: Tensor, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """What is random about frames: SplitMix64 as a hash of a counter, and Box and Muller's of it.
 
     Args:
-        keys: int64 (N,), one an episode: ``mix`` of its seed and number.
-        frames: int64 (N,), frame numbers, each below 2**44.
+        keys: int64 (...), one an episode: ``mix`` of its seed and number.
+        frames: int64, frame numbers, each below 2**44; broadcast against ``keys``.
         count: normal numbers for each, fewer than 2**21; more leave the first ones as they are.
 
     Returns:
-        Normal numbers (N, ``count``) and uniform numbers (N,) in [0, 1), float32.
+        Normal numbers (..., ``count``) and uniform numbers (...) in [0, 1), float32.
     """
     # Frame number f has the counters from f * 2**20 on.
     first = keys + frames * _signed(_GAMMA << 20)
-    bits = first[:, None] + _steps(1 + (count + 1) // 2, keys.device)
+    bits = first[..., None] + _steps(1 + (count + 1) // 2, keys.device)
     bits = (bits ^ _shifted(bits, 30)).mul_(_signed(_FACTORS[0]))
     bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(_signed(_FACTORS[1]))
     bits = bits.bitwise_xor_(_shifted(bits, 31))
-    uniform = _shifted(bits[:, 0], 40).float() * 2.0**-24
-    high, low = _shifted(bits[:, 1:], 32), bits[:, 1:] & 0xFFFFFFFF
-    radius = high.double().add_(1).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-    angle = low.double().mul_(2 * math.pi * 2.0**-32)
-    normal = torch.view_as_real(torch.polar(radius, angle)).float().flatten(1)
-    return normal[:, :count], uniform
+    uniform = _shifted(bits[..., 0], 40).float() * 2.0**-24
+    bits = bits[..., 1:]
+    high, low = _shifted(bits, 32).double(), bits.bitwise_and_(0xFFFFFFFF).double()
+    radius = high.add_(1).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = low.mul_(2 * math.pi * 2.0**-32)
+    normal = torch.view_as_real(torch.polar(radius, angle)).float().flatten(-2)
+    return normal[..., :count], uniform
 
 
 @functools.lru_cache(maxsize=64)

@@ -132,7 +132,7 @@ class WorldState(Rows):
     @property
     def memory(self) -> Tensor:
         """(B, width), the heads' recurrent state after the last frame."""
-        return self.last.memory
+        return self.drawn.memory[:, 0] if self.frames == 1 else self.last.memory
 
     @property
     def last(self) -> Transition:

@@ -422,10 +422,9 @@ class WorldModel:
             from, its history noise, and renoisings. Uniform numbers (B, n) for the frames' ends.
         """
         shape = (2 + sampling.renoisings, *self.dynamics.config.latent_shape)
-        frames = first + torch.arange(count, device=first.device)
-        each = keys[:, None].expand_as(frames)
-        normal, uniform = noise(each.flatten(), frames.flatten(), math.prod(shape))
-        return normal.view(*frames.shape, *shape), uniform.view(frames.shape)
+        frames = first if count == 1 else first + torch.arange(count, device=first.device)
+        normal, uniform = noise(keys[:, None], frames, math.prod(shape))
+        return normal.view(*frames.shape, *shape), uniform
 
 
 def digest(network: nn.Module) -> str:

@@ -14,13 +14,7 @@ class Progress:
     """Announces stages, and draws a bar of the steps of the one that runs."""
 
     def __init__(self, stages: tuple[str, ...], say: Callable[[str], None], shown: bool) -> None:
-        """Nothing runs yet.
-
-        Args:
-            stages: all of them, in their order.
-            say: takes lines for the user.
-            shown: draw bars.
-        """
+        """Of ``stages`` in their order; ``say`` takes lines for the user."""
         self._stages, self._say, self._shown = stages, say, shown
         self._bar: tqdm | None = None
         self._title, self._later = "", 0.0

@@ -5,24 +5,19 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
 from nfd_env.files import atomic_write
-from nfd_env.metrics import (
-    gradient_correlation,
-    moving_pixels,
-    psnr,
-    sharpness,
-    standing_out,
-)
+from nfd_env.metrics import bright_share, luminance, standing_out
+from nfd_env.recipe.records import write_yaml
 from nfd_env.recipe.replay import moments, replay
 from nfd_env.worlds.load import World, load_world
 
@@ -35,31 +30,15 @@ _HORIZONS = (1, 8, 32, 64, 96)
 _WINDOWS = 6
 _NEAR = 4  # frames that things are counted in
 _TRAINED = ("tokenizer", "flow", "heads", "distill")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Generated beside recorded frames, after so many frames under the recorded actions.
-
-    Attributes:
-        horizon: frames after the last one that the world was shown.
-        psnr: dB.
-        frozen_psnr: dB, of the last frame that was shown.
-        moving_psnr: dB, of the pixels that differ from that frame.
-        frozen_moving_psnr: dB, of that frame at these pixels.
-        sharpness: gradient energy, generated over real.
-        gradients: correlation of generated and real gradients; energy alone can be had by noise.
-        standing: pixels that stand out from the still background, generated over real.
-    """
-
-    horizon: int
-    psnr: float
-    frozen_psnr: float
-    moving_psnr: float
-    frozen_moving_psnr: float
-    sharpness: float
-    gradients: float
-    standing: float
+_COLUMNS = {
+    "psnr": "PSNR, dB",
+    "psnr_frozen": "frozen picture's",
+    "moving_psnr": "of what moved",
+    "moving_psnr_frozen": "frozen picture's",
+    "sharpness_ratio": "sharpness",
+    "gradient_correlation": "gradients",
+    "standing_ratio": "things that stand out",
+}
 
 
 def write_report(recipe: Recipe) -> Path:
@@ -85,7 +64,7 @@ def write_report(recipe: Recipe) -> Path:
         "as sharp as the game. Gradients: 1 is with edges where the game has them. Things that "
         "stand out: 1 is as many as in the game; less, they fade; more, they are invented.</p>",
         *_gates(recipe),
-        f"<h2>Real above generated, after {', '.join(str(r.horizon) for r in rows)} frames</h2>",
+        f"<h2>Real above generated, after {', '.join(map(str, rows))} frames</h2>",
         *_strips(real, made),
         "<h2>Time</h2>",
         _times(recipe),
@@ -103,9 +82,8 @@ def write_report(recipe: Recipe) -> Path:
     with atomic_write(path) as temporary:
         page = _PAGE.format(title=html.escape(game.name), body="\n".join(parts))
         temporary.write_text(page, encoding="utf-8")
-    numbers = {"comparisons": [asdict(row) for row in rows]}
-    with atomic_write(recipe.folder / "report.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(numbers, sort_keys=False), encoding="utf-8")
+    numbers = [{"horizon": horizon, **asdict(row)} for horizon, row in rows.items()]
+    write_yaml(recipe.folder / "report.yaml", {"comparisons": numbers})
     return path
 
 
@@ -131,40 +109,24 @@ def play_held_out(
     return real, np.stack(made, 1)
 
 
-def compare(real: np.ndarray, made: np.ndarray) -> list[Comparison]:
-    """``Comparison`` at every horizon that there are frames for.
+def compare(real: np.ndarray, made: np.ndarray) -> dict[int, HorizonErrors]:
+    """What ``nfd eval`` measures, after every number of frames that there are.
 
     Args:
         real: uint8 (windows, F, H, W, 3), as ``play_held_out`` gives them.
         made: likewise.
     """
-    background = np.median(real, axis=1, keepdims=True).astype(np.uint8)
-    rows = []
-    for horizon in _HORIZONS:
-        if horizon >= real.shape[1]:
-            break
-        shown, then, drawn = real[:, 0], real[:, horizon], made[:, horizon]
-        moved = moving_pixels(shown, then)
+    background = np.median(real, axis=1).astype(np.uint8)
+    bright = float(np.percentile(luminance(real), BRIGHT))
+    rows = {}
+    for horizon in (h for h in _HORIZONS if h < real.shape[1]):
+        then = real[:, horizon]
+        known = Horizon.of(real[:, 0], then, background, bright, bright_share(then, bright))
+        errors = known.errors(made[:, horizon], np.arange(len(real)))
         near = slice(max(1, horizon - _NEAR + 1), horizon + 1)
-        stood = standing_out(real[:, near], background).sum()
-        rows.append(
-            Comparison(
-                horizon,
-                _psnr(drawn, then),
-                _psnr(shown, then),
-                _psnr(drawn[moved], then[moved]),
-                _psnr(shown[moved], then[moved]),
-                sharpness(drawn) / max(sharpness(then), 1e-9),
-                gradient_correlation(then, drawn),
-                float(standing_out(made[:, near], background).sum() / max(1, stood)),
-            )
-        )
+        stood, stands = (standing_out(x[:, near], background[:, None]).sum() for x in (real, made))
+        rows[horizon] = replace(errors, standing_ratio=float(stands / max(1, stood)))
     return rows
-
-
-def _psnr(made: np.ndarray, real: np.ndarray) -> float:
-    squares = np.square(made.astype(np.float64) - real)
-    return psnr(float(squares.mean())) if squares.size else float("nan")
 
 
 def _embedded(data: bytes, kind: str, width: int) -> str:
@@ -200,18 +162,13 @@ def _strips(real: np.ndarray, made: np.ndarray) -> list[str]:
     return strips
 
 
-def _table(rows: Sequence[Comparison]) -> str:
-    head = (
-        "<tr><th>frames ahead<th>PSNR, dB<th>frozen picture's<th>of what moved<th>frozen "
-        "picture's<th>sharpness<th>gradients<th>things that stand out</tr>"
-    )
+def _table(rows: Mapping[int, HorizonErrors]) -> str:
+    head = "".join(f"<th>{title}" for title in ("frames ahead", *_COLUMNS.values()))
     lines = [
-        "<tr><td>"
-        + "<td>".join([str(r.horizon), *map(_number, list(asdict(r).values())[1:])])
-        + "</tr>"
-        for r in rows
+        f"<tr><td>{horizon}" + "".join(f"<td>{_number(getattr(row, name))}" for name in _COLUMNS)
+        for horizon, row in rows.items()
     ]
-    return f"<table>{head}{''.join(lines)}</table>"
+    return f"<table><tr>{head}{''.join(lines)}</table>"
 
 
 def _verdict(recipe: Recipe) -> str:

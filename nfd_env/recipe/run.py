@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +54,8 @@ from nfd_env.worlds.load import load_world
 
 STAGES = ("record", "tokenizer", "encode", "flow", "heads", "distill", "world", "report")
 
+Metrics = Mapping[str, float]
+
 _SHORT = 20.0  # seconds of a stage that nobody plans
 
 # What may change without making a stage's result another one.
@@ -79,13 +81,7 @@ class Recipe:
         say: Callable[[str], None] = print,
         progress: bool = True,
     ) -> None:
-        """Prepare; nothing is made yet.
-
-        Args:
-            game: the game file.
-            keep_going: go on after a gate that stops.
-            say: takes lines for the user.
-            progress: show bars.
+        """Prepare; ``keep_going`` after a gate that stops, ``say`` lines to the user.
 
         Raises:
             DeviceError: when the device is not there.
@@ -188,10 +184,9 @@ class Recipe:
         self._finish("record", record, gates.recording_gates(measures, shift, failed))
 
     def _tokenizer(self) -> None:
-        record = self._train("tokenizer", TokenizerStage)
-        if record is not None:
-            found = gates.tokenizer_gates(record.metrics or {}, self._measures())
-            self._finish("tokenizer", record, found)
+        self._train(
+            "tokenizer", TokenizerStage, lambda m: gates.tokenizer_gates(m, self._measures())
+        )
 
     def _encode(self) -> None:
         plan = self._plan()
@@ -207,22 +202,18 @@ class Recipe:
         self._finish("encode", record, gates.latent_gates(mean, deviation))
 
     def _flow(self) -> None:
-        record = self._train("flow", FlowStage)
-        if record is not None:
-            self._finish("flow", record, gates.flow_gates(record.metrics or {}))
+        self._train("flow", FlowStage, gates.flow_gates)
 
     def _heads(self) -> None:
-        record = self._train("heads", HeadsStage)
-        if record is not None:
-            found = gates.heads_gates(record.metrics or {}, self._measures())
-            self._finish("heads", record, found)
+        self._train("heads", HeadsStage, lambda m: gates.heads_gates(m, self._measures()))
 
     def _distill(self) -> None:
-        record = self._train("distill", DistillStage)
-        if record is not None:
-            steps = gates.student_steps(record.metrics or {})
-            record.extra = {"sampling_steps": steps}
-            self._finish("distill", record, gates.distill_gates(record.metrics or {}, steps))
+        def judged(metrics: Metrics) -> list[Gate]:
+            steps = gates.student_steps(metrics)
+            self.records["distill"].extra = {"sampling_steps": steps}
+            return gates.distill_gates(metrics, steps)
+
+        self._train("distill", DistillStage, judged)
 
     def _world(self) -> None:
         plan = self._plan()
@@ -256,8 +247,10 @@ class Recipe:
 
     # What stages have in common.
 
-    def _train(self, name: str, make: Callable[[Any], Any]) -> StageRecord | None:
-        """Train a stage to its end; None where it was finished before."""
+    def _train(
+        self, name: str, make: Callable[[Any], Any], judged: Callable[[Metrics], list[Gate]]
+    ) -> None:
+        """Train a stage to its end, unless it was finished before, and judge it."""
         plan = self._plan()
         values = getattr(plan, name)
         record = self._begin(name)
@@ -265,7 +258,7 @@ class Recipe:
         decided = name in plan.seconds
         done = record.finished and (folder / "model.safetensors").is_file()
         if decided and done and record.steps >= values["train"]["steps"]:
-            return None
+            return
         record.finished = False
         with self._timed(record):
             stage = make(door.built_from(name, values))
@@ -277,7 +270,7 @@ class Recipe:
             metrics = train(stage, settings, False, self._progress)
         record.steps = settings.steps
         record.metrics = {key: float(value) for key, value in metrics.items()}
-        return record
+        self._finish(name, record, judged(record.metrics))
 
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
