@@ -33,14 +33,6 @@ class LatentEpisode:
     signals: np.ndarray
 
 
-def check_endings(share: float, frames: int) -> None:
-    """Refuse an ``ending_share`` outside [0, 1] and negative ``ending_frames``."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"ending_share must lie in [0, 1], got {share}")
-    if frames < 0:
-        raise ValueError(f"ending_frames must not be negative, got {frames}")
-
-
 class LatentDataset:
     """The episodes of one split as latents, in memory."""
 

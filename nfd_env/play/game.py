@@ -58,6 +58,8 @@ class Outcome:
 class Game(Protocol):
     """What an engine plays: ``Slots`` of a learned world, or any Gymnasium env (``EnvGame``).
 
+    Who derives from it need not say that nothing is generated ahead.
+
     Attributes:
         name: of the world.
         count: players at a time.
@@ -96,23 +98,21 @@ class Game(Protocol):
 
     def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
         """Hand out what was generated ahead."""
-        ...
+        return {}
 
     def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
         """Generate ahead."""
-        ...
 
     def has_draft(self, slot: int) -> bool:
         """Whether something was generated ahead."""
-        ...
+        return False
 
     def cost(self, rows: Mapping[int, int]) -> float:
         """Expected seconds for a batch with so many rows of each slot."""
-        ...
+        return 0.0
 
     def set_sampling(self, slot: int, sampling: Sampling) -> None:
         """How a slot's frames are drawn from now on."""
-        ...
 
     def view(self, slot: int) -> str:
         """What a slot shows: "dream", "real" or "split"."""
@@ -131,7 +131,7 @@ class Game(Protocol):
         ...
 
 
-class EnvGame:
+class EnvGame(Game):
     """Any Gymnasium environment with ``render_mode="rgb_array"`` as a game for one player."""
 
     default_sampling: Sampling | None = None
@@ -198,24 +198,6 @@ class EnvGame:
         _, reward, terminated, truncated, info = self.env.step(actions[0])
         plain = {k: v for k, v in info.items() if isinstance(v, int | float)}
         return {0: Outcome(self._frame(), float(reward), bool(terminated), bool(truncated), plain)}
-
-    def take_drafts(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
-        """Nothing is generated ahead."""
-        return {}
-
-    def draft(self, guesses: Mapping[int, Sequence[Any]]) -> None:
-        """Nothing is generated ahead."""
-
-    def has_draft(self, slot: int) -> bool:
-        """Nothing is generated ahead."""
-        return False
-
-    def cost(self, rows: Mapping[int, int]) -> float:
-        """See ``Game``."""
-        return 0.0
-
-    def set_sampling(self, slot: int, sampling: Sampling) -> None:
-        """A game that is not generated has none."""
 
     def view(self, slot: int) -> str:
         """See ``Game``."""

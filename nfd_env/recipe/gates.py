@@ -20,20 +20,20 @@ class Gate:
     Attributes:
         name: what was measured.
         value: the measurement.
-        low: least value that passes.
-        high: greatest value that passes.
         good: a word on what good looks like.
         advice: what to change where it does not pass.
-        stops: whether the recipe stops there; else it is a warning.
+        low: least value that passes.
+        high: greatest value that passes.
+        stops: whether the recipe stops where it does not pass; else it is a warning.
     """
 
     name: str
     value: float
-    low: float
-    high: float
     good: str
     advice: str
-    stops: bool = True
+    low: float = 0.0
+    high: float = math.inf
+    stops: bool = False
 
     @property
     def passed(self) -> bool:
@@ -63,62 +63,33 @@ def recording_gates(measures: GameMeasures, shift: int | None, failed: float = 0
         shift: of the actions, that explains the frames best; None where that cannot be told.
         failed: share of the episodes that the game failed in.
     """
+    ends = "the world will never end an episode; record more, if the game has ends"
+    skipped = "see the skipped-*.jsonl in the recordings: what leads there, the world will not show"
+    late = "actions stand one frame too early (-1) or too late (+1): keys will lag"
+    left_out = "share of episodes in which the game failed, and that were left out"
     gates = [
-        Gate(
-            "share of episodes in which the game failed, and that were left out",
-            failed,
-            0.0,
-            0.05,
-            "0",
-            "see the skipped-*.jsonl in the recordings: what leads there, the world will not show",
-            stops=False,
-        ),
-        Gate(
-            "held-out episodes that ended",
-            measures.ends,
-            1,
-            math.inf,
-            "tens of them",
-            "the world will never end an episode; record more, if the game has ends",
-            stops=False,
-        ),
+        Gate(left_out, failed, "0", skipped, high=0.05),
+        Gate("held-out episodes that ended", measures.ends, "tens of them", ends, 1),
     ]
     if shift is not None:
-        gates.append(
-            Gate(
-                "shift of the actions that explains the frames best",
-                shift,
-                0,
-                0,
-                "0: an action leads into the next frame",
-                "actions stand one frame too early (-1) or too late (+1): keys will lag",
-                stops=False,
-            )
-        )
+        best = "shift of the actions that explains the frames best"
+        good = "0: an action leads into the next frame"
+        gates.append(Gate(best, shift, good, late, 0, 0))
     return gates
 
 
 def tokenizer_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Gate]:
     """Of the tokenizer: are the things that move still there."""
     gain = metrics["moving_psnr"] - measures.frozen_moving_psnr
+    lost = (
+        "small things are lost: give more minutes, lower `small`, or set "
+        "tokenizer.model.encoder_channels to fewer levels"
+    )
+    blurred = "frames are blurred: give more minutes or smaller frames (source.size)"
+    moving = "dB that moving pixels are better than in a frozen picture"
     return [
-        Gate(
-            "dB that moving pixels are better than in a frozen picture",
-            gain,
-            3.0,
-            math.inf,
-            "above 6",
-            "small things are lost: give more minutes, lower `small`, or set "
-            "tokenizer.model.encoder_channels to fewer levels",
-        ),
-        Gate(
-            "PSNR of held-out frames, dB",
-            metrics["psnr"],
-            20.0,
-            math.inf,
-            "above 28",
-            "frames are blurred: give more minutes or smaller frames (source.size)",
-        ),
+        Gate(moving, gain, "above 6", lost, 3.0, stops=True),
+        Gate("PSNR of held-out frames, dB", metrics["psnr"], "above 28", blurred, 20, stops=True),
     ]
 
 
@@ -126,8 +97,8 @@ def latent_gates(mean: float, deviation: float) -> list[Gate]:
     """Of encoded recordings: are they normalised, as everything later takes for granted."""
     advice = "the tokenizer's statistics are wrong: delete its folder and train it again"
     return [
-        Gate("largest mean of a latent channel", mean, 0.0, 0.15, "0", advice),
-        Gate("deviation of the latents", deviation, 0.85, 1.15, "1", advice),
+        Gate("largest mean of a latent channel", mean, "0", advice, 0.0, 0.15, True),
+        Gate("deviation of the latents", deviation, "1", advice, 0.85, 1.15, True),
     ]
 
 
@@ -138,10 +109,9 @@ def flow_gates(metrics: Mapping[str, float]) -> list[Gate]:
         Gate(
             f"error over the frozen frame's after {horizon} frames",
             metrics[f"error_over_frozen_{horizon}"],
-            0.0,
-            1.0,
             "below 0.8",
             more,
+            high=1.0,
             stops=horizon == 1,  # far ahead a world has to guess, and guesses cost
         )
         for horizon in (1, 8, 32)
@@ -149,17 +119,10 @@ def flow_gates(metrics: Mapping[str, float]) -> list[Gate]:
     ]
     standing = metrics.get("standing_32", math.nan)
     if not math.isnan(standing):
-        gates.append(
-            Gate(
-                "things that stand out after 32 frames, generated over real",
-                standing,
-                0.8,
-                1.25,
-                "1; less: they fade, more: they are invented",
-                "give more minutes, or train the flow stage on more of what happens",
-                stops=False,
-            )
-        )
+        name = "things that stand out after 32 frames, generated over real"
+        good = "1; less: they fade, more: they are invented"
+        advice = "give more minutes, or train the flow stage on more of what happens"
+        gates.append(Gate(name, standing, good, advice, 0.8, 1.25))
     return gates
 
 
@@ -167,29 +130,14 @@ def heads_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Ga
     """Of the heads: are they better than a constant."""
     gates = []
     if measures.ends:
-        gates.append(
-            Gate(
-                "log loss of ends over that of their mean rate",
-                metrics["end_over_constant"],
-                0.0,
-                1.0,
-                "below 0.6",
-                "ends are not foreseen: record more of them",
-                stops=False,
-            )
-        )
+        name, advice = "log loss of ends over that of their mean rate", "ends are not foreseen"
+        over = metrics["end_over_constant"]
+        gates.append(Gate(name, over, "below 0.6", f"{advice}: record more of them", high=1.0))
     if measures.reward_deviation > 0:
-        gates.append(
-            Gate(
-                "error of rewards over that of the best constant",
-                metrics["reward_absolute_error"] / measures.reward_deviation,
-                0.0,
-                1.0,
-                "below 0.6",
-                "rewards are not seen: record more of them, or give more minutes",
-                stops=False,
-            )
-        )
+        name = "error of rewards over that of the best constant"
+        over = metrics["reward_absolute_error"] / measures.reward_deviation
+        advice = "rewards are not seen: record more of them, or give more minutes"
+        gates.append(Gate(name, over, "below 0.6", advice, high=1.0))
     return gates
 
 
@@ -212,15 +160,15 @@ def student_steps(metrics: Mapping[str, float]) -> int:
 def distill_gates(metrics: Mapping[str, float], steps: int) -> list[Gate]:
     """Of the student: is it near its teacher."""
     shown = steps or 1
+    taken = f"{shown} step{'s' if shown > 1 else ''}"
+    advice = "the teacher is shipped instead, with more steps a frame: give more minutes"
     return [
         Gate(
-            f"{what} of {shown} step{'s' if shown > 1 else ''} over the teacher's",
+            f"{what} of {taken} over the teacher's",
             metrics[f"steps{shown}_{name}"] / max(metrics[f"teacher_{name}"], 1e-9),
-            0.0,
-            1.5,
             "below 1.2",
-            "the teacher is shipped instead, with more steps a frame: give more minutes",
-            stops=False,
+            advice,
+            high=1.5,
         )
         for name, what in (("texture", "texture distance"), ("frechet", "distance of rollouts"))
     ]
@@ -228,18 +176,16 @@ def distill_gates(metrics: Mapping[str, float], steps: int) -> list[Gate]:
 
 def world_gates(returned: float, ends: float) -> list[Gate]:
     """Of the finished world, under the recorded actions."""
-    gates = []
-    for name, value in (("reward", returned), ("ends of episodes", ends)):
-        if not math.isnan(value):
-            gates.append(
-                Gate(
-                    f"{name} in the world over {name} in the recordings, same actions",
-                    value,
-                    0.7,
-                    1.4,
-                    "0.85 to 1.15",
-                    "agents will learn from a distorted game: give more minutes",
-                    stops=False,
-                )
-            )
-    return gates
+    advice = "agents will learn from a distorted game: give more minutes"
+    return [
+        Gate(
+            f"{name} in the world over {name} in the recordings, same actions",
+            value,
+            "0.85 to 1.15",
+            advice,
+            0.7,
+            1.4,
+        )
+        for name, value in (("reward", returned), ("ends of episodes", ends))
+        if not math.isnan(value)
+    ]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nfd_env.data.latents import check_endings
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -39,28 +38,24 @@ from nfd_env.training.distill_validation import (
     many_steps,
     texture,
 )
-from nfd_env.training.history import HistoryLevels
 from nfd_env.training.latent_stage import (
     CONTEXT,
     LEAST_HORIZON,
     LatentStage,
-    LatentTrainingConfig,
+    WindowTrainingConfig,
     check_fit,
-    check_windows,
 )
 
 
 @dataclass(frozen=True)
-class DistillTrainingConfig(LatentTrainingConfig):
-    """What to train the student on, and how; see also ``LatentTrainingConfig``.
+class DistillTrainingConfig(WindowTrainingConfig):
+    """What to train the student on, and how; see also ``WindowTrainingConfig``.
+
+    Where ``history_levels`` have a ``draft_share``, the teacher must have been trained with one.
 
     Attributes:
         teacher: the finished flow model's weights.
         student: weights to begin with instead of the teacher's, e.g. of an earlier distillation.
-        frames: frames a training window.
-        history_levels: levels of the clean copy. With a ``draft_share``, the teacher must have been
-            trained with one too.
-        history_level: the history's level when playing.
         discrete_steps: so many steps are discrete-time consistency, cheaper and steadier; the rest
             is continuous-time (sCM). 0 and ``train.steps`` leave only one of the two.
         solver: the teacher's jump in discrete time, "euler" or "midpoint".
@@ -80,18 +75,12 @@ class DistillTrainingConfig(LatentTrainingConfig):
         shift: of the levels of 2 and 4 steps in validation, see ``level_grid``; give the finished
             world the same. Flow training with its own level shift hardly visits low levels, and few
             steps do better without them.
-        ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
-        ending_frames: see there.
-        rollouts: held-out rollouts a validation.
         reference_steps: DPM-Solver++ steps of the teacher that the validation compares with; 0
             leaves the teacher out.
     """
 
-    teacher: str
+    teacher: str = field(kw_only=True)
     student: str = ""
-    frames: int = 16
-    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
-    history_level: float = 0.15
     discrete_steps: int = 0
     solver: str = "midpoint"
     coarsest_grid: int = 4
@@ -104,17 +93,14 @@ class DistillTrainingConfig(LatentTrainingConfig):
     fastest_level: float = 30.0
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     shift: float = 4.0
-    ending_share: float = 0.0
-    ending_frames: int = 0
     rollouts: int = 16
     reference_steps: int = 18
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_endings(self.ending_share, self.ending_frames)
+        super().__post_init__()
         if self.solver not in ("euler", "midpoint"):
             raise ValueError(f"solver must be euler or midpoint, got {self.solver!r}")
-        check_windows(self.frames, self.history_level)
         if min(self.discrete_steps, self.grid_doublings, self.tangent_warmup) < 0:
             raise ValueError(
                 "discrete_steps, grid_doublings and tangent_warmup must not be negative"
@@ -204,8 +190,7 @@ class DistillStage(LatentStage):
 
     def batch(self, rng: np.random.Generator, size: int) -> Batch:
         """Latents (size, frames, C, h, w), the actions leading into them, and what to train."""
-        s = self.settings
-        latents, actions = self._train.windows(rng, size, s.frames, s.ending_share, s.ending_frames)
+        latents, actions = self.settings.draw(self._train, rng, size)
         step, adversarial = int(self.network.steps), self.settings.adversarial
         return Batch(
             latents,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
@@ -56,12 +55,9 @@ class ExportConfig:
         tokenizer: run folder of the tokenizer.
         dynamics: run folder of the dynamics.
         heads: run folder of the heads.
-        configs: the config files behind the runs, copied into the provenance.
         hazard_odds: > 0, factor on the odds of the termination head's hazard. Heads are trained on
             recorded frames, and see an end coming less surely in generated ones; choose it so that
             a hit kills as often in the world as in the game.
-        earlier: provenance file of the world whose weights these runs went on from: a run folder
-            that holds weights alone has its stage there. "" for none.
         sampling: the world's default sampling.
         teacher: run folder of the flow model behind a distilled ``dynamics``, to ship both; "" for
             none.
@@ -88,9 +84,7 @@ class ExportConfig:
     tokenizer: str
     dynamics: str
     heads: str
-    configs: list[str] = field(default_factory=list)
     hazard_odds: float = 1.0
-    earlier: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     modulation_rank: int = 0
     starts: int = 96
@@ -308,15 +302,11 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         row["return"] += episode.total_reward
     for row in policies.values():
         row["mean_return"] = round(row.pop("return") / row["episodes"], 1)
-    earlier = yaml.safe_load(Path(settings.earlier).read_text()) if settings.earlier else {}
     stages = {}
     for stage in NETWORKS:
         if not getattr(settings, stage):
             continue
         path = Path(getattr(settings, stage)).expanduser() / "state.pt"
-        if not path.exists() and stage in earlier.get("stages", {}):
-            stages[stage] = {**earlier["stages"][stage], "made": "earlier"}
-            continue
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, so nothing is known of this stage's training")
         try:
@@ -342,7 +332,4 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
             "policies": policies,
         },
         "stages": stages,
-        "configs": {
-            Path(path).name: yaml.safe_load(Path(path).read_text()) for path in settings.configs
-        },
     }

@@ -10,19 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nfd_env.data.latents import check_endings
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.training.history import HistoryLevels
 from nfd_env.training.latent_stage import (
     CONTEXT,
     LEAST_HORIZON,
     LatentStage,
-    LatentTrainingConfig,
+    WindowTrainingConfig,
     check_fit,
-    check_windows,
 )
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
@@ -30,42 +27,27 @@ _STEPS = 4  # Euler steps of its rollouts
 
 
 @dataclass(frozen=True)
-class FlowTrainingConfig(LatentTrainingConfig):
-    """What to train the flow model on, and how; see also ``LatentTrainingConfig``.
+class FlowTrainingConfig(WindowTrainingConfig):
+    """What to train the flow model on, and how; see also ``WindowTrainingConfig``.
 
     Attributes:
         model: the transformer's sizes; latent shape and action width are those of the recordings.
-        frames: frames a training window.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
         initial: weights to begin with, of the same sizes as ``model``; "" for random ones. They may
             have seen other frames (``window``), and a full adaLN projection is
             brought to ``model.modulation_rank``.
-        history_levels: levels of the history copy in two-copy training.
-        history_level: the history's level in validation's rollouts; give the world the same.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
-        ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
-        ending_frames: see there.
-        rollouts: held-out windows that a validation continues.
     """
 
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
-    frames: int = 16
     history: str = "two_copies"
     initial: str = ""
-    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
-    history_level: float = 0.15
     level_shift: float = 3.0
-    ending_share: float = 0.0
-    ending_frames: int = 0
-    rollouts: int = 8
 
     def __post_init__(self) -> None:
         """Check the choices."""
-        check_endings(self.ending_share, self.ending_frames)
-        check_windows(self.frames, self.history_level)
-        if self.rollouts < 1:
-            raise ValueError(f"rollouts must be at least 1, got {self.rollouts}")
+        super().__post_init__()
         if self.level_shift <= 0:
             raise ValueError(f"level_shift must be above 0, got {self.level_shift}")
         if self.history not in ("two_copies", "shared"):
@@ -118,8 +100,7 @@ class FlowStage(LatentStage):
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
         """Latents (size, frames, C, h, w) and the actions leading into them."""
-        s = self.settings
-        return self._train.windows(rng, size, s.frames, s.ending_share, s.ending_frames)
+        return self.settings.draw(self._train, rng, size)
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]

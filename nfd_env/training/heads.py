@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.latent_stage import LatentStage, LatentTrainingConfig
 from nfd_env.training.recorded import check_rewards
-from nfd_env.training.segments import Segment, SegmentSampler
+from nfd_env.training.segments import SegmentSampler
 
 # Ends are rare events with a tiny mean loss, some hundredths; this brings it to the size of a
 # common one.
@@ -68,6 +69,17 @@ class HeadsTrainingConfig(LatentTrainingConfig):
             raise ValueError(f"signal_weight must not be negative, got {self.signal_weight}")
 
 
+class Sequences(NamedTuple):
+    """Transitions in a row, (B, T, ...): latents after each, and how much it weighs."""
+
+    latents: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    signals: Tensor
+    weight: Tensor
+
+
 class HeadsStage(LatentStage):
     """See ``nfd_env.training.loop.Stage``."""
 
@@ -114,44 +126,30 @@ class HeadsStage(LatentStage):
         names = ["end", "end_over_constant", "reward_absolute_error"]
         return names + ["signal"] * bool(self.config.signals)
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
-        """Sequences of ``frames`` transitions, padded at the end; see ``_sequence``."""
+    def batch(self, rng: np.random.Generator, size: int) -> Sequences:
+        """Sequences of ``frames`` transitions, padded at the end."""
         rows = []
         for _ in range(size):
             segment = self._segments.draw(rng)
+            episode = self._train.episodes[segment.number]
+            parts = _parts(episode, segment.start, segment.stop)
             weight = self._segments.importance(segment)
-            rows.append(self._sequence(self._train.episodes, segment, weight))
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+            rows.append([self._padded(x) for x in (*parts, weight)])
+        return Sequences(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
-    def _sequence(
-        self, episodes: list[LatentEpisode], segment: Segment, weight: np.ndarray
-    ) -> tuple[Tensor, ...]:
-        """Latents after each transition, actions, rewards, terminated, signals, and weights."""
-        episode, start, stop = episodes[segment.number], segment.start, segment.stop
+    def _padded(self, array: np.ndarray) -> Tensor:
+        filled = np.zeros((self.settings.frames, *array.shape[1:]), np.float32)
+        filled[: len(array)] = array
+        return torch.from_numpy(filled)
 
-        def pad(array: np.ndarray) -> Tensor:
-            filled = np.zeros((self.settings.frames, *array.shape[1:]), np.float32)
-            filled[: len(array)] = array
-            return torch.from_numpy(filled)
-
-        return (
-            pad(episode.latents[start + 1 : stop + 1]),
-            pad(episode.actions[start:stop]),
-            pad(episode.rewards[start:stop]),
-            pad(episode.terminated[start:stop]),
-            pad(episode.signals[start:stop]),
-            pad(weight),
-        )
-
-    def loss(
-        self, network: nn.Module, batch: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, network: nn.Module, batch: Sequences) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Cross entropy of rewards and of ends, as if transitions were drawn uniformly."""
-        latents, actions, rewards, terminated, signals, weight = (x.to(self._device) for x in batch)
+        batch = Sequences(*(x.to(self._device) for x in batch))
+        latents, weight = batch.latents, batch.weight
         latents = latents + self.settings.latent_noise * torch.randn_like(latents) * torch.rand(
             len(latents), 1, 1, 1, 1, device=self._device
         )
-        end, reward, signal = self._errors(network, latents, actions, rewards, terminated, signals)
+        end, reward, signal = self._errors(network, batch._replace(latents=latents))
         end_loss = (weight * end).sum() / weight.sum()
         reward_loss = (weight * reward).sum() / weight.sum()
         loss = _END_WEIGHT * end_loss + reward_loss
@@ -162,16 +160,9 @@ class HeadsStage(LatentStage):
             log["signal"] = signal_loss.detach()
         return loss, log
 
-    def _errors(
-        self,
-        network: nn.Module,
-        latents: Tensor,
-        actions: Tensor,
-        rewards: Tensor,
-        ends: Tensor,
-        signals: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _errors(self, network: nn.Module, batch: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Log losses of each transition: end, reward, and signals (mean of those known)."""
+        latents, actions, rewards, ends, signals, _ = batch
         assert isinstance(network, Heads)
         features, _ = network.features(latents, actions, network.initial_state(len(latents)))
         # Signals alone shape the features: the few ends would soon be learned by heart.
@@ -197,18 +188,16 @@ class HeadsStage(LatentStage):
         assert isinstance(network, Heads)
         end_sum = reward_error = count = ends = signal_sum = 0.0
         for episode in self._validation.episodes:
-            latents = torch.from_numpy(episode.latents[1:]).float()[None].to(self._device)
-            actions = torch.from_numpy(episode.actions)[None].to(self._device)
-            rewards = torch.from_numpy(episode.rewards)[None].to(self._device)
-            terminated = torch.from_numpy(episode.terminated)[None].float().to(self._device)
-            signals = torch.from_numpy(episode.signals)[None].to(self._device)
-            end, _, signal = self._errors(network, latents, actions, rewards, terminated, signals)
-            logits, _ = network(latents, actions, network.initial_state(1))
+            length = len(episode.actions)
+            parts = (*_parts(episode, 0, length), np.ones(length))
+            batch = Sequences(*(torch.from_numpy(x).float()[None].to(self._device) for x in parts))
+            end, _, signal = self._errors(network, batch)
+            logits, _ = network(batch.latents, batch.actions, network.initial_state(1))
             signal_sum += float(signal.sum())
-            reward_error += float((network.reward(logits) - rewards).abs().sum())
+            reward_error += float((network.reward(logits) - batch.rewards).abs().sum())
             end_sum += float(end.sum())
             count += end.numel()
-            ends += float(terminated.sum())
+            ends += float(batch.terminated.sum())
         over = end_sum / count / _constant_loss(max(ends, 0.5) / count)
         metrics = {
             "end": end_sum / count,
@@ -225,6 +214,12 @@ class HeadsStage(LatentStage):
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""
         save_weights(path, network, self.config, kind="heads", made_from=self._made_from)
+
+
+def _parts(episode: LatentEpisode, start: int, stop: int) -> tuple[np.ndarray, ...]:
+    """What ``Sequences`` have of some transitions, without their weights."""
+    parts = episode.actions, episode.rewards, episode.terminated, episode.signals
+    return episode.latents[start + 1 : stop + 1], *(part[start:stop] for part in parts)
 
 
 def _constant_loss(rate: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights
 from nfd_env.training.encode import check_encoded
+from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.recorded import open_recordings
 
@@ -52,12 +53,43 @@ class LatentTrainingConfig:
     train: TrainConfig
 
 
-def check_windows(frames: int, history_level: float) -> None:
-    """Refuse windows of fewer than 2 frames and a ``history_level`` outside [0, 1]."""
-    if frames < 2:
-        raise ValueError(f"a window needs at least 2 frames, got {frames}")
-    if not 0 <= history_level <= 1:
-        raise ValueError(f"history_level must lie in [0, 1], got {history_level}")
+@dataclass(frozen=True)
+class WindowTrainingConfig(LatentTrainingConfig):
+    """What the configs of stages on windows of frames have in common.
+
+    Attributes:
+        frames: frames a training window.
+        history_levels: levels of the clean copy of the frames before, in training.
+        history_level: the history's level in validation's rollouts; give the world the same.
+        ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
+        ending_frames: see there.
+        rollouts: held-out windows that a validation continues.
+    """
+
+    frames: int = 16
+    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
+    history_level: float = 0.15
+    ending_share: float = 0.0
+    ending_frames: int = 0
+    rollouts: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.frames < 2:
+            raise ValueError(f"a window needs at least 2 frames, got {self.frames}")
+        for name in ("history_level", "ending_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.ending_frames < 0:
+            raise ValueError(f"ending_frames must not be negative, got {self.ending_frames}")
+        if self.rollouts < 1:
+            raise ValueError(f"rollouts must be at least 1, got {self.rollouts}")
+
+    def draw(
+        self, data: LatentDataset, rng: np.random.Generator, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """``size`` windows of ``data``, see ``LatentDataset.windows``."""
+        return data.windows(rng, size, self.frames, self.ending_share, self.ending_frames)
 
 
 def check_fit(data: LatentDataset, config: DynamicsConfig, name: str) -> None:

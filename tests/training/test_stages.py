@@ -492,7 +492,7 @@ def test_exported_weights_make_a_world_that_steps(
         assert -1 <= reward <= 1 and 0 <= info["hazard"] <= 1
 
 
-def test_stages_of_an_earlier_world_stand_in_the_provenance(
+def test_weights_without_a_training_are_refused(
     tokenizer: Trained, flow: Trained, heads: Trained, recordings: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "tokenizer"
@@ -512,13 +512,6 @@ def test_stages_of_an_earlier_world_stand_in_the_provenance(
     with pytest.raises(CheckpointError, match=r"state.pt: missing"):
         export(settings)
     assert not (tmp_path / "world").exists()
-    earlier = tmp_path / "provenance.yaml"
-    earlier.write_text(yaml.safe_dump({"stages": {"tokenizer": {"steps": 4000}}}))
-    folder = export(replace(settings, earlier=str(earlier)))
-    provenance = yaml.safe_load((folder / "provenance.yaml").read_text())
-    assert provenance["stages"]["tokenizer"] == {"steps": 4000, "made": "earlier"}
-    assert provenance["stages"]["heads"]["steps"] == 60
-    assert "earlier" not in provenance
 
 
 def test_hazard_odds(
