@@ -68,7 +68,8 @@ class TwinSlots(Slots):
             kwargs: of ``Slots``.
         """
         super().__init__(*args, **kwargs)
-        self._make, self.views = make, VIEWS
+        self._make = make
+        self.views: tuple[str, ...] = VIEWS
         self._views = ["dream"] * self.count
         self._real: dict[int, _RealGame] = {}
         self._beside: dict[int, np.ndarray] = {}
