@@ -14,6 +14,8 @@ from gymnasium.wrappers import TimeLimit
 from nfd_env.play.keys import Keymap
 from nfd_env.sources.source import SourceConfig, make_source
 
+_AMPLIFIED = 3  # differences that matter are too dark to be seen as they are
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -226,7 +228,7 @@ class EnvGame(Game):
 
 
 def side_by_side(real: np.ndarray, dream: np.ndarray) -> np.ndarray:
-    """One picture of a frame's aspect: the game, the dream, and below them what differs.
+    """One picture of a frame's aspect: the game, the dream, and below them thrice what differs.
 
     Args:
         real: uint8 (H, W, 3).
@@ -239,5 +241,6 @@ def side_by_side(real: np.ndarray, dream: np.ndarray) -> np.ndarray:
     picture = np.full((2 * height + 2, 2 * width + 2, 3), 24, np.uint8)
     picture[:height, :width], picture[:height, width + 2 :] = real, dream
     left = (width + 2) // 2
-    picture[height + 2 :, left : left + width] = np.abs(real.astype(np.int16) - dream)
+    difference = np.abs(real.astype(np.int16) - dream)
+    picture[height + 2 :, left : left + width] = np.minimum(_AMPLIFIED * difference, 255)
     return picture

@@ -109,7 +109,7 @@ def test_pictures_keep_their_aspect() -> None:
     picture = side_by_side(real, dream)
     assert picture.shape == (10, 18, 3)
     assert (picture[:4, :8] == 90).all() and (picture[:4, 10:] == 100).all()
-    assert (picture[6:, 5:13] == 10).all()
+    assert (picture[6:, 5:13] == 30).all()
 
 
 class Person:
