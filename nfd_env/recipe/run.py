@@ -222,6 +222,7 @@ class Recipe:
             return
         with self._timed(record):
             values = {**plan.export, **self._sampling(plan)}
+            values["configs"] = [str(self.folder / "plan.yaml"), *values.get("configs", [])]
             if not values["teacher"]:  # shipped itself where the student is not near it
                 values["int8"] = [n for n in values.get("int8", []) if n != "teacher"]
             made = export(door.built_from("export", values))
