@@ -77,6 +77,8 @@ class ServeConfig(Chosen):
             such as https://hub.example.org.
         idle_seconds: a player without any input for so long loses the place.
         real: players can change to the real game, which then runs on this machine for each.
+        save: folder of data sets, one a world, that the play of all is appended to; the page says
+            so to its players.
     """
 
     host: str = "127.0.0.1"
@@ -87,6 +89,7 @@ class ServeConfig(Chosen):
     allow_origin: tuple[str, ...] = ()
     idle_seconds: float = 180.0
     real: bool = False
+    save: str | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""

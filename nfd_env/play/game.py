@@ -73,6 +73,7 @@ class Game(Protocol):
         default_sampling: None for a game that is not generated.
         steps_of: denoising steps of (student, teacher); None where there is no choice.
         views: what its players may see, the first one first; see ``nfd_env.play.twin``.
+        source: the real game; None where nothing is known of one.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Game(Protocol):
     default_sampling: Sampling | None
     steps_of: tuple[int, int] | None
     views: tuple[str, ...]
+    source: SourceConfig | None
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """Start an episode; returns its first frame."""

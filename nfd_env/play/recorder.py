@@ -73,6 +73,7 @@ class PlayRecorder:
         fps: float,
         failed: Callable[[str], None],
         limit: int = 4000,
+        writer: str = "play",
     ) -> None:
         """Open ``folder``, a new data set or one of the same world.
 
@@ -85,6 +86,7 @@ class PlayRecorder:
             failed: told, in a line, why the recording has ended; on the recorder's thread.
             limit: transitions after which an episode is cut off and another segment begins, because
                 readers load whole episodes.
+            writer: of several at a time in one folder.
 
         Raises:
             RecordingError: when the folder holds recordings of something else.
@@ -102,7 +104,7 @@ class PlayRecorder:
         )
         self.folder, self._limit, self._failed = Path(folder), limit, failed
         spec.save(self.folder)
-        self._writer = ShardWriter(self.folder, spec, "play")
+        self._writer = ShardWriter(self.folder, spec, writer)
         self.saved = 0
         self._split = "train"  # of the last episode
         self._counts = Counter(e.split for e in RecordedDataset(self.folder))

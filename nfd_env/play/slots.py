@@ -23,6 +23,7 @@ from gymnasium.vector import AutoresetMode
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.play.game import Outcome, Sampling
 from nfd_env.play.keys import Keymap
+from nfd_env.sources.spec import SourceConfig
 
 _FORGET = 0.997  # an answer; about a tenth a second at the usual rates
 
@@ -90,6 +91,7 @@ class Slots:
         self._warm: set[tuple[Sampling, int]] = set()
         self._started = False
         self.views: tuple[str, ...] = ("dream",)
+        self.source: SourceConfig | None = self.spec.source
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """Start an episode; without a seed the next one of the slot's seed.

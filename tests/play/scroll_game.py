@@ -29,6 +29,7 @@ class ScrollGame:
     default_sampling: Sampling | None = Sampling(2)
     steps_of: tuple[int, int] | None = (2, 6)
     views: tuple[str, ...] = ("dream",)
+    source: SourceConfig | None = None
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ import pytest
 aiohttp = pytest.importorskip("aiohttp")
 
 from nfd_env.cli import main as nfd  # noqa: E402
+from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.play.web import protocol  # noqa: E402
 from nfd_env.play.web.access import is_loopback  # noqa: E402
 from nfd_env.play.web.client import Limits  # noqa: E402
@@ -419,6 +420,25 @@ def test_a_player_changes_to_the_real_game_and_another_dreams_on(tmp_path):
             assert (await b.pictures(3))["view"] == "dream"
 
     run(main, 60)
+
+
+def test_everybodys_play_is_kept(tmp_path):
+    folder = tmp_path / "kept"
+
+    async def main():
+        async with (
+            Running(limits=Limits(clients=2), save=folder) as (server, http),
+            Client(server, http, seed=1) as a,
+            Client(server, http, seed=2) as b,
+        ):
+            assert a.hello["saving"] and b.hello["saving"]
+            await asyncio.gather(a.pictures(12), b.pictures(12))
+
+    run(main)
+    (world,) = folder.iterdir()
+    data = RecordedDataset(world)
+    assert sorted(e.seed for e in data) == [1, 2]
+    assert all(len(e) > 8 and e.truncated[-1] and e.policy == "person" for e in data)
 
 
 def test_a_bad_start_is_one_clear_message(capsys, tmp_path):

@@ -23,6 +23,7 @@ from nfd_env.play import PlayError
 from nfd_env.play.commands import ServeConfig
 from nfd_env.play.engine import Engine
 from nfd_env.play.game import Game
+from nfd_env.play.recorder import PlayRecorder
 from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
 from nfd_env.play.web import protocol
 from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback, read_token
@@ -30,6 +31,7 @@ from nfd_env.play.web.client import Client, Limits, new_socket, part
 from nfd_env.play.web.connection import Connection, Gate, connection_factory
 from nfd_env.play.web.pictures import film
 from nfd_env.play.web.rooms import Room, Rooms, world_games
+from nfd_env.play.web.saving import Saver
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class PlayServer:
         agent: Any = None,
         trust: bool = False,
         encoders: int = 1,
+        save: str | Path | None = None,
     ) -> None:
         """Prepare; ``start`` binds.
 
@@ -71,6 +74,8 @@ class PlayServer:
             agent: whom players can hand over to, see ``nfd_env.players.frames.FramePlayer``.
             trust: see there.
             encoders: threads that compress pictures.
+            save: folder of data sets that everybody's play is appended to, see ``Saver``; the page
+                tells its player.
 
         Raises:
             ServeError: when a token is required, or the port or an origin is none.
@@ -90,6 +95,7 @@ class PlayServer:
         except ValueError as error:
             raise ServeError(str(error)) from None
         self.rooms = Rooms(games, self.limits.clients, agent, trust)
+        self._saver = None if save is None else Saver(save)
         self._clients: set[Client] = set()
         self._encoder = ThreadPoolExecutor(encoders, "jpeg")
         self._films = ThreadPoolExecutor(1, "film")
@@ -213,6 +219,7 @@ class PlayServer:
         client: Client | None = None
         sender: asyncio.Task[None] | None = None
         room: Room | None = None
+        recorder: PlayRecorder | None = None
         try:
             name = request.query.get("world") or self.rooms.names[0]
             if name not in self.rooms.names:
@@ -235,10 +242,12 @@ class PlayServer:
             session = Session(
                 game.keymap, game.default_sampling, game.steps_of, agent, views=game.views
             )
+            recorder = session.recorder = await self._record(name, game)
             if not client.sit(session, room.engine, _seed_number(request.query.get("seed"))):
                 await self._say_full(socket)
                 return socket
-            await socket.send_json(self._hello(client, room, name))
+            hello = self._hello(client, room, name)
+            await socket.send_json(hello | {"saving": recorder is not None})
             sender = asyncio.create_task(client.send_pictures())
             await self._listen(client, session, room.engine)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -249,9 +258,23 @@ class PlayServer:
                 self._tell_number()
                 if client.player is not None and room is not None:
                     room.engine.leave(client.player)
+            if recorder is not None and self._saver is not None:
+                loop = asyncio.get_running_loop()
+                await asyncio.shield(loop.run_in_executor(None, self._saver.end, recorder))
             if sender is not None:
                 sender.cancel()
         return socket
+
+    async def _record(self, name: str, game: Game) -> PlayRecorder | None:
+        """A player's recording, where the server keeps them."""
+        if self._saver is None:
+            return None
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(None, self._saver.begin, name, game)
+        except (ValueError, OSError, RuntimeError) as error:
+            log.error("a player is not recorded: %s", error)
+            return None
 
     async def _open(self, socket: web.WebSocketResponse, name: str) -> Room | None:
         try:
@@ -362,6 +385,7 @@ def serve(settings: ServeConfig, ready: Callable[[PlayServer], None] | None = No
         ),
         agent=settings.agent,
         trust=settings.trust,
+        save=settings.save,
     )
 
     async def main() -> None:

@@ -287,7 +287,6 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
     with ExitStack() as stack:
         if real:
             game: Game = EnvGame.from_file(world, settings.max_episode_steps)
-            source = game.source
         else:
             game = TwinSlots(
                 lambda: make_real(world, trust=settings.trust),
@@ -295,7 +294,6 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
                 max_episode_steps=settings.max_episode_steps,
                 **sampling,
             )
-            source = game.spec.source
         stack.callback(game.close)
         player = KeyboardPlayer(
             game,
@@ -305,7 +303,7 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
             trust=settings.trust,
             record=settings.record,
             save=settings.save,
-            source=config.to_dict(source),
+            source=config.to_dict(game.source),
             on_shown=on_shown,
         )
         return player.run(settings.max_frames)
