@@ -77,6 +77,7 @@ def _run(name: str, arguments: list[str]) -> int:
         flags = [f"--{n.replace('_', '-')}" for n, p in parameters.items() if p.default is False]
         arguments = _overrides_together(arguments, flags)
     # What several commands share is a dataclass among their arguments, without a name of its own.
+    # Its values are checked by who takes it: tyro would catch what its constructor raises.
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     return int(tyro.cli(command, args=arguments, prog=f"nfd {name}", config=config) or 0)
 

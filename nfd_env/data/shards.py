@@ -181,21 +181,14 @@ class ShardWriter:
             raise RecordingError(f"the writer {self.writer} of {self.folder} is closed")
         if not self._is_open:  # after an error that left the shard unclear
             self._open()
-        if episode.frames.shape[1:] != tuple(self.spec.frame_shape):
-            raise RecordingError(
-                f"frames are {episode.frames.shape[1:]}, the data set has {self.spec.frame_shape}"
-            )
-        if episode.actions.shape[1:] != tuple(self.spec.action_shape):
-            raise RecordingError(
-                f"actions are {episode.actions.shape[1:]}, the data set has "
-                f"{self.spec.action_shape}"
-            )
         assert episode.signals is not None
-        if episode.signals.shape[1:] != (self.spec.signals,):
-            raise RecordingError(
-                f"there are {episode.signals.shape[1:]} signals a transition, the data set has "
-                f"{self.spec.signals}"
-            )
+        for name, array, shape in (
+            ("frames", episode.frames, self.spec.frame_shape),
+            ("actions", episode.actions, self.spec.action_shape),
+            ("signals", episode.signals, (self.spec.signals,)),
+        ):
+            if array.shape[1:] != tuple(shape):
+                raise RecordingError(f"{name} are {array.shape[1:]}, the data set has {shape}")
         ends = episode.terminated * _TERMINATED + episode.truncated * _TRUNCATED
         actions = episode.actions.astype(self.spec.action_dtype)
         if not np.can_cast(episode.actions.dtype, self.spec.action_dtype, "same_kind"):
@@ -267,37 +260,26 @@ class EpisodeReference:
         """Name of the episode, unique in its data set."""
         return f"{self.shard.name}/{self.transition_offset}"
 
-    def _map(
-        self, name: str, dtype: str, shape: tuple[int, ...], offset: int, n: int
-    ) -> np.ndarray:
-        return mapped(self.shard / name, dtype, shape, offset, n)
+    def _transitions(self, name: str, dtype: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        path = self.shard / name
+        return np.array(mapped(path, dtype, shape, self.transition_offset, self.length))
 
     @cached_property
     def frames(self) -> np.ndarray:
         """uint8 (T+1, H, W, 3), memory-mapped and read-only."""
-        return self._map(
-            "frames.bin", "uint8", tuple(self.spec.frame_shape), self.frame_offset, self.length + 1
-        )
+        path, shape = self.shard / "frames.bin", tuple(self.spec.frame_shape)
+        return mapped(path, "uint8", shape, self.frame_offset, self.length + 1)
 
     @cached_property
     def actions(self) -> np.ndarray:
         """(T, ...) in the stored dtype; ``actions[t]`` leads from frame t to frame t+1."""
-        return np.array(
-            self._map(
-                "actions.bin",
-                self.spec.action_dtype,
-                tuple(self.spec.action_shape),
-                self.transition_offset,
-                self.length,
-            )
-        )
+        spec = self.spec
+        return self._transitions("actions.bin", spec.action_dtype, tuple(spec.action_shape))
 
     @cached_property
     def rewards(self) -> np.ndarray:
         """float32 (T,)."""
-        return np.array(
-            self._map("rewards.bin", "float32", (), self.transition_offset, self.length)
-        )
+        return self._transitions("rewards.bin", "float32")
 
     @cached_property
     def signals(self) -> np.ndarray:
@@ -305,13 +287,11 @@ class EpisodeReference:
         count = self.spec.signals
         if not count:
             return np.zeros((self.length, 0), np.float32)
-        return np.array(
-            self._map("signals.bin", "float32", (count,), self.transition_offset, self.length)
-        )
+        return self._transitions("signals.bin", "float32", (count,))
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        return np.array(self._map("ends.bin", "uint8", (), self.transition_offset, self.length))
+        return self._transitions("ends.bin", "uint8")
 
     @property
     def terminated(self) -> np.ndarray:
@@ -355,20 +335,9 @@ class RecordedDataset:
         for shard in shard_folders(self.folder):
             frame = transition = 0
             for record in read_records(shard):
-                self.episodes.append(
-                    EpisodeReference(
-                        shard,
-                        self.spec,
-                        frame,
-                        transition,
-                        record["length"],
-                        record["seed"],
-                        record["policy"],
-                        record["split"],
-                        record["return"],
-                        record.get("number"),
-                    )
-                )
+                told = [record[k] for k in ("length", "seed", "policy", "split", "return")]
+                told.append(record.get("number"))
+                self.episodes.append(EpisodeReference(shard, self.spec, frame, transition, *told))
                 frame += record["length"] + 1
                 transition += record["length"]
 

@@ -10,8 +10,9 @@ from gymnasium import spaces
 
 from nfd_env.data.episode import SPLITS
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
-from nfd_env.files import FolderError, atomic_write
+from nfd_env.files import FolderError
 from nfd_env.spaces import space_from_dict
+from nfd_env.video import write_png
 
 CONTACT_SHEET = "contact_sheet.png"
 _ROWS, _COLUMNS = 6, 8  # episodes, and frames of each, in the picture
@@ -117,14 +118,8 @@ def save_contact_sheet(data: RecordedDataset) -> Path | None:
     """
     if not len(data):
         return None
-    import cv2
-
     path = data.folder / CONTACT_SHEET
-    done, png = cv2.imencode(".png", contact_sheet(data)[..., ::-1])
-    assert done
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(png.tobytes())
+        return write_png(path, contact_sheet(data))
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror}") from None
-    return path

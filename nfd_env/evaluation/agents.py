@@ -64,14 +64,6 @@ class Scoring:
     device: str = "auto"
     precision: str = "auto"
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("episodes", "num_envs", "real_envs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_frames < 0:
-            raise ValueError(f"max_frames must be at least 1, or 0, got {self.max_frames}")
-
 
 @dataclass(frozen=True)
 class AgentEvaluation(Scoring):
@@ -101,12 +93,6 @@ class AgentEvaluation(Scoring):
     agent_kwargs: Suppress[Fixed[dict[str, Any]]] = field(default_factory=dict)
     history_level: float | None = None
     temperature: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        super().__post_init__()
-        if self.frame_skip is not None and self.frame_skip < 1:
-            raise ValueError(f"frame_skip must be at least 1, got {self.frame_skip}")
 
 
 @dataclass(frozen=True)
@@ -252,6 +238,12 @@ def evaluate_agent(
             the observations; UntrustedError among them.
         SourceError: with ``real_only``, when the real game cannot be made.
     """
+    for name in ("episodes", "num_envs", "real_envs", "frame_skip"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if settings.max_frames < 0:
+        raise ValueError(f"max_frames must be at least 1, or 0, got {settings.max_frames}")
     agent = find_agent(settings.agent, settings.world or None)
     spec = read_agent_spec(agent, None, settings.trust)
     world = _world_of(settings, spec)

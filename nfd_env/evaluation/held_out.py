@@ -55,14 +55,6 @@ class EvaluationConfig:
     speculative_frames: int = 1
     sampling_steps: int | None = None
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.windows < 1 or self.long_rollouts < 0:
-            raise ValueError(
-                f"evaluation needs windows >= 1 and long_rollouts >= 0, got {self.windows} and "
-                f"{self.long_rollouts}"
-            )
-
 
 class EncodedEpisodes:
     """Episodes and their latents; a frame is encoded when it is first asked for."""
@@ -277,9 +269,15 @@ class HeldOut:
         Which windows are chosen does not depend on the number of long rollouts.
 
         Raises:
+            ValueError: when there are no windows, or fewer than no long rollouts.
             RecordingError: when the recordings are of another environment or hold too little.
         """
         windows, long_rollouts = settings.windows, settings.long_rollouts
+        if windows < 1 or long_rollouts < 0:
+            raise ValueError(
+                f"evaluation needs windows >= 1 and long_rollouts >= 0, got {windows} and "
+                f"{long_rollouts}"
+            )
         _check_fits(world, recordings)
         model = world.model
         encoded = EncodedEpisodes(model, recordings.split("validation"), progress)

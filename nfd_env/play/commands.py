@@ -91,11 +91,6 @@ class ServeConfig(Chosen):
     real: bool = False
     save: str | None = None
 
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.max_clients < 1 or not self.idle_seconds > 0:
-            raise ValueError("max_clients must be at least 1 and idle_seconds above 0")
-
 
 def play(settings: PlayConfig) -> int:
     """Play a world, or the real game, in a window, with the keyboard or a gamepad."""

@@ -79,7 +79,7 @@ class DistillTrainingConfig(WindowTrainingConfig):
             leaves the teacher out.
     """
 
-    teacher: str = field(kw_only=True)
+    teacher: str
     student: str = ""
     discrete_steps: int = 0
     solver: str = "midpoint"
@@ -93,7 +93,7 @@ class DistillTrainingConfig(WindowTrainingConfig):
     fastest_level: float = 30.0
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     shift: float = 4.0
-    rollouts: int = 16
+    rollouts: int = field(default=16, kw_only=True)
     reference_steps: int = 18
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ class LatentTrainingConfig:
     train: TrainConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowTrainingConfig(LatentTrainingConfig):
     """What the configs of stages on windows of frames have in common.
 

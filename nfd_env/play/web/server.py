@@ -365,6 +365,8 @@ def serve(settings: ServeConfig, ready: Callable[[PlayServer], None] | None = No
         ValueError: when an argument is out of range.
         OSError: when the token's file cannot be read.
     """
+    if settings.max_clients < 1 or not settings.idle_seconds > 0:
+        raise ValueError("max_clients must be at least 1 and idle_seconds above 0")
     host = settings.host
     secret = read_token(settings.token, settings.token_file)
     made_up = secret is None and not is_loopback(host)
