@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
@@ -55,6 +56,7 @@ class ExportConfig:
         tokenizer: run folder of the tokenizer.
         dynamics: run folder of the dynamics.
         heads: run folder of the heads.
+        configs: the config files behind the runs, copied into the provenance.
         hazard_odds: > 0, factor on the odds of the termination head's hazard. Heads are trained on
             recorded frames, and see an end coming less surely in generated ones; choose it so that
             a hit kills as often in the world as in the game.
@@ -84,6 +86,7 @@ class ExportConfig:
     tokenizer: str
     dynamics: str
     heads: str
+    configs: list[str] = field(default_factory=list)
     hazard_odds: float = 1.0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     modulation_rank: int = 0
@@ -332,4 +335,7 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
             "policies": policies,
         },
         "stages": stages,
+        "configs": {
+            Path(path).name: yaml.safe_load(Path(path).read_text()) for path in settings.configs
+        },
     }
