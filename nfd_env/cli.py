@@ -23,6 +23,8 @@ COMMANDS = {
     "train": ("nfd_env.recipe.commands:train", "make a world of a game; run it again to go on"),
     "collect": ("nfd_env.recipe.commands:collect", "record a game"),
     "export": ("nfd_env.recipe.commands:export", "put finished stages together as a world again"),
+    "export-onnx": ("nfd_env.export.commands:export_onnx", "a world as ONNX files"),
+    "export-web": ("nfd_env.export.commands:export_web", "a page that plays without a server"),
     "eval": ("nfd_env.evaluation.commands:evaluate", "how good a world is, on held-out recordings"),
     "eval-agent": ("nfd_env.evaluation.commands:eval_agent", "score an agent, in world and game"),
     "rank": ("nfd_env.evaluation.commands:rank", "does a world rank policies as its game does"),

@@ -62,6 +62,7 @@ ALLOWED = {
     "nfd_env.recipe": PLAYERS | TRAINING | {"nfd_env.evaluation", "nfd_env.recipe"},
     # The real game is played from its file.
     "nfd_env.play": PLAYERS | {"nfd_env.play", "nfd_env.recipe.game"},
+    "nfd_env.export": PLAYERS | {"nfd_env.play", "nfd_env.export"},
     "nfd_env.sb3": ENVS,
     "nfd_env.torchrl": ENVS,
     "nfd_env.cli": set(),  # it imports a command's module by name

@@ -28,7 +28,7 @@ from nfd_env.models.cache import may_look
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import load_world
 
-_START = 0x5354  # separates the choice of a start from the noise that follows it
+START_SALT = 0x5354  # separates the choice of a start from the noise that follows it
 _OOD_REFERENCE = 64  # recorded frames that the out-of-distribution signal is relative to
 _MOST_CONTEXT = 4096  # observations before the first; far more than any policy looks back
 _MOST_SAMPLING_STEPS = 1000  # of the finest samplers in the literature
@@ -420,7 +420,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         """Begin episodes with (seed, episode) ``keys``; returns what ``info`` says of that."""
         starts = [s for s in self.starts if s.beginning] if beginning else self.starts
         chosen = [
-            context or starts[mix(*key, _START) % len(starts)]
+            context or starts[mix(*key, START_SALT) % len(starts)]
             for context, key in zip(contexts, keys, strict=True)
         ]
         state = self.model.start(chosen, keys, self.speculative_frames, self.sampling)

@@ -4,3 +4,7 @@
 request may take), ``pictures`` (JPEG and films), ``client`` (one player), ``rooms`` (the worlds
 that are played) and ``server``, which puts them together.
 """
+
+from pathlib import Path
+
+STATIC = Path(__file__).parent / "static"

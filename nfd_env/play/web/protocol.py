@@ -12,10 +12,11 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from nfd_env.play.keys import key_name
+from nfd_env.play.keys import Keymap, key_name
+from nfd_env.play.session import SPEEDS
 
 # Close codes of the WebSocket, in the range for applications.
 FULL, IDLE, BAD_MESSAGE, TOO_FAST, FAILED, GOING = 4001, 4002, 4003, 4004, 4005, 4006
@@ -111,6 +112,25 @@ def parse(text: str) -> Message:
     if kind == "awake":
         return Awake()
     raise BadMessage("unknown type of message")
+
+
+def about_game(
+    world: str, fps: float, aspect: float, display: str, size: tuple[int, int], keymap: Keymap
+) -> dict[str, Any]:
+    """The part of a ``hello`` that is the same on a server and without one; see ``Game``."""
+    return {
+        "t": "hello",
+        "world": world,
+        "fps": fps,
+        "aspect": aspect,
+        "display": display,
+        "size": size,
+        "keys": sorted(keymap.keys),
+        "labels": keymap.labels(),
+        "buttons": keymap.buttons(),
+        "gamepad": asdict(keymap.gamepad()),
+        "speeds": SPEEDS,
+    }
 
 
 def pack_picture(header: Mapping[str, Any], jpeg: bytes) -> bytes:

@@ -12,8 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -24,8 +22,8 @@ from nfd_env.play.commands import ServeConfig
 from nfd_env.play.engine import Engine
 from nfd_env.play.game import Game
 from nfd_env.play.recorder import PlayRecorder
-from nfd_env.play.session import SPEEDS, ControlError, Session, sampling_choices
-from nfd_env.play.web import protocol
+from nfd_env.play.session import ControlError, Session, sampling_choices
+from nfd_env.play.web import STATIC, protocol
 from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback, read_token
 from nfd_env.play.web.client import Client, Limits, new_socket, part
 from nfd_env.play.web.connection import Connection, Gate, connection_factory
@@ -35,7 +33,6 @@ from nfd_env.play.web.saving import Saver
 
 log = logging.getLogger(__name__)
 
-STATIC = Path(__file__).parent / "static"
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 
@@ -288,21 +285,13 @@ class PlayServer:
         return None
 
     def _hello(self, client: Client, room: Room, name: str) -> dict[str, Any]:
-        game, keymap = room.game, room.game.keymap
-        return {
-            "t": "hello",
+        game = room.game
+        size = (game.frame_shape[1], game.frame_shape[0])
+        shown = game.display_aspect, game.display, size
+        return protocol.about_game(name, game.fps, *shown, game.keymap) | {
             "key": client.key,
-            "world": name,
-            "fps": game.fps,
-            "aspect": game.display_aspect,
-            "display": game.display,
-            "size": [game.frame_shape[1], game.frame_shape[0]],
-            "keys": sorted(keymap.keys),
-            "labels": keymap.labels(),
-            "buttons": keymap.buttons(),
-            "gamepad": asdict(keymap.gamepad()),
-            "speeds": SPEEDS,
             "steps": sampling_choices(game),
+            "has_ahead": True,
             "has_teacher": game.steps_of is not None,
             "has_agent": room.agent is not None,
             "views": game.views,

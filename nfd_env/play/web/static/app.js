@@ -1,21 +1,20 @@
-// The browser player: one WebSocket, one canvas, no dependencies. This part holds the connection.
+// The browser player: one connection, one canvas, no dependencies. This part holds the connection.
 
 import { editKeys, held, letGo, listen, setUpInput } from "./input.js";
 import { closeReplay, openReplay } from "./replay.js";
 import { $, control, overlay, page, rate, send, state, toast } from "./small.js";
+import { enter, listWorlds } from "./transport.js";
 import { film, fitPicture, forget, gaps, latencies, picture } from "./view.js";
 
 let retry = 0, retryTimer = 0, hiddenPause = false;
 
 async function start() {
   try {
-    const answer = await fetch("api/worlds");
-    if (!answer.ok) throw new Error((await answer.text()) || answer.statusText);
-    const about = await answer.json();
+    const worlds = await listWorlds();
     const wanted = new URLSearchParams(location.search).get("world");
     const select = $("world");
-    select.replaceChildren(...about.worlds.map((name) => new Option(name, name)));
-    if (about.worlds.includes(wanted)) select.value = wanted;
+    select.replaceChildren(...worlds.map((name) => new Option(name, name)));
+    if (worlds.includes(wanted)) select.value = wanted;
     connect();
   } catch (error) {
     state("down", "no server");
@@ -29,32 +28,23 @@ function connect() {
   page.stopped = "";
   page.hello = null;
   state("wait", "connecting");
-  const url = new URL("ws", location.href);
-  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-  url.search = "";
-  url.searchParams.set("world", $("world").value);
-  const seed = new URLSearchParams(location.search).get("seed");
-  if (seed) url.searchParams.set("seed", seed);
-  const mine = page.socket = new WebSocket(url);
-  mine.binaryType = "arraybuffer";
-  mine.onmessage = (event) => {
-    if (mine !== page.socket) return;
-    if (typeof event.data === "string") receive(JSON.parse(event.data));
-    else picture(event.data, mine);
-  };
-  mine.onclose = () => { if (mine === page.socket) closed(); };
+  const mine = page.link = enter($("world").value, new URLSearchParams(location.search).get("seed"), {
+    message: (message) => { if (mine === page.link) receive(message); },
+    picture: (header, blob) => { if (mine === page.link) picture(header, blob, mine); },
+    closed: () => { if (mine === page.link) closed(); },
+  });
 }
 
 function receive(message) {
   if (message.t === "loading") {
-    overlay("Loading", message.world);
+    overlay("Loading", message.what || message.world);
   } else if (message.t === "hello") {
     page.hello = message;
     retry = 0;
     forget();
     setUp();
     overlay();
-    state("live", "live");
+    state("live", page.hello.where || "live");
     if (document.hidden) hide();
   } else if (message.t === "bye") {
     if (message.code === 4006) return; // the server may be started again: see closed()
@@ -97,8 +87,9 @@ function setUp() {
   $("sampling").replaceChildren(...hello.steps.map((s) => new Option(`${s} step${s > 1 ? "s" : ""}`, String(s))));
   const generated = hello.steps.length > 0;
   $("sampling").closest("label").hidden = !generated;
-  const there = { speculation: generated, teacher: hello.has_teacher, agent: hello.has_agent };
+  const there = { lookahead: hello.has_ahead, speculation: generated, teacher: hello.has_teacher, agent: hello.has_agent };
   for (const [name, is] of Object.entries(there)) document.querySelector(`[data-do="${name}"]`).hidden = !is;
+  $("download").hidden = !hello.key;
   setUpInput();
 }
 
@@ -106,7 +97,7 @@ function setUp() {
 
 const SHORTCUTS = {
   p: () => control("pause"), ".": () => control("step"), r: () => control("reset"), n: () => control("seed"),
-  o: () => control("agent"), g: () => control("lookahead"), j: () => control("speculation"),
+  o: () => control("agent"), g: () => page.hello.has_ahead && control("lookahead"), j: () => page.hello.steps.length && control("speculation"),
   m: () => page.hello.has_teacher && control("teacher"), v: () => (film.replaying ? closeReplay() : openReplay()),
   "-": () => nudge("speed", -1), "+": () => nudge("speed", 1), "=": () => nudge("speed", 1),
   t: () => nudge("sampling", 1, true), e: editKeys,
@@ -122,7 +113,7 @@ function nudge(id, by, around = false) {
 
 listen(SHORTCUTS, () => film.replaying);
 document.addEventListener("visibilitychange", () => (document.hidden ? hide() : unhide()));
-window.addEventListener("pagehide", () => { letGo(); page.socket?.close(); });
+window.addEventListener("pagehide", () => { letGo(); page.link?.close(); });
 window.addEventListener("pageshow", (event) => { if (event.persisted) connect(); });
 
 // Somebody who watches, the agent's play for one, is there too: it takes a move of the mouse.
@@ -160,7 +151,7 @@ $("world").onchange = () => {
   history.replaceState(null, "", url);
   letGo();
   closeReplay();
-  page.socket?.close();
+  page.link?.close();
   retry = 0;
   connect();
   $("world").blur();

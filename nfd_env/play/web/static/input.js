@@ -187,6 +187,8 @@ function hints() {
   const parts = [];
   for (const { label, key } of buttons().slice(0, 10)) parts.push([shownKey(key), label]);
   const rest = { P: "pause", ".": "step", R: "reset", N: "new seed", G: "ahead", J: "speculate", V: "replay", E: "keys" };
+  if (!page.hello.has_ahead) delete rest.G;
+  if (!page.hello.steps.length) delete rest.J;
   const used = new Set([...page.hello.keys, ...Object.keys(chosen)]);
   for (const [key, words] of Object.entries(rest)) if (!used.has(key.toLowerCase())) parts.push([key, words]);
   $("hint").replaceChildren(...parts.map(([key, words]) => {

@@ -2,12 +2,11 @@
 
 export const $ = (id) => document.getElementById(id);
 
-/** The state of the page: one WebSocket, what the server told about the world, the last numbers. */
-export const page = { socket: null, hello: null, hud: {}, stopped: "" };
+/** The state of the page: one connection, what was told about the world, the last numbers. */
+export const page = { link: null, hello: null, hud: {}, stopped: "" };
 
 export function send(message) {
-  const { socket, hello } = page;
-  if (socket && socket.readyState === WebSocket.OPEN && hello) socket.send(JSON.stringify(message));
+  if (page.hello) page.link?.send(message);
 }
 
 export function control(name, value) {

@@ -10,20 +10,17 @@ export const film = { frames: [], bytes: 0, replaying: false }; // the last minu
 let lastArrival = 0;            // of the picture before, while play goes on; else 0
 let drawing = Promise.resolve();
 
-export function picture(buffer, from) {
+export function picture(header, blob, from) {
   const arrived = performance.now();
-  const length = new DataView(buffer).getUint32(0, true);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-  const blob = new Blob([new Uint8Array(buffer, 4 + length)], { type: "image/jpeg" });
   // One after the other, so that pictures never change places.
   drawing = drawing.then(() => draw(header, blob, arrived, from)).catch(() => {});
 }
 
 async function draw(header, blob, arrived, from) {
   const image = await createImageBitmap(blob);
-  if (from === page.socket && !film.replaying) paint(image);
+  if (from === page.link && !film.replaying) paint(image);
   image.close();
-  if (from !== page.socket) return; // of a connection that has been replaced meanwhile
+  if (from !== page.link) return; // of a connection that has been replaced meanwhile
   const now = performance.now();
   send({ t: "ack", n: header.n });
   keep(blob, header, now);

@@ -1,0 +1,1 @@
+"""A world for machines without this package: ONNX files, and a page that needs no server."""

@@ -1,0 +1,157 @@
+"""One world as functions of tensors alone, for ONNX: the package's own networks, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nfd_env.inference.rollout import FusedVelocity
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.models.cache import sees
+from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.heads import Heads
+from nfd_env.models.layers import attend_packed, by_token
+from nfd_env.models.tokenizer import Tokenizer
+
+
+class OpenCache:
+    """The ring as tensors that come in and go out, in the order of the frames: oldest first.
+
+    Stands in for ``FrameCache`` in ``Dynamics.stream``. A graph has no memory to write slots of, so
+    that what a pass finishes moves in at the end and as much moves out at the beginning.
+
+    Attributes:
+        keys: (layers, heads, window - 1, P, head width), of the last finished frames; those before
+            an episode's first frame are anything.
+        values: likewise.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
+        """Of ``length``, int64 (1,), finished frames so far."""
+        self.keys, self.values, self._length = keys, values, length
+        self._remembered = keys.shape[2]
+
+    def begin(self, count: int, commit: int | Sequence[int]) -> OpenAttention:
+        """See ``FrameCache.begin``."""
+        assert isinstance(commit, int)
+        held = torch.arange(-self._remembered, count) + self._length
+        self._length = self._length + commit
+        return OpenAttention(self, held, count, commit)
+
+    def kept(self, parts: Sequence[Tensor], commit: int) -> Tensor:
+        """A ring, stacked from each layer's (heads, frames, P, c) after a pass."""
+        return torch.stack([part[:, commit : commit + self._remembered] for part in parts])
+
+
+class OpenAttention:
+    """Attention of one pass of an ``OpenCache``, see ``nfd_env.models.layers.Attend``."""
+
+    def __init__(self, cache: OpenCache, held: Tensor, count: int, commit: int) -> None:
+        """Of the last ``count`` frames of those numbered ``held``; ``commit`` of them stay."""
+        self.frames = held[None, -count:]
+        self._cache, self._commit = cache, commit
+        self._parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        seen = sees(held[-count:, None], held, cache.keys.shape[2] + 1) & (held >= 0)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        self._mask = by_token(mask, cache.keys.shape[3])[None, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See ``Attend``; the last layer's call finishes the cache."""
+        cache, seen = self._cache, []
+        for ring, parts, new in zip((cache.keys, cache.values), self._parts, (k, v), strict=True):
+            parts.append(torch.cat((ring[layer], new[0].permute(2, 0, 1, 3)), 1))
+            seen.append(parts[-1].flatten(1, 2)[None])
+        if layer + 1 == cache.keys.shape[0]:
+            cache.keys, cache.values = (cache.kept(p, self._commit) for p in self._parts)
+        return attend_packed(q, *seen, self._mask[:, :, -q.shape[1] * q.shape[2] :])
+
+
+class NextFrame(nn.Module):
+    """Draws a frame, and takes the one before it into the ring."""
+
+    def __init__(self, dynamics: Dynamics, sampling: SamplingConfig) -> None:
+        """Draw by ``dynamics``, whose steps are written out one after the other."""
+        super().__init__()
+        self.dynamics, self._sampling = dynamics, sampling
+
+    def forward(
+        self,
+        before: Tensor,
+        action_before: Tensor,
+        action: Tensor,
+        frame: Tensor,
+        noise: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One frame of one episode.
+
+        Args:
+            before: (1, C, h, w), the frame before, at the history level.
+            action_before: (1, action_width), encoded, that led into it.
+            action: (1, action_width), that leads into the new frame.
+            frame: int64 (1,), number of the frame before; the first of an episode has 0.
+            noise: (1 + ``renoisings``, C, h, w), standard normal: the frame's own, renoisings.
+            keys: see ``OpenCache``; of the frames before ``before``.
+            values: likewise.
+
+        Returns:
+            The new frame's latents (1, C, h, w), keys and values.
+        """
+        cache = OpenCache(keys, values, frame)
+        velocity = FusedVelocity(
+            self.dynamics,
+            cache,  # type: ignore[arg-type]
+            before[None],
+            action_before[None],
+            action[None],
+            self._sampling.history_level,
+        )
+        scaled = (self._sampling.temperature * noise)[:, None, None].unbind(0)
+        made = self._sampling.sample(velocity, scaled[0], scaled[1:])
+        return made[0], cache.keys, cache.values
+
+
+class Judge(nn.Module):
+    """Reward and end of a transition."""
+
+    def __init__(self, heads: Heads) -> None:
+        """Of ``heads``."""
+        super().__init__()
+        self.heads = heads
+
+    def forward(
+        self, latents: Tensor, action: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Heads.step``: reward (1,), hazard (1,), and the memory to go on from."""
+        made = self.heads.step(latents, action, memory)
+        return made.reward, made.hazard, made.state
+
+
+class Decoder(nn.Module):
+    """Latents to a picture."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Of ``tokenizer``."""
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(1, C, h, w) -> uint8 (H, W, 3)."""
+        return self.tokenizer.decode_frames(latents)[0]
+
+
+class Starts(nn.Module):
+    """The recorded moments that episodes start from."""
+
+    def __init__(self, latents: Tensor, actions: Tensor) -> None:
+        """Of (n, K, C, h, w) and (n, K, action_width)."""
+        super().__init__()
+        self.register_buffer("latents", latents)
+        self.register_buffer("actions", actions)
+
+    def forward(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of a start, int64 (1,) -> its latents (K, C, h, w) and actions (K, width)."""
+        return self.latents[start][0], self.actions[start][0]

@@ -1,0 +1,30 @@
+// The way to the server: one WebSocket. A page without a server has another file in this place.
+
+/** Names of the worlds that can be played. */
+export async function listWorlds() {
+  const answer = await fetch("api/worlds");
+  if (!answer.ok) throw new Error((await answer.text()) || answer.statusText);
+  return (await answer.json()).worlds;
+}
+
+/** Enter a world. `on` has `message(object)`, `picture(header, blob)` and `closed()`. */
+export function enter(world, seed, on) {
+  const url = new URL("ws", location.href);
+  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+  url.search = "";
+  url.searchParams.set("world", world);
+  if (seed) url.searchParams.set("seed", seed);
+  const socket = new WebSocket(url);
+  socket.binaryType = "arraybuffer";
+  socket.onmessage = ({ data }) => {
+    if (typeof data === "string") return on.message(JSON.parse(data));
+    const length = new DataView(data).getUint32(0, true);
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+    on.picture(header, new Blob([new Uint8Array(data, 4 + length)], { type: "image/jpeg" }));
+  };
+  socket.onclose = () => on.closed();
+  return {
+    send: (message) => { if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message)); },
+    close: () => socket.close(),
+  };
+}
