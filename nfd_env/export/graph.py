@@ -59,13 +59,13 @@ class OpenAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See ``Attend``; the last layer's call finishes the cache."""
-        cache, seen = self._cache, []
-        for ring, parts, new in zip((cache.keys, cache.values), self._parts, (k, v), strict=True):
+        cache, (keys, values) = self._cache, self._parts
+        for ring, parts, new in ((cache.keys, keys, k), (cache.values, values, v)):
             parts.append(torch.cat((ring[layer], new[0].permute(2, 0, 1, 3)), 1))
-            seen.append(parts[-1].flatten(1, 2)[None])
         if layer + 1 == cache.keys.shape[0]:
             cache.keys, cache.values = (cache.kept(p, self._commit) for p in self._parts)
-        return attend_packed(q, *seen, self._mask[:, :, -q.shape[1] * q.shape[2] :])
+        k, v = (parts[layer].flatten(1, 2)[None] for parts in self._parts)
+        return attend_packed(q, k, v, self._mask[:, :, -q.shape[1] * q.shape[2] :])
 
 
 class NextFrame(nn.Module):
@@ -145,6 +145,9 @@ class Decoder(nn.Module):
 
 class Starts(nn.Module):
     """The recorded moments that episodes start from."""
+
+    latents: Tensor
+    actions: Tensor
 
     def __init__(self, latents: Tensor, actions: Tensor) -> None:
         """Of (n, K, C, h, w) and (n, K, action_width)."""
