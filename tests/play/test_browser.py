@@ -338,3 +338,46 @@ def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
         await server.stop()
 
     run(main, 90)
+
+
+class Twins(ScrollGame):
+    """Has a real game too, which looks the same."""
+
+    views = ("dream", "real", "split")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shown = "dream"
+
+    def view(self, slot):
+        return self.shown
+
+    def set_view(self, slot, view):
+        self.shown = view
+        return self.frame(0)
+
+    def beside(self, slot):
+        return self.frame(self.at[slot]) if self.shown == "split" else None
+
+
+def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
+    async def main():
+        server = await serving(game=Twins, save=tmp_path)
+        async with Browser(CHROMIUM) as browser:
+            tab = await browser.tab(server.url)
+            await tab.until(LIVE)
+            width = "document.getElementById('view').width"
+            badge = "document.getElementById('badge-view')"
+            assert await tab.evaluate(f"{width} === 128 && {badge}.hidden")
+            assert await tab.evaluate("!document.getElementById('badge-saving').hidden")
+            await tab.evaluate("document.querySelector('[data-do=view]').click()")
+            await tab.until(f"!{badge}.hidden && {badge}.textContent === 'real game'")
+            await tab.key("x", True)
+            await tab.key("x", False)
+            await tab.until(f"{width} === 258 && {badge}.textContent.startsWith('real | dream')")
+            await tab.key("x", True)
+            await tab.key("x", False)
+            await tab.until(f"{width} === 128 && {badge}.hidden")
+        await server.stop()
+
+    run(main, 90)

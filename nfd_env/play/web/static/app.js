@@ -87,9 +87,10 @@ function setUp() {
   $("sampling").replaceChildren(...hello.steps.map((s) => new Option(`${s} step${s > 1 ? "s" : ""}`, String(s))));
   const generated = hello.steps.length > 0;
   $("sampling").closest("label").hidden = !generated;
-  const there = { lookahead: hello.has_ahead, speculation: generated, teacher: hello.has_teacher, agent: hello.has_agent };
+  const there = { lookahead: hello.has_ahead, speculation: generated, teacher: hello.has_teacher, agent: hello.has_agent, view: hello.views?.length > 1 };
   for (const [name, is] of Object.entries(there)) document.querySelector(`[data-do="${name}"]`).hidden = !is;
   $("download").hidden = !hello.key;
+  $("badge-saving").hidden = !hello.saving;
   setUpInput();
 }
 
@@ -100,6 +101,7 @@ const SHORTCUTS = {
   o: () => control("agent"), g: () => page.hello.has_ahead && control("lookahead"), j: () => page.hello.steps.length && control("speculation"),
   m: () => page.hello.has_teacher && control("teacher"), v: () => (film.replaying ? closeReplay() : openReplay()),
   "-": () => nudge("speed", -1), "+": () => nudge("speed", 1), "=": () => nudge("speed", 1),
+  x: () => page.hello.views?.length > 1 && control("view"),
   t: () => nudge("sampling", 1, true), e: editKeys,
 };
 

@@ -186,9 +186,10 @@ function kbd(key) {
 function hints() {
   const parts = [];
   for (const { label, key } of buttons().slice(0, 10)) parts.push([shownKey(key), label]);
-  const rest = { P: "pause", ".": "step", R: "reset", N: "new seed", G: "ahead", J: "speculate", V: "replay", E: "keys" };
+  const rest = { P: "pause", ".": "step", R: "reset", N: "new seed", G: "ahead", J: "speculate", V: "replay", X: "real", E: "keys" };
   if (!page.hello.has_ahead) delete rest.G;
   if (!page.hello.steps.length) delete rest.J;
+  if (!(page.hello.views?.length > 1)) delete rest.X;
   const used = new Set([...page.hello.keys, ...Object.keys(chosen)]);
   for (const [key, words] of Object.entries(rest)) if (!used.has(key.toLowerCase())) parts.push([key, words]);
   $("hint").replaceChildren(...parts.map(([key, words]) => {

@@ -1,6 +1,6 @@
 // Pictures and the heads-up display.
 
-import { $, GLYPHS, control, overlay, page, percentile, pressed, push, rate, send, share, text } from "./small.js";
+import { $, GLYPHS, control, overlay, page, percentile, pressed, push, rate, send, share, text, toast } from "./small.js";
 import { waiting } from "./input.js";
 
 const REPLAY_BYTES = 48 * 1024 * 1024;
@@ -76,7 +76,7 @@ export function fitPicture() {
   if (times >= 1) frame.style.width = `${times * rows / dots * aspect}px`;
 }
 
-let lastShow = 0;
+let lastShow = 0, noticed = "";
 
 function show() {
   const { hud, hello, stopped } = page;
@@ -102,6 +102,11 @@ function show() {
   if (document.activeElement !== $("sampling")) $("sampling").value = String(hud.sampling_steps);
   $("badge-agent").hidden = !hud.agent;
   $("badge-teacher").hidden = !hud.teacher;
+  pressed("view", hud.view === "real" || hud.view === "split");
+  $("badge-view").hidden = hud.view !== "real" && hud.view !== "split";
+  text("badge-view", hud.view === "split" ? `real | dream, ${hud.apart ?? "–"} dB apart` : "real game");
+  if (hud.notice && hud.notice !== noticed) toast(hud.notice);
+  noticed = hud.notice;
   $("badge-speed").hidden = hud.speed === 1;
   text("badge-speed", `×${hud.speed}`);
   if (!film.replaying && hello && !stopped) {
