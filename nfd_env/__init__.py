@@ -42,6 +42,14 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
+# Torch's threads (of libgomp) wait for each other by spinning, for so long that beside other work
+# most of a core goes into it. So many rounds bridge the pauses within a step of a world, and no
+# more. It is read when torch is imported, and left alone where somebody has chosen.
+_SPINS = "10000"
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
 def _after_fork() -> None:
     """One thread in a forked process: torch's others do not survive a fork and are waited for."""
     torch = sys.modules.get("torch")

@@ -97,6 +97,20 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def value(text: str, where: str) -> Any:
+    """The plain value that ``text``, given on a command line as ``where``, is in YAML.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        _check_size(text)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: cannot be read as YAML: {reason}") from None
+
+
 def _check_size(text: str) -> None:
     """Refuse what would exhaust the parser's stack or the memory."""
     if len(text) > _MOST_BYTES:

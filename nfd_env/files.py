@@ -92,7 +92,8 @@ class Ownership:
                             "host": socket.gethostname(),
                             "command": " ".join(sys.argv)[:_OWNER_LENGTH],
                         }
-                    )
+                    ),
+                    encoding="utf-8",
                 )
         except OSError as error:
             self.release()
@@ -148,7 +149,7 @@ def _reason(error: Exception) -> str:
 def _described(owner: Path) -> str:
     """The process that ``owner``, a file, tells of."""
     try:
-        told = json.loads(owner.read_text())
+        told = json.loads(owner.read_text(encoding="utf-8"))
         return f"process {int(told['pid'])} on {told['host']} ({told['command']})"
     except (OSError, ValueError, KeyError, TypeError):  # between locking and writing it
         return "another process"

@@ -80,6 +80,8 @@ class ActionCodec:
         self.shape: tuple[int, ...] = tuple(space.shape or ())
         self._integral = np.issubdtype(space.dtype, np.integer)
         if isinstance(space, spaces.Box):
+            if space.dtype.kind not in "uif":
+                raise ValueError(f"a Box of actions must hold numbers, got {space}")
             self.width = self.shape[0]
             # Networks see float32: there, 0.1 lies above the float64 0.1, and 127 - -128 has a
             # place, which it does not have in int8.
@@ -91,6 +93,8 @@ class ActionCodec:
             assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
             low = np.asarray(space.start, np.int64)
             counts = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+            if any(int(a) + int(n) > 2**63 for a, n in np.nditer([low, counts])):
+                raise ValueError(f"the actions of {space} lie beyond 64-bit integers")
             high = low + counts.astype(np.int64) - 1
             self.width = int(counts.sum())
             self._counts = counts.reshape(-1).tolist()

@@ -115,3 +115,36 @@ def test_listing_worlds_needs_nothing_heavy() -> None:
     result = run("-c", program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.decode().splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("demo --seconds 0", "--seconds must be above 0 and finite, got 0"),
+        ("demo --seconds nan", "--seconds must be above 0 and finite, got nan"),
+        ("bench --seconds inf", "--seconds must be above 0 and finite, got inf"),
+        ("bench --seconds -3", "--seconds must be above 0 and finite, got -3"),
+        ("bench --long-frames -1", "--long-frames must be at least 0"),
+        ("bench --batches 0", "num_envs must be a whole number of at least 1, got 0"),
+        ("init CartPole-v1 --kwargs {", "--kwargs: cannot be read as YAML"),
+        ("init CartPole-v1 --kwargs 3", "kwargs must be a YAML mapping"),
+        ("eval-agent random --agent-arg a={", "--agent-arg a: cannot be read as YAML"),
+        (f"eval-agent random --agent-arg a={'[' * 10_000}", "nested deeper than 64 levels"),
+        ("eval-agent random --episodes 0", "episodes must be at least 1"),
+        ("serve --port 70000 --device cpu", "port"),
+        ("serve --idle-seconds nan --device cpu", "idle"),
+        ("serve --max-clients 0 --device cpu", "clients"),
+        ("play --scale nan --device cpu", "scale"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_arguments_that_cannot_be(
+    command: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    assert cli.main(command.split()) == 1
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1, shown

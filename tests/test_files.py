@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -158,3 +161,56 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         right.write_text("right")
     assert path.read_text() == "left"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+# ------------------------------------------------------------------------------------- encodings
+
+ROOT = Path(__file__).parents[1]
+
+
+def text_without_encoding(path: Path) -> Iterator[str]:
+    """Calls that read or write text in whatever encoding the user's locale has."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or "encoding" in {k.arg for k in node.keywords}:
+            continue
+        name = getattr(node.func, "attr", "") or getattr(node.func, "id", "")
+        modes = [a for a in [*node.args, *(k.value for k in node.keywords)] if is_mode(a)]
+        if name in ("read_text", "write_text") or (
+            # The built-in function, and the method of paths; others open no text.
+            name == "open"
+            and not any("b" in str(mode.value) for mode in modes)
+            and (isinstance(node.func, ast.Name) or not node.args or modes)
+            and ast.unparse(node.func) not in ("av.open", "Image.open")
+        ):
+            yield f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+
+
+def is_mode(node: ast.expr) -> TypeGuard[ast.Constant]:
+    return (
+        isinstance(node, ast.Constant) and re.fullmatch("[rwax+tb]+", str(node.value)) is not None
+    )
+
+
+def test_text_is_read_and_written_in_utf8() -> None:
+    for folder in ("nfd_env", "agents", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not list(text_without_encoding(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("open(path)", True),
+        ("open(path, 'a')", True),
+        ("path.open('w')", True),
+        ("path.open()", True),
+        ("path.read_text()", True),
+        ("path.write_text(text, encoding='utf-8')", False),
+        ("open(path, mode='rb')", False),
+        ("av.open(path, 'w')", False),
+        ("rooms.open(name)", False),
+    ],
+)
+def test_text_without_encoding_is_found(tmp_path: Path, line: str, found: bool) -> None:
+    (tmp_path / "m.py").write_text(line, encoding="utf-8")
+    assert bool(list(text_without_encoding(tmp_path / "m.py"))) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,63 @@ assert set(nfd_env.__all__) <= set(dir(nfd_env)) | set(nfd_env._WHERE)
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "chosen", "expected"),
+    [
+        ("", {}, "10000"),
+        ("import torch", {}, None),  # too late
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "PASSIVE"}, None),
+    ],
+)
+def test_threads_spin_for_a_while_only(
+    first: str, chosen: dict[str, str], expected: str | None
+) -> None:
+    names = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    settings = {name: value for name, value in os.environ.items() if name not in names}
+    program = f"{first}\nimport os, nfd_env; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**settings, **chosen},
+    )
+    assert done.stdout.split() == [str(expected)], done.stderr
+
+
+WITHOUT_OPENCV = """
+import importlib, pkgutil, sys, pytest, nfd_env
+sys.modules["cv2"] = None
+from nfd_env import cli
+assert cli.main(["worlds"]) == 0
+for module in pkgutil.walk_packages(nfd_env.__path__, "nfd_env."):
+    if module.name != "nfd_env.__main__":
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:  # an extra that is not installed
+            assert "cv2" not in str(error), module.name
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+"""
+
+
+def test_stepping_training_and_serving_need_no_opencv() -> None:
+    """Its libraries are not everywhere."""
+    tests = (
+        "test_smoke.py::test_the_shipped_world_steps_on_the_processor",
+        "training/test_stages.py::test_tokenizer",
+        "play/test_server.py::test_a_refused_control_is_no_reason_to_part",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OPENCV, *(f"tests/{test}" for test in tests)],
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_public_names() -> None:

@@ -67,9 +67,7 @@ def test_every_action_space_learns(make_world: Callable[..., Path], name: str) -
     critic = ValueOperator(nn.Sequential(nn.Flatten(-3), nn.Linear(96, 1)), ["observation"])
     loss = ClipPPOLoss(actor, critic)
     optimiser = torch.optim.Adam(loss.parameters(), 1e-3)
-    collector = Collector(
-        env, actor, frames_per_batch=24, total_frames=48, auto_register_policy_transforms=False
-    )
+    collector = Collector(env, actor, frames_per_batch=24, total_frames=48)
     before = [p.detach().clone() for p in actor.parameters()]
     for batch in collector:
         GAE(gamma=0.9, lmbda=0.9, value_network=critic)(batch)

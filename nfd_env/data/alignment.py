@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
-from nfd_env.spaces import ActionCodec, space_from_dict
 
 SHIFTS = (-1, 0, 1)
 _CELLS = 32  # frames are averaged to so many cells a side
@@ -73,7 +72,7 @@ def measure_alignment(data: RecordedDataset, transitions: int = 20_000, seed: in
     Returns:
         The scores; ``best`` is None too where there are too few episodes to tell.
     """
-    codec = ActionCodec(space_from_dict(data.spec.action_space))
+    codec = data.spec.codec
     features, actions, groups = [], [], []
     for group, (episode, first, stop) in enumerate(_stretches(data, transitions, seed)):
         features.append(_changes(np.asarray(episode.frames[first : stop + 1])))

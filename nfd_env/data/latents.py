@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into, shown_transitions
-from nfd_env.spaces import ActionCodec, space_from_dict
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LatentDataset:
 
         A last transition whose frame was not shown is left out, see ``shown_transitions``.
         """
-        codec = ActionCodec(space_from_dict(recordings.spec.action_space))
+        codec = recordings.spec.codec
         arrays: dict[Path, np.ndarray] = {}
         self.episodes: list[LatentEpisode] = []
         for reference in recordings.split(split):

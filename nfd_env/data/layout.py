@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -17,8 +16,8 @@ from nfd_env import config
 from nfd_env.data.episode import SPLITS
 from nfd_env.files import FolderError, atomic_write, make_folder
 from nfd_env.models.weights import fingerprint_values
-from nfd_env.sources.spec import PRESENTATION
-from nfd_env.spaces import space_from_dict
+from nfd_env.sources.spec import PRESENTATION, check_fps
+from nfd_env.spaces import ActionCodec, space_from_dict
 
 WRITER = r"\w+"
 _RECORD = {"length": int, "seed": int, "policy": str, "split": str, "return": (int, float)}
@@ -56,8 +55,9 @@ class DatasetSpec:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.frame_shape) != 3 or min(self.frame_shape) < 1 or self.frame_shape[2] != 3:
             raise ValueError(f"frame_shape must be (H, W, 3), got {self.frame_shape}")
-        if not (0 < self.fps < math.inf and self.signals >= 0):
-            raise ValueError(f"fps must be above 0, signals not below: {self.fps}, {self.signals}")
+        check_fps("fps", self.fps)
+        if self.signals < 0:
+            raise ValueError(f"signals must not be negative, got {self.signals}")
         try:
             shape, kind = space_from_dict(self.action_space).shape, np.dtype(self.action_dtype).kind
         except (KeyError, TypeError, ValueError, AssertionError) as error:
@@ -74,6 +74,11 @@ class DatasetSpec:
         return fingerprint_values(
             {"frame_shape": list(self.frame_shape), "action_space": self.action_space}
         )
+
+    @property
+    def codec(self) -> ActionCodec:
+        """Checks and encodes the actions."""
+        return ActionCodec(space_from_dict(self.action_space))
 
     def save(self, folder: Path) -> None:
         """Write ``dataset.yaml``, or check that the one there says the same.
@@ -101,7 +106,7 @@ class DatasetSpec:
             return
         try:
             with atomic_write(path) as temporary:
-                temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+                temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise FolderError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -202,7 +207,7 @@ def read_lines(path: Path, kinds: dict[str, Any], repair: bool = False) -> list[
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a file of them; when this returns, it is on the disk."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -211,4 +216,6 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 def rewrite_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Replace a file of records, whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+        temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )

@@ -195,6 +195,10 @@ class ShardWriter:
             raise RecordingError(
                 f"actions are {episode.actions.dtype}, the data set has {self.spec.action_dtype}"
             )
+        try:
+            self.spec.codec.check(actions, len(episode))
+        except ValueError as error:
+            raise RecordingError(str(error)) from None
         arrays = {
             "frames.bin": episode.frames,
             "actions.bin": actions,
@@ -272,9 +276,18 @@ class EpisodeReference:
 
     @cached_property
     def actions(self) -> np.ndarray:
-        """(T, ...) in the stored dtype; ``actions[t]`` leads from frame t to frame t+1."""
+        """(T, ...) in the stored dtype; ``actions[t]`` leads from frame t to frame t+1.
+
+        Raises:
+            RecordingError: when the file is damaged: an action lies outside the space.
+        """
         spec = self.spec
-        return self._transitions("actions.bin", spec.action_dtype, tuple(spec.action_shape))
+        actions = self._transitions("actions.bin", spec.action_dtype, tuple(spec.action_shape))
+        try:
+            spec.codec.check(actions, self.length)
+        except ValueError as error:
+            raise self._damaged("actions.bin", str(error)) from None
+        return actions
 
     @cached_property
     def rewards(self) -> np.ndarray:
@@ -291,7 +304,15 @@ class EpisodeReference:
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        return self._transitions("ends.bin", "uint8")
+        ends = self._transitions("ends.bin", "uint8")
+        if (ends[:-1] & _TERMINATED).any() or (ends > (_TERMINATED | _TRUNCATED)).any():
+            raise self._damaged("ends.bin", "an episode terminates at its last transition only")
+        return ends
+
+    def _damaged(self, name: str, reason: str) -> RecordingError:
+        return RecordingError(
+            f"{self.shard / name} is damaged in the episode of seed {self.seed}: {reason}"
+        )
 
     @property
     def terminated(self) -> np.ndarray:

@@ -29,13 +29,13 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         )
 
 
-def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+def check_whole(name: str, value: Any, least: int = 1, most: int = 2**63 - 1) -> int:
     """``value`` as an int; raises ValueError unless it is a whole number in the range."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {short(value)}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {short(value)}")
     return int(value)
 
 
@@ -43,7 +43,12 @@ def check_number(name: str, value: Any) -> float:
     """``value`` as a float; raises ValueError unless it is a real number."""
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {short(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number, got {short(value)}, too large for one"
+        ) from None
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -106,7 +111,7 @@ def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
     if len(seeds) != num_envs:
         raise ValueError(f"{len(seeds)} seeds were given for {num_envs} environments")
     if any(s is not None and s < 0 for s in seeds):
-        raise ValueError(f"seeds must not be negative, got {seed}")
+        raise ValueError(f"seeds must not be negative, got {short(seed)}")
     return seeds
 
 

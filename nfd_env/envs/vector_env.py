@@ -129,7 +129,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     ``copy.deepcopy`` and pickles hold the options and the running episodes; the world itself is
     loaded again from its folder. A copy goes on as the original does. In worker processes, e.g. of
     ``AsyncVectorEnv``, an env takes one thread unless OMP_NUM_THREADS says otherwise. One batch of
-    n is faster than n workers.
+    n is faster than n workers. On a machine that is busy with other work, set
+    OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1 before Python starts: see docs/env.md.
 
     ## Gymnasium's wrappers
     Those in ``gymnasium.wrappers.vector`` compute with numpy: use ``output="numpy"`` with them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
+from nfd_env import config
 from nfd_env.evaluation.agents import AgentEvaluation, Scoring, evaluate_agent
 from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
@@ -94,6 +96,7 @@ def demo(
     from nfd_env.evaluation.demo import demo as play
     from nfd_env.evaluation.demo import format_report
 
+    _check_seconds(seconds)
     report = play(
         folder=out,
         seconds=seconds,
@@ -141,6 +144,9 @@ def bench(
     from nfd_env.evaluation import compare as comparing
     from nfd_env.evaluation.untrained import write_untrained
 
+    _check_seconds(seconds)
+    if long_frames < 0:
+        raise ValueError(f"--long-frames must be at least 0, got {long_frames}")
     kinds = {"--compare": compare, "--frame-skip": frame_skip, "--untrained": untrained}
     given = [name for name, value in kinds.items() if value]
     if len(given) > 1:
@@ -253,8 +259,6 @@ def eval_agent(
         out: folder for the film.
         json: print JSON instead of text.
     """
-    import yaml
-
     from nfd_env.evaluation.agents import format_report
 
     kwargs = {}
@@ -262,7 +266,7 @@ def eval_agent(
         key, equals, value = given.partition("=")
         if not (key and equals):
             raise ValueError(f"--agent-arg takes KEY=VALUE, got {given!r}")
-        kwargs[key] = yaml.safe_load(value)
+        kwargs[key] = config.value(value, f"--agent-arg {key}")
     report = evaluate_agent(replace(settings, agent_kwargs=kwargs), out)
     return _show(report, format_report(report), json)
 
@@ -289,3 +293,8 @@ def rank(
     ranking = rank_policies(agents, replace(settings, world=world))
     plot = write_ranking(ranking, folder)
     return _show(ranking, f"{format_ranking(ranking)}\n\nplot: {plot}", json)
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds must be above 0 and finite, got {seconds:g}")

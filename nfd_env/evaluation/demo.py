@@ -14,6 +14,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.film import beside
 from nfd_env.files import make_folder
+from nfd_env.models.weights import CheckpointError
 from nfd_env.video import enlarge, write_gif, write_mp4, write_png
 from nfd_env.worlds.clip import load_clip
 from nfd_env.worlds.load import load_world
@@ -69,7 +70,7 @@ def demo(
         kwargs: of ``nfd_env.worlds.load.load_world``.
 
     Raises:
-        CheckpointError: when the world has no recorded clip.
+        CheckpointError: when the world has no recorded clip, or too short a one.
     """
     begin = time.perf_counter()
     loaded = load_world(world, **kwargs)
@@ -79,6 +80,10 @@ def demo(
     env = NFDVectorEnv(world, sampling_steps=sampling_steps, **kwargs)
     keep = env.model.dynamics.config.window
     first = keep - 1
+    if len(actions) < keep + 2:
+        raise CheckpointError(
+            f"{loaded.folder}: the clip has {len(real)} frames, {keep + 3} are needed to play along"
+        )
 
     def join(frame: int, new_seed: int | None) -> np.ndarray:
         """Start the world at the recording's frame number ``frame``."""
@@ -90,7 +95,8 @@ def demo(
     join(first, seed)
     observation = env.step(actions[first : first + 1])[0][0]
     to_first_frame = time.perf_counter() - begin
-    count = min(int(seconds * loaded.spec.fps), len(actions) - first - 1)
+    # Two at least, because the first one is not timed.
+    count = min(max(2, int(seconds * loaded.spec.fps)), len(actions) - first - 1)
     made, times, restarts = [observation], [], 0
     ended = False
     for step in range(first + 1, first + count):

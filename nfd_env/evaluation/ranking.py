@@ -147,7 +147,7 @@ def write_ranking(ranking: Ranking, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "ranking.json") as path:
-        path.write_text(json.dumps(asdict(ranking), indent=2))
+        path.write_text(json.dumps(asdict(ranking), indent=2), encoding="utf-8")
     return write_png(folder / "ranking.png", scatter(ranking))
 
 

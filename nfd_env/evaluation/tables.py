@@ -22,7 +22,7 @@ def check_markers(path: str | Path, name: str) -> tuple[int, int]:
         ValueError: unless each of its two markers is there once, in this order.
         OSError: when the file cannot be read.
     """
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(
@@ -36,6 +36,6 @@ def replace_between_markers(path: str | Path, name: str, content: str) -> None:
     """Replace the text called ``name`` in the file, all or nothing; see ``check_markers``."""
     path = Path(path)
     begin, end = check_markers(path, name)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     with atomic_write(path) as temporary:
-        temporary.write_text(f"{text[:begin]}\n{content.strip()}\n{text[end:]}")
+        temporary.write_text(f"{text[:begin]}\n{content.strip()}\n{text[end:]}", encoding="utf-8")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from tyro.conf import Positional, arg
+
+from nfd_env import config
 
 
 def init(
@@ -26,7 +27,7 @@ def init(
     """
     from nfd_env.recipe.inspect import write_game
 
-    given: Any = yaml.safe_load(kwargs)
+    given = config.value(kwargs, "--kwargs")
     if not isinstance(given, dict):
         raise ValueError(f"kwargs must be a YAML mapping such as '{{a: 1}}', got {kwargs!r}")
     path, preview = write_game(env_id, output, given, list(imports) or None)

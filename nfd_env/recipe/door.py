@@ -27,7 +27,7 @@ from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import Plan, PlanError
 from nfd_env.sources.source import make_source
 from nfd_env.sources.spec import is_imported
-from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.spaces import ActionCodec
 from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig
 from nfd_env.training.flow import FlowTrainingConfig
@@ -141,7 +141,7 @@ def look_at_recordings(game: GameConfig) -> Look:
             f"{recordings.folder} holds no episodes: set recordings to a data set's folder, or "
             "leave it out to record the game"
         )
-    codec = ActionCodec(space_from_dict(recordings.spec.action_space))
+    codec = recordings.spec.codec
     return Look(list(recordings.spec.frame_shape[:2]), codec.width)
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import gymnasium
 import numpy as np
 import yaml
@@ -143,6 +142,8 @@ def _with_frames(
     source: SourceConfig,
 ) -> tuple[SourceConfig, np.ndarray, np.ndarray, gymnasium.Env]:
     """Find out where the frames are: in the observation, in an entry of it, or rendered."""
+    import cv2
+
     tried = []
     for where in _places(source):
         try:
@@ -369,6 +370,8 @@ def _other(frames: str) -> str:
 
 def _preview(raw: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """The game's own frame, and beside it the frame as the tokenizer will see it, as tall."""
+    import cv2
+
     height = max(256, raw.shape[0])
     pictures = []
     for frame in (raw, seen):

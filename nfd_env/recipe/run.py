@@ -41,7 +41,6 @@ from nfd_env.recipe.records import (
 )
 from nfd_env.recipe.timing import timed
 from nfd_env.sources.spec import PRESENTATION, is_imported
-from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.stopping import stopping
 from nfd_env.training.distill import DistillStage
 from nfd_env.training.encode import EncodeConfig, encode
@@ -411,7 +410,7 @@ class Recipe:
             if old.made_for == made_for:
                 return old
         recordings = RecordedDataset(self.game.recordings_folder)
-        codec = ActionCodec(space_from_dict(recordings.spec.action_space))
+        codec = recordings.spec.codec
         plan = planning.settings(self.game, measures, self.device, codec.width)
         plan = replace(plan, made_for=made_for)
         if old is not None and all(

@@ -25,8 +25,8 @@ import os, sys
 games = dict(line.split() for line in sys.stdin)
 for pid, started in games.items():
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            same = file.read().rpartition(")")[2].split()[19] == started
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            same = file.read().rpartition(b")")[2].split()[19].decode() == started
         if same:
             os.kill(int(pid), 9)
     except OSError:
@@ -62,7 +62,7 @@ for pid, started in games.items():
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                text=True,
+                encoding="ascii",
                 start_new_session=True,  # what ends this process's group leaves the guard alone
             )
             self._parent = os.getpid()
@@ -83,9 +83,11 @@ def _children() -> dict[int, str]:
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            fields = (
+                path.read_bytes().rpartition(b")")[2].split()
+            )  # names may be cut in a character
         except OSError:  # it has just ended
             continue
         if int(fields[1]) == os.getpid():
-            found[int(path.parent.name)] = fields[19]
+            found[int(path.parent.name)] = fields[19].decode()
     return found

@@ -42,8 +42,6 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
                 f"pip install {package} ({error})"
             ) from None
     arguments = {**source.kwargs, **kwargs}
-    if source.frames not in ("observation", "render"):
-        raise SourceError(f"source.frames must be observation or render, got {source.frames!r}")
     if source.frames == "render":
         arguments.setdefault("render_mode", "rgb_array")
     # What is observed can be shown without the game's help.

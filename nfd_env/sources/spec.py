@@ -10,6 +10,8 @@ PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
 
 # How ids of recordings begin that were made elsewhere, see nfd_env.data.importers.
 VIDEOS, MINARI = "videos:", "minari:"
+_SLOWEST, _FASTEST = 0.01, 10_000  # frames a second
+_WIDEST = 100  # times as wide as high
 
 
 def is_imported(env_id: str) -> bool:
@@ -60,8 +62,37 @@ class SourceConfig:
     action_names: list[str] = field(default_factory=list)
     keys: dict[str, list[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.frames not in ("observation", "render"):
+            raise ValueError(f"source.frames must be observation or render, got {self.frames!r}")
+        if self.size and not (len(self.size) == 2 and min(self.size) > 0):
+            raise ValueError(f"source.size must be [height, width] above 0, got {self.size}")
+        if self.crop:
+            top, bottom, left, right = [*self.crop, 0, 0, 0, 0][:4]
+            if len(self.crop) != 4 or not (0 <= top < bottom and 0 <= left < right):
+                raise ValueError(
+                    "source.crop must be [top, bottom, left, right] of a part of the frame, got "
+                    f"{self.crop}"
+                )
+        if self.fps:
+            check_fps("source.fps", self.fps)
+        if not 0 <= self.display_aspect < _WIDEST:
+            raise ValueError(
+                f"source.display_aspect must be from 0 to {_WIDEST}, got {self.display_aspect}"
+            )
+
+
+def check_fps(name: str, fps: float) -> None:
+    """Refuse a frame rate that no game has and no film can be written at; raises ValueError."""
+    if not _SLOWEST <= fps <= _FASTEST:
+        raise ValueError(f"{name} must be from {_SLOWEST} to {_FASTEST}, got {fps:g}")
+
 
 def short(value: Any) -> str:
     """``value`` in one line of an error message."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a foreign object, or a number of thousands of digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

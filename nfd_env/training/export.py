@@ -314,15 +314,16 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
             raise CheckpointError(f"{path}: missing, so nothing is known of this stage's training")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            weights = state.get("kept") or {"step": state["step"], "metrics": state["metrics"]}
+            stages[stage] = {
+                "steps": state["step"],
+                "weights_of_step": weights["step"],
+                "wall_seconds": round(state["elapsed"]),
+                "validation": {k: round(float(v), 5) for k, v in weights["metrics"].items()},
+            }
         except Exception as error:  # torch names no type for what a damaged file makes it raise
-            raise CheckpointError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-        weights = state.get("kept") or {"step": state["step"], "metrics": state["metrics"]}
-        stages[stage] = {
-            "steps": state["step"],
-            "weights_of_step": weights["step"],
-            "wall_seconds": round(state["elapsed"]),
-            "validation": {k: round(float(v), 5) for k, v in weights["metrics"].items()},
-        }
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(f"{path}: damaged, or of another program: {reason}") from None
     return {
         "made": time.strftime("%Y-%m-%d"),
         "nfd_env": __version__,

@@ -46,8 +46,8 @@ def load_clip(folder: Path) -> Clip:
         raise CheckpointError(f"{folder} has no {_VIDEO} to play along with")
     verify(folder, _VIDEO, _ACTIONS)
     try:
-        actions = load_file(folder / _ACTIONS, device="cpu")["actions"].numpy()
-    except (SafetensorError, OSError, KeyError) as error:
+        actions = np.atleast_1d(load_file(folder / _ACTIONS, device="cpu")["actions"].numpy())
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / _ACTIONS}: missing or damaged ({error})") from None
     try:
         frames = read_mp4(folder / _VIDEO)

@@ -43,6 +43,7 @@ from nfd_env.models.weights import (
     save_weights,
 )
 from nfd_env.sources.source import SourceConfig
+from nfd_env.sources.spec import check_fps
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.worlds.checksums import verify, write_checksums
 from nfd_env.worlds.clip import Clip, save_clip
@@ -110,8 +111,7 @@ class WorldSpec:
             raise ValueError(
                 f"frame_size must be [height, width] from 1 to {_LARGEST_FRAME}, got {sides}"
             )
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
+        check_fps("fps", self.fps)
         if self.max_episode_steps < 0:
             raise ValueError(f"max_episode_steps must be at least 0, got {self.max_episode_steps}")
         if self.display not in DISPLAYS:
@@ -121,10 +121,6 @@ class WorldSpec:
                 raise ValueError(f"{key}.steps must be at most {_MOST_STEPS}, got {sampling.steps}")
             if sampling is not None and not 0 < sampling.shift < math.inf:
                 raise ValueError(f"{key}.shift must be above 0 and finite, got {sampling.shift}")
-        if not 0 <= self.source.display_aspect < math.inf:
-            raise ValueError(
-                f"source.display_aspect must be at least 0, got {self.source.display_aspect}"
-            )
         try:
             ActionCodec(space_from_dict(self.action_space))
         except (ValueError, TypeError, KeyError, AssertionError, OverflowError) as error:

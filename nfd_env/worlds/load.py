@@ -278,7 +278,10 @@ def _files(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> time of change, size and inode of the files in a world folder."""
     found = {}
     for path in folder.iterdir():
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # a link to nowhere, or a file that has just been renamed
+            continue
         found[path.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
     return found
 

@@ -448,10 +448,36 @@ def test_what_cannot_be_trained_on_is_refused_at_the_door(tmp_path: Path) -> Non
         RecordedDataset(tmp_path).check()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("actions.bin", np.int64(5), r"actions must lie in Discrete\(5\), got 5"),
+        ("actions.bin", np.int64(-(2**62)), r"actions must lie in Discrete\(5\), got -4611"),
+        ("ends.bin", np.uint8(1), "terminates at its last transition only"),
+        ("ends.bin", np.uint8(64), "terminates at its last transition only"),
+    ],
+)
+def test_damage_within_an_episode_is_named(
+    tmp_path: Path, name: str, value: np.generic, message: str
+) -> None:
+    shard = write(tmp_path, EPISODES[:1]).shard
+    data = bytearray((shard / name).read_bytes())
+    data[2 * value.itemsize : 3 * value.itemsize] = value.tobytes()
+    (shard / name).write_bytes(data)
+    data_set = RecordedDataset(tmp_path)
+    with pytest.raises(
+        RecordingError, match=f"{name} is damaged in the episode of seed 1: .*{message}"
+    ):
+        data_set.check(splits=["validation"])
+
+
 def test_actions_that_the_data_set_cannot_hold(tmp_path: Path) -> None:
     writer = write(tmp_path, [])
     with pytest.raises(RecordingError, match="actions are float64, the data set has int64"):
         writer.add(replace(EPISODES[0], actions=np.full(7, 0.5)))
+    with pytest.raises(RecordingError, match=r"actions must lie in Discrete\(5\), got 9"):
+        writer.add(replace(EPISODES[0], actions=np.full(7, 9)))
+    assert len(RecordedDataset(tmp_path)) == 0
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,14 @@ plain = st.one_of(
     st.booleans(),
     st.integers(-(2**70), 2**70),
     st.integers(-2, 5),
+    st.sampled_from([10**400, -(10**400)]),  # beyond floats
     st.floats(),
     st.complex_numbers(),
     st.text(max_size=4),
     st.binary(max_size=4),
     st.builds(object),
 )
+
 arrays = hnp.arrays(
     st.one_of(hnp.scalar_dtypes(), st.just(np.dtype(object))),
     hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3),
@@ -141,6 +143,7 @@ def test_reset_options(endless_world: Path, given: Any) -> None:
 
 @given(seed=seeds)
 @example(seed=2**64)
+@example(seed=-(10**5000))
 @example(seed=torch.tensor([1, 2], device="meta"))
 def test_seeds(endless_world: Path, seed: Any) -> None:
     if seed is not None:
@@ -179,6 +182,8 @@ NAN = Context(torch.full((1, 4, 4, 6), torch.nan), torch.zeros(1, 3))
 @example(changed={"num_envs": 10**9})
 @example(changed={"sampling_steps": 10**9})
 @example(changed={"frame_skip": 10**9})
+@example(changed={"num_envs": 10**5000})
+@example(changed={"temperature": 10**400})
 @example(changed={"num_envs": True})
 @example(changed={"device": 3})
 @example(changed={"dynamics": 7})

@@ -14,6 +14,7 @@ import pytest
 from gymnasium import spaces
 
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
+from nfd_env.sources.spec import short
 from tests.sources.test_source import DOOM
 
 ID = "tests/Foreign-v0"
@@ -162,6 +163,18 @@ def test_nonsense_is_refused_by_name_episode_and_step(
     env.step(0)
     with pytest.raises(SourceError, match=f"{ID}, episode 1, step 2: .*{message}"):
         env.step(0)
+
+
+def test_what_cannot_be_printed_is_named_by_its_type() -> None:
+    class HalfMade:
+        def __repr__(self) -> str:
+            raise AttributeError("not yet")
+
+    assert (short(HalfMade()), short(10**5000), short("a\n b")) == (
+        "<HalfMade>",
+        "<int>",
+        "'a\\n b'",
+    )
 
 
 def test_a_game_that_exits_at_reset() -> None:

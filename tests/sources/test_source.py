@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfd_env.sources import processes
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from tests.counter_env import HEIGHT, WIDTH, move, read, source
 
@@ -108,10 +110,8 @@ def test_render_shows_what_is_observed() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (source(frames="screen"), "observation or render"),
         (source(key="screen"), "no observation entry 'screen'"),
         (source(crop=[0, 33, 0, 48]), "does not lie inside"),
-        (source(crop=[8, 8, 0, 48]), "does not lie inside"),
         (SourceConfig("CartPole-v1"), "set frames: render"),
         (SourceConfig("Game-v0", imports=["no_such_game.envs"]), "pip install no_such_game"),
     ],
@@ -119,6 +119,25 @@ def test_render_shows_what_is_observed() -> None:
 def test_wrong_sources(settings: SourceConfig, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         make_source(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frames": "screen"}, "observation or render"),
+        ({"size": [0, 0]}, r"source.size must be \[height, width\]"),
+        ({"size": [96]}, r"source.size must be \[height, width\]"),
+        ({"crop": [8, 8, 0, 48]}, r"source.crop must be \[top, bottom"),
+        ({"crop": [1, 2]}, r"source.crop must be \[top, bottom"),
+        ({"crop": [-1, 2, 0, 1]}, r"source.crop must be \[top, bottom"),
+        ({"fps": math.nan}, "source.fps must be from 0.01 to 10000, got nan"),
+        ({"fps": -1}, "source.fps must be from"),
+        ({"display_aspect": math.inf}, "source.display_aspect must be from 0 to 100"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceConfig("Game-v0", **settings)
 
 
 def test_an_unknown_environment_is_a_source_error() -> None:
@@ -206,6 +225,21 @@ def test_games_do_not_outlive_who_started_them(end: str) -> None:
     while any(map(_runs, games)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(games) == 12 and not any(map(_runs, games))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_processes_whose_names_are_cut_in_a_character() -> None:
+    """Anybody's on this machine: names end after 15 bytes."""
+    rename = "open('/proc/self/comm', 'wb').write('ä'.encode() * 7 + b'\xc3'); print(); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", rename], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        assert process.pid in processes._children()
+    finally:
+        process.communicate(b"\n")
 
 
 def _runs(pid: int) -> bool:

@@ -697,6 +697,16 @@ def test_a_stage_that_is_not_finished_cannot_be_exported(
     assert not (tmp_path / "world").exists()
 
 
+@pytest.mark.parametrize("state", [{"step": 1}, [1], {"step": 1, "elapsed": "x", "metrics": 3}])
+def test_a_state_of_another_program_is_named(
+    plan: ExportConfig, tmp_path: Path, state: Any
+) -> None:
+    other = shutil.copytree(plan.heads, tmp_path / "heads")
+    torch.save(state, other / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt: damaged, or of another program"):
+        export(replace(plan, heads=str(other)))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

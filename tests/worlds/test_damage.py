@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nfd_env.evaluation.demo import demo
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.weights import CheckpointError
 from nfd_env.sources.source import SourceConfig
@@ -242,10 +243,11 @@ def spec(**values: Any) -> WorldSpec:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fps": 0.0}, "fps must be above 0"),
-        ({"fps": -1.0}, "fps must be above 0"),
-        ({"fps": math.inf}, "fps must be above 0 and finite"),
-        ({"fps": math.nan}, "fps must be above 0 and finite"),
+        ({"fps": 0.0}, "fps must be from 0.01 to 10000, got 0"),
+        ({"fps": -1.0}, "fps must be from 0.01 to 10000, got -1"),
+        ({"fps": math.inf}, "fps must be from 0.01 to 10000, got inf"),
+        ({"fps": math.nan}, "fps must be from 0.01 to 10000, got nan"),
+        ({"fps": 1e300}, "fps must be from 0.01 to 10000"),  # no film can be written
         ({"frame_size": [0, 48]}, "frame_size must be"),
         ({"frame_size": [32]}, "frame_size must be"),
         ({"frame_size": [32, 10**9]}, "frame_size must be"),
@@ -261,6 +263,15 @@ def spec(**values: Any) -> WorldSpec:
         ({"action_space": {"type": "Dict"}}, "action_space"),
         ({"action_space": {"type": "Discrete"}}, "action_space"),
         ({"action_space": {"type": "Discrete", "n": 0, "start": 0}}, "action_space"),
+        ({"action_space": {"type": "Discrete", "n": 3, "start": 2**63 - 2}}, "64-bit integers"),
+        (
+            {"action_space": {"type": "MultiDiscrete", "nvec": [2, 2], "start": [0, 2**63 - 1]}},
+            "64-bit integers",
+        ),
+        (
+            {"action_space": {"type": "Box", "low": [0], "high": [1], "dtype": "bool"}},
+            "must hold numbers",
+        ),
     ],
 )
 def test_impossible_descriptions(values: dict[str, Any], message: str) -> None:
@@ -299,6 +310,37 @@ def test_a_damaged_clip(clipped: Path, name: str, damage: str, renewed: bool) ->
         write_checksums(clipped)
     with pytest.raises(CheckpointError, match=rf"{name}|has no clip.mp4"):
         load_clip(clipped)
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (torch.zeros(8, dtype=torch.bfloat16), "clip.safetensors: missing or damaged"),
+        (torch.tensor(3), "has 9 frames and clip.safetensors 1 actions"),
+        (torch.arange(8) % 3, "the clip has 9 frames"),  # fewer than are remembered
+    ],
+)
+def test_a_clip_that_cannot_be_played_along_with(
+    clipped: Path, tmp_path: Path, actions: torch.Tensor, message: str
+) -> None:
+    save_file({"actions": actions}, clipped / "clip.safetensors")
+    long = make_tiny_world(tmp_path / "long", window=9)
+    for name in ("clip.mp4", "clip.safetensors"):
+        shutil.copy(clipped / name, long)
+    write_checksums(long)
+    with pytest.raises(CheckpointError, match=message):
+        demo(str(long), tmp_path / "out", 1.0, "cpu")
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1.0])
+def test_any_time_is_enough_to_play_along(clipped: Path, tmp_path: Path, seconds: float) -> None:
+    report = demo(str(clipped), tmp_path / "out", seconds, "cpu", precision="fp32")
+    assert report.frames == (2 if seconds < 1 else 3) and report.p50_ms > 0
+
+
+def test_a_link_to_nowhere_is_no_part_of_the_world(copied: Path) -> None:
+    (copied / "notes").symlink_to("nowhere")
+    assert load_world(copied, "cpu", "fp32").spec.name == "Tiny"
 
 
 def test_a_world_is_saved_with_its_clip_or_not_at_all(
