@@ -62,6 +62,13 @@ class PlayConfig(Chosen):
     max_episode_steps: int | None = None
     max_frames: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.scale is not None and not 0.1 <= self.scale <= 20:
+            raise ValueError(f"scale must be from 0.1 to 20, got {self.scale:g}")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise ValueError(f"max_frames must be at least 1, got {self.max_frames}")
+
 
 @dataclass(frozen=True)
 class ServeConfig(Chosen):

@@ -10,6 +10,7 @@ PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
 
 # How ids of recordings begin that were made elsewhere, see nfd_env.data.importers.
 VIDEOS, MINARI = "videos:", "minari:"
+
 _SLOWEST, _FASTEST = 0.01, 10_000  # frames a second
 _WIDEST = 100  # times as wide as high
 
