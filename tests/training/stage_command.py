@@ -27,12 +27,12 @@ STAGES = {
 
 
 def run_stage(
-    name: Positional[str],
     path: Positional[str],
     overrides: Positional[tuple[str, ...]] = (),
+    name: str = "",
     told: str = "",
 ) -> int:
-    """Write the file ``told`` when something has been done, and then wait for the end."""
+    """Run the stage ``name``; write the file ``told`` once something has been done."""
 
     def tell(done: int, total: int) -> None:
         if told and done >= (22 if name == "encode" else 3):  # more than a shard, or a few steps

@@ -97,7 +97,7 @@ def arguments(stage: str, made: Path, folder: Path, *overrides: str) -> list[str
         values["teacher"] = str(made / "teacher" / "model.safetensors")
     path = folder.with_name(f"{folder.name}.yaml")
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return ["stage", stage, str(path), *overrides]
+    return ["stage", str(path), *overrides, "--name", stage]
 
 
 def run(stage: str, made: Path, folder: Path, *overrides: str) -> int:
