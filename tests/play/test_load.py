@@ -20,6 +20,14 @@ BUSY = "SKIPPED: this machine is too busy for sixteen players, nothing was measu
 SERVE = "import sys; from nfd_env.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
+def crowded():
+    """Whether other programs leave this one less than half of a core."""
+    begin, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - begin < 0.5:
+        pass
+    return time.process_time() - used < 0.25
+
+
 class ServerProcess:
     """Where it is, what it uses, and what it said."""
 
@@ -34,7 +42,7 @@ class ServerProcess:
     async def stop(self):
         """Exit status, and what was written to stderr."""
         self.process.send_signal(signal.SIGTERM)
-        _, errors = await asyncio.wait_for(self.process.communicate(), 10)
+        _, errors = await asyncio.wait_for(self.process.communicate(), 30)
         return self.process.returncode, errors.decode()
 
 
@@ -76,6 +84,9 @@ async def play(clients, pictures, most_seconds):
 
 
 def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is_queued():
+    if crowded():
+        pytest.skip(BUSY)
+
     async def main():
         async with serving() as server, aiohttp.ClientSession() as http:
             clients = [Client(server, http, seed=i) for i in range(CLIENTS)]
@@ -95,7 +106,7 @@ def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is
             assert status == 0 and "Traceback" not in said, said
             return clients, grown
 
-    clients, grown = run(main, 60)
+    clients, grown = run(main, 90)
     # Episodes end, and their last picture stays for a while: that is no tick.
     rates = np.array([1 / np.mean(c.gaps) for c in clients])
     latencies = np.concatenate([c.latencies for c in clients])
