@@ -91,8 +91,6 @@ def open_foreign(source: SourceConfig) -> Foreign:
         RecordingError: when frames and actions do not belong together; names the file.
         ConfigError: when ``source.kwargs`` has settings that there are not.
     """
-    if source.fps < 0 or (source.size and (len(source.size) != 2 or min(source.size) < 1)):
-        raise config.ConfigError(f"fps or size cannot be: {source.fps}, {source.size}")
     if source.env_id.startswith(VIDEOS):
         return _open_videos(source)
     if source.kwargs:
