@@ -41,7 +41,7 @@ def check_trusted(path: str | os.PathLike[str], trust: bool) -> None:
     Raises:
         UntrustedError: says why, and what to do.
     """
-    if not trust:
+    if trust is not True:  # nothing that only looks like consent, such as "no"
         raise UntrustedError(
             f"{os.fspath(path)}: loading a Stable-Baselines3 file runs whatever code its author "
             "put into it (it holds pickled objects). If it is your own, or you trust who made it, "

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from nfd_env.envs.checks import check_number
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 
@@ -92,8 +93,8 @@ def _watch(env: Any, penalty: float, threshold: float, truncate: bool) -> None:
         raise ValueError(
             f"only a learned world can tell how far out of distribution it is, not {env}"
         )
-    if not 0 <= penalty < np.inf:
+    if not 0 <= check_number("penalty", penalty) < np.inf:
         raise ValueError(f"penalty must be at least 0 and finite, got {penalty!r}")
-    if not threshold > 0:
+    if not check_number("threshold", threshold) > 0:
         raise ValueError(f"threshold must be above 0, got {threshold!r}")
     env.watch_ood(threshold if truncate else np.inf)

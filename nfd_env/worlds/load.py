@@ -269,7 +269,7 @@ def make_real(
     """
     folder = find_world(world)
     source = read_spec(folder).source
-    if not trust:
+    if trust is not True:  # "no" is none
         check_trusted(source, folder)
     return make_source(source, **kwargs)
 

@@ -13,6 +13,7 @@ import yaml
 
 from nfd_env import config
 from nfd_env.models.weights import CheckpointError
+from nfd_env.named import UntrustedError, check_trusted
 from nfd_env.sources.source import SourceError
 from nfd_env.worlds.checksums import write_checksums
 from nfd_env.worlds.load import load_world, make_real
@@ -79,6 +80,15 @@ def test_a_trusted_world_may_import(downloaded: Downloaded, tmp_path: Path) -> N
     make_real(folder, trust=True).close()
     assert (tmp_path / "mark").exists()
     make_real(folder).close()  # it has been imported by now
+
+
+@pytest.mark.parametrize("trust", ["no", "false", 1, [False]])
+def test_only_true_is_trust(downloaded: Downloaded, tmp_path: Path, trust: Any) -> None:
+    with pytest.raises(UntrustedWorldError):
+        make_real(downloaded(imports=["evil_game"]), trust=trust)
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(UntrustedError):
+        check_trusted("agent.zip", trust)
 
 
 def test_known_games_need_no_trust(downloaded: Downloaded) -> None:
