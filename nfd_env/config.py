@@ -89,7 +89,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(values)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "it holds no key: value pairs"
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     # OmegaConf makes {text: None} of a lone word.
     if not isinstance(plain, dict) or plain == {text.strip(): None}:

@@ -38,6 +38,7 @@ from nfd_env.spaces import ActionCodec, space_to_dict
 from nfd_env.stopping import StopRequest, stopping
 
 _PROBED = 2  # steps that tell whether an environment can be recorded at all
+_MOST_WORKERS = 1024  # processes, each with a game; more is a slip
 _CLOSING = 10.0  # seconds that a worker may take to close its game
 
 
@@ -101,6 +102,8 @@ class CollectConfig:
         """Check the ranges."""
         if self.frames < 1 or self.workers < 1 or self.max_episode_steps < 1:
             raise config.ConfigError("frames, workers and max_episode_steps must be at least 1")
+        if self.workers > _MOST_WORKERS:
+            raise config.ConfigError(f"workers must be at most {_MOST_WORKERS}, got {self.workers}")
         if self.validation_every < 2:
             raise config.ConfigError("validation_every must be at least 2")
         if self.seed < 0:

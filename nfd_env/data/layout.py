@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from nfd_env.sources.spec import PRESENTATION, check_fps
 from nfd_env.spaces import ActionCodec, space_from_dict
 
 WRITER = r"\w+"
+_LONGEST = 2**40  # transitions; no disk holds so many frames
 _RECORD = {"length": int, "seed": int, "policy": str, "split": str, "return": (int, float)}
 
 
@@ -166,7 +168,7 @@ def check_size(path: Path, size: int) -> None:
 
 def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int, n: int) -> np.ndarray:
     """Entries ``offset`` to ``offset + n - 1`` of a file of arrays, memory-mapped."""
-    size = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     check_size(path, (offset + n) * size)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset * size, shape=(n, *shape))
 
@@ -175,7 +177,8 @@ def read_records(shard: Path, repair: bool = False) -> list[dict[str, Any]]:
     """The commit records of a shard."""
     records = read_lines(shard / "episodes.jsonl", _RECORD, repair)
     for number, record in enumerate(records, 1):
-        if record["length"] < 1 or record["split"] not in SPLITS:
+        fits = 1 <= record["length"] <= _LONGEST and record["split"] in SPLITS
+        if not fits or not isinstance(record.get("number", 0), int):
             raise RecordingError(
                 f"{shard / 'episodes.jsonl'}: damaged commit record, line {number}: {record}"
             )
@@ -194,7 +197,11 @@ def read_lines(path: Path, kinds: dict[str, Any], repair: bool = False) -> list[
     for number, line in enumerate(complete.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            wrong = [k for k, kind in kinds.items() if not isinstance(record[k], kind)]
+            wrong = [
+                k
+                for k, kind in kinds.items()
+                if not isinstance(record[k], kind) or isinstance(record[k], bool)
+            ]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RecordingError(
                 f"{path}: damaged commit record, line {number}: {type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -77,9 +78,11 @@ class GameConfig:
             raise ValueError(f"minutes must be above 0, got {self.minutes}")
         if self.frames < 0 or self.workers < 0 or self.seed < 0 or self.world_steps < 0:
             raise ValueError("frames, workers, seed and world_steps must not be negative")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.max_episode_steps < 2:
             raise ValueError(f"max_episode_steps must be at least 2, got {self.max_episode_steps}")
-        if self.small < 0:
+        if not 0 <= self.small < math.inf:
             raise ValueError(f"small must not be negative, got {self.small}")
         self.collect_config(1)  # which checks what it takes from here
 

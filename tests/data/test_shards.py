@@ -358,12 +358,15 @@ GOOD = '{"length": 2, "return": 1.0, "seed": 1, "policy": "a", "split": "train"}
         GOOD.replace("2", "-2").encode(),
         GOOD.replace("2", '"2"').encode(),
         GOOD.replace("2", "2.0").encode(),
+        GOOD.replace("2", "true").encode(),
+        GOOD.replace("2", "1" + "0" * 30).encode(),
+        GOOD.replace("{", '{"number": "a", ').encode(),
         GOOD.replace("train", "test").encode(),
         GOOD.replace('"a"', "null").encode(),
         GOOD.replace('"seed": 1, ', "").encode(),
         GOOD.replace("1.0", "[]").encode(),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_damaged_commit_records_are_named(tmp_path: Path, line: bytes) -> None:
     path = write(tmp_path, EPISODES[:1]).shard / "episodes.jsonl"
@@ -409,6 +412,18 @@ def test_a_damaged_spec_is_named(tmp_path: Path, old: str, new: str) -> None:
     with pytest.raises(RecordingError, match=r"dataset\.yaml") as error:
         RecordedDataset(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("- 4\n", "- 99999999999999999999\n"), ("fps: 20", "fps: 20\nsignals: 99999999999999999999")],
+)
+def test_sizes_beyond_all_files(tmp_path: Path, old: str, new: str) -> None:
+    write(tmp_path, EPISODES[:1])
+    path = tmp_path / "dataset.yaml"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(RecordingError, match=r"frames\.bin is shorter|signals\.bin is missing"):
+        RecordedDataset(tmp_path).check(splits=["validation"])
 
 
 @pytest.mark.parametrize(

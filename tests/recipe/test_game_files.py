@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nfd_env import config
 from nfd_env.named import import_named
-from nfd_env.recipe.game import load_game
+from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import settings
 from nfd_env.recipe.run import Recipe, StageRecord
+from nfd_env.sources.source import SourceConfig
 from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig
 from nfd_env.training.flow import FlowTrainingConfig
@@ -63,3 +65,16 @@ def test_a_part_of_the_sampling_leaves_the_rest_derived(steps: int) -> None:
     assert sampling["temperature"] == game.export["sampling"]["temperature"] != 1
     expected = (1, "consistency") if steps else (8, "dpm_solver_pp")
     assert (sampling["steps"], sampling["sampler"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 2**63}, "seed must be below"),
+        ({"small": float("nan")}, "small must not be negative, got nan"),
+        ({"workers": 10**6}, "workers must be at most 1024"),
+    ],
+)
+def test_numbers_out_of_range(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GameConfig("A", SourceConfig("A-v0"), **changed)
