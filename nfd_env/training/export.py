@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
@@ -336,7 +335,5 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
             "policies": policies,
         },
         "stages": stages,
-        "configs": {
-            Path(path).name: yaml.safe_load(Path(path).read_text()) for path in settings.configs
-        },
+        "configs": {Path(path).name: config.read(path) for path in settings.configs},
     }

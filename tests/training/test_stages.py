@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from nfd_env.config import ConfigError
 from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
 from nfd_env.data.latents import LatentDataset
 from nfd_env.data.shards import RecordedDataset, RecordingError
@@ -705,6 +706,12 @@ def test_a_state_of_another_program_is_named(
     torch.save(state, other / "state.pt")
     with pytest.raises(CheckpointError, match=r"state\.pt: damaged, or of another program"):
         export(replace(plan, heads=str(other)))
+
+
+def test_configs_that_are_no_yaml_are_named(plan: ExportConfig, tmp_path: Path) -> None:
+    (tmp_path / "notes.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"notes\.yaml: cannot be read as YAML"):
+        export(replace(plan, configs=[str(tmp_path / "notes.yaml")]))
 
 
 @pytest.mark.parametrize(
