@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 
-def psnr(mean_squared_error: float, peak: float = 255.0) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for an error of 0."""
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal-to-noise ratio of grey levels from 0 to 255 in dB; infinite for an error of 0."""
     if mean_squared_error == 0:
         return float("inf")
-    return float(10 * np.log10(peak**2 / mean_squared_error))
+    return float(10 * np.log10(255.0**2 / mean_squared_error))
 
 
 def ssim(real: np.ndarray, made: np.ndarray) -> np.ndarray:

@@ -129,14 +129,12 @@ def enlarge(frame: np.ndarray, height: int, aspect: float = 0.0) -> np.ndarray:
     return cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
 
 
-def caption(frame: np.ndarray, text: str, rows: int = 24) -> np.ndarray:
-    """Put a line of ``text`` above ``frame``."""
+def caption(frame: np.ndarray, text: str) -> np.ndarray:
+    """Put a line of ``text`` above ``frame``, 24 pixels high."""
     import cv2
 
-    bar = np.full((rows, frame.shape[1], 3), 24, np.uint8)
-    cv2.putText(
-        bar, text, (6, rows - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (235, 235, 235), 1, cv2.LINE_AA
-    )
+    bar = np.full((24, frame.shape[1], 3), 24, np.uint8)
+    cv2.putText(bar, text, (6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (235, 235, 235), 1, cv2.LINE_AA)
     return np.concatenate((bar, frame))
 
 

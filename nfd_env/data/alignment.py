@@ -21,6 +21,7 @@ _GRID = 4  # motion is told for so many fields a side
 _FOLDS = 5
 _RIDGE = 0.3  # of the features' variance, times the number of examples
 _CLIPPED = 5.0  # standard deviations beyond which a feature says no more
+_TRANSITIONS = 20_000  # about so many are looked at, in stretches from all over the data
 _STRETCH = 50  # transitions of one stretch are kept together: neighbours resemble each other
 _SURE = 4.0  # standard errors that count as sure
 _LEAST = 0.02  # share of the actions' variance that must be read for them to have an effect
@@ -61,20 +62,15 @@ class Alignment:
         )
 
 
-def measure_alignment(data: RecordedDataset, transitions: int = 20_000, seed: int = 0) -> Alignment:
+def measure_alignment(data: RecordedDataset) -> Alignment:
     """Read the actions at the shifts -1, 0 and 1 from the changes between recorded frames.
-
-    Args:
-        data: the recordings.
-        transitions: about so many are looked at, in stretches from all over the data.
-        seed: of the choice.
 
     Returns:
         The scores; ``best`` is None too where there are too few episodes to tell.
     """
     codec = data.spec.codec
     features, actions, groups = [], [], []
-    for group, (episode, first, stop) in enumerate(_stretches(data, transitions, seed)):
+    for group, (episode, first, stop) in enumerate(_stretches(data)):
         features.append(_changes(np.asarray(episode.frames[first : stop + 1])))
         encoded = codec.encode(torch.from_numpy(episode.actions[first - 1 : stop + 1])).numpy()
         count = stop - first
@@ -89,16 +85,14 @@ def measure_alignment(data: RecordedDataset, transitions: int = 20_000, seed: in
     )
 
 
-def _stretches(
-    data: RecordedDataset, transitions: int, seed: int
-) -> list[tuple[EpisodeReference, int, int]]:
+def _stretches(data: RecordedDataset) -> list[tuple[EpisodeReference, int, int]]:
     """Transitions ``first`` to ``stop`` - 1 of episodes, with one before and one after them."""
     found = []
     for episode in data:
         for first in range(1, len(episode) - 2, _STRETCH):
             found.append((episode, first, min(first + _STRETCH, len(episode) - 1)))
-    order = np.random.default_rng(seed).permutation(len(found))
-    return [found[i] for i in np.sort(order[: max(2 * _FOLDS, transitions // _STRETCH)])]
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i] for i in np.sort(order[: max(2 * _FOLDS, _TRANSITIONS // _STRETCH)])]
 
 
 def _changes(frames: np.ndarray) -> np.ndarray:

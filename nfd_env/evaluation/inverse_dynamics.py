@@ -25,7 +25,6 @@ from nfd_env.data.windows import Places
 from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.evaluation.tables import table
-from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.progress import progress_bar
 from nfd_env.spaces import ActionCodec, space_from_dict
@@ -303,7 +302,6 @@ def measure_actions(
     rollouts: int = 64,
     horizon: int = 32,
     seed: int = 0,
-    model: WorldModel | None = None,
     progress: bool = True,
 ) -> ActionReport:
     """Read the actions of frames that a world draws under held-out recorded actions.
@@ -315,7 +313,6 @@ def measure_actions(
         rollouts: how many begin, at random held-out moments.
         horizon: frames that each goes on for.
         seed: of the moments and of the noise.
-        model: with the sampling to judge; None for the world's own.
         progress: show a progress bar.
 
     Raises:
@@ -325,7 +322,7 @@ def measure_actions(
     window, asked = network.config.window, network.config.asked
     if rollouts < 1 or horizon < window:
         raise ValueError(f"rollouts must be at least 1, horizon at least the window of {window}")
-    model = model or world.model
+    model = world.model
     keep = model.dynamics.config.window
     held: list[EpisodeReference] = recordings.split("validation")
     places = Places((len(episode) for episode in held), keep + horizon)

@@ -142,13 +142,13 @@ def behaviour_policy(name: str, kwargs: Mapping[str, Any] | None = None) -> Any:
     return make_policy("random_held" if name == "random" else name, dict(kwargs or {}))
 
 
-def load_network(path: str | PathLike[str], greedy: bool = False) -> NetworkPlayer:
+def load_network(path: str | PathLike[str]) -> NetworkPlayer:
     """The native agent in a ``.safetensors`` file, on the CPU, whatever it is for.
 
     Raises:
         AgentError: when the file is missing, damaged or no agent.
     """
-    return NetworkPlayer(_read_native(str(path)).requires_grad_(False), greedy)
+    return NetworkPlayer(_read_native(str(path)).requires_grad_(False))
 
 
 def _read_native(path: str) -> ActorCritic:

@@ -87,21 +87,19 @@ def write_report(recipe: Recipe) -> Path:
     return path
 
 
-def play_held_out(
-    world: World, recordings: RecordedDataset, windows: int = _WINDOWS, frames: int = _FRAMES
-) -> tuple[np.ndarray, np.ndarray]:
+def play_held_out(world: World, recordings: RecordedDataset) -> tuple[np.ndarray, np.ndarray]:
     """Recorded and generated frames from the same moments under the same actions.
 
     Returns:
-        Two uint8 arrays (windows, F, H, W, 3); F is ``frames`` + 1, or as many as the longest
-        held-out episode has. Frame 0 is the last one that the world was shown.
+        Two uint8 arrays (windows, F, H, W, 3); F is 97, or as many as the longest held-out
+        episode has. Frame 0 is the last one that the world was shown.
     """
     held_out = recordings.split("validation")
     # As far as a quarter of the episodes go: the longest alone would be the same moment each time.
     lengths = sorted((len(e) for e in held_out), reverse=True)
     shown = max(1, min(_SHOWN, lengths[0] // 2))
-    frames = max(1, min(frames, lengths[len(lengths) // 4] - shown))
-    where = moments(held_out, shown, frames, windows)
+    frames = max(1, min(_FRAMES, lengths[len(lengths) // 4] - shown))
+    where = moments(held_out, shown, frames, _WINDOWS)
     real = np.stack([m.episode.frames[m.now : m.now + frames + 1] for m in where])
     made = [real[:, 0]]
     for drawn in replay(world, where, frames, seed=0):

@@ -370,11 +370,6 @@ def check_origins(
         )
 
 
-def folder_bytes(folder: Path) -> int:
-    """How much room the files of a world folder take."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
 def _made_together(spec: WorldSpec, networks: Mapping[str, nn.Module]) -> dict[str, Origin]:
     prints = {name: fingerprint_network(network) for name, network in networks.items()}
     inputs = {k: v for k, v in prints.items() if k in ("tokenizer", "teacher")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,9 +121,3 @@ class Connection(web.RequestHandler):
             response.force_close()
         response.headers.update(SECURITY_HEADERS)
         return response
-
-
-def connection_factory(manager: web.Server, gate: Gate) -> Callable[[], Connection]:
-    """What asyncio makes a protocol with for each new connection."""
-    loop = asyncio.get_running_loop()
-    return lambda: Connection(manager, gate, loop)

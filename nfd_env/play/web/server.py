@@ -27,7 +27,7 @@ from nfd_env.play.session import ControlError, Session, sampling_choices
 from nfd_env.play.web import STATIC, protocol
 from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback, read_token
 from nfd_env.play.web.client import Client, Limits, new_socket, part
-from nfd_env.play.web.connection import Connection, Gate, connection_factory
+from nfd_env.play.web.connection import Connection, Gate
 from nfd_env.play.web.pictures import film
 from nfd_env.play.web.rooms import Room, Rooms, world_games
 from nfd_env.play.web.saving import Saver
@@ -126,8 +126,9 @@ class PlayServer:
         limits = self.limits
         gate = Gate(limits.connections, limits.connections_each, limits.head_seconds)
         try:
-            self._listener = await asyncio.get_running_loop().create_server(
-                connection_factory(self._runner.server, gate), self.host, self.port
+            loop, manager = asyncio.get_running_loop(), self._runner.server
+            self._listener = await loop.create_server(
+                lambda: Connection(manager, gate, loop), self.host, self.port
             )
         except OSError as error:
             await self._runner.cleanup()
@@ -341,12 +342,8 @@ class PlayServer:
                     await part(client.socket, protocol.IDLE, why)
 
 
-def serve(settings: ServeConfig, ready: Callable[[PlayServer], None] | None = None) -> None:
+def serve(settings: ServeConfig) -> None:
     """Serve the browser player until interrupted; the other shipped worlds are offered too.
-
-    Args:
-        settings: what and how.
-        ready: called once the page can be opened.
 
     Raises:
         ServeError: when the address cannot be bound, or an origin is none.
@@ -395,8 +392,6 @@ def serve(settings: ServeConfig, ready: Callable[[PlayServer], None] | None = No
                     f"<this machine>, then open http://127.0.0.1:{server.port}/",
                     flush=True,
                 )
-            if ready is not None:
-                ready(server)
             stopped = asyncio.Event()
             if threading.current_thread() is threading.main_thread():
                 loop = asyncio.get_running_loop()
