@@ -85,7 +85,7 @@ def page(make_world, tmp_path_factory):
 PLAY = """(async (seed, keys) => {
   const { control } = await import("./small.js");
   const until = async (what) => {
-    while (!what()) await new Promise((done) => setTimeout(done, 2));
+    while (!what()) await new Promise((done) => setTimeout(done, 20));
   };
   const canvas = document.getElementById("view"), seen = [];
   const look = () => {
@@ -96,6 +96,8 @@ PLAY = """(async (seed, keys) => {
     seen.push({ pixels: btoa(text), step, episode, reward, over, action, hazard });
   };
   const press = (type, code) => window.dispatchEvent(new KeyboardEvent(type, { code }));
+  // A page that hangs misses pictures, but not the last one before a pause.
+  for (const since = performance.now(); performance.now() - since < 700;);
   control("pause", true);
   control("seed", seed);
   await until(() => nfd.hud.paused && nfd.hud.seed === seed && nfd.hud.step === 0);

@@ -14,6 +14,7 @@ let over = false, endedAt = 0, steps = 0, total = 0, reward = 0, action = "", ha
 let seq = 0, sent = 0, acknowledged = 0, dropped = 0;
 
 const refuse = (why) => postMessage({ t: "refused", why });
+const hasRoom = () => sent - acknowledged < IN_FLIGHT;
 const period = () => 1000 / (about.hello.fps * speed);
 
 const CONTROLS = {
@@ -76,7 +77,7 @@ async function run() {
       action = "";
       await show(0);
       due = performance.now() + period();
-    } else if (changed && paused) {
+    } else if (changed && paused && hasRoom()) {
       changed = false;
       await show(0);
     }
@@ -103,7 +104,11 @@ async function step() {
 }
 
 async function show(answering) {
-  if (sent - acknowledged >= IN_FLIGHT && !over) { dropped += 1; return; }
+  if (!hasRoom() && !over) { // the next step makes up for it, or in a pause the next room
+    dropped += 1;
+    changed = true;
+    return;
+  }
   const blob = await world.picture();
   sent += 1;
   const round = (value, places) => Number(value.toFixed(places));
