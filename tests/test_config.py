@@ -116,7 +116,9 @@ def test_wrong_types_that_omegaconf_does_not_name() -> None:
         config.from_mapping(Outer, {**GOOD, "rate": float("nan")}, "my.yaml")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{b: " * 100_000, "? " * 5_000])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "a: " + "{b: " * 100_000, "? " * 5_000], ids=range(3)
+)
 def test_nested_beyond_all_reason(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
