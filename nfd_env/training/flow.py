@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.solvers import level_grid, sample_euler
@@ -23,6 +25,7 @@ from nfd_env.training.latent_stage import (
 )
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
+_MOVED = 0.4  # mean change of a latent's channels; a third of BigFish's area, 97 % of its motion
 _STEPS = 4  # Euler steps of its rollouts
 
 
@@ -38,20 +41,42 @@ class FlowTrainingConfig(WindowTrainingConfig):
             have seen other frames (``window``), and a full adaLN projection is
             brought to ``model.modulation_rank``.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
+        moving_weight: at least 0; the loss counts 1 + ``moving_weight`` times near latents that
+            changed between the two frames before (``moved_before``). It depends on the history
+            alone, so that what is drawn stays as frequent as it is.
     """
 
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
     history: str = "two_copies"
     initial: str = ""
     level_shift: float = 3.0
+    moving_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the choices."""
         super().__post_init__()
         if self.level_shift <= 0:
             raise ValueError(f"level_shift must be above 0, got {self.level_shift}")
+        if not 0 <= self.moving_weight < math.inf:
+            raise ValueError(
+                f"moving_weight must be at least 0 and finite, got {self.moving_weight}"
+            )
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
+
+
+def moved_before(latents: Tensor) -> Tensor:
+    """Where something moved between the two frames before a frame, or right beside that.
+
+    Args:
+        latents: of unit deviation, (B, T, C, h, w).
+
+    Returns:
+        float32 (B, T, h, w) of zeros and ones; zeros for the first two frames.
+    """
+    change = (latents[:, 1:-1] - latents[:, :-2]).abs().mean(2)
+    near = functional.max_pool2d(change, 3, 1, 1) > _MOVED
+    return functional.pad(near.float(), (0, 0, 0, 0, 2, 0))
 
 
 class FlowStage(LatentStage):
@@ -105,30 +130,36 @@ class FlowStage(LatentStage):
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Mean squared error of the velocity."""
+        """Mean squared error of the velocity; see ``FlowTrainingConfig.moving_weight``."""
+        error = self._errors(network, batch)
+        last = {"last_frame": error[:, -1].mean().detach()}
+        if not self.settings.moving_weight:
+            return error.mean(), last
+        moved = moved_before(batch[0].to(self._device))[:, -error.shape[1] :]
+        weights = 1 + self.settings.moving_weight * moved
+        return (error * weights).sum() / weights.sum(), last
+
+    def _errors(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Squared errors of the velocity, (B, T, h, w), of the frames that are trained."""
         assert isinstance(network, Dynamics)
         latents, actions = (x.to(self._device) for x in batch)
         levels = sample_levels(latents.shape[:2], self.settings.level_shift, self._device)
         sample = interpolate(latents, torch.randn_like(latents), levels)
         if self.settings.history == "shared":
             velocity = network(sample.x, levels, actions)
-            error = (velocity.float() - sample.velocity).square().mean((2, 3, 4))
-        else:
-            history_levels = self.settings.history_levels.sample(
-                latents.shape[:2], self.settings.level_shift, self._device
-            )
-            history = interpolate(latents, torch.randn_like(latents), history_levels).x
-            velocity = network.forward_two_copies(
-                history, history_levels, sample.x, levels, actions
-            )
-            # The first frame of a window has no history to follow from.
-            error = (velocity.float() - sample.velocity).square().mean((2, 3, 4))[:, 1:]
-        return error.mean(), {"last_frame": error[:, -1].mean().detach()}
+            return (velocity.float() - sample.velocity).square().mean(2)
+        history_levels = self.settings.history_levels.sample(
+            latents.shape[:2], self.settings.level_shift, self._device
+        )
+        history = interpolate(latents, torch.randn_like(latents), history_levels).x
+        velocity = network.forward_two_copies(history, history_levels, sample.x, levels, actions)
+        # The first frame of a window has no history to follow from.
+        return (velocity.float() - sample.velocity).square().mean(2)[:, 1:]
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
-        """``flow``: the loss on held-out windows; the others see ``LatentStage._judge``."""
+        """``flow``: the error on held-out windows, not weighted; see also ``_judge``."""
         losses = [
-            float(self.loss(network, (x, a))[0])
+            float(self._errors(network, (x, a)).mean())
             for x, a in zip(*(t.split(16) for t in self._held_out), strict=True)
         ]
         return {"flow": float(np.mean(losses)), **self._judge(*self._roll_out(network))}
