@@ -20,9 +20,9 @@ async function unpacked(file) {
   return bytes;
 }
 
-/** Sessions of the world's graphs; `backend` is "wasm", "webgpu" or null for the best there is. */
+/** Sessions of the world's graphs; `backend` is "webgpu", else "wasm": nobody has tried WebGPU yet. */
 export async function load(about, backend, say) {
-  const gpu = backend !== "wasm" && Boolean(await navigator.gpu?.requestAdapter());
+  const gpu = backend === "webgpu" && Boolean(await navigator.gpu?.requestAdapter());
   if (backend === "webgpu" && !gpu) throw new Error("this browser has no WebGPU");
   const files = about.runtime[gpu ? "webgpu" : "wasm"];
   say("the runtime");
