@@ -186,13 +186,12 @@ def test_a_crash_is_told_at_once_and_not_tried_again(tmp_path: Path) -> None:
     ("changes", "kind", "message"),
     [
         ({"source": source(kwargs={"lenght": 12})}, SourceError, "lenght"),
-        ({"source": source(size=[0, 0])}, (SourceError, ValueError), "size"),
         ({"source": source(crop=[0, 99, 0, 9])}, (SourceError, ValueError), "crop"),
         ({"policies": [PolicyConfig("random_held", kwargs={"lo": 1})]}, ValueError, "lo"),
         ({"policies": [PolicyConfig("no.such:Policy")]}, ValueError, "no.such"),
         ({"frames": 10**13}, FolderError, "GB left: record fewer"),
     ],
-    ids=range(6),
+    ids=range(5),
 )
 def test_what_cannot_be_recorded_is_said_at_the_door(
     tmp_path: Path, changes: dict[str, Any], kind: Any, message: str

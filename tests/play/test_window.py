@@ -134,7 +134,7 @@ def test_play_draws_records_and_saves_what_train_reads(world, tmp_path):
         assert container.streams.video[0].codec_context.name == "h264"
         assert sum(1 for _ in container.decode(video=0)) >= 28
     (episode,) = RecordedDataset(folder)
-    assert episode.length >= 28 and episode.policy == "person" and episode.truncated[-1]
+    assert episode.length >= 28 and episode.policy == "person:dream" and episode.truncated[-1]
     # What was saved is what the model showed.
     env = NFDEnv(world, device="cpu")
     frame, _ = env.reset(seed=4)

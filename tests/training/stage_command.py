@@ -55,5 +55,6 @@ cli.COMMANDS["stage"] = ("tests.training.stage_command:run_stage", "")
 def in_the_background(arguments: list[str], errors: str) -> None:
     """The command, in a process of its own, where INT is ignored as shells have it for "&"."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), 2)
     sys.exit(cli.main(arguments))

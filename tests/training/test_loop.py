@@ -366,11 +366,13 @@ def test_a_signal_loses_nothing(
     whole: Path, tmp_path: Path, number: int, status: int | None, validating: bool
 ) -> None:
     at = 20 if validating else 14
+    started_with = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(KeyboardInterrupt if status is None else SystemExit) as stopped:
         train(Signalled(number, at, validating), settings(tmp_path), progress=False)
     assert status is None or stopped.value.code == status  # type: ignore[attr-defined]
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    signal.signal(signal.SIGHUP, started_with)
     assert state(tmp_path)["step"] == at
     stage = TinyStage()
     train(stage, settings(tmp_path), progress=False)

@@ -55,7 +55,7 @@ def test_what_muon_is_for() -> None:
     steps, gradients = (torch.linalg.svdvals(x) for x in (change["blocks.0.weight"], gradient))
     assert steps[4] / steps[0] > 0.5 > 2 * gradients[4] / gradients[0]
     rms = change["blocks.0.weight"].square().mean().sqrt().item()
-    assert rms == pytest.approx(0.2 * 0.01, rel=0.3)
+    assert 0.1 * 0.01 < rms < 0.25 * 0.01  # less where the gradient has small singular values
 
 
 @needs_muon

@@ -329,12 +329,12 @@ def test_a_clip_that_cannot_be_played_along_with(
         shutil.copy(clipped / name, long)
     write_checksums(long)
     with pytest.raises(CheckpointError, match=message):
-        demo(str(long), tmp_path / "out", 1.0, "cpu")
+        demo(str(long), tmp_path / "out", 1.0, device="cpu")
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1.0])
 def test_any_time_is_enough_to_play_along(clipped: Path, tmp_path: Path, seconds: float) -> None:
-    report = demo(str(clipped), tmp_path / "out", seconds, "cpu", precision="fp32")
+    report = demo(str(clipped), tmp_path / "out", seconds, device="cpu", precision="fp32")
     assert report.frames == (2 if seconds < 1 else 3) and report.p50_ms > 0
 
 
