@@ -62,7 +62,7 @@ class ScrollGame:
         return "dream"
 
     def set_view(self, slot: int, view: str) -> np.ndarray:
-        raise NotImplementedError
+        raise AssertionError("there is nothing else to be seen")
 
     def beside(self, slot: int) -> np.ndarray | None:
         return None
