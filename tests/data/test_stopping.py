@@ -46,11 +46,17 @@ def start(
     folder.parent.mkdir(exist_ok=True)
     script = folder.parent / f"{folder.name}.py"
     script.write_text(RUN)
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
+        if before is not None:
+            before()
+
     return subprocess.Popen(
         [sys.executable, str(script), str(folder), str(frames)],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=before,
+        preexec_fn=prepare,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
 
