@@ -203,7 +203,11 @@ class Engine:
             self.game.set_sampling(player.slot, session.sampling)
         if reset:
             began = time.perf_counter()
-            frame = self.game.reset(player.slot, seed)
+            try:
+                frame = self.game.reset(player.slot, seed)
+            except SourceError as error:
+                self._dream_again(player, error, seed)
+                return
             session.began(frame, self.game.seed_of(player.slot), self.game.beside(player.slot))
             now = time.perf_counter()
             player.due = now + self._period(player)
@@ -216,8 +220,10 @@ class Engine:
     def _change_view(self, player: Player) -> None:
         """World, real game, or both; a game that cannot be had is said, and nothing changes."""
         session, slot = player.session, player.slot
-        if self.game.seed_of(slot) is None or session.frame is None:
-            return  # its first episode comes first
+        if session.frame is None:  # its first episode comes first
+            if session.view == session.views[0]:  # who sat here before saw something else
+                self.game.set_view(slot, session.view)
+            return
         try:
             frame = self.game.set_view(slot, session.view)
         except SourceError as error:
@@ -228,6 +234,19 @@ class Engine:
         player.due = time.perf_counter() + self._period(player)
         if not player.gone:
             player.show(0)
+
+    def _dream_again(self, player: Player, error: SourceError, seed: int | None) -> None:
+        """A real game that cannot begin an episode gives its player back to the dream.
+
+        Raises:
+            SourceError: the given one, where there is no dream.
+        """
+        session = player.session
+        if self.game.view(player.slot) == session.view:
+            raise error
+        session.view = self.game.view(player.slot)
+        session.say(str(error))
+        session.control("reset" if seed is None else "seed", seed)
 
     def _period(self, player: Player) -> float:
         return 1 / (self.game.fps * player.session.speed)

@@ -89,7 +89,7 @@ class TwinSlots(Slots):
             Its frame from which it goes on, uint8 (H, W, 3).
 
         Raises:
-            SourceError: when the real game cannot be made or fails; nothing has changed then.
+            SourceError: when the real game cannot be made or fails; the slot dreams then.
         """
         before = self._views[slot]
         if view != "dream" and slot not in self._real:
@@ -131,13 +131,14 @@ class TwinSlots(Slots):
         for slot, action in actions.items():
             if self._views[slot] == "dream":
                 continue
-            dream = made.get(slot)
+            dream: Outcome | None = made.get(slot)
             try:
                 outcome = self._real[slot].step(action)
             except (Exception, SystemExit) as error:  # whatever foreign code may raise
                 frame = self._real[slot].frames[-1]
                 self._drop(slot)
-                outcome = Outcome(frame, 0.0, False, True, {}, error=_said(error))
+                made[slot] = Outcome(frame, 0.0, False, True, {}, error=_said(error))
+                continue
             if dream is not None:
                 self._beside[slot] = dream.frame
                 difference = outcome.frame.astype(np.float32) - dream.frame
@@ -162,7 +163,9 @@ class TwinSlots(Slots):
             raise SourceError(_said(error)) from error
 
     def _drop(self, slot: int) -> None:
-        """The real game of a slot is over for good."""
+        """The real game of a slot is over for good; it dreams again."""
+        self._views[slot] = "dream"
+        self._beside.pop(slot, None)
         with suppress(Exception, SystemExit):
             self._real.pop(slot).env.close()
 

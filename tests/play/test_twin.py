@@ -187,6 +187,40 @@ def test_a_game_that_fails_gives_back_to_the_dream(world: Path) -> None:
     assert slots.step({0: 0})[0].dreamed
 
 
+def test_a_game_that_cannot_begin_again_gives_back_to_the_dream(world: Path) -> None:
+    slots, made = twin(world)
+    person = Person(slots)
+    person.play(2)
+    person.session.control("view", "split")
+    person.play(2)
+
+    def fail(**_: Any) -> Any:
+        raise RuntimeError("no more levels")
+
+    made[0].reset = fail
+    person.session.control("seed", 8)
+    person.play(3)
+    assert person.engine.error is None and person.session.view == "dream"
+    assert "no more levels" in person.pictures[-1].hud["notice"] and slots.beside(0) is None
+    assert person.session.seed == 8
+
+
+def test_who_takes_the_seat_of_one_who_saw_the_game_begins_with_the_own_seed(world: Path) -> None:
+    slots, _ = twin(world)
+    first = Person(slots)
+    first.play(2)
+    first.session.control("view", "real")
+    first.play(3)
+    first.engine.leave(first.engine.players[0])
+    second = Session(slots.keymap, slots.default_sampling, views=slots.views)
+    pictures: list[Any] = []
+    first.engine.join(second, pictures.append, 5)
+    while not pictures:
+        first.engine.poll()
+    wanted, _ = twin(world)
+    assert np.array_equal(pictures[0].frame, wanted.reset(0, 5)) and pictures[0].hud["seed"] == 5
+
+
 def test_without_a_real_game_there_is_nothing_to_switch(world: Path) -> None:
     session = Session(TwinSlots(lambda: Real((1,)), world, 1, "cpu").keymap)
     with pytest.raises(ControlError):
