@@ -237,7 +237,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors, the floating-point ones as float32."""
-    with _opened(path) as file:
+    with _opened(path) as file, torch.device("cpu"):
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(_SCALE)}
