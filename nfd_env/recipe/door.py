@@ -166,7 +166,6 @@ def check(game: GameConfig, device: str, seen: Look) -> float:
         longest=1000,
         ends=10,
         mean_return=0.0,
-        reward_deviation=0.0,
     )
     plan = planning.settings(game, measures, device, seen.action_width)
     built = check_settings(plan, seen)

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 
 from nfd_env.recipe.measure import GameMeasures
 
+# What a student is compared with its teacher by, and how much of it is too little to matter.
+_COMPARED = {
+    "texture": ("texture distance", 0.002),
+    "frechet": ("distance of rollouts", 0.5),
+    "error_8": ("error after 8 frames", 0.01),
+}
+_NEAR = 1.5  # times the teacher's
+
 
 class GateError(RuntimeError):
     """A stage's result is not good enough to go on from; says what to change."""
@@ -55,13 +63,17 @@ class Gate:
         return f"{self.low:.3g} to {self.high:.3g}"
 
 
-def recording_gates(measures: GameMeasures, shift: int | None, failed: float = 0.0) -> list[Gate]:
+def recording_gates(
+    measures: GameMeasures, shift: int | None, failed: float = 0.0, imported: bool = False
+) -> list[Gate]:
     """Of recordings: do actions stand where they belong, and are there ends to learn from.
 
     Args:
         measures: of the recordings.
         shift: of the actions, that explains the frames best; None where that cannot be told.
         failed: share of the episodes that the game failed in.
+        imported: whether they were recorded elsewhere. Our own recorder puts every action before
+            the frame that it leads into: where frames show it one later, the game does.
     """
     ends = "the world will never end an episode; record more, if the game has ends"
     skipped = "see the skipped-*.jsonl in the recordings: what leads there, the world will not show"
@@ -74,7 +86,9 @@ def recording_gates(measures: GameMeasures, shift: int | None, failed: float = 0
     if shift is not None:
         best = "shift of the actions that explains the frames best"
         good = "0: an action leads into the next frame"
-        gates.append(Gate(best, shift, good, late, 0, 0))
+        if not imported:
+            good += "; -1: the game shows it a frame later"
+        gates.append(Gate(best, shift, good, late, 0 if imported else -1, 0))
     return gates
 
 
@@ -133,9 +147,9 @@ def heads_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Ga
         name, advice = "log loss of ends over that of their mean rate", "ends are not foreseen"
         over = metrics["end_over_constant"]
         gates.append(Gate(name, over, "below 0.6", f"{advice}: record more of them", high=1.0))
-    if measures.reward_deviation > 0:
-        name = "error of rewards over that of the best constant"
-        over = metrics["reward_absolute_error"] / measures.reward_deviation
+    if "reward_over_constant" in metrics:
+        name = "squared error of rewards over that of their mean"
+        over = metrics["reward_over_constant"]
         advice = "rewards are not seen: record more of them, or give more minutes"
         gates.append(Gate(name, over, "below 0.6", advice, high=1.0))
     return gates
@@ -145,16 +159,18 @@ def student_steps(metrics: Mapping[str, float]) -> int:
     """The fewest steps with which the student is near its teacher; 0 where none are.
 
     Near: frames that follow real ones have at most 1.5 times the teacher's distance in texture, and
-    rollouts at most 1.5 times its distance and error.
+    rollouts at most 1.5 times its distance and error, up to what is too little to matter.
     """
     for steps in (1, 2, 4):
-        near = all(
-            metrics[f"steps{steps}_{name}"] <= 1.5 * metrics[f"teacher_{name}"] + tiny
-            for name, tiny in (("texture", 0.05), ("frechet", 0.5), ("error_8", 0.01))
-        )
-        if near:
+        if all(_over_teacher(metrics, steps, name) <= _NEAR for name in _COMPARED):
             return steps
     return 0
+
+
+def _over_teacher(metrics: Mapping[str, float], steps: int, name: str) -> float:
+    _, tiny = _COMPARED[name]
+    more = max(0.0, metrics[f"steps{steps}_{name}"] - tiny)
+    return more / max(metrics[f"teacher_{name}"], 1e-9)
 
 
 def distill_gates(metrics: Mapping[str, float], steps: int) -> list[Gate]:
@@ -165,12 +181,12 @@ def distill_gates(metrics: Mapping[str, float], steps: int) -> list[Gate]:
     return [
         Gate(
             f"{what} of {taken} over the teacher's",
-            metrics[f"steps{shown}_{name}"] / max(metrics[f"teacher_{name}"], 1e-9),
+            _over_teacher(metrics, shown, name),
             "below 1.2",
             advice,
-            high=1.5,
+            high=_NEAR,
         )
-        for name, what in (("texture", "texture distance"), ("frechet", "distance of rollouts"))
+        for name, (what, _) in _COMPARED.items()
     ]
 
 

@@ -30,8 +30,6 @@ class GameMeasures:
         longest: of the held-out episodes, in transitions.
         ends: held-out episodes that terminated.
         mean_return: of all episodes.
-        reward_deviation: mean absolute deviation of held-out rewards from their median: the error
-            of the best constant.
     """
 
     frame_size: list[int]
@@ -43,7 +41,6 @@ class GameMeasures:
     longest: int
     ends: int
     mean_return: float
-    reward_deviation: float
 
 
 def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
@@ -75,7 +72,6 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
             "source.key and source.crop"
         )
     whole = float(np.median(shares)) > _ALL_MOVES or not sides
-    rewards = np.concatenate([e.rewards for e in held_out])
     return GameMeasures(
         frame_size=list(recordings.spec.frame_shape[:2]),
         small=float("inf") if whole else float(np.quantile(sides, _SMALL)),
@@ -86,7 +82,6 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
         longest=max(len(e) for e in held_out),
         ends=sum(bool(e.terminated[-1]) for e in held_out),
         mean_return=float(np.mean([e.total_reward for e in recordings])),
-        reward_deviation=float(np.abs(rewards - np.median(rewards)).mean()),
     )
 
 

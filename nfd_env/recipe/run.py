@@ -180,7 +180,9 @@ class Recipe:
         skipped = len(recordings.skipped())
         failed = skipped / (skipped + len(recordings))
         shift = measure_alignment(recordings).best
-        self._finish("record", record, gates.recording_gates(measures, shift, failed))
+        imported = bool(self.game.recordings) or is_imported(self.game.source.env_id)
+        found = gates.recording_gates(measures, shift, failed, imported)
+        self._finish("record", record, found)
 
     def _tokenizer(self) -> None:
         self._train(
