@@ -7,6 +7,8 @@ often the player has been hit.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +28,9 @@ class HeadsConfig:
             is represented by their mixture.
         dropout: on the frame features, in training.
         signals: numbers that training asks for beside them, see ``CollectConfig.signals``.
+        latent_shape: [C, h, w], where ``nearby`` is not 0.
+        nearby: channels of the convolutions that look at each frame, see ``Nearby``; 0 for a linear
+            layer of its latents, which learns every place in the picture by itself.
     """
 
     latent_size: int = 768
@@ -34,9 +39,21 @@ class HeadsConfig:
     reward_values: list[float] = field(default_factory=lambda: [0.0])
     dropout: float = 0.1
     signals: int = 0
+    latent_shape: list[int] = field(default_factory=list)
+    nearby: int = 0
 
     def __post_init__(self) -> None:
-        """Check the reward values."""
+        """Check the reward values, and that the latents' shape is known where it is needed."""
+        if self.nearby < 0 or self.nearby % 4:
+            raise ValueError(f"nearby must be a multiple of 4 and not negative, got {self.nearby}")
+        if self.nearby and (
+            len(self.latent_shape) != 3
+            or min(self.latent_shape) < 1
+            or math.prod(self.latent_shape) != self.latent_size
+        ):
+            raise ValueError(
+                f"latent_shape must be of {self.latent_size} numbers, got {self.latent_shape}"
+            )
         values = self.reward_values
         if not values or any(b <= a for a, b in zip(values, values[1:], strict=False)):
             raise ValueError(f"reward_values must be strictly ascending, got {values}")
@@ -49,7 +66,7 @@ class HeadsOutput:
     Attributes:
         reward: (B,), the expected reward.
         hazard: (B,) in [0, 1], the probability that this transition ended the episode.
-        state: (B, width).
+        state: (B, ``Heads.memory_size``).
     """
 
     reward: Tensor
@@ -57,14 +74,51 @@ class HeadsOutput:
     state: Tensor
 
 
+class Nearby(nn.Module):
+    """What stands beside what, in a frame and the one before it.
+
+    What ends an episode or is worth something, such as touching, looks alike wherever it happens.
+    The strongest response of each channel is told, whatever its place, and roughly where it was.
+    """
+
+    def __init__(self, shape: Sequence[int], channels: int) -> None:
+        """Of frames (C, h, w) = ``shape``."""
+        super().__init__()
+        latents, height, width = shape
+        self.first = nn.Conv2d(2 * latents, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(channels, channels, 3, padding=1)
+        sides = -(-height // 2), -(-width // 2)
+        self._placed = channels // 4
+        self._cells = max(1, sides[0] // 4), max(1, sides[1] // 4)
+        fields = math.prod(side // cell for side, cell in zip(sides, self._cells, strict=True))
+        self.outputs = channels + self._placed * fields
+
+    def forward(self, frames: Tensor, before: Tensor) -> Tensor:
+        """(n, C, h, w), twice -> (n, ``outputs``)."""
+        h = functional.silu(self.first(torch.cat((frames, before), 1)))
+        h = functional.silu(self.second(h))
+        h = functional.silu(self.third(h))
+        placed = functional.max_pool2d(h[:, : self._placed], self._cells)
+        return torch.cat((h.amax((2, 3)), placed.flatten(1)), 1)
+
+
 class Heads(nn.Module):
-    """A GRU over (latents, action leading into them), with a reward and a termination output."""
+    """A GRU over (latents, action leading into them), with a reward and a termination output.
+
+    Its state holds, behind the GRU's, the last two frames where the config has ``nearby``.
+    """
 
     def __init__(self, config: HeadsConfig) -> None:
         """Build from ``config``."""
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(config.latent_size + config.action_width, config.width)
+        seen = config.latent_size
+        self.nearby = None
+        if config.nearby:
+            self.nearby = Nearby(config.latent_shape, config.nearby)
+            seen = self.nearby.outputs
+        self.embed = nn.Linear(seen + config.action_width, config.width)
         self.gru = nn.GRU(config.width, config.width, batch_first=True)
         self.hidden = nn.Linear(2 * config.width, config.width)
         self.output = nn.Linear(config.width, 1 + len(config.reward_values))
@@ -73,16 +127,28 @@ class Heads(nn.Module):
         values = torch.tensor(config.reward_values, dtype=torch.float32)
         self.register_buffer("values", values, persistent=False)
 
+    @property
+    def memory_size(self) -> int:
+        """Numbers in the state of a row."""
+        frames = 2 * self.config.latent_size if self.config.nearby else 0
+        return self.config.width + frames
+
     def initial_state(self, batch: int) -> Tensor:
-        """The state of ``batch`` rows that have seen nothing, (B, width)."""
-        return self.embed.weight.new_zeros(batch, self.config.width)
+        """The state of ``batch`` rows that have seen nothing, (B, ``memory_size``)."""
+        return self.embed.weight.new_zeros(batch, self.memory_size)
 
     def features(self, latents: Tensor, actions: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """What the outputs are read off, (B, T, width), and the last state; see ``forward``."""
-        x = self._embedded(latents.flatten(2), actions)
+        state, last, _ = self._split(state)
+        seen = latents.flatten(2)
+        before = torch.cat((last[:, None], seen[:, :-1]), 1) if self.nearby else seen
+        x = self._embedded(seen, before, actions)
         x = functional.dropout(x, self.config.dropout, self.training)
-        memory, last = self.gru(x, state[None].contiguous())
-        return self._read(x, memory), last[0]
+        memory, after = self.gru(x, state[None].contiguous())
+        after = after[0]
+        if self.nearby:
+            after = torch.cat((after, seen[:, -1], before[:, -1]), 1)
+        return self._read(x, memory), after
 
     def features_after(self, latents: Tensor, actions: Tensor, state: Tensor) -> Tensor:
         """What the outputs are read off after one transition, (B, width).
@@ -90,12 +156,25 @@ class Heads(nn.Module):
         Args:
             latents: (B, C, h, w).
             actions: (B, action_width), into them.
-            state: (B, width), after them; with that from before any frame, the features of a frame
-                that is the first.
+            state: (B, ``memory_size``), after them; with that from before any frame, the features
+                of a frame that is the first.
         """
-        return self._read(self._embedded(latents.flatten(1), actions), state)
+        memory, _, before = self._split(state)
+        return self._read(self._embedded(latents.flatten(1), before, actions), memory)
 
-    def _embedded(self, latents: Tensor, actions: Tensor) -> Tensor:
+    def _split(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The GRU's part, the last frame, the one before it; both empty without ``nearby``."""
+        width = self.config.width
+        frames = (state.shape[-1] - width) // 2
+        parts = state.split([width, frames, frames], -1)
+        return parts[0], parts[1], parts[2]
+
+    def _embedded(self, latents: Tensor, before: Tensor, actions: Tensor) -> Tensor:
+        """Of flat latents (..., latent_size)."""
+        if self.nearby is not None:
+            shape = self.config.latent_shape
+            frames = (x.reshape(-1, *shape) for x in (latents, before))
+            latents = self.nearby(*frames).unflatten(0, latents.shape[:-1])
         return functional.silu(self.embed(torch.cat((latents, actions), -1)))
 
     def _read(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -107,7 +186,7 @@ class Heads(nn.Module):
         Args:
             latents: (B, T, C, h, w).
             actions: (B, T, action_width), leading into each frame.
-            state: (B, width), before the first frame.
+            state: (B, ``memory_size``), before the first frame.
 
         Returns:
             (B, T, 1 + number of reward values): the termination logit, then the reward logits;

@@ -93,7 +93,12 @@ class AgentSpec:
 
 
 _ENCODER = ("encoder.", "normalise.")  # the weights that make latents out of frames
-_FEATURES = ("embed.", "gru.", "hidden.")  # those of the heads that make features out of latents
+_FEATURES = (
+    "nearby.",
+    "embed.",
+    "gru.",
+    "hidden.",
+)  # those of the heads that make features out of latents
 
 
 def fingerprint(path: Path, *prefixes: str) -> str:

@@ -20,9 +20,9 @@ from nfd_env.training.latent_stage import LatentStage, LatentTrainingConfig
 from nfd_env.training.recorded import check_rewards
 from nfd_env.training.segments import SegmentSampler
 
-# Ends are rare events with a tiny mean loss, some hundredths; this brings it to the size of a
-# common one.
-_END_WEIGHT = 30.0
+# Rare ends and rewards have tiny mean losses, some hundredths: each is divided by that of always
+# telling how frequent they are, but by no less than this.
+_LEAST_LOSS = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class HeadsTrainingConfig(LatentTrainingConfig):
             latents are not quite recorded ones.
         reward_bins: most reward values that are kept apart.
         dropout: see ``HeadsConfig``.
+        nearby: see ``HeadsConfig``.
         signal_weight: weight of the loss for telling the recorded signals too; 0 for not. What ends
             an episode may have been out of the picture for long, and recorded ends are too few to
             learn from them alone what to look at and what to remember; signals say it at every
@@ -52,6 +53,7 @@ class HeadsTrainingConfig(LatentTrainingConfig):
     latent_noise: float = 0.15
     reward_bins: int = 63
     dropout: float = 0.2
+    nearby: int = 0
     signal_weight: float = 0.0
     initial: str = ""
 
@@ -63,6 +65,8 @@ class HeadsTrainingConfig(LatentTrainingConfig):
             raise ValueError(f"end_share must be at least 0 and below 1, got {self.end_share}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.nearby < 0 or self.nearby % 4:
+            raise ValueError(f"nearby must be a multiple of 4 and not negative, got {self.nearby}")
         if self.latent_noise < 0:
             raise ValueError(f"latent_noise must not be negative, got {self.latent_noise}")
         if self.signal_weight < 0:
@@ -103,6 +107,8 @@ class HeadsStage(LatentStage):
             reward_values=reward_values(rewards, settings.reward_bins),
             dropout=settings.dropout,
             signals=episode.signals.shape[1] if settings.signal_weight else 0,
+            latent_shape=list(episode.latents.shape[1:]) if settings.nearby else [],
+            nearby=settings.nearby,
         )
         if settings.signal_weight and not self.config.signals:
             raise RecordingError(
@@ -118,12 +124,17 @@ class HeadsStage(LatentStage):
                     f"for {self.config}"
                 )
             self.network.load_state_dict(begun.state_dict())
+        ends = max(0.5, sum(float(e.terminated.sum()) for e in self._train.episodes))
+        self._constant = {
+            "end": max(_LEAST_LOSS, _constant_loss(ends / len(rewards))),
+            "reward": max(_LEAST_LOSS, self._reward_entropy(rewards)),
+        }
         self._segments = SegmentSampler(self._train.episodes, settings.frames, settings.end_share)
 
     @property
     def lower_is_better(self) -> list[str]:
         """All of its metrics."""
-        names = ["end", "end_over_constant", "reward_absolute_error"]
+        names = ["end", "end_over_constant", "reward_absolute_error", "reward_over_constant"]
         return names + ["signal"] * bool(self.config.signals)
 
     def batch(self, rng: np.random.Generator, size: int) -> Sequences:
@@ -136,6 +147,11 @@ class HeadsStage(LatentStage):
             weight = self._segments.importance(segment)
             rows.append([self._padded(x) for x in (*parts, weight)])
         return Sequences(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _reward_entropy(self, rewards: np.ndarray) -> float:
+        """The log loss of always telling how frequent each reward value is."""
+        shares = self.network.two_hot(torch.from_numpy(rewards).float()).mean(0)
+        return float(-torch.xlogy(shares, shares).sum())
 
     def _padded(self, array: np.ndarray) -> Tensor:
         filled = np.zeros((self.settings.frames, *array.shape[1:]), np.float32)
@@ -152,7 +168,7 @@ class HeadsStage(LatentStage):
         end, reward, signal = self._errors(network, batch._replace(latents=latents))
         end_loss = (weight * end).sum() / weight.sum()
         reward_loss = (weight * reward).sum() / weight.sum()
-        loss = _END_WEIGHT * end_loss + reward_loss
+        loss = end_loss / self._constant["end"] + reward_loss / self._constant["reward"]
         log = {"end": end_loss.detach(), "reward": reward_loss.detach()}
         if self.config.signals:
             signal_loss = (weight * signal).sum() / weight.sum()
@@ -180,13 +196,14 @@ class HeadsStage(LatentStage):
         return end, reward, signal
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
-        """Log losses on whole held-out episodes; ``end`` is to be compared with ``end_constant``.
+        """Log losses and errors on whole held-out episodes.
 
-        ``end_constant`` is the loss of always predicting the true mean rate; ``signal`` is the mean
-        over all signals.
+        ``end_over_constant`` is ``end`` over the loss of always predicting the true mean rate,
+        ``reward_over_constant`` the rewards' squared error over that of their mean; ``signal`` is
+        the mean over all signals.
         """
         assert isinstance(network, Heads)
-        end_sum = reward_error = count = ends = signal_sum = 0.0
+        end_sum = reward_error = reward_square = count = ends = signal_sum = 0.0
         for episode in self._validation.episodes:
             length = len(episode.actions)
             parts = (*_parts(episode, 0, length), np.ones(length))
@@ -194,7 +211,9 @@ class HeadsStage(LatentStage):
             end, _, signal = self._errors(network, batch)
             logits, _ = network(batch.latents, batch.actions, network.initial_state(1))
             signal_sum += float(signal.sum())
-            reward_error += float((network.reward(logits) - batch.rewards).abs().sum())
+            off = network.reward(logits) - batch.rewards
+            reward_error += float(off.abs().sum())
+            reward_square += float(off.square().sum())
             end_sum += float(end.sum())
             count += end.numel()
             ends += float(batch.terminated.sum())
@@ -204,6 +223,9 @@ class HeadsStage(LatentStage):
             "end_over_constant": over,
             "reward_absolute_error": reward_error / count,
         }
+        variance = float(np.concatenate([e.rewards for e in self._validation.episodes]).var())
+        if variance > 0:
+            metrics["reward_over_constant"] = reward_square / count / variance
         if self.config.signals:
             metrics["signal"] = signal_sum / count
         return metrics

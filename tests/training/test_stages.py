@@ -39,7 +39,7 @@ from tests.counter_env import read, record_counter_episodes, source
 
 pytest.importorskip("tensorboard")
 
-MODEL = DynamicsConfig(4, 4, 6, 2, 3, 32, 2, 2, 4)
+MODEL = DynamicsConfig(4, 4, 6, 2, 3, 32, 2, 2, 4, recent=2, local_width=8, local_blocks=1)
 
 
 def run(folder: Path, steps: int, **kwargs: Any) -> TrainConfig:
@@ -317,18 +317,26 @@ def test_the_flow_loss_starts_at_the_variance_of_the_velocity(
     flow_settings: FlowTrainingConfig,
 ) -> None:
     """The network's output starts at zero, and E|eps - x0|^2 = 1 + E|x0|^2 per channel."""
-    stage = FlowStage(flow_settings)
+    guessed = FlowStage(flow_settings)
+    stage = FlowStage(replace(flow_settings, model=replace(MODEL, recent=0)))
     latents, _ = stage.batch(np.random.default_rng(0), 256)
     expected = 1 + float(latents[:, 1:].square().mean())
     torch.manual_seed(0)
     loss, logs = stage.loss(stage.network, stage.batch(np.random.default_rng(0), 256))
     assert float(loss.detach()) == pytest.approx(expected, rel=0.02)
+    assert guessed.network.local is not None
+    assert guessed.network.local.persistence.correlation.min() > 0
+    torch.manual_seed(0)
+    better, _ = guessed.loss(guessed.network, guessed.batch(np.random.default_rng(0), 256))
+    assert better < 0.8 * loss
     assert logs.keys() == {"last_frame"}
 
 
 def test_heads(heads: Trained) -> None:
     assert heads.after < 0.8 * heads.before
-    assert heads.metrics.keys() == {"end", "end_over_constant", "reward_absolute_error"}
+    assert heads.metrics.keys() == {
+        *("end", "end_over_constant", "reward_absolute_error", "reward_over_constant")
+    }
     network = load_weights(heads.weights, Heads, HeadsConfig)
     assert network.config.reward_values == [-1.0, 0.0, 1.0]
     assert network.config.latent_size == 96 and network.config.action_width == 3
