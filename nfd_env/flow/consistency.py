@@ -84,24 +84,19 @@ def bounded_weight(angle: Tensor, bound: float) -> Tensor:
     return (angle.cos() / angle.sin().clamp_min(1e-6)).clamp(1 / bound, bound)
 
 
-def distillation_loss(
-    output: Tensor, direction: Tensor, weight: Tensor, log_variance: Tensor | None = None
-) -> Tensor:
+def distillation_loss(output: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
     """The loss w ||F - sg(F) - g||^2 per frame; its gradient for F is -2 w g / (values a frame).
 
     Args:
         output: F.
         direction: g, normalised.
         weight: w, one a frame.
-        log_variance: u, one a frame: the loss becomes e^-u w ||...||^2 + u (arXiv 2312.02696),
-            which gives every angle the same say once u is learned.
 
     Returns:
         One value a frame, the mean over the frame's values.
     """
     error = (output - output.detach() - direction).flatten(weight.ndim).square().mean(-1)
-    error = weight * error
-    return error if log_variance is None else error * torch.exp(-log_variance) + log_variance
+    return weight * error
 
 
 def jump(

@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.layers import sinusoid
-
-
-class LogVariance(nn.Module):
-    """The loss's learned logarithm at each angle, (...) -> (...); 0 at first."""
-
-    def __init__(self) -> None:
-        """Build a small network of log tan t."""
-        super().__init__()
-        last = nn.Linear(32, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), last)
-
-    def forward(self, angle: Tensor) -> Tensor:
-        """Angles in (0, pi / 2) -> log variances of the same shape."""
-        features = angle.tan().clamp(1e-4, 1e4).log() / 4
-        # It must learn faster than a distillation's learning rate lets it, and must not fill the
-        # norm that gradients are clipped to: large in value, small in gradient.
-        value = 10 * self.layers(features[..., None])[..., 0].float()
-        return 0.01 * value + 0.99 * value.detach()
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from nfd_env.inference.sampling import Sampler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
 from nfd_env.training.adversarial import AdversarialConfig, Judge, TeacherFeatures, hinge
-from nfd_env.training.continuous import LogVariance, smooth_levels
+from nfd_env.training.continuous import smooth_levels
 from nfd_env.training.distill_validation import (
     STEPS,
     few_steps,
@@ -66,9 +66,6 @@ class DistillTrainingConfig(WindowTrainingConfig):
         tangent_warmup: continuous steps over which the tangent's derivative part grows to its full
             weight.
         weight_bound: the weight 1 / tan t stays between this and its inverse, >= 1.
-        log_variance: learn how large the loss is at each angle and divide by it. Off, because it
-            takes back what the constant in the tangent's norm is for: angles that are nearly
-            consistent, whose tangent is mostly noise, come to outweigh the rest.
         fastest_level: level features turning faster than this many radians a unit of level are
             silenced in teacher and student, see ``smooth_levels``; 0 keeps all.
         adversarial: see there.
@@ -89,7 +86,6 @@ class DistillTrainingConfig(WindowTrainingConfig):
     level_spread: float = 1.6
     tangent_warmup: int = 500
     weight_bound: float = 2.0
-    log_variance: bool = False
     fastest_level: float = 30.0
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     shift: float = 4.0
@@ -133,7 +129,6 @@ class Distiller(nn.Module):
         """Put them together; ``steps`` counts the training steps, and is saved with the weights."""
         super().__init__()
         self.student = student
-        self.log_variance = LogVariance()
         self.judge = judge
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -267,7 +262,6 @@ class DistillStage(LatentStage):
             here.output,
             normalise(here.direction, 2),
             bounded_weight(angle, s.weight_bound),
-            network.log_variance(angle) if s.log_variance else None,
         )
         logs = {"tangent": here.direction[:, 1:].square().mean().sqrt(), "warmup": warmup}
         return error, consistency(x, here.output, angle), logs

@@ -108,18 +108,12 @@ def test_angles_have_normal_levels() -> None:
 
 def test_the_loss_and_its_gradient() -> None:
     output = randn(3, 4, 2, 5, seed=5).requires_grad_()
-    direction, weight, log_variance = randn(3, 4, 2, 5, seed=6), rand(3, 4), randn(3, 4, seed=7)
+    direction, weight = randn(3, 4, 2, 5, seed=6), rand(3, 4)
     square = direction.flatten(2).square().mean(-1)
     loss = c.distillation_loss(output, direction, weight)
     torch.testing.assert_close(loss, weight * square)
     (slope,) = torch.autograd.grad(loss.sum(), output)
     torch.testing.assert_close(slope, -2 * expand(weight, direction) * direction / 10)
-    learned = c.distillation_loss(output, direction, weight, log_variance)
-    torch.testing.assert_close(learned, weight * square * torch.exp(-log_variance) + log_variance)
-    # At its best the log variance is the logarithm of the error, and every angle pulls alike.
-    best = (weight * square).log().requires_grad_()
-    (flat,) = torch.autograd.grad(c.distillation_loss(output, direction, weight, best).sum(), best)
-    torch.testing.assert_close(flat, torch.zeros_like(flat), rtol=0, atol=1e-12)
 
 
 def between(share: Tensor | float) -> Callable[[Tensor, Tensor], Tensor]:
