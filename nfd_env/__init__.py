@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymnasium.envs.registration import register
@@ -60,12 +61,14 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-for _id, _kwargs in (
-    ("NFD/World-v0", {}),
-    ("NFD/DoomTakeCover-v0", {"world": "DoomTakeCover"}),
-):
+# "NFD/World-v0" takes any folder as ``world``; each shipped world has an id of its own.
+_worlds = {"World": {}}
+for _path in sorted(Path(__file__).parent.glob("worlds/[!.]*/world.yaml")):
+    _name = "".join(word.capitalize() for word in _path.parent.name.split("_"))
+    _worlds[_name] = {"world": _path.parent.name}
+for _name, _kwargs in _worlds.items():
     register(
-        id=_id,
+        id=f"NFD/{_name}-v0",
         entry_point="nfd_env.envs.single_env:NFDEnv",
         vector_entry_point="nfd_env.envs.vector_env:NFDVectorEnv",
         kwargs=_kwargs,
