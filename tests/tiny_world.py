@@ -30,6 +30,7 @@ def make_tiny_world(
     starts: int = 6,
     seed: int = 0,
     distilled: bool = False,
+    recent: int = 2,
 ) -> Path:
     """Write a world of 32 x 48 frames; about one step in 20 ends an episode by default.
 
@@ -52,12 +53,25 @@ def make_tiny_world(
             layers=2,
             heads=2,
             window=window,
+            recent=recent,
+            local_width=8,
+            local_blocks=1,
         )
     ).eval()
     heads = Heads(
-        HeadsConfig(latent_size=96, action_width=width, width=16, reward_values=[-1.0, 0.0, 1.0])
+        HeadsConfig(
+            latent_size=96,
+            action_width=width,
+            width=16,
+            reward_values=[-1.0, 0.0, 1.0],
+            latent_shape=[4, 4, 6] if recent else [],
+            nearby=4 if recent else 0,
+        )
     ).eval()
     with torch.no_grad():
+        if dynamics.local is not None:
+            dynamics.local.persistence.correlation.copy_(torch.linspace(0.5, 0.9, 4))
+            dynamics.local.leave.weight.normal_(std=0.1)
         for module in (dynamics.modulation, dynamics.output):  # these start at zero
             module.weight.normal_(std=0.1)
             module.bias.normal_(std=0.1)

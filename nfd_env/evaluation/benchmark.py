@@ -16,6 +16,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.streams import ActionStream
 from nfd_env.evaluation.tables import table
 from nfd_env.inference.world_model import WorldModel
+from nfd_env.models.dynamics import CONTEXT
 from nfd_env.worlds.load import World
 
 _MATMUL_SIZE, _MATMUL_SIZE_GPU = 1024, 8192
@@ -38,7 +39,7 @@ class BatchReport:
     Attributes:
         rgb: with frames decoded.
         latent: without.
-        transformer_gflop: arithmetic of an env step in the transformer, ``step_gflop``.
+        transformer_gflop: arithmetic of an env step in the dynamics, ``step_gflop``.
         transformer_gflops: the same a second.
         matmul_gflops: of a large matrix product, in turn.
         matmul_share: transformer over matrix product.
@@ -151,20 +152,27 @@ def describe_device(device: torch.device) -> str:
 
 
 def step_gflop(model: WorldModel) -> float:
-    """Arithmetic of one env step in the transformer, in GFLOP, with a full window.
+    """Arithmetic of one env step in the dynamics, in GFLOP, with a full window.
 
     Only what is really computed counts: of the finished frame, the last block's keys and values.
     """
     c = model.dynamics.config
     hidden = -(-(8 * c.width) // (3 * 256)) * 256
-    ends = c.latent_channels * c.patch**2 * c.width  # the embedding's products, or the output's
+    embedding = c.latent_channels * c.patch**2 * c.width
+    output, moving = embedding, 0
+    if c.recent:
+        output = CONTEXT * c.patch**2 * c.width
+        seen = CONTEXT + c.latent_channels + c.recent * (c.latent_channels + 1)
+        kernels = seen + 2 * c.local_blocks * c.local_width + c.latent_channels
+        moving = 9 * c.latent_height * c.latent_width * c.local_width * kernels
+        moving += 2 * c.local_blocks * c.local_width * c.width
     attention = 2 * c.tokens * c.window * c.width
     block = 4 * c.width**2 + 3 * c.width * hidden + attention
     modulated, rank = (6 * c.layers + 2) * c.width, c.modulation_rank
     per_frame = rank * (c.width + modulated) if rank else c.width * modulated
     per_frame += 2 * c.width**2 + (256 + c.action_width) * c.width
-    unfinished = c.tokens * (c.layers * block + 2 * ends) + per_frame
-    finished = c.tokens * ((c.layers - 1) * block + 2 * c.width**2 + ends) + per_frame
+    unfinished = c.tokens * (c.layers * block + embedding + output) + per_frame + moving
+    finished = c.tokens * ((c.layers - 1) * block + 2 * c.width**2 + embedding) + per_frame
     return 2 * (finished + model.sampling.steps * unfinished) / 1e9
 
 
@@ -291,7 +299,7 @@ def _synchronise(device: torch.device) -> None:
 def format_report(report: BenchReport) -> str:
     """The report as Markdown."""
     header = ["envs", "env steps/s", "p50 / p95 / p99 ms", "without decoding"]
-    header += ["transformer GFLOP/s", f"{report.matmul_size}³ matrix product GFLOP/s, in turn"]
+    header += ["dynamics GFLOP/s", f"{report.matmul_size}³ matrix product GFLOP/s, in turn"]
     rows = [
         [
             str(count),

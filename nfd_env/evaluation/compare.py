@@ -34,13 +34,14 @@ CACHES = {
 _BASELINES = (
     "Plain PyTorch, refilled: the same weights in the transformer as code of the paper's lineage "
     "has it, run eagerly: adaLN's 6d^2 linear for every token of every block (full matrices, as "
-    "they were trained), torch's own nn.Linear and nn.RMSNorm, scaled_dot_product_attention over "
-    "the concatenated keys and values; for every frame one pass over the window's finished frames, "
-    "which fills the cache, and then one pass a step. The faster of its two number formats is what "
-    '"over plain refilled" relates to. Refilled: the same passes through this package\'s '
-    "transformer (adaLN once a frame, at the world's own rank, norms folded into it, linear layers "
-    "packed). Ring: keys and values are kept, and the pass that adds those of a frame is also the "
-    "first step of the next one. On a GPU only steps with a ring are replayed as CUDA graphs."
+    "they were trained), torch's own nn.Linear, nn.RMSNorm and convolutions, "
+    "scaled_dot_product_attention over the concatenated keys and values; for every frame one pass "
+    "over the window's finished frames, which fills the cache, and then one pass a step. The "
+    'faster of its two number formats is what "over plain refilled" relates to. Refilled: the '
+    "same passes through this package's transformer (adaLN once a frame, at the world's own rank, "
+    "norms folded into it, linear layers packed). Ring: keys and values are kept, and the pass "
+    "that adds those of a frame is also the first step of the next one. On a GPU only steps with "
+    "a ring are replayed as CUDA graphs."
 )
 
 

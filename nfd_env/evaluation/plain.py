@@ -18,7 +18,7 @@ from torch.nn import functional
 from nfd_env.evaluation.refilled import Following, RefilledModel
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.cache import sees
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig, frames_before, local_motion
 from nfd_env.models.layers import FrameRotation, by_token, rotate, sinusoid
 
 KeysValues = tuple[Tensor, Tensor]
@@ -90,7 +90,9 @@ class PlainDynamics(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(d, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.output = nn.Linear(d, inputs)
+        self.output = nn.Linear(d, dynamics.output.out_features)
+        # The dynamics' own may be packed already.
+        self.local = local_motion(c)
         rows, columns = c.latent_height // c.patch, c.latent_width // c.patch
         self.rotation = FrameRotation(d // c.heads, rows, columns)
         self.load_state_dict(_plain_weights(dynamics))
@@ -102,6 +104,8 @@ class PlainDynamics(nn.Module):
         levels: Tensor,
         actions: Tensor,
         past: Sequence[KeysValues] | None = None,
+        before: tuple[Tensor, Tensor] | None = None,
+        filling: bool = False,
     ) -> tuple[Tensor, list[KeysValues]]:
         """Velocities of F frames, of which the last sees all that there are.
 
@@ -110,26 +114,35 @@ class PlainDynamics(nn.Module):
             levels: (B, F) in [0, 1].
             actions: (B, F, action_width).
             past: keys and values of each block for the frames before; None when there are none.
+            before: see ``frames_before``, of these frames.
+            filling: only keys and values are wanted.
 
         Returns:
-            Velocities (B, F, C, h, w), and each block's keys and values of these frames.
+            Velocities (B, F, C, h, w), or anything when ``filling``, and each block's keys and
+            values of these frames.
         """
         dtype, tokens, count = self.embed.weight.dtype, self.config.tokens, latents.shape[1]
-        before = 0 if past is None else past[0][0].shape[2] // tokens
+        first = 0 if past is None else past[0][0].shape[2] // tokens
         x = self.embed(_patchify(latents.to(dtype), self.config.patch))
         condition = self.embed_level(sinusoid(levels).to(dtype))
         condition = condition + self.embed_action(actions.to(dtype))
+        frame_condition = condition
         condition = condition.repeat_interleave(tokens, 1)
-        numbers = torch.arange(before, before + count, device=latents.device)
+        numbers = torch.arange(first, first + count, device=latents.device)
         rotation = self.rotation(numbers[None]).flatten(1, 2)
-        mask = self._mask(numbers, before) if count > 1 else None
+        mask = self._mask(numbers, first) if count > 1 else None
         made = []
         for layer, block in enumerate(self.blocks):
             x, kept = block(x, condition, rotation, None if past is None else past[layer], mask)
             made.append(kept)
+        if filling:
+            return x, made
         shift, scale = self.modulation(condition).chunk(2, -1)
-        velocity = self.output(modulate(self.norm(x), shift, scale))
-        return _unpatchify(velocity, self.config).to(latents.dtype), made
+        output = _unpatchify(self.output(modulate(self.norm(x), shift, scale)), self.config)
+        if self.local is None:
+            return output.to(latents.dtype), made
+        before = before or frames_before(latents, levels, self.config.recent)
+        return self.local(output, latents, levels, frame_condition, before), made
 
     def _mask(self, numbers: Tensor, before: int) -> Tensor:
         """Whether each token sees each key, of ``before`` earlier frames and of ``numbers``."""
@@ -146,8 +159,17 @@ class PlainModel(RefilledModel):
         self.plain = PlainDynamics(model.dynamics, dtype)
 
     def _filled(self, past: Tensor, levels: Tensor, into: Tensor) -> Following:
-        _, cache = self.plain(past, levels, into)
-        return lambda x, at, actions: self.plain(x, at, actions, cache)[0]
+        _, cache = self.plain(past, levels, into, filling=True)
+        recent = self.dynamics.config.recent
+
+        def following(x: Tensor, at: Tensor, actions: Tensor) -> Tensor:
+            """Of one frame."""
+            frames, noise = frames_before(
+                torch.cat((past, x), 1), torch.cat((levels, at), 1), recent
+            )
+            return self.plain(x, at, actions, cache, (frames[:, -1:], noise[:, -1:]))[0]
+
+        return following
 
 
 def _patchify(latents: Tensor, patch: int) -> Tensor:

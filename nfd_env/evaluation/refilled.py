@@ -86,11 +86,11 @@ class RefilledModel(WorldModel):
         """See ``WorldModel.draw``."""
         assert count == 1, "the baseline draws no drafts"
         cache = state.cache
-        cache.length, *parts = self._drawn(
+        made = self._drawn(
             cache,
             None,
             sampling or self.sampling,
-            cache.length,
+            *cache.ends,
             cache.length + 1,
             state.drawn.remembered,
             state.action,
@@ -98,7 +98,8 @@ class RefilledModel(WorldModel):
             self._encoded(actions)[:, None],
             state.keys,
         )
-        return Drawn(*parts)
+        cache.length = made[0]
+        return Drawn(*made[3:])
 
     def _velocity(
         self,

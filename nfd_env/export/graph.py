@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nfd_env.inference.rollout import FusedVelocity
 from nfd_env.inference.sampling import SamplingConfig
-from nfd_env.models.cache import sees
+from nfd_env.models.cache import in_turn, sees
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
 from nfd_env.models.layers import attend_packed, by_token
@@ -28,10 +28,18 @@ class OpenCache:
         values: likewise.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
-        """Of ``length``, int64 (1,), finished frames so far."""
+    def __init__(
+        self, keys: Tensor, values: Tensor, length: Tensor, recent: Tensor, level: float
+    ) -> None:
+        """Of ``length``, int64 (1,), finished frames so far.
+
+        ``recent``, (1, R, C, h, w), are the last ones at ``level``; zeros where there are fewer.
+        """
         self.keys, self.values, self._length = keys, values, length
         self._remembered = keys.shape[2]
+        self._recent = recent
+        back = torch.arange(recent.shape[1], 0, -1)
+        self._levels = torch.where(back[None] <= length[:, None], level, 1.0)
 
     def begin(self, count: int, commit: int | Sequence[int]) -> OpenAttention:
         """See ``FrameCache.begin``."""
@@ -39,6 +47,18 @@ class OpenCache:
         held = torch.arange(-self._remembered, count) + self._length
         self._length = self._length + commit
         return OpenAttention(self, held, count, commit)
+
+    def follow(
+        self, latents: Tensor, levels: Tensor, commit: int | Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """See ``FrameCache.follow``."""
+        assert isinstance(commit, int)
+        count = self._recent.shape[1]
+        frames = torch.cat((self._recent, latents), 1)
+        noise = torch.cat((self._levels, levels), 1)
+        kept = slice(commit, commit + count)
+        self._recent, self._levels = frames[:, kept], noise[:, kept]
+        return in_turn(frames, noise, count)
 
     def kept(self, parts: Sequence[Tensor], commit: int) -> Tensor:
         """A ring, stacked from each layer's (heads, frames, P, c) after a pass."""
@@ -85,7 +105,8 @@ class NextFrame(nn.Module):
         noise: Tensor,
         keys: Tensor,
         values: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *recent: Tensor,
+    ) -> tuple[Tensor, ...]:
         """One frame of one episode.
 
         Args:
@@ -96,18 +117,22 @@ class NextFrame(nn.Module):
             noise: (1 + ``renoisings``, C, h, w), standard normal: the frame's own, renoisings.
             keys: see ``OpenCache``; of the frames before ``before``.
             values: likewise.
+            recent: where the dynamics has ``recent`` frames, those before ``before``, (1, R, C, h,
+                w), as they were given for it; zeros where there are none.
 
         Returns:
             The new frame's latents (1, C, h, w), keys and values.
         """
-        cache = OpenCache(keys, values, frame)
+        level = self._sampling.history_level
+        none = before.new_zeros(1, 0, *before.shape[1:])
+        cache = OpenCache(keys, values, frame, recent[0] if recent else none, level)
         velocity = FusedVelocity(
             self.dynamics,
             cache,  # type: ignore[arg-type]
             before[None],
             action_before[None],
             action[None],
-            self._sampling.history_level,
+            level,
         )
         scaled = (self._sampling.temperature * noise)[:, None, None].unbind(0)
         made = self._sampling.sample(velocity, scaled[0], scaled[1:])

@@ -2,7 +2,7 @@
 
 ======== ==========================================================================
 starts   start -> latents, actions: a recorded moment that an episode begins with
-dynamics before, action_before, action, frame, noise, keys, values -> latents,
+dynamics before, action_before, action, frame, noise, keys, values, recent -> latents,
          new_keys, new_values: one step, see ``NextFrame``
 heads    latents, action, memory -> reward, hazard, new_memory
 decoder  latents -> picture
@@ -68,12 +68,14 @@ def _graphs(world: World, sampling: SamplingConfig) -> dict[str, bytes]:
     heads = load_weights(world.folder / "heads.safetensors", Heads, HeadsConfig)
     c = dynamics.config
     latents, action = torch.zeros(1, *c.latent_shape), torch.zeros(1, c.action_width)
-    memory, number = torch.zeros(1, heads.config.width), torch.zeros(1, dtype=torch.int64)
+    memory, number = torch.zeros(1, heads.memory_size), torch.zeros(1, dtype=torch.int64)
     noise = torch.zeros(1 + sampling.renoisings, *c.latent_shape)
     ring = torch.zeros(ring_shape(c))
     starts = (torch.stack([getattr(s, k) for s in world.starts]) for k in ("latents", "actions"))
     step = {"before": latents, "action_before": action, "action": action, "frame": number}
     step |= {"noise": noise, "keys": ring, "values": ring}
+    if c.recent:
+        step["recent"] = torch.zeros(1, c.recent, *c.latent_shape)
     judged = {"latents": latents, "action": action, "memory": memory}
     return {
         "starts": _file(Starts(*starts), {"start": number}, ["latents", "actions"]),

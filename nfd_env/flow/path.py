@@ -43,11 +43,16 @@ def noise_from_velocity(x: Tensor, velocity: Tensor, level: Tensor) -> Tensor:
 
 
 def sample_levels(
-    shape: tuple[int, ...], shift: float = 3.0, device: torch.device | None = None
+    shape: tuple[int, ...],
+    shift: float = 3.0,
+    device: torch.device | None = None,
+    top: float = 0.0,
 ) -> Tensor:
     """Independent training levels: u = sigmoid(N(0, 1)), s = shift u / (1 + (shift - 1) u).
 
     ``shift`` 3 is the setting of arXiv 2506.01380; 1 leaves the logit-normal of arXiv 2403.03206.
+    The share ``top`` of them is 1: all sampling begins there, and the others hardly come near it.
     """
     u = torch.sigmoid(torch.randn(shape, device=device))
-    return shift * u / (1 + (shift - 1) * u)
+    levels = shift * u / (1 + (shift - 1) * u)
+    return levels.masked_fill(torch.rand(shape, device=device) < top, 1) if top else levels

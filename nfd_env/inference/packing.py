@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.models.layers import SwiGLU
-from nfd_env.models.tokenizer import ResidualBlock, Tokenizer
+from nfd_env.models.tokenizer import ResidualBlock
 
 # So many frames are worth laying the weights out anew, for their number.
 _MANY_FRAMES = 16
@@ -55,8 +55,11 @@ class PackedSwiGLU(SwiGLU):
 class PackedConv2d(nn.Conv2d):
     """A convolution for inference only, see ``PackedLinear``."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        """Pack ``layer`` when it is first called, for the size of the picture that comes."""
+    def __init__(self, layer: nn.Conv2d, many: float = _MANY_FRAMES) -> None:
+        """Pack ``layer`` when it is first called, for the size of the picture that comes.
+
+        From ``many`` pictures on, the weights are laid out anew.
+        """
         super().__init__(
             layer.in_channels,
             layer.out_channels,
@@ -65,12 +68,12 @@ class PackedConv2d(nn.Conv2d):
             layer.padding,  # type: ignore[arg-type]
             device="meta",
         )
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight, self.bias, self._many = layer.weight, layer.bias, many
         self._packed: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
-        if len(input) >= _MANY_FRAMES:
+        if len(input) >= self._many:
             return super().forward(input)
         return self.pointwise(input)
 
@@ -111,15 +114,21 @@ class PackedResidualBlock(ResidualBlock):
         return self.second.added(h, x)
 
 
-def pack_convolutions(tokenizer: Tokenizer) -> None:
-    """Replace the tokenizer's layers by packed ones, where this torch has them."""
+def pack_convolutions(module: nn.Module, many: float = _MANY_FRAMES) -> None:
+    """Replace the convolutions below ``module`` by packed ones, where this torch has them.
+
+    Args:
+        module: the parent.
+        many: see ``PackedConv2d``; infinite where the operations must not depend on the number of
+            rows, because their rounding comes back in the next step.
+    """
     if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return
-    packed = {nn.Conv2d: PackedConv2d, ResidualBlock: PackedResidualBlock}
-    for part in (tokenizer.encoder, tokenizer.decoder):
-        for name, child in part.named_children():
+    packed = {nn.Conv2d: lambda c: PackedConv2d(c, many), ResidualBlock: PackedResidualBlock}
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
             if type(child) in packed and next(child.parameters()).device.type == "cpu":
-                setattr(part, name, packed[type(child)](child))
+                setattr(parent, name, packed[type(child)](child))
 
 
 def keep_freed_memory() -> None:

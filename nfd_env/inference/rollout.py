@@ -17,7 +17,7 @@ def new_cache(network: Dynamics, batch: int, room: int = 1) -> FrameCache:
     """An empty cache that fits ``network``, for passes that finish or draft ``room`` frames."""
     c, weight = network.config, network.embed.weight
     head_width = c.width // c.heads
-    sizes = c.layers, c.heads, head_width, c.tokens, c.window, room
+    sizes = c.layers, c.heads, head_width, c.tokens, (c.recent, *c.latent_shape), c.window, room
     return FrameCache.empty(batch, *sizes, weight.device, weight.dtype)
 
 

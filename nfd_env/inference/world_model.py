@@ -33,11 +33,13 @@ PRIOR_KEPT = 0.9
 class WorldModel:
     """Steps batches of worlds; holds no state of any of them.
 
-    The same seeds and actions give the same rollout bit for bit, on one device with batches of one
-    size. A row of a batch equals the same row alone up to how products of other sizes are summed:
-    on a CPU within 2 grey levels over 60 frames, in fp32 and in bf16, whose operations are the same
-    for every number of rows; on a GPU, which chooses its kernels by size, so much in fp32, while
-    bf16 rollouts part after some frames and stay alike in distribution only.
+    The same seeds and actions give the same rollout bit for bit, on one device with batches of
+    one size. A row of a batch equals the same row alone up to how products of other sizes are
+    summed: on a CPU within 2 grey levels over 60 frames, in fp32 and in bf16, whose operations
+    are the same for every number of rows; on a GPU, which chooses its kernels by size, so much
+    in fp32 (with ``torch.backends.cudnn.allow_tf32 = False`` where the dynamics has
+    convolutions), while bf16 rollouts part after some frames and stay alike in distribution
+    only.
 
     Attributes:
         sampling: how frames are drawn where a call does not say otherwise.
@@ -139,10 +141,17 @@ class WorldModel:
             made = self._captured(self, key, begin, *inputs)
         else:
             made = begin(*inputs)
-        remembered, memory, length, *rings = made
-        ring_keys, ring_values = (ring[:, :batch] for ring in rings)
-        window = self.dynamics.config.window
-        cache = FrameCache(ring_keys, ring_values, length[:batch], window, frames)
+        remembered, memory, *parts = made
+        ring_keys, ring_values, length, last, last_level = parts
+        cache = FrameCache(
+            ring_keys[:, :batch],
+            ring_values[:, :batch],
+            length[:batch],
+            last[:batch],
+            last_level[:batch],
+            self.dynamics.config.window,
+            frames,
+        )
         latents, actions, keys = (part[:batch] for part in inputs)
         nothing = latents.new_zeros(batch, 1)
         drawn = Drawn(
@@ -179,7 +188,7 @@ class WorldModel:
         if count > 1:
             levels = latents.new_full((batch, count - 1), sampling.history_level)
             self.dynamics.fill(cache, remembered[:, :-1], levels, actions[:, :-1])
-        return remembered[:, -1:], memory[:, None], cache.length, cache.keys, cache.values
+        return remembered[:, -1:], memory[:, None], cache.keys, cache.values, *cache.ends
 
     @torch.inference_mode()
     def step(
@@ -222,7 +231,7 @@ class WorldModel:
         counts = None if (state.used == pending).all() else state.used.tolist()
         used = pending if counts is None else torch.tensor(counts, device=self.device)
         inputs = (
-            cache.length,
+            *cache.ends,
             cache.length + used,
             state.drawn.remembered[:, :pending],
             state.action.expand(-1, pending, -1),
@@ -233,10 +242,11 @@ class WorldModel:
         drawn = partial(self._drawn, cache, counts, sampling)
         if self.captures and counts is None:
             key = self.dynamics, sampling, pending, count
-            cache.length, *parts = self._captured(cache, key, drawn, *inputs)
+            made = self._captured(cache, key, drawn, *inputs)
         else:
-            cache.length, *parts = drawn(*inputs)
-        return Drawn(*parts)
+            made = drawn(*inputs)
+        cache.ends = made[0], made[1], made[2]
+        return Drawn(*made[3:])
 
     def _drawn(
         self,
@@ -244,6 +254,8 @@ class WorldModel:
         counts: Sequence[int] | None,
         sampling: SamplingConfig,
         length: Tensor,
+        last: Tensor,
+        last_level: Tensor,
         first: Tensor,
         pending: Tensor,
         pending_actions: Tensor,
@@ -251,13 +263,15 @@ class WorldModel:
         actions: Tensor,
         keys: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The new length of ``cache``, and what a ``Drawn`` has.
+        """The new ends of ``cache``, and what a ``Drawn`` has.
 
         Args:
             cache: whose memory is used, and written to.
             counts: see ``FusedVelocity``.
             sampling: how to draw.
-            length: int64 (B,), the cache's.
+            length: see ``FrameCache``.
+            last: likewise.
+            last_level: likewise.
             first: int64 (B,), numbers of the first new frames.
             pending: see ``FusedVelocity``.
             pending_actions: likewise.
@@ -265,7 +279,7 @@ class WorldModel:
             actions: (B, n, action_width), into the new frames.
             keys: int64 (B,), of the noise.
         """
-        cache.length = length
+        cache.ends = length, last, last_level
         normal, uniform = self._noise(keys, first[:, None], actions.shape[1], sampling)
         velocity = self._velocity(cache, pending, pending_actions, actions, sampling, counts)
         scaled = (sampling.temperature * normal).unbind(2)
@@ -276,7 +290,7 @@ class WorldModel:
             memory = seen[-1].state
         hazard = torch.stack([s.hazard for s in seen], 1)
         return (
-            cache.length,
+            *cache.ends,
             made,
             torch.stack([s.reward for s in seen], 1),
             uniform < hazard,
@@ -318,9 +332,13 @@ class WorldModel:
                 f"the state was saved with {mine.dtype} on {mine.device}, this env has "
                 f"{weight.dtype} on {weight.device}; use the same precision and device for both"
             )
-        expected = new_cache(self.dynamics, 0, frames).keys.shape
-        if mine[:, :0].shape != expected or state.drawn.latents.shape[2:] != (
-            self.dynamics.config.latent_shape
+        expected = new_cache(self.dynamics, 0, frames)
+        last = getattr(state.cache, "last", None)  # None in states of earlier versions
+        if (
+            last is None
+            or mine[:, :0].shape != expected.keys.shape
+            or last[:0].shape != expected.last.shape
+            or state.drawn.latents.shape[2:] != self.dynamics.config.latent_shape
         ):
             raise ValueError("the state is of networks of other sizes")
 

@@ -1,5 +1,7 @@
 """The persistent ring of keys and values: each finished frame's are computed once and kept.
 
+Beside it stand the last few frames themselves, for the convolutions (``nfd_env.models.local``).
+
 Every row of the batch (every environment) has its own length and can be reset alone.
 """
 
@@ -32,6 +34,9 @@ class FrameCache(Rows):
         keys: (layers, B, heads, ring, tokens, head width).
         values: likewise.
         length: int64 (B,), finished frames of each row so far.
+        last: float32 (B, R, C, h, w), the last finished frames as the network saw them, oldest
+            first; zeros before any.
+        last_level: float32 (B, R), their noise levels; 1 before any.
         window: a frame sees itself and at most ``window`` - 1 frames before it.
         room: most finished, and most unfinished, frames of a pass. The ring holds as many frames as
             a pass may have beyond those that a frame sees, so that the first frame of a pass still
@@ -41,6 +46,8 @@ class FrameCache(Rows):
     keys: Tensor = field(metadata={"axis": 1})
     values: Tensor = field(metadata={"axis": 1})
     length: Tensor
+    last: Tensor
+    last_level: Tensor
     window: int
     room: int
 
@@ -51,17 +58,23 @@ class FrameCache(Rows):
         heads: int,
         head_width: int,
         tokens: int,
+        recent: tuple[int, int, int, int],
         window: int,
         room: int = 1,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> FrameCache:
-        """An empty cache for ``batch`` environments, of ``tokens`` tokens a frame."""
+        """An empty cache for ``batch`` environments.
+
+        ``tokens`` a frame; ``recent`` is (R, C, h, w).
+        """
         shape = (layers, batch, heads, window - 1 + 2 * room, tokens, head_width)
         return FrameCache(
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, *recent, device=device, dtype=torch.float32),
+            torch.ones(batch, recent[0], device=device, dtype=torch.float32),
             window,
             room,
         )
@@ -72,6 +85,15 @@ class FrameCache(Rows):
         return len(self.length)
 
     @property
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Length, last frames, their levels: what is replaced as time goes on, not written to."""
+        return self.length, self.last, self.last_level
+
+    @ends.setter
+    def ends(self, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.length, self.last, self.last_level = parts
+
+    @property
     def ring(self) -> int:
         """Frames that there is room for."""
         return self.keys.shape[3]
@@ -79,6 +101,34 @@ class FrameCache(Rows):
     def reset(self, mask: Tensor) -> None:
         """Forget everything of the rows where ``mask`` (bool (B,)) is True."""
         self.length = self.length.masked_fill(mask, 0)
+        self.last = self.last.masked_fill(mask[:, None, None, None, None], 0)
+        self.last_level = self.last_level.masked_fill(mask[:, None], 1)
+
+    def follow(
+        self, latents: Tensor, levels: Tensor, commit: int | Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What stands before each frame of a pass; the last ones that are finished are kept.
+
+        Args:
+            latents: (B, F, C, h, w), the pass's frames.
+            levels: (B, F), theirs.
+            commit: so many of them are finished; one number, or one for each row.
+
+        Returns:
+            The R frames before each, (B, F, R, C, h, w), and their levels, (B, F, R).
+        """
+        recent = self.last.shape[1]
+        frames = torch.cat((self.last, latents.float()), 1)
+        noise = torch.cat((self.last_level, levels.float()), 1)
+        if isinstance(commit, int):
+            kept = slice(commit, commit + recent)
+            self.last, self.last_level = frames[:, kept], noise[:, kept]
+        else:
+            rows = torch.arange(len(frames), device=frames.device)[:, None]
+            finished = torch.tensor(commit, device=frames.device)[:, None]
+            kept = finished + torch.arange(recent, device=frames.device)
+            self.last, self.last_level = frames[rows, kept], noise[rows, kept]
+        return in_turn(frames, noise, recent)
 
     def begin(self, count: int, commit: int | Sequence[int]) -> RingAttention:
         """Prepare a pass over ``count`` frames that follow the ring's; see ``Dynamics.stream``.
@@ -102,7 +152,15 @@ class FrameCache(Rows):
     def fill(self, count: int) -> FillingAttention:
         """Prepare a pass over the first ``count`` frames, forgetting all; see ``Dynamics.fill``."""
         self.length = torch.full_like(self.length, count)
+        self.last, self.last_level = torch.zeros_like(self.last), torch.ones_like(self.last_level)
         return FillingAttention(self, count)
+
+
+def in_turn(frames: Tensor, levels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` = R frames before each but the first R: (B, F + R, ...) -> (B, F, R, ...)."""
+    places = torch.arange(frames.shape[1] - count, device=frames.device)[:, None]
+    places = places + torch.arange(count, device=frames.device)
+    return frames[:, places], levels[:, places]
 
 
 class RingAttention:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.models.cache import FillingAttention, FrameCache, RingAttention, sees
+from nfd_env.models.cache import FillingAttention, FrameCache, RingAttention, in_turn, sees
 from nfd_env.models.layers import (
     Attend,
     Block,
@@ -20,6 +20,9 @@ from nfd_env.models.layers import (
     by_token,
     sinusoid,
 )
+from nfd_env.models.local import GroupNorm, LocalMotion
+
+CONTEXT = 32  # channels of the map that the transformer makes for the convolutions
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class DynamicsConfig:
         window: a frame attends to itself and to at most ``window`` - 1 frames right before it.
         qk_norm: normalise queries and keys.
         modulation_rank: rank of the adaLN projection; 0 for a full matrix. See ``with_low_rank``.
+        recent: so many frames before each are inputs of convolutions behind the transformer, which
+            put out how far the velocity is from what the frame before lets one guess, see
+            ``nfd_env.models.local`` and ``nfd_env.flow.persistence``; 0 for the transformer alone.
+        local_width: channels of these convolutions.
+        local_blocks: residual blocks of two each.
     """
 
     latent_channels: int = 16
@@ -51,6 +59,9 @@ class DynamicsConfig:
     window: int = 16
     qk_norm: bool = False
     modulation_rank: int = 0
+    recent: int = 0
+    local_width: int = 64
+    local_blocks: int = 4
 
     def __post_init__(self) -> None:
         """Check that the sizes divide."""
@@ -58,8 +69,14 @@ class DynamicsConfig:
             raise ValueError("patch must divide latent_height and latent_width")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError("width / heads must be a multiple of 4")
+        if min(self.recent, self.local_blocks) < 0 or self.local_width % 8 or self.local_width < 8:
+            raise ValueError(
+                "recent and local_blocks must not be negative, local_width a multiple of 8"
+            )
         if self.window < 2:
             raise ValueError(f"window must be at least 2 frames, got {self.window}")
+        if self.recent >= self.window:
+            raise ValueError(f"recent must be below window, {self.window}, got {self.recent}")
 
     @classmethod
     def of_header(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +127,9 @@ class Dynamics(nn.Module):
             Block(d, config.heads, config.qk_norm) for _ in range(config.layers)
         )
         self.norm = RMSNorm(d, eps=1e-6, elementwise_affine=False)
-        self.output = nn.Linear(d, inputs)
+        self.local = local_motion(config)
+        outputs = CONTEXT * config.patch**2 if config.recent else inputs
+        self.output = nn.Linear(d, outputs)
         rows, columns = config.latent_height // config.patch, config.latent_width // config.patch
         self.rotation = FrameRotation(d // config.heads, rows, columns)
         # The modulation gives scales as deviations from one.
@@ -134,7 +153,8 @@ class Dynamics(nn.Module):
     def fold_norms(self) -> None:
         """Move the norms' weights and the scales' ones into the adaLN projection, for inference.
 
-        Saves three elementwise operations a block. The network computes the same and is saved as it
+        Saves three elementwise operations a block; torch's own GroupNorm is used from now on. The
+        network computes the same and is saved as it
         was, but is not to be trained on.
         """
         name, last = list(self.modulation.named_modules(prefix="modulation"))[-1]
@@ -150,6 +170,9 @@ class Dynamics(nn.Module):
                 bias[row] = (1 + bias[row]) * norm.weight
                 norm.folded = True
         bias[-1] += 1
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.fused = True
 
     def forward(self, latents: Tensor, levels: Tensor, actions: Tensor) -> Tensor:
         """Velocities of whole sequences, each frame seeing itself and the frames before it.
@@ -165,7 +188,8 @@ class Dynamics(nn.Module):
         frames = torch.arange(latents.shape[1], device=latents.device)
         mask = sees(frames[:, None], frames[None, :], self.config.window)
         rotation = self.rotation(frames[None]).unsqueeze(-4)
-        return self._run(latents, levels, actions, rotation, self._masked(mask))
+        before = frames_before(latents, levels, self.config.recent)
+        return self._run(latents, levels, actions, before, rotation, self._masked(mask))
 
     def forward_two_copies(
         self,
@@ -192,14 +216,15 @@ class Dynamics(nn.Module):
         """
         count = latents.shape[1]
         frames = torch.arange(count, device=latents.device)
-        velocity = self._run(
+        return self._run(
             torch.cat((history, latents), 1),
             torch.cat((history_levels, levels), 1),
             torch.cat((actions, actions), 1),
+            frames_before(history, history_levels, self.config.recent),
             self.rotation(torch.cat((frames, frames))[None]).unsqueeze(-4),
             self._two_copies(frames),
+            skip=count,
         )
-        return velocity[:, count:]
 
     def stream(
         self,
@@ -227,8 +252,10 @@ class Dynamics(nn.Module):
         count = latents.shape[1]
         finished = commit if isinstance(commit, int) else min(commit)
         attend = cache.begin(count, commit)
+        before = cache.follow(latents, levels, commit)
         skip = min(finished, count - 1)
-        return self._cached(latents, levels, actions, attend, skip)[:, finished - skip :]
+        before = before[0][:, skip:], before[1][:, skip:]
+        return self._cached(latents, levels, actions, before, attend, skip)[:, finished - skip :]
 
     def fill(self, cache: FrameCache, latents: Tensor, levels: Tensor, actions: Tensor) -> None:
         """Make a whole history that of every row of ``cache``, whatever that held before.
@@ -240,13 +267,17 @@ class Dynamics(nn.Module):
             actions: (B, F, action_width), the actions leading into each frame.
         """
         count = latents.shape[1]
-        self._cached(latents, levels, actions, cache.fill(count), count - 1)
+        attend = cache.fill(count)
+        before = cache.follow(latents, levels, count)
+        before = before[0][:, -1:], before[1][:, -1:]
+        self._cached(latents, levels, actions, before, attend, count - 1)
 
     def _cached(
         self,
         latents: Tensor,
         levels: Tensor,
         actions: Tensor,
+        before: tuple[Tensor, Tensor],
         attend: RingAttention | FillingAttention,
         skip: int,
     ) -> Tensor:
@@ -254,7 +285,7 @@ class Dynamics(nn.Module):
         scale = (self.config.width // self.config.heads) ** -0.5
         rotation = self.rotation(attend.frames)
         rotation = torch.stack((scale * rotation, rotation), -4)
-        return self._run(latents, levels, actions, rotation, attend, skip)
+        return self._run(latents, levels, actions, before, rotation, attend, skip)
 
     def _masked(self, mask: Tensor) -> Attend:
         full = by_token(mask, self.config.tokens)
@@ -293,10 +324,12 @@ class Dynamics(nn.Module):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = q.to(v.dtype) * q.shape[-1] ** -0.5, k.to(v.dtype)
             keys, values = seen(k[:, :count]), seen(v[:, :count])
-            history = _softmax(chunks(q[:, :count]) @ keys.mT, old_mask) @ values
+            made = []
+            if q.shape[1] > count:
+                made.append(_softmax(chunks(q[:, :count]) @ keys.mT, old_mask) @ values)
             # Each noisy frame's own tokens: (B, heads, n, chunk, P, P) scores.
             noisy_q, frame_k, frame_v = (
-                chunks(x[:, count:]).unflatten(3, (chunk, tokens)) for x in (q, k, v)
+                chunks(x[:, -count:]).unflatten(3, (chunk, tokens)) for x in (q, k, v)
             )
             own = (noisy_q @ frame_k.mT).flatten(3, 4)
             scores = torch.cat((noisy_q.flatten(3, 4) @ keys.mT, own), -1)
@@ -304,10 +337,9 @@ class Dynamics(nn.Module):
             noisy = weights[..., :-tokens] @ values
             own_weights = weights[..., -tokens:].unflatten(3, (chunk, tokens))
             noisy = noisy + (own_weights @ frame_v).flatten(3, 4)
-            out = torch.cat(
-                [x.flatten(2, 3)[:, :, : count * tokens] for x in (history, noisy)], 2
-            ).transpose(1, 2)
-            return out.unflatten(1, (2 * count, tokens)).flatten(-2)
+            made.append(noisy)
+            out = torch.cat([x.flatten(2, 3)[:, :, : count * tokens] for x in made], 2)
+            return out.transpose(1, 2).unflatten(1, (-1, tokens)).flatten(-2)
 
         return attend
 
@@ -316,11 +348,15 @@ class Dynamics(nn.Module):
         latents: Tensor,
         levels: Tensor,
         actions: Tensor,
+        before: tuple[Tensor, Tensor],
         rotation: Tensor,
         attend: Attend,
         skip: int = 0,
     ) -> Tensor:
-        """Velocities of all but the first ``skip`` frames."""
+        """Velocities of all but the first ``skip`` frames.
+
+        ``before``: see ``frames_before``, of those frames.
+        """
         dtype = self.embed.weight.dtype
         x = self.embed(self._patchify(latents.to(dtype)))
         condition = self.embed_level(sinusoid(levels).to(dtype))
@@ -337,8 +373,11 @@ class Dynamics(nn.Module):
             x = block(layer, x, per_block[layer], rotation, attend, skipped)
         shift, scale = modulation[:, skip:, ..., -2, :], modulation[:, skip:, ..., -1, :]
         scale = scale if self.folded else 1 + scale
-        velocity = self.output(torch.addcmul(shift, self.norm(x), scale))
-        return self._unpatchify(velocity).to(latents.dtype)
+        output = self.output(torch.addcmul(shift, self.norm(x), scale))
+        made = self._unpatchify(output)
+        if self.local is None:
+            return made.to(latents.dtype)
+        return self.local(made, latents[:, skip:], levels[:, skip:], condition[:, skip:], before)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """(B, F, C, h, w) -> (B, F, P, C * patch^2)."""
@@ -349,9 +388,38 @@ class Dynamics(nn.Module):
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, F, P, C * patch^2) -> (B, F, C, h, w)."""
         c, p = self.config, self.config.patch
-        x = tokens.unflatten(-1, (c.latent_channels, p, p))
+        x = tokens.unflatten(-1, (-1, p, p))
         x = x.unflatten(2, (c.latent_height // p, c.latent_width // p))  # B F h w C p p
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+
+def local_motion(config: DynamicsConfig) -> LocalMotion | None:
+    """New convolutions of a network, where it has some."""
+    if not config.recent:
+        return None
+    sizes = config.recent, config.local_width, config.local_blocks, config.width
+    return LocalMotion(config.latent_channels, CONTEXT, *sizes)
+
+
+def frames_before(frames: Tensor, levels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` frames before each, oldest first.
+
+    Before the first of all there is nothing, which is zeros at level 1.
+
+    Args:
+        frames: (B, F, C, h, w).
+        levels: (B, F), theirs.
+        count: R.
+
+    Returns:
+        (B, F, R, C, h, w), and their levels, (B, F, R).
+    """
+    none = frames.new_zeros(len(frames), count, *frames.shape[2:])
+    return in_turn(
+        torch.cat((none, frames), 1),
+        torch.cat((levels.new_ones(len(levels), count), levels), 1),
+        count,
+    )
 
 
 def _and_before(chunks: Tensor, fill: int, dim: int = 0, along: int = 1) -> Tensor:

@@ -214,7 +214,7 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
         "latents": str(folder / "latents"),
     }
     history = {
-        "history_levels": {"skew": 3.0, "draft_share": 0.08},
+        "history_levels": {"skew": 3.0, "draft_share": 0.04},
         "history_level": 0.03,
         # Ends are rare, and windows alike hardly show what leads to them.
         "ending_share": 0.2 if measures.ends else 0.0,
@@ -253,17 +253,18 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
             "patch": grid.patch,
             "action_width": action_width,
             "width": 256,
-            "layers": 8 if gpu or game.minutes >= 180 else 6,
+            "layers": 8 if gpu or game.minutes >= 180 else 4,
             "heads": 4,
             "window": window,
             "modulation_rank": 32,
+            "recent": 3,
         },
         "frames": frames,
         "rollouts": int(np.clip(game.minutes, 2, 8)),
         "level_shift": 2.0,
         "train": train(
             "flow",
-            batch_size=96 if gpu else 24,
+            batch_size=96 if gpu else 8,
             learning_rate=1.2e-3,
             # As far as AdamW in a fifth fewer steps, see docs/results.md.
             optimiser="muon" if has_muon() else "adamw",
@@ -276,6 +277,10 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
     heads: dict[str, Any] = {
         **weights,
         "signal_weight": 3.0 if game.signals else 0.0,
+        "nearby": 32,
+        # Signals say what to remember for long; without them ends are too few to learn that from,
+        # and short sequences show more of them.
+        "frames": 128 if game.signals else 32,
         "latent_noise": 0.3,
         "train": train(
             "heads",
@@ -298,7 +303,7 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
         "reference_steps": 18 if game.minutes >= 30 else 8 if game.minutes >= 5 else 4,
         "train": train(
             "distill",
-            batch_size=64 if gpu else 16,
+            batch_size=64 if gpu else 8,
             learning_rate=2e-4,
             ema_decay=0.99,
             keep_best="steps1_texture",

@@ -91,7 +91,7 @@ class TeacherFeatures:
         teacher(x, levels)
         self._kept = None  # or it would keep the graph alive
         # Of [history | noisy] only the noisy half, without the frame that has no history.
-        return [each[:, x.shape[1] + 1 :] for each in kept]
+        return [each[:, 1 - x.shape[1] :] for each in kept]
 
 
 def hinge(

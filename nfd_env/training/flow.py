@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.flow.path import interpolate, sample_levels
+from nfd_env.flow.persistence import frame_correlation
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
@@ -26,6 +27,8 @@ from nfd_env.training.latent_stage import (
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
 _MOVED = 0.4  # mean change of a latent's channels; a third of BigFish's area, 97 % of its motion
+_FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
+_CORRELATED = 2048  # pairs of frames that their correlation is measured on
 _STEPS = 4  # Euler steps of its rollouts
 
 
@@ -34,7 +37,7 @@ class FlowTrainingConfig(WindowTrainingConfig):
     """What to train the flow model on, and how; see also ``WindowTrainingConfig``.
 
     Attributes:
-        model: the transformer's sizes; latent shape and action width are those of the recordings.
+        model: the network's sizes; latent shape and action width are those of the recordings.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
         initial: weights to begin with, of the same sizes as ``model``; "" for random ones. They may
@@ -94,6 +97,9 @@ class FlowStage(LatentStage):
         check_fit(self._train, settings.model, "the config's model")
         torch.manual_seed(settings.train.seed)
         self.network = Dynamics(settings.model)
+        if self.network.local is not None:
+            frames, _ = self._train.windows(np.random.default_rng(0), _CORRELATED, 2)
+            self.network.local.persistence.correlation.copy_(frame_correlation(frames))
         if settings.initial:
             begun = load_weights(Path(settings.initial).expanduser(), Dynamics, DynamicsConfig)
             rank = settings.model.modulation_rank
@@ -143,14 +149,13 @@ class FlowStage(LatentStage):
         """Squared errors of the velocity, (B, T, h, w), of the frames that are trained."""
         assert isinstance(network, Dynamics)
         latents, actions = (x.to(self._device) for x in batch)
-        levels = sample_levels(latents.shape[:2], self.settings.level_shift, self._device)
+        shift, shape = self.settings.level_shift, latents.shape[:2]
+        levels = sample_levels(shape, shift, self._device, _FROM_NOISE)
         sample = interpolate(latents, torch.randn_like(latents), levels)
         if self.settings.history == "shared":
             velocity = network(sample.x, levels, actions)
             return (velocity.float() - sample.velocity).square().mean(2)
-        history_levels = self.settings.history_levels.sample(
-            latents.shape[:2], self.settings.level_shift, self._device
-        )
+        history_levels = self.settings.history_levels.sample(shape, shift, self._device)
         history = interpolate(latents, torch.randn_like(latents), history_levels).x
         velocity = network.forward_two_copies(history, history_levels, sample.x, levels, actions)
         # The first frame of a window has no history to follow from.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -247,6 +248,7 @@ def _prepare(dynamics: Dynamics, device: torch.device, precision: str) -> None:
     dynamics.fold_norms()
     if precision == "bf16":
         dynamics.to(torch.bfloat16)
+    pack_convolutions(dynamics, math.inf)
     pack_linears(dynamics.modulation, rows=2)
     pack_linears(dynamics, rows=2 * dynamics.config.tokens)
 

@@ -1284,4 +1284,4 @@ def test_a_step_takes_few_operations_beside_the_transformers(endless_world: Path
             env.step([1])
     finally:
         del env.model.dynamics.stream
-    assert counted.count <= 145  # 131 with torch 2.13
+    assert counted.count <= 167  # 153 with torch 2.13

@@ -38,9 +38,11 @@ class Player:
         start = np.array([mix(seed, episode, START_SALT) % self.starts])
         latents, actions = self.run("starts", start=start)
         latents, actions = latents.astype(np.float32), actions.astype(np.float32)
-        self.memory = np.zeros((1, self.model.heads.config.width), np.float32)
+        self.memory = np.zeros((1, self.model.heads.memory_size), np.float32)
         for k in range(1, len(latents)):
             self.judge(latents[k], actions[k])
+        self.before = np.zeros(c.latent_shape, np.float32)
+        self.recent = np.zeros((c.recent, *c.latent_shape), np.float32)
         self.ring = [np.zeros(ring_shape(c), np.float32)] * 2
         for frame, (z, action) in enumerate(list(zip(latents, actions, strict=True))[-c.window :]):
             if frame:
@@ -51,6 +53,7 @@ class Player:
 
     def remember(self, latents, normal, action):
         level = np.float32(self.spec.sampling.history_level)
+        self.recent = np.concatenate((self.recent, self.before[None]))[1:]
         self.before, self.action = latents + level * (normal[1] - latents), action
 
     def draw(self, action, normal):
@@ -63,6 +66,7 @@ class Player:
             noise=np.delete(normal, 1, 0),
             keys=self.ring[0],
             values=self.ring[1],
+            **({"recent": self.recent[None]} if len(self.recent) else {}),
         )
         return latents
 

@@ -72,9 +72,12 @@ def hosting(folder, headers):
 
 
 @pytest.fixture(scope="module")
-def page(make_world, tmp_path_factory):
-    """A page of a world whose episodes end now and then, and the world."""
-    world = make_world(distilled=True, hazard_bias=-2.0)
+def page(request, make_world, tmp_path_factory):
+    """A page of a world whose episodes end now and then, and the world.
+
+    Its dynamics has convolutions that see so many frames before.
+    """
+    world = make_world(distilled=True, hazard_bias=-2.0, recent=request.param)
     folder = tmp_path_factory.mktemp("page") / "here"
     arguments = [str(world), "-o", str(folder), "--runtime", str(PACKAGE)]
     assert main(["export-web", *arguments]) == 0
@@ -141,7 +144,10 @@ def expected(world, seed, actions):
 
 @in_a_browser
 @pytest.mark.parametrize(
-    ("headers", "steps"), [({}, 50), (ISOLATED, 5)], ids=["one thread", "threads"]
+    ("page", "headers", "steps"),
+    [(2, {}, 50), (0, ISOLATED, 5)],
+    ids=["one thread", "threads"],
+    indirect=["page"],
 )
 def test_the_page_plays_as_the_environment_does(page, headers, steps):
     world, folder = page

@@ -8,24 +8,26 @@ import torch
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.precision import multiplies_bf16
+from nfd_env.worlds.load import shipped_worlds
 
 FRAMES, LEVELS = 60, 2
 ACTIONS = np.random.default_rng(0).integers(0, 3, (FRAMES, 17))
 
 
-def play(rows: int, precision: str) -> np.ndarray:
-    env = NFDVectorEnv("doom_take_cover", rows, "cpu", precision=precision, obs_type="latent")
+def play(world: str, rows: int, precision: str) -> np.ndarray:
+    env = NFDVectorEnv(world, rows, "cpu", precision=precision, obs_type="latent")
     shown = [env.reset(seed=5)[0][:1]] + [env.step(a[:rows])[0][:1] for a in ACTIONS]
     # Decoded one at a time: what is compared is the rollout.
     frames = [env.model.decode(torch.from_numpy(latents)).numpy() for latents in shown]
     return np.concatenate(frames).astype(int)
 
 
+@pytest.mark.parametrize("world", shipped_worlds())
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_row_is_the_same_alone_and_among_others(precision: str) -> None:
+def test_a_row_is_the_same_alone_and_among_others(precision: str, world: str) -> None:
     if precision == "bf16" and not multiplies_bf16(torch.device("cpu")):
         pytest.skip("this processor has no bf16 products")
-    alone = play(1, precision)
+    alone = play(world, 1, precision)
     for rows in (3, 4, 17):
-        assert np.abs(play(rows, precision) - alone).max() <= LEVELS, rows
+        assert np.abs(play(world, rows, precision) - alone).max() <= LEVELS, rows
     assert np.abs(np.diff(alone, axis=0)).max() > 50  # it moves

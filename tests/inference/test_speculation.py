@@ -292,7 +292,7 @@ def flat(state: WorldState) -> list[Any]:
     return [
         state.cache.keys,
         state.cache.values,
-        state.cache.length,
+        *state.cache.ends,
         state.action,
         state.keys,
         *vars(state.drawn).values(),

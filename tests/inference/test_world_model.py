@@ -377,3 +377,17 @@ def test_a_state_of_another_world_does_not_fit(
     state.cache.keys = state.cache.keys.bfloat16()
     with pytest.raises(ValueError, match="use the same precision"):
         model.check_fits(state, 1)
+
+
+def test_a_state_of_another_dynamics_does_not_fit(
+    model: WorldModel, make_world: Callable[..., Path]
+) -> None:
+    """Though it has the same heads, which tell worlds apart, and the same keys."""
+    other = load_world(make_world(recent=1, hazard_bias=-1000.0), "cpu", "fp32").model
+    other.world_id = model.world_id
+    state = start(model, [0, 1])
+    with pytest.raises(ValueError, match="networks of other sizes"):
+        other.check_fits(state, 1)
+    del state.cache.last  # as in a state of an earlier version
+    with pytest.raises(ValueError, match="networks of other sizes"):
+        model.check_fits(state, 1)

@@ -24,6 +24,8 @@ def small_dynamics(**kwargs: Any) -> Dynamics:
         "layers": 2,
         "heads": 2,
         "window": WINDOW,
+        "local_width": 8,
+        "local_blocks": 2,
         **kwargs,
     }
     network = Dynamics(DynamicsConfig(**values)).eval()
@@ -31,6 +33,12 @@ def small_dynamics(**kwargs: Any) -> Dynamics:
         for module in (network.modulation, network.output):
             module.weight.normal_(std=0.3)
             module.bias.normal_(std=0.3)
+        if network.local is not None:
+            network.local.persistence.correlation.copy_(torch.linspace(0.3, 0.9, 2))
+            for block in network.local.blocks:
+                block.film.weight.normal_(std=0.3)
+                block.second.weight.normal_(std=0.1)
+            network.local.leave.weight.normal_(std=0.1)
     return network.requires_grad_(False)
 
 

@@ -40,9 +40,9 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield
 
 
-@pytest.fixture
-def network() -> Dynamics:
-    return small.small_dynamics()
+@pytest.fixture(params=[0, 1, 2], ids="recent {}".format)
+def network(request: pytest.FixtureRequest) -> Dynamics:
+    return small.small_dynamics(recent=request.param)
 
 
 @pytest.mark.parametrize("batch", [2, 3])

@@ -27,7 +27,9 @@ def test_parameter_counts_of_the_paper(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"patch": 4}, {"width": 30, "heads": 4}, {"width": 24, "heads": 4}, {"window": 1}]
+    "wrong",
+    [{"patch": 4}, {"width": 30, "heads": 4}, {"width": 24, "heads": 4}, {"window": 1}]
+    + [{"recent": 16}, {"recent": -1}, {"local_width": 60}, {"local_blocks": -1}],
 )
 def test_sizes_that_do_not_divide(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError):
@@ -220,3 +222,32 @@ def test_the_frame_number_leaves_a_long_stream_alone() -> None:
         made.append(torch.cat(velocities, 1))
     # Beyond the reach of the empty slots that the second cache takes for frames.
     torch.testing.assert_close(made[0][:, 2 * WINDOW :], made[1][:, 2 * WINDOW :], **CLOSE)
+
+
+def test_before_training_it_guesses_by_the_frame_before() -> None:
+    network = Dynamics(DynamicsConfig(2, 4, 6, 2, 3, 32, 2, 2, WINDOW, recent=2))
+    assert network.local is not None
+    network.local.persistence.correlation.fill_(0.9)
+    history, _, actions = random_frames(2, 5)
+    still, levels = torch.zeros(2, 5), torch.ones(2, 5)
+    noise = torch.randn_like(history)
+    velocity = network.forward_two_copies(history, still, noise, levels, actions)
+    # At level 1 the data is the noise less the velocity: 0.9 times the frame before.
+    torch.testing.assert_close((noise - velocity)[:, 1:], 0.9 * history[:, :-1])
+    torch.testing.assert_close((noise - velocity)[:, 0], torch.zeros(2, 2, 4, 6))
+
+
+def test_the_frame_before_is_that_of_the_history() -> None:
+    network = small_dynamics(recent=2)
+    history, levels, actions = random_frames(2, 4)
+    noisy, noisy_levels, _ = random_frames(2, 4, 1)
+    made = network.forward_two_copies(history, levels, noisy, noisy_levels, actions)
+    alone = [
+        network(
+            torch.cat((history[:, :t], noisy[:, t : t + 1]), 1),
+            torch.cat((levels[:, :t], noisy_levels[:, t : t + 1]), 1),
+            actions[:, : t + 1],
+        )[:, -1]
+        for t in range(4)
+    ]
+    torch.testing.assert_close(made, torch.stack(alone, 1), rtol=1e-4, atol=2e-5)

@@ -38,6 +38,8 @@ export class World {
     const first = Math.max(0, count - about.window);
     const length = about.ring.reduce((a, b) => a * b);
     this.keep(this.floats(new Float32Array(length), about.ring), this.floats(new Float32Array(length), about.ring));
+    this.before = new Float32Array(size);
+    this.recent = new Float32Array(about.recent * size); // the frames before that one, oldest first
     for (let k = first; k < count; k++) {
       this.frame = k - first;
       this.remember(latents(k), noise(this.key, this.frame, 2 * size).normal, actions(k));
@@ -67,6 +69,10 @@ export class World {
   remember(latents, normal, action) {
     const { size, about } = this;
     const level = about.history_level, history = normal.subarray(size, 2 * size);
+    if (about.recent) {
+      this.recent.copyWithin(0, size);
+      this.recent.set(this.before, this.recent.length - size);
+    }
     this.before = latents.map((value, i) => value + level * (history[i] - value));
     this.action = action;
   }
@@ -80,11 +86,12 @@ export class World {
 
   /** Take the last frame into the ring, and draw what follows. */
   async draw(action, own) {
-    const row = (values) => this.floats(values, [1, values.length]);
+    const { about } = this, row = (values) => this.floats(values, [1, values.length]);
     const made = await this.sessions.dynamics.run({
       before: this.frames(this.before), action_before: row(this.action), action: row(action),
       frame: new this.Tensor("int64", [BigInt(this.frame)], [1]), noise: this.frames(own),
       keys: this.keys, values: this.values,
+      ...(about.recent ? { recent: this.floats(this.recent, [1, about.recent, ...about.latent_shape]) } : {}),
     });
     this.keep(made.new_keys, made.new_values);
     return made.latents.data;

@@ -1,0 +1,145 @@
+"""Convolutions at the latents' full resolution: how small things move between two frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nfd_env.flow.path import expand
+from nfd_env.flow.persistence import linear_guess, shrinkage
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm written out, but for inference, where ``fused`` is set.
+
+    Torch's own has no forward-mode derivative for channels that lie last in memory.
+    """
+
+    fused = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, channels, h, w) -> the same shape."""
+        if self.fused:
+            return super().forward(input)
+        groups = input.float().unflatten(1, (self.num_groups, -1))
+        centred = groups - groups.mean((2, 3, 4), keepdim=True)
+        deviation = (centred.square().mean((2, 3, 4), keepdim=True) + self.eps).rsqrt()
+        normal = (centred * deviation).flatten(1, 2)
+        made = torch.addcmul(self.bias[:, None, None], normal, self.weight[:, None, None])
+        return made.to(input.dtype)
+
+
+class LocalBlock(nn.Module):
+    """GroupNorm, scale and shift by the condition, convolution; convolution; added to its input."""
+
+    def __init__(self, width: int, condition: int) -> None:
+        """Of ``width`` channels, conditioned on ``condition`` numbers."""
+        super().__init__()
+        self.norm = GroupNorm(min(8, width), width)
+        self.film = nn.Linear(condition, 2 * width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        for layer in (self.film, self.second):
+            nn.init.zeros_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(n, width, h, w) and (n, condition) -> (n, width, h, w)."""
+        scale, shift = self.film(condition)[..., None, None].chunk(2, 1)
+        h = functional.silu(torch.addcmul(shift, self.norm(x), 1 + scale))
+        return x + self.second(functional.silu(self.first(h)))
+
+
+class Persistence(nn.Module):
+    """See ``nfd_env.flow.persistence``.
+
+    Attributes:
+        correlation: float32 (C,), see ``frame_correlation``; zeros until it is measured.
+    """
+
+    correlation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        """Of C = ``channels``."""
+        super().__init__()
+        self.register_buffer("correlation", torch.zeros(channels, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Persistence:
+        """Follow the module to other devices, but never to another precision."""
+        self.correlation = self.correlation.to(fn(self.correlation).device)
+        return self
+
+    def forward(self, level: Tensor, before_level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``linear_guess``."""
+        return linear_guess(level, before_level, self.correlation)
+
+
+class LocalMotion(nn.Module):
+    """What becomes of a frame's latents, from its surroundings in the last frames.
+
+    A transformer of few large tokens has to learn motion anew for each place in a token;
+    convolutions learn it once.
+    """
+
+    def __init__(
+        self, channels: int, context: int, recent: int, width: int, blocks: int, condition: int
+    ) -> None:
+        """Before training it puts out what the frame before lets one guess.
+
+        Args:
+            channels: C, of the latents.
+            context: of the map that the transformer makes.
+            recent: R, frames before each that are seen, at least 1.
+            width: channels of the convolutions.
+            blocks: residual blocks.
+            condition: numbers that say level and action.
+        """
+        super().__init__()
+        inputs = context + channels + recent * (channels + 1)
+        self.enter = nn.Conv2d(inputs, width, 3, padding=1)
+        self.blocks = nn.ModuleList(LocalBlock(width, condition) for _ in range(blocks))
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+        self.persistence = Persistence(channels)
+        nn.init.zeros_(self.leave.weight)
+        assert self.leave.bias is not None
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(
+        self,
+        context: Tensor,
+        latents: Tensor,
+        levels: Tensor,
+        condition: Tensor,
+        before: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Velocities of F frames of B rows.
+
+        Args:
+            context: (B, F, context, h, w), of the transformer.
+            latents: (B, F, C, h, w).
+            levels: (B, F).
+            condition: (B, F, condition).
+            before: the R frames before each, (B, F, R, C, h, w), oldest first, and their levels,
+                (B, F, R); see ``nfd_env.models.dynamics.frames_before``.
+
+        Returns:
+            (B, F, C, h, w), of the type of ``latents``.
+        """
+        frames, frame_levels = before
+        # Drafts may be all noise, which looks like motion: what is known of each frame is its
+        # mean given what is seen, and how noisy that was.
+        known = frames * expand(shrinkage(frame_levels), frames)
+        noise = frame_levels[..., None, None].expand(*frame_levels.shape, *frames.shape[-2:])
+        seen = torch.cat((latents, known.flatten(2, 3), noise), 2).to(context.dtype)
+        seen = torch.cat((context, seen), 2).flatten(0, 1)
+        condition = functional.silu(condition).flatten(0, 1)
+        h = self.enter(seen.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            h = block(h, condition)
+        made = self.leave(functional.silu(h)).unflatten(0, latents.shape[:2]).to(latents.dtype)
+        a, b, scale = self.persistence(levels, frame_levels[:, :, -1])
+        return (a * latents + b * frames[:, :, -1] + scale * made).to(latents.dtype)

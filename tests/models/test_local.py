@@ -1,0 +1,68 @@
+"""The convolutions behind the transformer."""
+
+import pytest
+import torch
+
+from nfd_env.models.local import GroupNorm, LocalMotion
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_the_norm_is_torchs_with_and_without_gradients(format: torch.memory_format) -> None:
+    norm = GroupNorm(4, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 8, 5, 6).contiguous(memory_format=format)
+    expected = torch.nn.functional.group_norm(x, 4, norm.weight, norm.bias)
+    torch.testing.assert_close(norm(x), expected)
+    tangent = torch.randn_like(x)
+    _, moved = torch.func.jvp(norm, (x,), (tangent,))
+    step = 1e-3
+    by_hand = (norm(x + step * tangent) - norm(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(moved, by_hand, atol=1e-2, rtol=1e-2)
+    norm.fused = True
+    torch.testing.assert_close(norm(x), expected)
+
+
+def inputs(recent: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    frames = torch.randn(2, 3, recent, 4, 6, 6)
+    return torch.randn(2, 3, 5, 6, 6), torch.randn(2, 3, 4, 6, 6), torch.rand(2, 3), frames
+
+
+def filled(recent: int) -> LocalMotion:
+    network = LocalMotion(4, 5, recent, 8, 2, 16).eval()
+    network.persistence.correlation.fill_(0.8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def test_a_frame_that_is_all_noise_is_not_looked_at() -> None:
+    context, latents, levels, frames = inputs(2)
+    condition, network = torch.randn(2, 3, 16), filled(2)
+    noise = torch.rand(2, 3, 2).index_fill(2, torch.tensor([1]), 1.0)
+    other = frames.clone()
+    other[:, :, 1] = torch.randn_like(other[:, :, 1])
+    made = network(context, latents, levels, condition, (frames, noise))
+    torch.testing.assert_close(network(context, latents, levels, condition, (other, noise)), made)
+    other[:, :, 0] += 1
+    assert not torch.allclose(network(context, latents, levels, condition, (other, noise)), made)
+
+
+def test_frames_do_not_mix() -> None:
+    context, latents, levels, frames = inputs(1)
+    condition, network = torch.randn(2, 3, 16), filled(1)
+    noise = torch.rand(2, 3, 1)
+    whole = network(context, latents, levels, condition, (frames, noise))
+    for row in range(2):
+        for frame in range(3):
+            one = (slice(row, row + 1), slice(frame, frame + 1))
+            before = frames[one], noise[one]
+            alone = network(context[one], latents[one], levels[one], condition[one], before)
+            torch.testing.assert_close(alone, whole[one])
+
+
+def test_the_guess_stays_exact_in_half_precision() -> None:
+    network = filled(1).to(torch.bfloat16)
+    assert network.persistence.correlation.dtype == torch.float32
+    assert network.enter.weight.dtype == torch.bfloat16
