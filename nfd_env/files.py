@@ -78,7 +78,7 @@ class Ownership:
                     f"{folder}{what and ' (' + what + ')'} is being written by "
                     f"{_described(self._owner)}; wait for it, or stop it, and run this again"
                 ) from None
-            except (OSError, NotImplementedError) as error:
+            except (OSError, RuntimeError) as error:  # the latter where folders know no locks
                 raise FolderError(
                     f"{folder} cannot be locked for writing: {_reason(error)}"
                 ) from None

@@ -118,6 +118,8 @@ class FrameCache(Rows):
             The R frames before each, (B, F, R, C, h, w), and their levels, (B, F, R).
         """
         recent = self.last.shape[1]
+        if not recent:
+            return latents[:, :, None][:, :, :0], levels[:, :, None][:, :, :0]
         frames = torch.cat((self.last, latents.float()), 1)
         noise = torch.cat((self.last_level, levels.float()), 1)
         if isinstance(commit, int):

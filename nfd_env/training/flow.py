@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.persistence import frame_correlation
@@ -26,7 +24,6 @@ from nfd_env.training.latent_stage import (
 )
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
-_MOVED = 0.4  # mean change of a latent's channels; a third of BigFish's area, 97 % of its motion
 _FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
 _CORRELATED = 2048  # pairs of frames that their correlation is measured on
 _STEPS = 4  # Euler steps of its rollouts
@@ -44,42 +41,20 @@ class FlowTrainingConfig(WindowTrainingConfig):
             have seen other frames (``window``), and a full adaLN projection is
             brought to ``model.modulation_rank``.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
-        moving_weight: at least 0; the loss counts 1 + ``moving_weight`` times near latents that
-            changed between the two frames before (``moved_before``). It depends on the history
-            alone, so that what is drawn stays as frequent as it is.
     """
 
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
     history: str = "two_copies"
     initial: str = ""
     level_shift: float = 3.0
-    moving_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the choices."""
         super().__post_init__()
         if self.level_shift <= 0:
             raise ValueError(f"level_shift must be above 0, got {self.level_shift}")
-        if not 0 <= self.moving_weight < math.inf:
-            raise ValueError(
-                f"moving_weight must be at least 0 and finite, got {self.moving_weight}"
-            )
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
-
-
-def moved_before(latents: Tensor) -> Tensor:
-    """Where something moved between the two frames before a frame, or right beside that.
-
-    Args:
-        latents: of unit deviation, (B, T, C, h, w).
-
-    Returns:
-        float32 (B, T, h, w) of zeros and ones; zeros for the first two frames.
-    """
-    change = (latents[:, 1:-1] - latents[:, :-2]).abs().mean(2)
-    near = functional.max_pool2d(change, 3, 1, 1) > _MOVED
-    return functional.pad(near.float(), (0, 0, 0, 0, 2, 0))
 
 
 class FlowStage(LatentStage):
@@ -136,14 +111,9 @@ class FlowStage(LatentStage):
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Mean squared error of the velocity; see ``FlowTrainingConfig.moving_weight``."""
+        """Mean squared error of the velocity."""
         error = self._errors(network, batch)
-        last = {"last_frame": error[:, -1].mean().detach()}
-        if not self.settings.moving_weight:
-            return error.mean(), last
-        moved = moved_before(batch[0].to(self._device))[:, -error.shape[1] :]
-        weights = 1 + self.settings.moving_weight * moved
-        return (error * weights).sum() / weights.sum(), last
+        return error.mean(), {"last_frame": error[:, -1].mean().detach()}
 
     def _errors(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Squared errors of the velocity, (B, T, h, w), of the frames that are trained."""
@@ -162,7 +132,7 @@ class FlowStage(LatentStage):
         return (velocity.float() - sample.velocity).square().mean(2)[:, 1:]
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
-        """``flow``: the error on held-out windows, not weighted; see also ``_judge``."""
+        """``flow``: the error on held-out windows; see also ``_judge``."""
         losses = [
             float(self._errors(network, (x, a)).mean())
             for x, a in zip(*(t.split(16) for t in self._held_out), strict=True)

@@ -26,7 +26,7 @@ from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, read_origin, save_weights
 from nfd_env.training.encode import EncodeConfig, NotEncodedError, encode
 from nfd_env.training.export import ExportConfig, export
-from nfd_env.training.flow import FlowStage, FlowTrainingConfig, moved_before
+from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 from nfd_env.training.heads import HeadsStage, HeadsTrainingConfig, reward_values
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import Stage, TrainConfig, train
@@ -239,40 +239,6 @@ def test_flow_with_one_shared_copy(flow_settings: FlowTrainingConfig, tmp_path: 
     assert trained.after < 0.95 * trained.before
     with pytest.raises(ValueError, match="two_copies or shared"):
         replace(flow_settings, history="none")
-
-
-def test_what_moved_before_is_told_by_the_frames_before() -> None:
-    latents = torch.zeros(1, 5, 2, 6, 6)
-    latents[0, 1, :, 1, 1] = 1.0  # a thing that comes at frame 1
-    latents[0, 2, :, 1, 1] = 1.0  # and stays
-    moved = moved_before(latents)
-    assert moved.shape == (1, 5, 6, 6) and not moved[:, :2].any()
-    assert moved[0, 2].nonzero().tolist() == [[r, c] for r in range(3) for c in range(3)]
-    assert not moved[0, 3].any()  # nothing changed between frames 1 and 2
-    assert moved[0, 4].sum() == 9  # it left at frame 3
-    other = latents.clone()
-    other[0, 3:] = torch.randn(2, 2, 6, 6)
-    assert torch.equal(moved_before(other)[:, :4], moved[:, :4])  # what happens does not count
-
-
-def test_flow_with_more_weight_on_what_moves(
-    flow: Trained, flow_settings: FlowTrainingConfig, tmp_path: Path
-) -> None:
-    settings = replace(flow_settings, moving_weight=8.0, train=run(tmp_path, 3))
-    stage, plain = FlowStage(settings), FlowStage(flow_settings)
-    batch = stage.batch(np.random.default_rng(0), 8)
-
-    def loss(of: FlowStage) -> float:
-        torch.manual_seed(0)
-        return float(of.loss(plain.network, batch)[0])
-
-    assert loss(stage) != pytest.approx(loss(plain), rel=1e-3)
-    still = batch[0][:, :1].expand_as(batch[0])
-    batch = (still, batch[1])
-    assert loss(stage) == pytest.approx(loss(plain), rel=1e-5)
-    assert np.isfinite(train(stage, settings.train, progress=False)["flow"])
-    with pytest.raises(ValueError, match="moving_weight must be at least 0"):
-        replace(flow_settings, moving_weight=-1.0)
 
 
 def test_flow_goes_on_from_finished_weights(
