@@ -58,6 +58,7 @@ _LARGEST_FRAME = 4096  # pixels a side
 _MOST_STEPS = 1000  # of sampling: a frame would take minutes
 _LONGEST_NAME = 100
 _LONGEST_WINDOW = 4096  # frames: the keys and values of more would fill any memory
+_BRIEFLY = 0.5  # seconds; a reader that puts back what a killed writer left owns the world so long
 # What a file that has lost its end would lack; everything else has a default.
 _REQUIRED = ("name", "frame_size", "fps", "action_space", "source", "sampling", "format")
 _SAMPLING = ("steps", "sampler", "shift", "history_level", "temperature")
@@ -216,7 +217,7 @@ def save_world(
     if origins is None:
         origins = _made_together(spec, networks)
     check_origins(folder, spec, origins, networks)
-    with owned_world(folder):
+    with owned_world(folder, _BRIEFLY):
         temporary, replaced = _temporary(folder), _replaced(folder)
         try:
             shutil.rmtree(temporary, ignore_errors=True)

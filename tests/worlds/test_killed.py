@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,8 +150,10 @@ def saver(tmp_path: Path) -> Iterator[Callable[[], int]]:
                     if os.getppid() != parent:
                         break
                     make_tiny_world(tmp_path / "world", seed=seed)
-            finally:
-                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
         for number, handler in before.items():
             signal.signal(number, handler)
         started.append(child)
@@ -183,10 +186,11 @@ def test_a_reader_beside_a_writer_sees_whole_worlds(
 ) -> None:
     folder = tmp_path / "world"
     write(folder, versions[0])
-    saver()
+    writer = saver()
     weights = set()
     end = time.monotonic() + 30
     while len(weights) < 2 and time.monotonic() < end:
+        assert os.waitpid(writer, os.WNOHANG)[0] == 0, "the writer died"
         for _ in range(4):
             world = load_world(folder, "cpu", "fp32")
             weights.add(float(world.model.dynamics.embed.weight[0, 0]))
@@ -203,6 +207,26 @@ def test_two_writers(tmp_path: Path, versions: list[dict[str, bytes]]) -> None:
         make_tiny_world(folder, seed=2)
     assert contents(folder) == versions[0]
     make_tiny_world(folder, seed=2)
+
+
+def test_a_reader_that_puts_a_world_back_does_not_stop_the_next_writer(
+    tmp_path: Path, versions: list[dict[str, bytes]]
+) -> None:
+    folder = tmp_path / "world"
+    write(folder, versions[0])
+    taken = threading.Event()
+
+    def put_back() -> None:
+        with owned_world(folder):
+            taken.set()
+            time.sleep(0.1)
+
+    reader = threading.Thread(target=put_back)
+    reader.start()
+    assert taken.wait(20)
+    make_tiny_world(folder, seed=2)
+    reader.join(20)
+    assert version_of(folder, versions) == 1
 
 
 def test_readers_do_not_disturb_a_writer_between_its_renames(
