@@ -70,7 +70,7 @@ def make_tiny_world(
     ).eval()
     with torch.no_grad():
         if dynamics.local is not None:
-            dynamics.local.persistence.correlation.copy_(torch.linspace(0.5, 0.9, 4))
+            dynamics.local.persistence.change.copy_(torch.linspace(0.2, 0.7, 4))
             dynamics.local.leave.weight.normal_(std=0.1)
         for module in (dynamics.modulation, dynamics.output):  # these start at zero
             module.weight.normal_(std=0.1)

@@ -1,10 +1,12 @@
-"""What a frame's velocity is likely to be, judged by the frame before it alone.
+"""What a frame's velocity is likely to be, judged by the frame before it, place by place.
 
-Most of a picture stays as it is from one frame to the next. A network that adds its output to the
-best linear guess spends itself on what changes, and begins its training as a picture that stands
-still. This is the preconditioning of EDM (arXiv 2206.00364, section 5) with a second observation:
-beside the noisy frame x_s = (1 - s) x0 + s eps also the one before it, p = (1 - h) z + h eps',
-where x0 and z have mean 0, deviation 1 and the correlation r.
+Most of a picture stays as it is from one frame to the next, and what a network adds to it by
+mistake, it adds again with every frame. A network that says how much each place may change, and
+beside it what else it knows in units of the uncertainty that this leaves, copies what stands still
+as exactly as it is sure of that. This is the preconditioning of EDM (arXiv 2206.00364, section 5)
+with a second observation: beside the noisy frame x_s = (1 - s) x0 + s eps also the one before it,
+p = (1 - h) z + h eps', where x0 and z have mean 0, deviation 1, and x0 = sqrt(1 - q) z + sqrt(q) n
+with n independent of z: q is the share of the place's variance that is new.
 """
 
 from __future__ import annotations
@@ -12,34 +14,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST = 0.98
-"""The largest correlation that is reckoned with: beyond it the guess would hang on rounding."""
+LEAST = 1e-4
+"""The smallest share of change that is reckoned with: beyond it all hangs on rounding."""
 
 
 def linear_guess(
-    level: Tensor, before_level: Tensor, correlation: Tensor
+    level: Tensor, before_level: Tensor, change: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best linear guess v = a x_s + b p of the velocity eps - x0.
+    """The best linear guess v = a x_s + b p of the velocity eps - x0, and how far off it is.
 
     Args:
         level: s in [0, 1], (...).
         before_level: h in [0, 1], (...); 1 where there is no frame before.
-        correlation: r of each latent channel, (C,), between 0 and ``MOST``.
+        change: q in [``LEAST``, 1], (..., C, h, w), or what broadcasts to it.
 
     Returns:
-        a and b, each (..., C, 1, 1), and what to multiply a network's output with, (..., 1, 1, 1):
-        how far a guess from x_s alone is off. That from both is off by less on average, but as much
-        where something moves.
+        a, b and the standard deviation of v given x_s and p, each (..., C, h, w).
     """
-    s, h = level[..., None].float(), before_level[..., None].float()
-    # Variances of what is observed, their covariance, and the covariances with the velocity.
-    noisy, before = (1 - s).square() + s.square(), (1 - h).square() + h.square()
-    both = (1 - s) * (1 - h) * correlation
-    with_noisy, with_before = 2 * s - 1, (h - 1) * correlation
-    determinant = noisy * before - both.square()
-    a = (with_noisy * before - with_before * both) / determinant
-    b = (with_before * noisy - with_noisy * both) / determinant
-    return a[..., None, None], b[..., None, None], noisy.rsqrt()[..., None, None]
+    s, h = (x[..., None, None, None].float() for x in (level, before_level))
+    kept = (1 - h).square()
+    before = kept + h.square()
+    # Mean b' p and variance of x0 given p; then Bayes' rule with x_s, and v = (x_s - x0) / s.
+    mean = (1 - change).sqrt() * (1 - h) / before
+    variance = (h.square() + change * kept) / before
+    total = s.square() + variance * (1 - s).square()
+    a = (s - variance * (1 - s)) / total
+    return a, -s / total * mean, (variance / total).sqrt()
 
 
 def shrinkage(level: Tensor) -> Tensor:
@@ -47,17 +47,17 @@ def shrinkage(level: Tensor) -> Tensor:
     return (1 - level) / ((1 - level).square() + level.square())
 
 
-def frame_correlation(frames: Tensor) -> Tensor:
-    """The correlation of each latent channel with itself a frame earlier.
+def frame_change(frames: Tensor) -> Tensor:
+    """The share q of each latent channel's variance that is new in a frame, over all places.
 
     Args:
         frames: (n, T, C, h, w), T >= 2, with mean 0.
 
     Returns:
-        float32 (C,), between 0 and ``MOST``.
+        float32 (C,), between ``LEAST`` and 1.
     """
     now, before = frames[:, 1:].double(), frames[:, :-1].double()
     axes = (0, 1, 3, 4)
     power = (now.square().sum(axes) * before.square().sum(axes)).sqrt()
     correlation = (now * before).sum(axes) / power.clamp_min(torch.finfo(torch.float64).tiny)
-    return correlation.clamp(0, MOST).float()
+    return (1 - correlation.clamp_min(0).square()).clamp(LEAST, 1).float()

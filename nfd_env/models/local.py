@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.flow.path import expand
-from nfd_env.flow.persistence import linear_guess, shrinkage
+from nfd_env.flow.persistence import LEAST, linear_guess, shrinkage
 
 
 class GroupNorm(nn.GroupNorm):
@@ -58,24 +58,33 @@ class Persistence(nn.Module):
     """See ``nfd_env.flow.persistence``.
 
     Attributes:
-        correlation: float32 (C,), see ``frame_correlation``; zeros until it is measured.
+        change: float32 (C,), what is guessed before training, see ``frame_change``; ones until it
+            is measured.
     """
 
-    correlation: Tensor
+    change: Tensor
 
     def __init__(self, channels: int) -> None:
         """Of C = ``channels``."""
         super().__init__()
-        self.register_buffer("correlation", torch.zeros(channels, dtype=torch.float32))
+        self.register_buffer("change", torch.ones(channels, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Persistence:
         """Follow the module to other devices, but never to another precision."""
-        self.correlation = self.correlation.to(fn(self.correlation).device)
+        self.change = self.change.to(fn(self.change).device)
         return self
 
-    def forward(self, level: Tensor, before_level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``linear_guess``."""
-        return linear_guess(level, before_level, self.correlation)
+    def forward(
+        self, level: Tensor, before_level: Tensor, more: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``linear_guess``.
+
+        ``more``, (..., C, h, w), is added to the logit of what was guessed before training.
+        """
+        begun = ((self.change - LEAST) / (1 - LEAST)).clamp(LEAST, 1 - LEAST)
+        logit = begun.logit()[:, None, None]
+        change = LEAST + (1 - LEAST) * torch.sigmoid(logit + more.float())
+        return linear_guess(level, before_level, change)
 
 
 class LocalMotion(nn.Module):
@@ -102,7 +111,7 @@ class LocalMotion(nn.Module):
         inputs = context + channels + recent * (channels + 1)
         self.enter = nn.Conv2d(inputs, width, 3, padding=1)
         self.blocks = nn.ModuleList(LocalBlock(width, condition) for _ in range(blocks))
-        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+        self.leave = nn.Conv2d(width, 2 * channels, 3, padding=1)
         self.persistence = Persistence(channels)
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
@@ -141,5 +150,6 @@ class LocalMotion(nn.Module):
         for block in self.blocks:
             h = block(h, condition)
         made = self.leave(functional.silu(h)).unflatten(0, latents.shape[:2]).to(latents.dtype)
-        a, b, scale = self.persistence(levels, frame_levels[:, :, -1])
+        made, change = made.chunk(2, 2)
+        a, b, scale = self.persistence(levels, frame_levels[:, :, -1], change)
         return (a * latents + b * frames[:, :, -1] + scale * made).to(latents.dtype)

@@ -15,6 +15,7 @@ _COMPARED = {
     "error_8": ("error after 8 frames", 0.01),
 }
 _NEAR = 1.5  # times the teacher's
+_PREFIX = {"student": "steps", "teacher": "teacher"}  # of their metrics
 
 
 class GateError(RuntimeError):
@@ -155,32 +156,61 @@ def heads_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Ga
     return gates
 
 
-def student_steps(metrics: Mapping[str, float]) -> int:
-    """The fewest steps with which the student is near its teacher; 0 where none are.
+@dataclass(frozen=True)
+class Drawn:
+    """What a world's frames are drawn by.
 
-    Near: frames that follow real ones have at most 1.5 times the teacher's distance in texture, and
-    rollouts at most 1.5 times its distance and error, up to what is too little to matter.
+    Attributes:
+        by: "student" or "teacher".
+        steps: of which.
+        near: whether what they draw is near what the teacher draws in many steps.
+    """
+
+    by: str
+    steps: int
+    near: bool = True
+
+
+FALLBACK = Drawn("teacher", 8, near=False)
+"""Where nothing with fewer steps is near the teacher with many."""
+
+
+def fewest_steps(metrics: Mapping[str, float]) -> Drawn:
+    """Student or teacher with the fewest steps that are near the teacher with many.
+
+    Near: frames that follow real ones have at most 1.5 times its distance in texture, and rollouts
+    at most 1.5 times its distance and error, up to what is too little to matter. Where both are,
+    the one whose rollouts are.
     """
     for steps in (1, 2, 4):
-        if all(_over_teacher(metrics, steps, name) <= _NEAR for name in _COMPARED):
-            return steps
-    return 0
+        near = [
+            Drawn(by, steps)
+            for by in ("student", "teacher")
+            if f"{_PREFIX[by]}{steps}_frechet" in metrics
+            and all(_over_teacher(metrics, Drawn(by, steps), n) <= _NEAR for n in _COMPARED)
+        ]
+        if near:
+            return min(near, key=lambda drawn: _over_teacher(metrics, drawn, "frechet"))
+    return FALLBACK
 
 
-def _over_teacher(metrics: Mapping[str, float], steps: int, name: str) -> float:
+def _over_teacher(metrics: Mapping[str, float], drawn: Drawn, name: str) -> float:
     _, tiny = _COMPARED[name]
-    more = max(0.0, metrics[f"steps{steps}_{name}"] - tiny)
+    more = max(0.0, metrics[f"{_PREFIX[drawn.by]}{drawn.steps}_{name}"] - tiny)
     return more / max(metrics[f"teacher_{name}"], 1e-9)
 
 
-def distill_gates(metrics: Mapping[str, float], steps: int) -> list[Gate]:
-    """Of the student: is it near its teacher."""
-    shown = steps or 1
-    taken = f"{shown} step{'s' if shown > 1 else ''}"
-    advice = "the teacher is shipped instead, with more steps a frame: give more minutes"
+def distill_gates(metrics: Mapping[str, float], drawn: Drawn) -> list[Gate]:
+    """Of what the world's frames are drawn by: is it near the teacher with many steps."""
+    shown = drawn if drawn.near else Drawn("student", 1)
+    taken = f"the {shown.by}'s {shown.steps} step{'s' if shown.steps > 1 else ''}"
+    advice = (
+        f"the {FALLBACK.by} is shipped instead, with {FALLBACK.steps} steps a frame: give more "
+        "minutes"
+    )
     return [
         Gate(
-            f"{what} of {taken} over the teacher's",
+            f"{what} of {taken} over the teacher's with many",
             _over_teacher(metrics, shown, name),
             "below 1.2",
             advice,

@@ -210,9 +210,9 @@ class Recipe:
 
     def _distill(self) -> None:
         def judged(metrics: Metrics) -> list[Gate]:
-            steps = gates.student_steps(metrics)
-            self.records["distill"].extra = {"sampling_steps": steps}
-            return gates.distill_gates(metrics, steps)
+            drawn = gates.fewest_steps(metrics)
+            self.records["distill"].extra = {"drawn": asdict(drawn)}
+            return gates.distill_gates(metrics, drawn)
 
         self._train("distill", DistillStage, judged)
 
@@ -426,24 +426,24 @@ class Recipe:
         write_yaml(self.folder / "plan.yaml", asdict(plan))
 
     def _sampling(self, plan: Plan) -> dict[str, Any]:
-        """How the world draws its frames: by the student, else by the teacher."""
+        """How the world draws its frames: what distillation was judged to be best."""
         level = plan.flow["history_level"]
         extra = self.records["distill"].extra or {}
-        steps, values = extra.get("sampling_steps", 0), {}
-        student = {
-            "steps": steps,
-            "sampler": CONSISTENCY,
-            "shift": plan.distill["shift"],
-            "history_level": level,
-        }
-        teacher = {"steps": 18, "sampler": "dpm_solver_pp", "history_level": level}
-        if steps:
-            values = {"sampling": student, "teacher_sampling": teacher}
+        drawn = gates.Drawn(**extra["drawn"]) if "drawn" in extra else gates.FALLBACK
+        solved = {"sampler": "dpm_solver_pp", "history_level": level}
+        if drawn.by == "student":
+            student = {
+                "steps": drawn.steps,
+                "sampler": CONSISTENCY,
+                "shift": plan.distill["shift"],
+                "history_level": level,
+            }
+            values = {"sampling": student, "teacher_sampling": {**solved, "steps": 18}}
         else:
             values = {
                 "dynamics": str(self.folder / "flow"),
                 "teacher": "",
-                "sampling": {**teacher, "steps": 8},
+                "sampling": {**solved, "steps": drawn.steps},
             }
         own = {name: given for name, given in self.game.export.items() if name in values}
         return planning.merged(values, own)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env.flow.path import interpolate, sample_levels
-from nfd_env.flow.persistence import frame_correlation
+from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
@@ -25,7 +25,7 @@ from nfd_env.training.latent_stage import (
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
 _FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
-_CORRELATED = 2048  # pairs of frames that their correlation is measured on
+_COMPARED = 2048  # pairs of frames that their change is measured on
 _STEPS = 4  # Euler steps of its rollouts
 
 
@@ -73,8 +73,8 @@ class FlowStage(LatentStage):
         torch.manual_seed(settings.train.seed)
         self.network = Dynamics(settings.model)
         if self.network.local is not None:
-            frames, _ = self._train.windows(np.random.default_rng(0), _CORRELATED, 2)
-            self.network.local.persistence.correlation.copy_(frame_correlation(frames))
+            frames, _ = self._train.windows(np.random.default_rng(0), _COMPARED, 2)
+            self.network.local.persistence.change.copy_(frame_change(frames))
         if settings.initial:
             begun = load_weights(Path(settings.initial).expanduser(), Dynamics, DynamicsConfig)
             rank = settings.model.modulation_rank

@@ -34,7 +34,7 @@ def small_dynamics(**kwargs: Any) -> Dynamics:
             module.weight.normal_(std=0.3)
             module.bias.normal_(std=0.3)
         if network.local is not None:
-            network.local.persistence.correlation.copy_(torch.linspace(0.3, 0.9, 2))
+            network.local.persistence.change.copy_(torch.linspace(0.2, 0.9, 2))
             for block in network.local.blocks:
                 block.film.weight.normal_(std=0.3)
                 block.second.weight.normal_(std=0.1)

@@ -227,7 +227,7 @@ def test_the_frame_number_leaves_a_long_stream_alone() -> None:
 def test_before_training_it_guesses_by_the_frame_before() -> None:
     network = Dynamics(DynamicsConfig(2, 4, 6, 2, 3, 32, 2, 2, WINDOW, recent=2))
     assert network.local is not None
-    network.local.persistence.correlation.fill_(0.9)
+    network.local.persistence.change.fill_(0.19)
     history, _, actions = random_frames(2, 5)
     still, levels = torch.zeros(2, 5), torch.ones(2, 5)
     noise = torch.randn_like(history)

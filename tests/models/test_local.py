@@ -31,7 +31,7 @@ def inputs(recent: int) -> tuple[torch.Tensor, ...]:
 
 def filled(recent: int) -> LocalMotion:
     network = LocalMotion(4, 5, recent, 8, 2, 16).eval()
-    network.persistence.correlation.fill_(0.8)
+    network.persistence.change.fill_(0.36)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return network
@@ -64,5 +64,5 @@ def test_frames_do_not_mix() -> None:
 
 def test_the_guess_stays_exact_in_half_precision() -> None:
     network = filled(1).to(torch.bfloat16)
-    assert network.persistence.correlation.dtype == torch.float32
+    assert network.persistence.change.dtype == torch.float32
     assert network.enter.weight.dtype == torch.bfloat16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 from nfd_env import config
 from nfd_env.named import import_named
 from nfd_env.recipe.game import GameConfig, load_game
+from nfd_env.recipe.gates import FALLBACK, Drawn
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import settings
 from nfd_env.recipe.run import Recipe, StageRecord
@@ -54,16 +55,24 @@ def test_every_stage_takes_the_settings_of_the_game_file(path: Path) -> None:
     assert not game.signals or callable(import_named(game.signals))
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_part_of_the_sampling_leaves_the_rest_derived(steps: int) -> None:
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        (Drawn("student", 1), (1, "consistency")),
+        (Drawn("teacher", 2), (2, "dpm_solver_pp")),
+        (FALLBACK, (8, "dpm_solver_pp")),
+    ],
+)
+def test_a_part_of_the_sampling_leaves_the_rest_derived(
+    drawn: Drawn, expected: tuple[int, str]
+) -> None:
     path = next(path for path in FILES if path.stem == "doom_take_cover")
     game = load_game(path)
     plan = settings(game, measures(game.source.size), "cpu", action_width=3)
-    record = StageRecord("", extra={"sampling_steps": steps})
+    record = StageRecord("", extra={"drawn": asdict(drawn)})
     recipe = SimpleNamespace(game=game, records={"distill": record}, folder=game.run_folder)
     sampling = Recipe._sampling(recipe, plan)["sampling"]  # type: ignore[arg-type]
     assert sampling["temperature"] == game.export["sampling"]["temperature"] != 1
-    expected = (1, "consistency") if steps else (8, "dpm_solver_pp")
     assert (sampling["steps"], sampling["sampler"]) == expected
 
 

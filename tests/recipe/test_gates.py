@@ -2,7 +2,7 @@
 
 import pytest
 
-from nfd_env.recipe.gates import distill_gates, recording_gates, student_steps
+from nfd_env.recipe.gates import FALLBACK, Drawn, distill_gates, fewest_steps, recording_gates
 from nfd_env.recipe.measure import GameMeasures
 
 MEASURES = GameMeasures(
@@ -38,27 +38,40 @@ def test_without_a_visible_effect_there_is_no_such_gate() -> None:
 TEACHER = {"texture": 0.0066, "frechet": 125.0, "error_8": 0.26}
 
 
-def distilled(**steps: tuple[float, float, float]) -> dict[str, float]:
-    """Texture, distance and error of steps1, steps2 and steps4, which else are the teacher's."""
+def distilled(**few: tuple[float, float, float]) -> dict[str, float]:
+    """Texture, distance and error of few steps: the student's the teacher's own, its far off."""
     metrics = {f"teacher_{name}": value for name, value in TEACHER.items()}
-    for who in ("steps1", "steps2", "steps4"):
-        values = steps.get(who, tuple(TEACHER.values()))
-        metrics |= {f"{who}_{n}": v for n, v in zip(TEACHER, values, strict=True)}
+    for steps in (1, 2, 4):
+        for who, usual in (("steps", tuple(TEACHER.values())), ("teacher", (9.0, 999.0, 9.0))):
+            values = few.get(f"{who}{steps}", usual)
+            metrics |= {f"{who}{steps}_{n}": v for n, v in zip(TEACHER, values, strict=True)}
     return metrics
 
 
 @pytest.mark.parametrize(
-    ("metrics", "steps"),
+    ("metrics", "drawn"),
     [
-        (distilled(), 1),
+        (distilled(), Drawn("student", 1)),
         # As measured on BigFish after a short distillation.
-        (distilled(steps1=(0.0326, 170, 0.256), steps2=(0.0185, 144, 0.283)), 4),
-        (distilled(steps1=(0.0066, 190, 0.26)), 2),
-        (distilled(steps1=(0.0066, 125, 0.5)), 2),
-        (distilled(steps1=(9, 9, 9), steps2=(9, 9, 9), steps4=(9, 9, 9)), 0),
+        (
+            distilled(steps1=(0.0326, 170, 0.256), steps2=(0.0185, 144, 0.283)),
+            Drawn("student", 4),
+        ),
+        (distilled(steps1=(0.0066, 190, 0.26)), Drawn("student", 2)),
+        (distilled(steps1=(0.0066, 125, 0.5)), Drawn("student", 2)),
+        (distilled(steps1=(9, 999, 9), steps2=(9, 999, 9), steps4=(9, 999, 9)), FALLBACK),
+        # The teacher's own few steps, where the student's are further off or not near.
+        (distilled(teacher1=(0.0066, 120, 0.2)), Drawn("teacher", 1)),
+        (distilled(teacher1=(0.0066, 130, 0.2)), Drawn("student", 1)),
+        (
+            distilled(steps1=(9, 999, 9), steps2=(9, 999, 9), teacher2=(0.007, 140, 0.26)),
+            Drawn("teacher", 2),
+        ),
     ],
 )
-def test_a_student_is_taken_where_its_gates_pass(metrics: dict[str, float], steps: int) -> None:
-    assert student_steps(metrics) == steps
-    gates = distill_gates(metrics, steps)
-    assert all(gate.passed for gate in gates) == bool(steps) and len(gates) == 3
+def test_what_is_near_with_the_fewest_steps_is_taken(
+    metrics: dict[str, float], drawn: Drawn
+) -> None:
+    assert fewest_steps(metrics) == drawn
+    gates = distill_gates(metrics, drawn)
+    assert all(gate.passed for gate in gates) == drawn.near and len(gates) == 3
