@@ -142,7 +142,7 @@ class PlainDynamics(nn.Module):
         if self.local is None:
             return output.to(latents.dtype), made
         before = before or frames_before(latents, levels, self.config.recent)
-        return self.local(output, latents, levels, frame_condition, before), made
+        return self.local(output, latents, levels, frame_condition, before)[0], made
 
     def _mask(self, numbers: Tensor, before: int) -> Tensor:
         """Whether each token sees each key, of ``before`` earlier frames and of ``numbers``."""

@@ -189,7 +189,7 @@ class Dynamics(nn.Module):
         mask = sees(frames[:, None], frames[None, :], self.config.window)
         rotation = self.rotation(frames[None]).unsqueeze(-4)
         before = frames_before(latents, levels, self.config.recent)
-        return self._run(latents, levels, actions, before, rotation, self._masked(mask))
+        return self._run(latents, levels, actions, before, rotation, self._masked(mask))[0]
 
     def forward_two_copies(
         self,
@@ -213,6 +213,21 @@ class Dynamics(nn.Module):
 
         Returns:
             (B, T, C, h, w), the velocities of the noisy copy.
+        """
+        return self.two_copies(history, history_levels, latents, levels, actions)[0]
+
+    def two_copies(
+        self,
+        history: Tensor,
+        history_levels: Tensor,
+        latents: Tensor,
+        levels: Tensor,
+        actions: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``forward_two_copies``; also how uncertain the velocities are.
+
+        Returns:
+            (B, T, C, h, w) each; None for the latter without convolutions.
         """
         count = latents.shape[1]
         frames = torch.arange(count, device=latents.device)
@@ -255,7 +270,8 @@ class Dynamics(nn.Module):
         before = cache.follow(latents, levels, commit)
         skip = min(finished, count - 1)
         before = before[0][:, skip:], before[1][:, skip:]
-        return self._cached(latents, levels, actions, before, attend, skip)[:, finished - skip :]
+        velocity = self._cached(latents, levels, actions, before, attend, skip)
+        return velocity[:, finished - skip :]
 
     def fill(self, cache: FrameCache, latents: Tensor, levels: Tensor, actions: Tensor) -> None:
         """Make a whole history that of every row of ``cache``, whatever that held before.
@@ -285,7 +301,7 @@ class Dynamics(nn.Module):
         scale = (self.config.width // self.config.heads) ** -0.5
         rotation = self.rotation(attend.frames)
         rotation = torch.stack((scale * rotation, rotation), -4)
-        return self._run(latents, levels, actions, before, rotation, attend, skip)
+        return self._run(latents, levels, actions, before, rotation, attend, skip)[0]
 
     def _masked(self, mask: Tensor) -> Attend:
         full = by_token(mask, self.config.tokens)
@@ -352,8 +368,8 @@ class Dynamics(nn.Module):
         rotation: Tensor,
         attend: Attend,
         skip: int = 0,
-    ) -> Tensor:
-        """Velocities of all but the first ``skip`` frames.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Velocities of all but the first ``skip`` frames, and how uncertain they are.
 
         ``before``: see ``frames_before``, of those frames.
         """
@@ -376,7 +392,7 @@ class Dynamics(nn.Module):
         output = self.output(torch.addcmul(shift, self.norm(x), scale))
         made = self._unpatchify(output)
         if self.local is None:
-            return made.to(latents.dtype)
+            return made.to(latents.dtype), None
         return self.local(made, latents[:, skip:], levels[:, skip:], condition[:, skip:], before)
 
     def _patchify(self, latents: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class LocalMotion(nn.Module):
         levels: Tensor,
         condition: Tensor,
         before: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Velocities of F frames of B rows.
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities of F frames of B rows, and how uncertain they are.
 
         Args:
             context: (B, F, context, h, w), of the transformer.
@@ -136,7 +136,8 @@ class LocalMotion(nn.Module):
                 (B, F, R); see ``nfd_env.models.dynamics.frames_before``.
 
         Returns:
-            (B, F, C, h, w), of the type of ``latents``.
+            Velocities (B, F, C, h, w), of the type of ``latents``, and the standard deviation that
+            they are told in units of, likewise.
         """
         frames, frame_levels = before
         # Drafts may be all noise, which looks like motion: what is known of each frame is its
@@ -152,4 +153,5 @@ class LocalMotion(nn.Module):
         made = self.leave(functional.silu(h)).unflatten(0, latents.shape[:2]).to(latents.dtype)
         made, change = made.chunk(2, 2)
         a, b, scale = self.persistence(levels, frame_levels[:, :, -1], change)
-        return (a * latents + b * frames[:, :, -1] + scale * made).to(latents.dtype)
+        velocity = a * latents + b * frames[:, :, -1] + scale * made
+        return velocity.to(latents.dtype), scale

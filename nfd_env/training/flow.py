@@ -26,6 +26,7 @@ from nfd_env.training.latent_stage import (
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
 _FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
 _COMPARED = 2048  # pairs of frames that their change is measured on
+_LIKELIHOOD = 0.5  # its weight beside the squared error
 _STEPS = 4  # Euler steps of its rollouts
 
 
@@ -111,12 +112,29 @@ class FlowStage(LatentStage):
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Mean squared error of the velocity."""
-        error = self._errors(network, batch)
-        return error.mean(), {"last_frame": error[:, -1].mean().detach()}
+        """Mean squared error of the velocity, and the likelihood of what is sure of itself.
 
-    def _errors(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Squared errors of the velocity, (B, T, h, w), of the frames that are trained."""
+        What stands still makes next to no squared error, but its errors add up from frame to frame.
+        Told in units of their own standard deviation they count, and that is made what it says. The
+        weight by the deviation (beta-NLL of arXiv 2203.09168 with beta 1/2) keeps a place that was
+        wrongly taken for still from drowning the rest.
+        """
+        error, deviation = self._errors(network, batch)
+        logs = {"last_frame": error[:, -1].mean().detach()}
+        loss = error.mean()
+        if deviation is not None:
+            unlikely = error / deviation.square() + 2 * deviation.log()
+            loss = loss + _LIKELIHOOD * (deviation.detach() * unlikely).mean()
+            logs["squared_error"] = error.mean().detach()
+        return loss, logs
+
+    def _errors(
+        self, network: nn.Module, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Squared errors of the velocity of the frames that are trained, and their deviation.
+
+        Both (B, T, C, h, w); None for the latter where the network does not say it.
+        """
         assert isinstance(network, Dynamics)
         latents, actions = (x.to(self._device) for x in batch)
         shift, shape = self.settings.level_shift, latents.shape[:2]
@@ -124,17 +142,18 @@ class FlowStage(LatentStage):
         sample = interpolate(latents, torch.randn_like(latents), levels)
         if self.settings.history == "shared":
             velocity = network(sample.x, levels, actions)
-            return (velocity.float() - sample.velocity).square().mean(2)
+            return (velocity.float() - sample.velocity).square(), None
         history_levels = self.settings.history_levels.sample(shape, shift, self._device)
         history = interpolate(latents, torch.randn_like(latents), history_levels).x
-        velocity = network.forward_two_copies(history, history_levels, sample.x, levels, actions)
+        velocity, deviation = network.two_copies(history, history_levels, sample.x, levels, actions)
+        error = (velocity.float() - sample.velocity).square()
         # The first frame of a window has no history to follow from.
-        return (velocity.float() - sample.velocity).square().mean(2)[:, 1:]
+        return error[:, 1:], None if deviation is None else deviation.float()[:, 1:]
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
         """``flow``: the error on held-out windows; see also ``_judge``."""
         losses = [
-            float(self._errors(network, (x, a)).mean())
+            float(self._errors(network, (x, a))[0].mean())
             for x, a in zip(*(t.split(16) for t in self._held_out), strict=True)
         ]
         return {"flow": float(np.mean(losses)), **self._judge(*self._roll_out(network))}

@@ -35,14 +35,15 @@ def test_without_a_visible_effect_there_is_no_such_gate() -> None:
     assert len(recording_gates(MEASURES, None)) == 2
 
 
-TEACHER = {"texture": 0.0066, "frechet": 125.0, "error_8": 0.26}
+TEACHER = {"texture": 0.0066, "frechet": 110.0, "error_8": 0.26, "standing_32": 3.28}
+FAR = (9.0, 999.0, 9.0, 99.0)
 
 
-def distilled(**few: tuple[float, float, float]) -> dict[str, float]:
-    """Texture, distance and error of few steps: the student's the teacher's own, its far off."""
+def distilled(**few: tuple[float, ...]) -> dict[str, float]:
+    """What ``TEACHER`` names, of few steps: the student's the teacher's own, its are far off."""
     metrics = {f"teacher_{name}": value for name, value in TEACHER.items()}
     for steps in (1, 2, 4):
-        for who, usual in (("steps", tuple(TEACHER.values())), ("teacher", (9.0, 999.0, 9.0))):
+        for who, usual in (("steps", tuple(TEACHER.values())), ("teacher", FAR)):
             values = few.get(f"{who}{steps}", usual)
             metrics |= {f"{who}{steps}_{n}": v for n, v in zip(TEACHER, values, strict=True)}
     return metrics
@@ -52,21 +53,25 @@ def distilled(**few: tuple[float, float, float]) -> dict[str, float]:
     ("metrics", "drawn"),
     [
         (distilled(), Drawn("student", 1)),
-        # As measured on BigFish after a short distillation.
+        # As measured on BigFish: the student drifts, the teacher's one step is blurred.
         (
-            distilled(steps1=(0.0326, 170, 0.256), steps2=(0.0185, 144, 0.283)),
-            Drawn("student", 4),
-        ),
-        (distilled(steps1=(0.0066, 190, 0.26)), Drawn("student", 2)),
-        (distilled(steps1=(0.0066, 125, 0.5)), Drawn("student", 2)),
-        (distilled(steps1=(9, 999, 9), steps2=(9, 999, 9), steps4=(9, 999, 9)), FALLBACK),
-        # The teacher's own few steps, where the student's are further off or not near.
-        (distilled(teacher1=(0.0066, 120, 0.2)), Drawn("teacher", 1)),
-        (distilled(teacher1=(0.0066, 130, 0.2)), Drawn("student", 1)),
-        (
-            distilled(steps1=(9, 999, 9), steps2=(9, 999, 9), teacher2=(0.007, 140, 0.26)),
+            distilled(
+                steps1=(0.0284, 125, 0.268, 5.11),
+                steps2=(0.0163, 128, 0.279, 4.81),
+                teacher1=(0.0509, 137, 0.175, 2.92),
+                teacher2=(0.0257, 110, 0.190, 1.75),
+            ),
             Drawn("teacher", 2),
         ),
+        (distilled(steps1=(0.0066, 170, 0.26, 3)), Drawn("student", 2)),
+        (distilled(steps1=(0.0066, 110, 0.5, 3)), Drawn("student", 2)),
+        (distilled(steps1=(0.04, 110, 0.26, 3)), Drawn("student", 2)),
+        # Fading is drift too.
+        (distilled(steps1=(0.0066, 110, 0.26, 0.2)), Drawn("student", 2)),
+        (distilled(steps1=FAR, steps2=FAR, steps4=FAR), FALLBACK),
+        # The teacher's own few steps, where the student's are further off or not near.
+        (distilled(teacher1=(0.0066, 105, 0.2, 2)), Drawn("teacher", 1)),
+        (distilled(teacher1=(0.0066, 115, 0.2, 2)), Drawn("student", 1)),
     ],
 )
 def test_what_is_near_with_the_fewest_steps_is_taken(
@@ -74,4 +79,10 @@ def test_what_is_near_with_the_fewest_steps_is_taken(
 ) -> None:
     assert fewest_steps(metrics) == drawn
     gates = distill_gates(metrics, drawn)
-    assert all(gate.passed for gate in gates) == drawn.near and len(gates) == 3
+    assert all(gate.passed for gate in gates) == drawn.near and len(gates) == 4
+
+
+def test_where_nothing_stands_out_drift_is_not_judged() -> None:
+    metrics = {name: v for name, v in distilled().items() if "standing" not in name}
+    assert len(distill_gates(metrics, fewest_steps(metrics))) == 3
+    assert fewest_steps(metrics) == Drawn("student", 1)
