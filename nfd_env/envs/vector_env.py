@@ -241,6 +241,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
 
         It is the re-encoding error of the frame that a step leads to, relative to its mean over
         the world's recorded starts (see ``WorldModel.reencoding_error``): about 1 for a real frame.
+        It tells broken pictures, not sound-looking ones in which the game would have gone on
+        otherwise: for these it is no better than chance (docs/results.md).
 
         Raises:
             ValueError: when ``limit`` is not above 0.

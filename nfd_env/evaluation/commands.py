@@ -189,6 +189,7 @@ def evaluate(
     long_steps: tuple[int, ...] = (),
     compare_drafts: tuple[int, ...] = (),
     inverse_dynamics: str = "",
+    ood_signals: bool = False,
 ) -> int:
     """Measure how good a world is on held-out recordings.
 
@@ -202,9 +203,11 @@ def evaluate(
             default: all.
         compare_drafts: compare several numbers of jointly drawn frames.
         inverse_dynamics: net that reads actions back; default: the run's own, where it has one.
+        ood_signals: measure instead whether the world can tell which of its frames are wrong.
     """
     from nfd_env.data.shards import RecordedDataset
     from nfd_env.evaluation import evaluate as evaluating
+    from nfd_env.evaluation import ood_signals as signals
     from nfd_env.evaluation import reports
     from nfd_env.evaluation.inverse_dynamics import (
         find_inverse_dynamics,
@@ -218,6 +221,11 @@ def evaluate(
         raise ValueError("give --steps or --compare-drafts, not both")
     if compare_drafts and settings.speculative_frames != 1:
         raise ValueError("--compare-drafts says itself how many --speculative-frames there are")
+    if ood_signals and (steps or compare_drafts or settings.speculative_frames != 1):
+        raise ValueError(
+            "--ood-signals judges frames drawn one by one: leave out --steps, --compare-drafts and "
+            "--speculative-frames"
+        )
 
     def measure() -> Any:
         world = load_world(**chosen.values())
@@ -227,6 +235,8 @@ def evaluate(
                 f"{world.spec.name} does not remember its recordings: name them by --recordings"
             )
         held_out = RecordedDataset(Path(folder).expanduser())
+        if ood_signals:
+            return signals.measure_signals(world, held_out, settings)
         if compare_drafts:
             return evaluating.evaluate_drafts(world, held_out, compare_drafts, settings)
         if steps:
@@ -242,6 +252,8 @@ def evaluate(
     if steps or compare_drafts:
         name = "eval-steps" if steps else "eval-drafts"
         return output.tell(name, measure, reports.format_rows)
+    if ood_signals:
+        return output.tell("eval-ood-signals", measure, signals.format_signals)
     return output.tell("eval", measure, reports.format_report)
 
 

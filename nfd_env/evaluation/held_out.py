@@ -278,7 +278,7 @@ class HeldOut:
                 f"evaluation needs windows >= 1 and long_rollouts >= 0, got {windows} and "
                 f"{long_rollouts}"
             )
-        _check_fits(world, recordings)
+        check_fits(world, recordings)
         model = world.model
         encoded = EncodedEpisodes(model, recordings.split("validation"), progress)
         random, window, drift = np.random.default_rng(settings.seed).spawn(3)
@@ -312,7 +312,8 @@ class HeldOut:
         )
 
 
-def _check_fits(world: World, recordings: RecordedDataset) -> None:
+def check_fits(world: World, recordings: RecordedDataset) -> None:
+    """Raise ``RecordingError`` unless the recordings can judge the world."""
     if tuple(recordings.spec.frame_shape[:2]) != tuple(world.spec.frame_size):
         raise RecordingError(
             f"the recordings' frames are {recordings.spec.frame_shape[:2]}, "
