@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import time
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, Sh
 from nfd_env.data.summary import save_contact_sheet
 from nfd_env.data.worker import (
     FAILURES_IN_ROW,
+    STOPPED_BY,
     close,
     described,
     load_signals,
@@ -40,6 +42,8 @@ from nfd_env.stopping import StopRequest, stopping
 _PROBED = 2  # steps that tell whether an environment can be recorded at all
 _MOST_WORKERS = 1024  # processes, each with a game; more is a slip
 _CLOSING = 10.0  # seconds that a worker may take to close its game
+_HEARD = 1.0  # seconds within which a signal to a whole group has reached all of it
+_KILLS = 3  # in one episode; out of memory every time, it would block the data set for ever
 
 
 @dataclass(frozen=True)
@@ -183,14 +187,19 @@ def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: St
                 try:
                     kind, value = reports.recv()
                 except Exception:  # it ended, perhaps in the middle of a word
-                    raise RecordingError(_died(settings, spec, process, begun)) from None
+                    kind, value = "died", None
+                if kind in ("episode", "skipped"):
+                    del begun[process.name]
                 if kind == "begun":
                     begun[process.name] = value
                 elif kind == "episode":
                     bar.update(value)
                 elif kind == "skipped":
                     bar.write(f"skipped: {value}")
-                elif kind == "failed":
+                elif kind != "finished":
+                    _obey_soon(stop)  # perhaps a signal was to all of us
+                    if kind == "died":
+                        value = _died(settings, spec, process, begun)
                     raise RecordingError(value)
                 else:
                     del running[reports]
@@ -208,6 +217,14 @@ def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: St
                     process.join()
 
 
+def _obey_soon(stop: StopRequest) -> None:
+    """Stop if a signal has arrived, or does at once."""
+    end = time.monotonic() + _HEARD
+    while not stop.asked and time.monotonic() < end:
+        time.sleep(0.01)
+    stop.obey()
+
+
 def _died(settings: CollectConfig, spec: DatasetSpec, process: Any, begun: dict[str, Any]) -> str:
     """What to say of a worker that has ended without a word; notes what it died of."""
     process.join(_CLOSING)
@@ -221,10 +238,14 @@ def _died(settings: CollectConfig, spec: DatasetSpec, process: Any, begun: dict[
         number, seed, policy = begun[process.name]
         how += f" in its episode of seed {seed}"
         # Whoever was killed from outside may try again; a game that ends the process would always.
-        if code not in (None, -signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)):
+        if code is not None and -code not in STOPPED_BY:
             with ShardWriter(settings.folder, spec, process.name) as writer:
-                writer.skip(number, seed, policy, f"the recording worker {how}")
-            how += ", which is left out from now on"
+                killed = -code == getattr(signal, "SIGKILL", None)
+                if not killed or writer.killed(number) >= _KILLS:
+                    writer.skip(number, seed, policy, f"the recording worker {how}")
+                    how += ", which is left out from now on"
+                else:
+                    how += ", perhaps because memory ran out (fewer workers take less)"
     return f"recording worker {process.name} {how}; run again to go on"
 
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # A game that fails so often does not work here; more attempts would only hide that.
 FAILURES_IN_ROW = 5
 FAILED_SHARE, FAILED_FROM = 0.5, 20  # at most this share, once so many episodes were tried
+STOPPED_BY = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 _PREDECESSOR = 15.0  # seconds that a stopped worker of the same name may take to end
 _LAST_WORDS = 5.0  # seconds for closing the game when the parent has died
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -43,18 +46,19 @@ def work(settings: CollectConfig, spec: DatasetSpec, worker: int, reports: Any) 
     """Record this worker's share; ``reports`` is the sending end of a pipe.
 
     It is sent ("begun", (number, seed, policy)), ("episode", frames), ("skipped", reason) and, as
-    the last words, ("finished", None) or ("failed", reason): who ends without them has died.
+    the last words, ("finished", None) or ("failed", reason), also after a signal: who ends without
+    them has died.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
+    _on_signals(_stop)
     _end_with_parent()
     try:
         with ShardWriter(settings.folder, spec, writer_name(worker), wait=_PREDECESSOR) as writer:
             _record(settings, worker, writer, reports)
         words = ("finished", None)
     except _Stopped:
-        return
+        _on_signals(signal.SIG_IGN)  # the whole group was told, and now the parent tells it too
+        name = writer_name(worker)
+        words = "failed", f"recording worker {name} was stopped by a signal; run again to go on"
     except (ValueError, RuntimeError, OSError, ImportError) as error:  # said for people
         words = ("failed", str(error))
     except BaseException as error:  # whatever foreign code may raise
@@ -166,6 +170,11 @@ def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: 
 
 def _seed(seed: int, worker: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, worker, number]).generate_state(1)[0] >> 1)
+
+
+def _on_signals(handler: Any) -> None:
+    for number in STOPPED_BY:
+        signal.signal(number, handler)
 
 
 def _stop(signum: int, frame: Any) -> None:

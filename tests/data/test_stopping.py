@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -58,6 +59,7 @@ def start(
         text=True,
         preexec_fn=prepare,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        start_new_session=True,
     )
 
 
@@ -122,6 +124,49 @@ def test_the_same_command_goes_on_from_whole_data(tmp_path: Path, name: str) -> 
     count = assert_whole(folder).frame_count
     collect(replace(made, frames=count + MORE), progress=False)
     assert assert_whole(folder).frame_count >= count + MORE
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT"])
+def test_a_signal_to_the_whole_group_blames_no_episode(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "d"
+    process = start(folder, FOREVER)
+    try:
+        wait_for(lambda: recording(folder))
+        os.killpg(process.pid, getattr(signal, f"SIG{name}"))  # a terminal's Ctrl-C, a cluster
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == STATUS[name]
+    finally:
+        process.kill()
+        process.communicate()
+    assert not assert_whole(folder).skipped()
+
+
+def test_a_worker_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    process = start(folder, FOREVER)
+    try:
+        wait_for(lambda: recording(folder))
+        worker = json.loads((folder / ".owner-w00.json").read_text())["pid"]
+        os.kill(worker, signal.SIGTERM)
+        errors = process.communicate(timeout=PATIENCE)[1].strip().splitlines()
+        assert process.returncode == 1
+        assert "recording worker w00 was stopped by a signal; run again" in errors[-1]
+    finally:
+        process.kill()
+        process.communicate()
+    assert not assert_whole(folder).skipped()
+
+
+def test_an_episode_that_takes_all_memory_is_left_out_in_the_end(tmp_path: Path) -> None:
+    made = settings(tmp_path, "be killed", every=3)
+    for _ in range(2):
+        with pytest.raises(RecordingError, match="killed by SIGKILL .*memory.*run again"):
+            collect(made, progress=False)
+        assert not RecordedDataset(tmp_path).skipped()
+    with pytest.raises(RecordingError, match="killed by SIGKILL .* left out"):
+        collect(made, progress=False)
+    (skipped,) = RecordedDataset(tmp_path).skipped()
+    assert skipped["seed"] % 3 == 0
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
