@@ -1,6 +1,6 @@
 """MP4 in and out (H.264, so that any browser shows it), and strips of frames.
 
-PyAV, OpenCV and Pillow are imported where they are used: a world loads and steps without them.
+PyAV and Pillow are imported where they are used: a world loads and steps without them.
 """
 
 from __future__ import annotations
@@ -122,29 +122,28 @@ def read_mp4(path: str | Path) -> np.ndarray:
 
 def enlarge(frame: np.ndarray, height: int, aspect: float = 0.0) -> np.ndarray:
     """Resize (H, W, 3) to ``height`` rows and, with ``aspect`` > 0, height * aspect columns."""
-    import cv2
+    from PIL import Image
 
     width = height * (aspect or frame.shape[1] / frame.shape[0])
-    size = (round(width / 2) * 2, round(height / 2) * 2)
-    return cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+    size = (max(2, round(width / 2) * 2), round(height / 2) * 2)
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
 
 
 def caption(frame: np.ndarray, text: str) -> np.ndarray:
     """Put a line of ``text`` above ``frame``, 24 pixels high."""
-    import cv2
+    from PIL import Image, ImageDraw, ImageFont
 
-    bar = np.full((24, frame.shape[1], 3), 24, np.uint8)
-    cv2.putText(bar, text, (6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (235, 235, 235), 1, cv2.LINE_AA)
-    return np.concatenate((bar, frame))
+    bar = Image.new("RGB", (frame.shape[1], 24), (24, 24, 24))
+    ImageDraw.Draw(bar).text((6, 4), text, (235, 235, 235), ImageFont.load_default(14))
+    return np.concatenate((np.array(bar), frame))
 
 
 def write_png(path: str | Path, picture: np.ndarray) -> Path:
     """Write a uint8 RGB picture (H, W, 3)."""
-    import cv2
+    from PIL import Image
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _, encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))
-    with atomic_write(path) as temporary:  # OpenCV itself crashes on names beyond the locale
-        temporary.write_bytes(encoded.tobytes())
+    with atomic_write(path) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
     return path

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import SourceConfig, SourceError, short
+from nfd_env.sources.spec import SourceConfig, SourceError, area_resize, short
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -66,7 +66,9 @@ class FrameObservation(gymnasium.Wrapper):
             raise SourceError(f"crop {source.crop} does not lie inside a {shape[:2]} frame")
         self._crop = (slice(top, bottom), slice(left, right))
         height, width = source.size or (bottom - top, right - left)
-        self._size = (int(width), int(height))
+        self._size = (int(height), int(width))
+        cropped = (bottom - top, right - left)
+        self._resize = area_resize() if self._size != cropped else None
         self.observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
 
     @property
@@ -173,12 +175,8 @@ class FrameObservation(gymnasium.Wrapper):
                 f"{self._shape[0]} x {self._shape[1]}; all frames of a game must have one size"
             )
         frame = raw[self._crop]
-        if (frame.shape[1], frame.shape[0]) != self._size:
-            import cv2  # only here, because it needs libraries that are not everywhere
-
-            frame = cv2.resize(
-                np.ascontiguousarray(frame), self._size, interpolation=cv2.INTER_AREA
-            )
+        if self._resize is not None:
+            frame = self._resize(frame, self._size)
         return np.array(frame, order="C")  # a copy: the environment may draw over its own
 
     def _error(self, message: str) -> SourceError:
