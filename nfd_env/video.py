@@ -15,6 +15,8 @@ import numpy as np
 
 from nfd_env.files import atomic_write
 
+_LARGEST = 2_000_000_000  # bytes of pixels that are read of one film
+
 
 @contextmanager
 def mp4_writer(
@@ -101,23 +103,42 @@ def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Pat
     return path
 
 
-def read_mp4(path: str | Path) -> np.ndarray:
+def read_mp4(path: str | Path, most: int | None = None) -> np.ndarray:
     """All frames of a video, uint8 (T, H, W, 3).
 
+    A small file can hold more pictures than there is memory for, so that nothing is read beyond
+    what may be.
+
+    Args:
+        path: the file.
+        most: frames that it may have; None for as many as 2 GB.
+
     Raises:
-        ValueError: when the file is missing, damaged or has no picture.
+        ValueError: when the file is missing, damaged, has no picture or too many or large ones.
     """
     import av
     from av.error import FFmpegError
 
     try:
         with av.open(str(path)) as container:
-            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+            context, frames, size = container.streams.video[0].codec_context, [], 0
+            _check_pixels(path, 3 * context.width * context.height)
+            for frame in container.decode(video=0):
+                size += 3 * frame.width * frame.height
+                _check_pixels(path, size)
+                if len(frames) == most:
+                    raise ValueError(f"{path}: has more than {most} frames")
+                frames.append(frame.to_ndarray(format="rgb24"))
     except (FFmpegError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read as a video: {error}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
     return np.stack(frames)
+
+
+def _check_pixels(path: str | Path, size: int) -> None:
+    if size > _LARGEST:
+        raise ValueError(f"{path}: its frames take more than {_LARGEST / 1e9:.0f} GB")
 
 
 def enlarge(frame: np.ndarray, height: int, aspect: float = 0.0) -> np.ndarray:
