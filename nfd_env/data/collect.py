@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 import shutil
 import signal
 import time
@@ -25,19 +26,18 @@ from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, Sh
 from nfd_env.data.summary import save_contact_sheet
 from nfd_env.data.worker import (
     FAILURES_IN_ROW,
-    STOPPED_BY,
     close,
-    described,
     load_signals,
     work,
     writer_name,
 )
 from nfd_env.files import FolderError, make_folder, owned_folder
+from nfd_env.named import described
 from nfd_env.progress import progress_bar
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
-from nfd_env.sources.spec import is_imported
+from nfd_env.sources.spec import GameFailedError, is_imported
 from nfd_env.spaces import ActionCodec, space_to_dict
-from nfd_env.stopping import StopRequest, stopping
+from nfd_env.stopping import SIGNALS, StopRequest, stopping
 
 _PROBED = 2  # steps that tell whether an environment can be recorded at all
 _MOST_WORKERS = 1024  # processes, each with a game; more is a slip
@@ -133,10 +133,15 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
     settings = replace(settings, folder=str(Path(settings.folder).expanduser()))
     folder = Path(settings.folder)
     if is_imported(settings.source.env_id):
-        data = import_recordings(
-            settings.source, folder, settings.max_episode_steps, settings.validation_every, progress
-        )
-        save_contact_sheet(data)
+        with stopping() as stop, stop.at_once():
+            data = import_recordings(
+                settings.source,
+                folder,
+                settings.max_episode_steps,
+                settings.validation_every,
+                progress,
+            )
+            save_contact_sheet(data)
         return data
     for policy in settings.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
@@ -147,6 +152,12 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
             spec.save(folder)
             there = {writer_of(p) for p in shard_folders(folder)}
             wanted = {writer_name(w) for w in range(settings.workers)}
+            others = sorted(name for name in there if not re.fullmatch(r"w\d+", name))
+            if others:
+                raise RecordingError(
+                    f"{folder} holds recordings that this command did not make "
+                    f"({', '.join(others)}): record into another folder"
+                )
             if there and there != wanted:
                 raise RecordingError(
                     f"{folder} was recorded with {len(there)} workers; go on with "
@@ -238,7 +249,7 @@ def _died(settings: CollectConfig, spec: DatasetSpec, process: Any, begun: dict[
         number, seed, policy = begun[process.name]
         how += f" in its episode of seed {seed}"
         # Whoever was killed from outside may try again; a game that ends the process would always.
-        if code is not None and -code not in STOPPED_BY:
+        if code is not None and -code not in SIGNALS:
             with ShardWriter(settings.folder, spec, process.name) as writer:
                 killed = -code == getattr(signal, "SIGKILL", None)
                 if not killed or writer.killed(number) >= _KILLS:
@@ -266,10 +277,11 @@ def _spec(settings: CollectConfig) -> DatasetSpec:
         try:
             probe = record_episode(env, RandomHeld(), attempt, _PROBED, signals)
             return _spec_of(settings, env, probe)
-        except (RecordingError, SourceError):
-            raise
-        except (Exception, SystemExit) as error:  # another seed may do
-            if attempt + 1 == FAILURES_IN_ROW:
+        except (Exception, SystemExit) as error:
+            own = isinstance(error, (RecordingError, SourceError))
+            if own and not isinstance(error, GameFailedError):
+                raise
+            if attempt + 1 == FAILURES_IN_ROW:  # before that, another seed may do
                 raise RecordingError(
                     f"{settings.source.env_id} fails at the beginning of every episode: "
                     f"{described(error)}"

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
+import torch
 
 from nfd_env.data.layout import RecordingError, writer_of
 from nfd_env.data.policies import make_policy
 from nfd_env.data.record import Signals, record_episode
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, ShardWriter
-from nfd_env.named import import_named
-from nfd_env.sources.source import SourceError, make_source
+from nfd_env.named import described, import_named
+from nfd_env.sources.source import make_source
+from nfd_env.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from nfd_env.data.collect import CollectConfig
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 # A game that fails so often does not work here; more attempts would only hide that.
 FAILURES_IN_ROW = 5
 FAILED_SHARE, FAILED_FROM = 0.5, 20  # at most this share, once so many episodes were tried
-STOPPED_BY = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
-]
 _PREDECESSOR = 15.0  # seconds that a stopped worker of the same name may take to end
 _LAST_WORDS = 5.0  # seconds for closing the game when the parent has died
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -51,6 +50,9 @@ def work(settings: CollectConfig, spec: DatasetSpec, worker: int, reports: Any) 
     """
     _on_signals(_stop)
     _end_with_parent()
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        # Policies may be networks, and with all processors each they would wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
     try:
         with ShardWriter(settings.folder, spec, writer_name(worker), wait=_PREDECESSOR) as writer:
             _record(settings, worker, writer, reports)
@@ -90,15 +92,6 @@ def labels_of(settings: CollectConfig) -> list[str]:
         f"{i}:{p.policy.rpartition(':')[2]}" + (f"+mistakes{p.mistakes:g}" if p.mistakes else "")
         for i, p in enumerate(settings.policies)
     ]
-
-
-def described(error: BaseException) -> str:
-    """An error in one line, with the place in foreign code that it comes from."""
-    if isinstance(error, (RecordingError, SourceError)):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def close(env: gymnasium.Env | None) -> None:
@@ -173,7 +166,7 @@ def _seed(seed: int, worker: int, number: int) -> int:
 
 
 def _on_signals(handler: Any) -> None:
-    for number in STOPPED_BY:
+    for number in SIGNALS:
         signal.signal(number, handler)
 
 

@@ -16,8 +16,9 @@ import yaml
 from gymnasium import spaces
 
 from nfd_env.data.importers import open_foreign
-from nfd_env.data.worker import close, described
+from nfd_env.data.worker import close
 from nfd_env.files import atomic_write
+from nfd_env.named import described
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.plan import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX

@@ -11,8 +11,9 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from nfd_env.named import described
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import SourceConfig, SourceError, area_resize, short
+from nfd_env.sources.spec import GameFailedError, SourceConfig, SourceError, area_resize, short
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -123,7 +124,11 @@ class FrameObservation(gymnasium.Wrapper):
             raised_in = "" if traceback is None else traceback.tb_frame.f_globals["__name__"]
             if raised_in.startswith("nfd_env.") and not raised_in.startswith("nfd_env.sources."):
                 raise  # a signal told this process to stop while the game was at work
-            raise self._error(f"{name}() called exit({error.code!r})") from error
+            raise self._failed(f"{name}() called exit({error.code!r})") from error
+        except (gymnasium.error.ResetNeeded, gymnasium.error.ClosedEnvironmentError):
+            raise  # of whoever calls
+        except Exception as error:  # whatever the game's own code raises
+            raise self._failed(f"{name}() raised {described(error)}") from error
 
     def _parts(self, name: str, made: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
         if not isinstance(made, tuple) or len(made) != len(names):
@@ -180,8 +185,14 @@ class FrameObservation(gymnasium.Wrapper):
         return np.array(frame, order="C")  # a copy: the environment may draw over its own
 
     def _error(self, message: str) -> SourceError:
+        return SourceError(f"{self._where()}: {message}")
+
+    def _failed(self, message: str) -> GameFailedError:
+        return GameFailedError(f"{self._where()}: {message}")
+
+    def _where(self) -> str:
         when = f", episode {self._episode}, step {self._step}" if self._episode >= 0 else ""
-        return SourceError(f"{self.source.env_id}{when}: {message}")
+        return f"{self.source.env_id}{when}"
 
 
 _INSTEAD = "set frames: render to record its picture instead"

@@ -27,6 +27,10 @@ class SourceError(RuntimeError):
     """The real environment of a world cannot be made here, or does what no environment should."""
 
 
+class GameFailedError(SourceError):
+    """The game's own code raised an error; another seed may do."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """Which real environment to record, and how its frames become observations.

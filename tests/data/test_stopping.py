@@ -16,13 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from nfd_env import config
 from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
-from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.data.policies import RandomHeld
+from nfd_env.data.shards import RecordedDataset, RecordingError, ShardWriter
 from nfd_env.data.summary import CONTACT_SHEET, contact_sheet, summary
 from nfd_env.files import FolderError, FolderInUseError, Ownership
 from nfd_env.sources.source import SourceConfig, SourceError
-from tests.counter_env import move, read, source
+from tests.counter_env import dataset_spec, move, read, source
 
 RUN = """
 import sys
@@ -167,6 +170,49 @@ def test_an_episode_that_takes_all_memory_is_left_out_in_the_end(tmp_path: Path)
         collect(made, progress=False)
     (skipped,) = RecordedDataset(tmp_path).skipped()
     assert skipped["seed"] % 3 == 0
+
+
+def test_saved_play_is_not_taken_for_other_workers(tmp_path: Path) -> None:
+    spec = dataset_spec(config.to_dict(source(kwargs={"length": 12})))
+    spec.save(tmp_path)
+    ShardWriter(tmp_path, spec, "play").close()
+    held = [PolicyConfig("random_held")]
+    with pytest.raises(RecordingError, match=r"did not make \(play\): record into another folder"):
+        collect(CollectConfig(source(kwargs={"length": 12}), str(tmp_path), 50, held), False)
+
+
+class CountsThreads(RandomHeld):
+    """Plays only with one thread."""
+
+    def act(self, observation: np.ndarray) -> Any:
+        assert torch.get_num_threads() == 1
+        return super().act(observation)
+
+
+def test_policies_share_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    policy = [PolicyConfig(f"{__name__}:CountsThreads")]
+    workers = max(2, os.cpu_count() or 1)
+    made = CollectConfig(source(kwargs={"length": 4}), str(tmp_path), workers, policy, workers)
+    assert not collect(made, progress=False).skipped()
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_signal_ends_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def importing(*args: Any) -> None:
+        signal.raise_signal(getattr(signal, f"SIG{name}"))
+
+    monkeypatch.setattr("nfd_env.data.collect.import_recordings", importing)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt if name == "INT" else SystemExit):
+            videos = SourceConfig("videos:somewhere")
+            collect(CollectConfig(videos, str(tmp_path), 5, [PolicyConfig("random_held")]), False)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
