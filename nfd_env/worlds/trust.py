@@ -78,7 +78,9 @@ def _installed(package: str, folder: Path) -> bool:
     spec = importlib.util.find_spec(package) if package in GAME_PACKAGES else None
     if spec is None:
         return package in GAME_PACKAGES  # which is not there, and the game will say so
-    homes = {Path(p).resolve().parent for p in spec.submodule_search_locations or [spec.origin]}
+    homes = {
+        Path(p).resolve().parent for p in spec.submodule_search_locations or [spec.origin or ""]
+    }
     return not homes & {p.resolve() for p in (Path.cwd(), folder, folder.parent)}
 
 

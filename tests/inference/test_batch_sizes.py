@@ -31,3 +31,11 @@ def test_a_row_is_the_same_alone_and_among_others(precision: str, world: str) ->
     for rows in (3, 4, 17):
         assert np.abs(play(world, rows, precision) - alone).max() <= LEVELS, rows
     assert np.abs(np.diff(alone, axis=0)).max() > 50  # it moves
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_again_is_the_same_bit_for_bit(precision: str) -> None:
+    if precision == "bf16" and not multiplies_bf16(torch.device("cpu")):
+        pytest.skip("this processor has no bf16 products")
+    world = shipped_worlds()[0]
+    assert np.array_equal(play(world, 3, precision), play(world, 3, precision))
