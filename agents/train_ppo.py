@@ -25,11 +25,15 @@ from agents.settings import AgentTrainingConfig, run
 from nfd_env import config
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.files import atomic_write, owned_folder
-from nfd_env.models.weights import save_weights
+from nfd_env.files import owned_folder
+from nfd_env.models.weights import CheckpointError, save_weights
 from nfd_env.players.load import find_agent, load_network
 from nfd_env.players.player import NetworkPlayer
 from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, PolicyConfig
+from nfd_env.stopping import StopRequest, stopping
+from nfd_env.training.checkpoints import read_state, write_state, writing
+
+_STATE = "config", "policy", "optimiser", "rng", "decisions", "elapsed", "evaluated", "metrics"
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ def compiled(function: Any, wanted: bool) -> Any:
 def train(settings: TrainPPOConfig, progress: bool = True) -> dict[str, float]:
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
 
+    INT, TERM and HUP let the running update end and save first.
+
     Args:
         settings: what and how.
         progress: show a progress bar.
@@ -123,13 +129,17 @@ def train(settings: TrainPPOConfig, progress: bool = True) -> dict[str, float]:
     Raises:
         AgentError: when the folder holds a run of another world, or the policy cannot take the
             world's actions or observations.
+        CheckpointError: when its state is damaged.
         FolderInUseError: when another process trains there.
+        FolderError: when it cannot be written to.
     """
-    with owned_folder(settings.folder) as folder:
-        return _train(settings, folder, progress)
+    with owned_folder(settings.folder) as folder, stopping() as stop:
+        return _train(settings, folder, progress, stop)
 
 
-def _train(settings: TrainPPOConfig, folder: Path, progress: bool) -> dict[str, float]:
+def _train(
+    settings: TrainPPOConfig, folder: Path, progress: bool, stop: StopRequest
+) -> dict[str, float]:
     from torch.utils.tensorboard import SummaryWriter
 
     if settings.threads:
@@ -142,15 +152,21 @@ def _train(settings: TrainPPOConfig, folder: Path, progress: bool) -> dict[str, 
     done, elapsed, evaluated = 0, 0.0, 0
     metrics: dict[str, float] = {}
     if state_path.exists():
-        state = torch.load(state_path, map_location=policy.device, weights_only=True)
+        state = read_state(state_path, policy.device, _STATE)
         if state["config"] != config.to_dict(policy.config):
             raise AgentError(
                 f"{folder} holds a run of another world, observation type or network; "
                 "choose another folder, or remove this one"
             )
-        policy.load_state_dict(state["policy"])
-        optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"].cpu())
+        try:
+            policy.load_state_dict(state["policy"])
+            optimiser.load_state_dict(state["optimiser"])
+            torch.set_rng_state(state["rng"].cpu())
+        except Exception as error:  # whatever another program's values make torch stumble over
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{state_path}: no state of this training ({reason}): remove it to begin again"
+            ) from None
         done, elapsed, evaluated = state["decisions"], state["elapsed"], state["evaluated"]
         metrics = state["metrics"]
 
@@ -185,14 +201,17 @@ def _train(settings: TrainPPOConfig, folder: Path, progress: bool) -> dict[str, 
             "evaluated": evaluated,
             "metrics": metrics,
         }
-        with atomic_write(state_path) as temporary:
-            torch.save(values, temporary)
-        save_weights(agent_path, policy, policy.config)
+        assert values.keys() == set(_STATE)
+        with writing(folder):
+            write_state(state_path, values)
+            save_weights(agent_path, policy, policy.config)
 
     def evaluate() -> None:
         nonlocal evaluated
+        checkpoint()  # an evaluation is long, and a stop in it is to cost nothing but itself
         evaluated = done
-        bar.write(judge.report(NetworkPlayer(policy), done, metrics, real))
+        with stop.at_once():
+            bar.write(judge.report(NetworkPlayer(policy), done, metrics, real))
         if not judge.missing:
             writer.add_scalar("evaluation/real_score", metrics["real_score"], done)
 
@@ -238,8 +257,9 @@ def _train(settings: TrainPPOConfig, folder: Path, progress: bool) -> dict[str, 
             if every and not judge.missing and (last or done // every > evaluated // every):
                 evaluate()
                 checkpoint()
-            elif last or time.monotonic() - saved > settings.checkpoint_seconds:
+            elif last or stop.asked or time.monotonic() - saved > settings.checkpoint_seconds:
                 checkpoint()
+            stop.obey()
     finally:
         bar.close()
         writer.close()

@@ -28,6 +28,8 @@ from nfd_env.players.load import SPEC_ATTRIBUTE
 from nfd_env.players.player import SB3Player
 from nfd_env.players.policy import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env.sb3 import SB3VecEnv, make_vec_env
+from nfd_env.stopping import StopRequest, stopping
+from nfd_env.training.checkpoints import writing
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
 from stable_baselines3.common.callbacks import BaseCallback  # isort: skip
@@ -175,9 +177,17 @@ class _Linear:
 class Progress(BaseCallback):
     """Progress bar, evaluations in the real game, checkpoints."""
 
-    def __init__(self, settings: TrainSB3Config, judge: Judge, path: Path, progress: bool) -> None:
-        """Save to ``path`` after rollouts."""
+    def __init__(
+        self,
+        settings: TrainSB3Config,
+        judge: Judge,
+        path: Path,
+        progress: bool,
+        stop: StopRequest,
+    ) -> None:
+        """Save to ``path`` after updates, and when ``stop`` asks for it."""
         super().__init__()
+        self._stop = stop
         self._settings, self._judge, self._path = settings, judge, path
         self._progress = progress
         self._hazards: deque[float] = deque(maxlen=8 * settings.ppo.get("n_steps", 2048))
@@ -196,11 +206,16 @@ class Progress(BaseCallback):
     def _on_step(self) -> bool:
         hazards = [info["hazard"] for info in self.locals["infos"]]
         self._hazards.append(float(np.mean(hazards)) / self._settings.frame_skip)
+        if self._stop.asked:
+            self.model.num_timesteps = self._learned  # the others are played again
+            self.save()
+            self._bar.close()
+            self._stop.obey()
         return True
 
     def _on_rollout_start(self) -> None:
         # The policy is up to date here, after an update.
-        done = self.model.num_timesteps
+        done = self._learned = self.model.num_timesteps
         self._bar.update(done - self._bar.n)
         infos = self.model.ep_info_buffer
         if infos and not self._settings.branched:
@@ -226,21 +241,25 @@ class Progress(BaseCallback):
         """Play the real game, where it is installed."""
         if self._judge.missing:
             return
+        self.save()  # an evaluation is long, and a stop in it is to cost nothing but itself
         done = self._evaluated = self.model.num_timesteps
         spec = config.from_mapping(AgentSpec, getattr(self.model, SPEC_ATTRIBUTE))
-        self._bar.write(self._judge.report(SB3Player(self.model, spec), done, self.metrics))
+        with self._stop.at_once():
+            self._bar.write(self._judge.report(SB3Player(self.model, spec), done, self.metrics))
         if not self._judge.missing:
             self.logger.record("evaluation/real_score", self.metrics["real_score"])
 
     def save(self) -> None:
         """Write the agent, all or nothing."""
-        with atomic_write(self._path) as temporary:
+        with writing(self._path.parent), atomic_write(self._path) as temporary:
             self.model.save(temporary)
         self._saved = time.monotonic()
 
 
 def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
+
+    INT, TERM and HUP save the last update first.
 
     Returns:
         The last metrics, see ``agents.train_ppo.train``.
@@ -249,11 +268,13 @@ def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
         AgentError: when the folder holds a run of another world, or PPO cannot take the settings.
         FolderInUseError: when another process trains there.
     """
-    with owned_folder(settings.folder) as folder:
-        return _train(settings, folder, progress)
+    with owned_folder(settings.folder) as folder, stopping() as stop:
+        return _train(settings, folder, progress, stop)
 
 
-def _train(settings: TrainSB3Config, folder: Path, progress: bool) -> dict[str, float]:
+def _train(
+    settings: TrainSB3Config, folder: Path, progress: bool, stop: StopRequest
+) -> dict[str, float]:
     path = folder / "agent.zip"
     venv, spec = make_env(settings)
     if path.exists():
@@ -264,7 +285,7 @@ def _train(settings: TrainSB3Config, folder: Path, progress: bool) -> dict[str, 
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
     learned = native_env(venv).world
     judge = Judge(learned, settings.evaluate_episodes, settings.max_episode_steps, settings.device)
-    callback = Progress(settings, judge, path, progress)
+    callback = Progress(settings, judge, path, progress, stop)
     try:
         # SB3 adds the timesteps that the model has had.
         left = settings.decisions - model.num_timesteps

@@ -7,10 +7,28 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from gymnasium.envs.registration import register
+
+def _leave_folder() -> None:
+    """Let ``python -m nfd_env`` import no more than ``nfd`` does: nothing that lies about.
+
+    Python puts the current folder first. It stays, last, only if this package lies in it itself.
+    """
+    command = [sys.orig_argv[i + 1 : i + 2] for i, a in enumerate(sys.orig_argv) if a == "-m"][:1]
+    ours = command in ([["nfd_env"]], [["nfd_env.cli"]])
+    if sys.argv[:1] == ["-m"] and ours and not sys.flags.safe_path:
+        here = sys.path.pop(0)
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        if os.path.realpath(here) == os.path.realpath(package):
+            sys.path.append(here)
+
+
+_leave_folder()  # before anything that is not Python's own
+
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from gymnasium.envs.registration import register  # noqa: E402
 
 if TYPE_CHECKING:
     from nfd_env.envs.single_env import NFDEnv
@@ -49,6 +67,9 @@ def __dir__() -> list[str]:
 _SPINS = "10000"
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = _SPINS
+
+
+_IMPORTED_BY = os.getpid()  # what is forked from this process is prepared below
 
 
 def _after_fork() -> None:

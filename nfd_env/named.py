@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import Any
 
 
@@ -33,6 +34,15 @@ def import_named(name: str) -> Any:
             "" if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: "
         )
         raise ValueError(f"{name!r} cannot be imported: {kind}{error}") from None
+
+
+def described(error: BaseException) -> str:
+    """An error in one line, with the place in foreign code that it comes from."""
+    if type(error).__module__.startswith("nfd_env."):  # which is said for people already
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def check_trusted(path: str | os.PathLike[str], trust: bool) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = [
+SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
@@ -59,24 +59,34 @@ class StopRequest:
 def stopping() -> Iterator[StopRequest]:
     """Note INT, TERM and HUP within the block, whose code stops where it suits it.
 
-    INT is heard also where it was ignored, as shells have it for what runs in the background; HUP
-    is not, because ``nohup`` ignores it on purpose. A second INT does not wait. Elsewhere than in
-    the main thread no signals arrive, and nothing changes.
+    A second INT does not wait. See ``told_by_signals`` for which signals are heard.
 
     Raises:
         KeyboardInterrupt, SystemExit: when the block is over and did not obey, see there.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    with told_by_signals(request._receive):
         yield request
+    request.obey()
+
+
+@contextmanager
+def told_by_signals(receive: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Call ``receive`` at INT, TERM and HUP within the block.
+
+    INT is heard also where it was ignored, as shells have it for what runs in the background; HUP
+    is not, because ``nohup`` ignores it on purpose. Elsewhere than in the main thread no signals
+    arrive, and nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if number == signal.SIGINT or handler != signal.SIG_IGN:
-            signal.signal(number, request._receive)
+            signal.signal(number, receive)
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-    request.obey()

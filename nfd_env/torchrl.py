@@ -98,7 +98,9 @@ class TorchRLEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = self.counted.to_env(tensordict["action"])
-        stepped = tensordict.get("_step", torch.ones(self.num_envs, dtype=torch.bool)).view(-1)
+        stepped = tensordict.get("_step", None)
+        everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        stepped = everywhere if stepped is None else stepped.view(-1)
         waiting, held = (~stepped).nonzero()[:, 0].tolist(), None
         if (
             waiting

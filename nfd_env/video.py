@@ -1,6 +1,6 @@
 """MP4 in and out (H.264, so that any browser shows it), and strips of frames.
 
-PyAV, OpenCV and Pillow are imported where they are used: a world loads and steps without them.
+PyAV and Pillow are imported where they are used: a world loads and steps without them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import IO, Any
 import numpy as np
 
 from nfd_env.files import atomic_write
+
+_LARGEST = 2_000_000_000  # bytes of pixels that are read of one film
 
 
 @contextmanager
@@ -101,18 +103,32 @@ def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Pat
     return path
 
 
-def read_mp4(path: str | Path) -> np.ndarray:
+def read_mp4(path: str | Path, most: int | None = None) -> np.ndarray:
     """All frames of a video, uint8 (T, H, W, 3).
 
+    A small file can hold more pictures than there is memory for, so that nothing is read beyond
+    what may be.
+
+    Args:
+        path: the file.
+        most: frames that it may have; None for as many as 2 GB.
+
     Raises:
-        ValueError: when the file is missing, damaged or has no picture.
+        ValueError: when the file is missing, damaged, has no picture or too many or large ones.
     """
     import av
     from av.error import FFmpegError
 
     try:
         with av.open(str(path)) as container:
-            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+            context, frames, size = container.streams.video[0].codec_context, [], 0
+            _check_pixels(path, 3 * context.width * context.height)
+            for frame in container.decode(video=0):
+                size += 3 * frame.width * frame.height
+                _check_pixels(path, size)
+                if len(frames) == most:
+                    raise ValueError(f"{path}: has more than {most} frames")
+                frames.append(frame.to_ndarray(format="rgb24"))
     except (FFmpegError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read as a video: {error}") from None
     if not frames:
@@ -120,31 +136,35 @@ def read_mp4(path: str | Path) -> np.ndarray:
     return np.stack(frames)
 
 
+def _check_pixels(path: str | Path, size: int) -> None:
+    if size > _LARGEST:
+        raise ValueError(f"{path}: its frames take more than {_LARGEST / 1e9:.0f} GB")
+
+
 def enlarge(frame: np.ndarray, height: int, aspect: float = 0.0) -> np.ndarray:
     """Resize (H, W, 3) to ``height`` rows and, with ``aspect`` > 0, height * aspect columns."""
-    import cv2
+    from PIL import Image
 
     width = height * (aspect or frame.shape[1] / frame.shape[0])
-    size = (round(width / 2) * 2, round(height / 2) * 2)
-    return cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
+    size = (max(2, round(width / 2) * 2), round(height / 2) * 2)
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
 
 
 def caption(frame: np.ndarray, text: str) -> np.ndarray:
     """Put a line of ``text`` above ``frame``, 24 pixels high."""
-    import cv2
+    from PIL import Image, ImageDraw, ImageFont
 
-    bar = np.full((24, frame.shape[1], 3), 24, np.uint8)
-    cv2.putText(bar, text, (6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (235, 235, 235), 1, cv2.LINE_AA)
-    return np.concatenate((bar, frame))
+    bar = Image.new("RGB", (frame.shape[1], 24), (24, 24, 24))
+    ImageDraw.Draw(bar).text((6, 4), text, (235, 235, 235), ImageFont.load_default(14))
+    return np.concatenate((np.array(bar), frame))
 
 
 def write_png(path: str | Path, picture: np.ndarray) -> Path:
     """Write a uint8 RGB picture (H, W, 3)."""
-    import cv2
+    from PIL import Image
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _, encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))
-    with atomic_write(path) as temporary:  # OpenCV itself crashes on names beyond the locale
-        temporary.write_bytes(encoded.tobytes())
+    with atomic_write(path) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
     return path

@@ -42,6 +42,24 @@ def test_the_command_is_a_module_too_and_knows_its_version(module: str) -> None:
     assert result.stdout.decode().split() == ["nfd", nfd_env.__version__]
 
 
+@pytest.mark.parametrize("command", [["nfd"], ["-m", "nfd_env"], ["-m", "nfd_env.cli"]])
+def test_modules_that_lie_about_are_not_run(tmp_path: Path, command: list[str]) -> None:
+    for name in ("gymnasium", "omegaconf", "numpy", "yaml", "tyro", "typing", "crafter"):
+        (tmp_path / f"{name}.py").write_text(f"open('{name}.mark', 'w')\nraise SystemExit(7)\n")
+    if command == ["nfd"]:
+        command = [str(Path(sys.executable).with_name("nfd"))]
+        if not Path(command[0]).exists():
+            pytest.skip("the package is not installed")
+    root = str(Path(__file__).parents[1])
+    program = subprocess.run(
+        [*([] if len(command) == 1 else [sys.executable]), *command, "worlds"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert program.returncode == 0, program.stderr
+    assert not list(tmp_path.glob("*.mark"))
+
+
 @pytest.mark.parametrize("encoding", ["cp932", "ascii", "latin-1", "utf-8"])
 def test_it_prints_on_every_terminal(encoding: str) -> None:
     program = "from nfd_env import cli; cli.main(['worlds']); print('512³ 1.5× ± → ™')"

@@ -130,6 +130,12 @@ def test_the_mathematics_needs_torch_only(module: str) -> None:
         assert top in {"torch", "nfd_env"} or top in sys.stdlib_module_names, name
 
 
+def test_opencv_is_imported_where_frames_are_resized_only() -> None:
+    """Its libraries are not everywhere."""
+    users = [name for name, path in MODULES.items() if "cv2" in imported(path)]
+    assert users == ["nfd_env.sources.spec"]
+
+
 def test_importing_the_package_registers_and_stays_light() -> None:
     program = """
 import sys, gymnasium, nfd_env

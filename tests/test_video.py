@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nfd_env import video
 from nfd_env.play.recording import VideoFile
 from nfd_env.video import mp4_writer, read_mp4, write_gif, write_mp4
 
@@ -27,6 +28,21 @@ def test_frames_come_back(tmp_path: Path) -> None:
     target = io.BytesIO()
     write_mp4(target, FRAMES, 30)
     assert target.getvalue()[4:8] == b"ftyp"
+
+
+def test_a_film_is_read_only_as_far_as_it_may_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.mp4"
+    write_mp4(path, FRAMES, 30)
+    assert len(read_mp4(path, 8)) == 8
+    with pytest.raises(ValueError, match="a.mp4: has more than 7 frames"):
+        read_mp4(path, 7)
+    size = FRAMES[0].nbytes
+    for most in (1, 8):  # one picture that is too large, and too many
+        monkeypatch.setattr(video, "_LARGEST", most * size - 1)
+        with pytest.raises(ValueError, match="a.mp4: its frames take more than"):
+            read_mp4(path)
 
 
 def test_after_an_error_the_old_file_is_there(tmp_path: Path) -> None:

@@ -97,11 +97,9 @@ def _stretches(data: RecordedDataset) -> list[tuple[EpisodeReference, int, int]]
 
 def _changes(frames: np.ndarray) -> np.ndarray:
     """What tells how each frame differs from the one before: (frames - 1, features)."""
-    import cv2
-
-    small = np.stack(
-        [cv2.resize(f, (_CELLS, _CELLS), interpolation=cv2.INTER_AREA) for f in frames]
-    ).astype(np.float32)
+    down, across = (_averages(size) for size in frames.shape[1:3])
+    rows = np.tensordot(down, frames.astype(np.float32), (1, 1))  # (down, frames, width, 3)
+    small = np.tensordot(across, rows, (1, 2)).transpose(2, 1, 0, 3)
     change, middle = np.diff(small, axis=0), (small[1:] + small[:-1]) / 2
     # Motion as Lucas and Kanade (1981) have it: where a picture moves, its change is along its
     # slope. Unlike the change itself, this does not depend on where the moving thing is.
@@ -113,6 +111,18 @@ def _changes(frames: np.ndarray) -> np.ndarray:
             moved, sharp = _fields(product[..., None], cells), _fields(energy[..., None], cells)
             parts += [moved, moved / (sharp + 1)]
     return np.concatenate(parts, 1)
+
+
+def _averages(size: int) -> np.ndarray:
+    """Weights (_CELLS, ``size``) of pixels in the mean of each cell: how much of them lies in it.
+
+    Not OpenCV's own: its libraries are not everywhere, and training is to go on without them.
+    """
+    edges = np.linspace(0, size, _CELLS + 1)[:, None]
+    first, last = edges[:-1], edges[1:]
+    pixels = np.arange(size)
+    inside = (np.minimum(last, pixels + 1) - np.maximum(first, pixels)).clip(0)
+    return (inside / (last - first)).astype(np.float32)
 
 
 def _fields(pictures: np.ndarray, cells: int) -> np.ndarray:

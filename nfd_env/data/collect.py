@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 import shutil
 import signal
+import time
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -25,21 +27,23 @@ from nfd_env.data.summary import save_contact_sheet
 from nfd_env.data.worker import (
     FAILURES_IN_ROW,
     close,
-    described,
     load_signals,
     work,
     writer_name,
 )
 from nfd_env.files import FolderError, make_folder, owned_folder
+from nfd_env.named import described
 from nfd_env.progress import progress_bar
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
-from nfd_env.sources.spec import is_imported
+from nfd_env.sources.spec import GameFailedError, is_imported
 from nfd_env.spaces import ActionCodec, space_to_dict
-from nfd_env.stopping import StopRequest, stopping
+from nfd_env.stopping import SIGNALS, StopRequest, stopping
 
 _PROBED = 2  # steps that tell whether an environment can be recorded at all
 _MOST_WORKERS = 1024  # processes, each with a game; more is a slip
 _CLOSING = 10.0  # seconds that a worker may take to close its game
+_HEARD = 1.0  # seconds within which a signal to a whole group has reached all of it
+_KILLS = 3  # in one episode; out of memory every time, it would block the data set for ever
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,15 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
     settings = replace(settings, folder=str(Path(settings.folder).expanduser()))
     folder = Path(settings.folder)
     if is_imported(settings.source.env_id):
-        data = import_recordings(
-            settings.source, folder, settings.max_episode_steps, settings.validation_every, progress
-        )
-        save_contact_sheet(data)
+        with stopping() as stop, stop.at_once():
+            data = import_recordings(
+                settings.source,
+                folder,
+                settings.max_episode_steps,
+                settings.validation_every,
+                progress,
+            )
+            save_contact_sheet(data)
         return data
     for policy in settings.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
@@ -143,6 +152,12 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
             spec.save(folder)
             there = {writer_of(p) for p in shard_folders(folder)}
             wanted = {writer_name(w) for w in range(settings.workers)}
+            others = sorted(name for name in there if not re.fullmatch(r"w\d+", name))
+            if others:
+                raise RecordingError(
+                    f"{folder} holds recordings that this command did not make "
+                    f"({', '.join(others)}): record into another folder"
+                )
             if there and there != wanted:
                 raise RecordingError(
                     f"{folder} was recorded with {len(there)} workers; go on with "
@@ -183,14 +198,19 @@ def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: St
                 try:
                     kind, value = reports.recv()
                 except Exception:  # it ended, perhaps in the middle of a word
-                    raise RecordingError(_died(settings, spec, process, begun)) from None
+                    kind, value = "died", None
+                if kind in ("episode", "skipped"):
+                    del begun[process.name]
                 if kind == "begun":
                     begun[process.name] = value
                 elif kind == "episode":
                     bar.update(value)
                 elif kind == "skipped":
                     bar.write(f"skipped: {value}")
-                elif kind == "failed":
+                elif kind != "finished":
+                    _obey_soon(stop)  # perhaps a signal was to all of us
+                    if kind == "died":
+                        value = _died(settings, spec, process, begun)
                     raise RecordingError(value)
                 else:
                     del running[reports]
@@ -208,6 +228,14 @@ def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: St
                     process.join()
 
 
+def _obey_soon(stop: StopRequest) -> None:
+    """Stop if a signal has arrived, or does at once."""
+    end = time.monotonic() + _HEARD
+    while not stop.asked and time.monotonic() < end:
+        time.sleep(0.01)
+    stop.obey()
+
+
 def _died(settings: CollectConfig, spec: DatasetSpec, process: Any, begun: dict[str, Any]) -> str:
     """What to say of a worker that has ended without a word; notes what it died of."""
     process.join(_CLOSING)
@@ -221,10 +249,14 @@ def _died(settings: CollectConfig, spec: DatasetSpec, process: Any, begun: dict[
         number, seed, policy = begun[process.name]
         how += f" in its episode of seed {seed}"
         # Whoever was killed from outside may try again; a game that ends the process would always.
-        if code not in (None, -signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)):
+        if code is not None and -code not in SIGNALS:
             with ShardWriter(settings.folder, spec, process.name) as writer:
-                writer.skip(number, seed, policy, f"the recording worker {how}")
-            how += ", which is left out from now on"
+                killed = -code == getattr(signal, "SIGKILL", None)
+                if not killed or writer.killed(number) >= _KILLS:
+                    writer.skip(number, seed, policy, f"the recording worker {how}")
+                    how += ", which is left out from now on"
+                else:
+                    how += ", perhaps because memory ran out (fewer workers take less)"
     return f"recording worker {process.name} {how}; run again to go on"
 
 
@@ -245,10 +277,11 @@ def _spec(settings: CollectConfig) -> DatasetSpec:
         try:
             probe = record_episode(env, RandomHeld(), attempt, _PROBED, signals)
             return _spec_of(settings, env, probe)
-        except (RecordingError, SourceError):
-            raise
-        except (Exception, SystemExit) as error:  # another seed may do
-            if attempt + 1 == FAILURES_IN_ROW:
+        except (Exception, SystemExit) as error:
+            own = isinstance(error, (RecordingError, SourceError))
+            if own and not isinstance(error, GameFailedError):
+                raise
+            if attempt + 1 == FAILURES_IN_ROW:  # before that, another seed may do
                 raise RecordingError(
                     f"{settings.source.env_id} fails at the beginning of every episode: "
                     f"{described(error)}"

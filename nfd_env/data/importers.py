@@ -25,7 +25,7 @@ from nfd_env.data.layout import DatasetSpec, RecordingError
 from nfd_env.data.shards import RecordedDataset, ShardWriter
 from nfd_env.files import make_folder, owned_folder
 from nfd_env.progress import progress_bar
-from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig
+from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig, area_resize
 from nfd_env.spaces import ActionCodec, space_from_dict, space_to_dict
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -308,10 +308,7 @@ def _fitted(frame: np.ndarray, name: str, source: SourceConfig) -> np.ndarray:
             raise RecordingError(f"{name}: crop {source.crop} leaves the {frame.shape[:2]} frame")
         frame = frame[top:bottom, left:right]
     if source.size:
-        import cv2
-
-        height, width = source.size
-        frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+        frame = area_resize()(frame, (source.size[0], source.size[1]))
     return np.array(frame, order="C")
 
 

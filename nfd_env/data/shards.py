@@ -234,10 +234,20 @@ class ShardWriter:
     def skip(self, number: int, seed: int, policy: str, error: str) -> None:
         """Note that this episode could not be recorded, so that nobody tries again."""
         record = {"number": number, "seed": seed, "policy": policy, "error": error}
+        self._note(f"skipped-{self.writer}.jsonl", record)
+
+    def killed(self, number: int) -> int:
+        """Note that the writer was killed in this episode; returns how many times it has been."""
+        name = f"killed-{self.writer}.jsonl"
+        before = read_lines(self.folder / name, {"number": int}, repair=True)
+        self._note(name, {"number": number})
+        return 1 + sum(record["number"] == number for record in before)
+
+    def _note(self, name: str, record: dict[str, Any]) -> None:
         try:
-            append_line(self.folder / f"skipped-{self.writer}.jsonl", record)
-        except OSError as error_:
-            raise FolderError(f"{self.folder} cannot be written to: {error_.strerror}") from None
+            append_line(self.folder / name, record)
+        except OSError as error:
+            raise FolderError(f"{self.folder} cannot be written to: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

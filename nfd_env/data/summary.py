@@ -12,7 +12,7 @@ from nfd_env.data.episode import SPLITS
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
 from nfd_env.files import FolderError
 from nfd_env.spaces import space_from_dict
-from nfd_env.video import write_png
+from nfd_env.video import enlarge, write_png
 
 CONTACT_SHEET = "contact_sheet.png"
 _ROWS, _COLUMNS = 6, 8  # episodes, and frames of each, in the picture
@@ -93,19 +93,12 @@ def _shares(counts: np.ndarray, names: Sequence[str]) -> str:
 
 def contact_sheet(data: RecordedDataset) -> np.ndarray:
     """Frames spread over episodes (rows) and over their lengths (columns), uint8 (H, W, 3)."""
-    import cv2
-
-    height, width = data.spec.frame_shape[:2]
-    size = (max(1, round(_CELL * width / height)), _CELL)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(_ROWS, len(data))).astype(int))
     rows = []
     for number in chosen:
         episode = data.episodes[number]
         places = np.linspace(0, len(episode), _COLUMNS).astype(int)
-        cells = [
-            cv2.resize(np.array(episode.frames[p]), size, interpolation=cv2.INTER_AREA)
-            for p in places
-        ]
+        cells = [enlarge(np.array(episode.frames[p]), _CELL) for p in places]
         rows.append(np.concatenate(cells, 1))
     return np.concatenate(rows)
 

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
+import torch
 
 from nfd_env.data.layout import RecordingError, writer_of
 from nfd_env.data.policies import make_policy
 from nfd_env.data.record import Signals, record_episode
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, ShardWriter
-from nfd_env.named import import_named
-from nfd_env.sources.source import SourceError, make_source
+from nfd_env.named import described, import_named
+from nfd_env.sources.source import make_source
+from nfd_env.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from nfd_env.data.collect import CollectConfig
@@ -43,18 +45,22 @@ def work(settings: CollectConfig, spec: DatasetSpec, worker: int, reports: Any) 
     """Record this worker's share; ``reports`` is the sending end of a pipe.
 
     It is sent ("begun", (number, seed, policy)), ("episode", frames), ("skipped", reason) and, as
-    the last words, ("finished", None) or ("failed", reason): who ends without them has died.
+    the last words, ("finished", None) or ("failed", reason), also after a signal: who ends without
+    them has died.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _stop)
+    _on_signals(_stop)
     _end_with_parent()
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        # Policies may be networks, and with all processors each they would wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
     try:
         with ShardWriter(settings.folder, spec, writer_name(worker), wait=_PREDECESSOR) as writer:
             _record(settings, worker, writer, reports)
         words = ("finished", None)
     except _Stopped:
-        return
+        _on_signals(signal.SIG_IGN)  # the whole group was told, and now the parent tells it too
+        name = writer_name(worker)
+        words = "failed", f"recording worker {name} was stopped by a signal; run again to go on"
     except (ValueError, RuntimeError, OSError, ImportError) as error:  # said for people
         words = ("failed", str(error))
     except BaseException as error:  # whatever foreign code may raise
@@ -86,15 +92,6 @@ def labels_of(settings: CollectConfig) -> list[str]:
         f"{i}:{p.policy.rpartition(':')[2]}" + (f"+mistakes{p.mistakes:g}" if p.mistakes else "")
         for i, p in enumerate(settings.policies)
     ]
-
-
-def described(error: BaseException) -> str:
-    """An error in one line, with the place in foreign code that it comes from."""
-    if isinstance(error, (RecordingError, SourceError)):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def close(env: gymnasium.Env | None) -> None:
@@ -166,6 +163,11 @@ def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: 
 
 def _seed(seed: int, worker: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, worker, number]).generate_state(1)[0] >> 1)
+
+
+def _on_signals(handler: Any) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
 
 
 def _stop(signum: int, frame: Any) -> None:

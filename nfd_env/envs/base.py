@@ -121,7 +121,10 @@ class WorldVectorEnv(VectorEnv):
         setattr(self, self._OF_ONE.get(name, name), values)
 
     def get_action_meanings(self) -> list[str]:
-        """Names of the actions in upper case and in their order, as Atari's environments have it.
+        """Names of the actions in upper case, as Atari's environments have it.
+
+        They stand in the order of the actions, so that the first is "NOOP" only where action 0 does
+        nothing; wrappers that press "NOOP" at reset refuse other worlds, and rightly.
 
         Raises:
             ValueError: when the action space is not Discrete.

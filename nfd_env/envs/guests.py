@@ -8,6 +8,8 @@ import os
 
 import torch
 
+import nfd_env
+
 
 def settle(device: str | torch.device) -> None:
     """Make this process fit for stepping a world on ``device``; every env calls it first.
@@ -33,9 +35,17 @@ def settle(device: str | torch.device) -> None:
 @functools.cache
 def _share_processors(process: int) -> None:
     """Once in each ``process``, so that what its user sets later stays."""
+    if multiprocessing.parent_process() is None:
+        return
+    started = getattr(multiprocessing.current_process(), "_start_method", None)
+    started = started or multiprocessing.get_start_method()
+    if started == "fork" and nfd_env._IMPORTED_BY == process:
+        # Of a parent that perhaps used torch, whose other threads are gone and are waited for.
+        torch.set_num_threads(1)
+        return
     processors = os.cpu_count() or 1
     chosen = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
     # Left alone, torch takes all processors, or half of them where they are hyper-threads.
     chosen = chosen or torch.get_num_threads() < max(2, processors // 2)
-    if multiprocessing.parent_process() is not None and not chosen:
+    if not chosen:
         torch.set_num_threads(1)

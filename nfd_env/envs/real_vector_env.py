@@ -104,10 +104,10 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         seeds = checks.check_seeds(seed, self.num_envs)
         given = checks.check_options(options, ("reset_mask",))
         mask = checks.check_mask(given.get("reset_mask"), self.num_envs, self._shown is not None)
+        rows = np.flatnonzero(mask)
+        begun = list(self._pool.map(lambda row: self.envs[row].reset(seed=seeds[row])[0], rows))
         if self._shown is None:
             self._shown = np.zeros((self.num_envs, *self.world.spec.frame_size, 3), np.uint8)
-        rows = np.flatnonzero(mask)
-        begun = self._pool.map(lambda row: self.envs[row].reset(seed=seeds[row])[0], rows)
         for row, frame in zip(rows, begun, strict=True):
             self._shown[row] = frame
         self._steps[mask] = 0

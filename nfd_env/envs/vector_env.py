@@ -400,7 +400,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
                 rows[row] = final[row]
             infos = {**infos, "final_obs": rows}
         infos["_final_obs"] = mask
-        names = [name for name in ("hazard", "ood") if name in infos]
+        names = [name for name in ("hazard", "precision", "ood", "speculation") if name in infos]
         infos["final_info"] = {name: infos[name] for name in names} | {
             f"_{name}": mask for name in names
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -59,7 +60,8 @@ class Output:
 
     def tell(self, name: str, measure: Callable[[], Any], text: Callable[[Any], str]) -> int:
         """Measure, print, and put the text into a document, under ``name`` by default."""
-        into, name = self.markdown_into, self.markdown_name or name
+        name = self.markdown_name or name
+        into = os.path.expanduser(self.markdown_into) if self.markdown_into else None
         if into:  # find out about missing markers before anything is measured
             check_markers(into, name)
         report = measure()
@@ -120,6 +122,7 @@ def bench(
     num_envs: int = 1,
     obs_type: Literal["rgb", "latent"] = "rgb",
     agent: str | None = None,
+    trust: bool = False,
     speculative_frames: int = 1,
     sampling_steps: int | None = None,
 ) -> int:
@@ -137,6 +140,7 @@ def bench(
         num_envs: of --compare and --frame-skip.
         obs_type: of the same.
         agent: that --compare takes actions from, named as for nfd eval-agent.
+        trust: the agent may be a .zip, which runs code of whoever made it.
         speculative_frames: frames drawn jointly.
         sampling_steps: denoising steps a frame; default: the world's own.
     """
@@ -163,7 +167,12 @@ def bench(
             world = load_world(**values)
             if compare:
                 return comparing.compare(
-                    world, num_envs=num_envs, seconds=seconds, obs_type=obs_type, agent=agent
+                    world,
+                    num_envs=num_envs,
+                    seconds=seconds,
+                    obs_type=obs_type,
+                    agent=agent,
+                    trust=trust,
                 )
             if frame_skip is not None:
                 return comparing.compare_frame_skip(

@@ -119,9 +119,11 @@ class FrameSkipComparison(Conditions):
 class Runner:
     """An env driven by a stream of actions, and the seconds that each of its steps took."""
 
-    def __init__(self, env: NFDVectorEnv, stream: str, agent: str | None = None) -> None:
+    def __init__(
+        self, env: NFDVectorEnv, stream: str, agent: str | None = None, trust: bool = False
+    ) -> None:
         """Reset the env; what it does until its window is full is not counted."""
-        self.env, self._stream = env, ActionStream(stream, env, agent)
+        self.env, self._stream = env, ActionStream(stream, env, agent, trust=trust)
         self._observation, self._info = env.reset(seed=0)
         self._ended: np.ndarray | None = None
         self.times: list[float] = []
@@ -186,6 +188,7 @@ def compare(
     seconds: float = 5.0,
     obs_type: str = "rgb",
     agent: str | None = None,
+    trust: bool = False,
 ) -> Comparison:
     """Frames/s with a refilled cache, with the ring, with fewer steps, and with speculation.
 
@@ -202,6 +205,7 @@ def compare(
         seconds: time spent on each figure.
         obs_type: "rgb", or "latent" to leave decoding out.
         agent: of the stream "agent", see ``ActionStream``.
+        trust: see there.
     """
     kept = world.model.dynamics.config.window - 1
     ways = [(BASELINE_STEPS, cache, 1, "") for cache in CACHES if cache != "ring"]
@@ -225,7 +229,7 @@ def compare(
             speculative_frames=n,
         )
         env.model = _with_cache(env.model, cache)
-        runners.append(Runner(env, stream or "held keys", agent))
+        runners.append(Runner(env, stream or "held keys", agent, trust))
     take_turns([r.step for r in runners], seconds)
     rows = [
         ComparedRow(

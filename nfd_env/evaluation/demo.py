@@ -129,7 +129,9 @@ def demo(
     strip = write_png(folder / "demo.png", np.concatenate([picture(int(i)) for i in picks]))
     if gif:
         short = range(0, min(len(made), int(6 * loaded.spec.fps)), 3)
-        write_gif(gif, (enlarge(picture(i), 130) for i in short), loaded.spec.fps / 3)
+        write_gif(
+            Path(gif).expanduser(), (enlarge(picture(i), 130) for i in short), loaded.spec.fps / 3
+        )
     latency = np.array(times) * 1e3
     p50, p95, p99 = np.percentile(latency, (50, 95, 99))
     return DemoReport(

@@ -153,14 +153,15 @@ def write_ranking(ranking: Ranking, folder: str | Path) -> Path:
 
 def scatter(ranking: Ranking) -> np.ndarray:
     """Real (x) against learned (y) mean returns with standard errors, uint8 RGB; line: y = x."""
-    import cv2
+    from PIL import Image, ImageDraw, ImageFont
 
     points = np.array([[p.real.mean, p.learned.mean] for p in ranking.policies])
     errors = np.array([[p.real.standard_error, p.learned.standard_error] for p in ranking.policies])
     low, high = float((points - errors).min()), float((points + errors).max())
     room = 0.05 * (high - low) or 1.0
     low, high = low - room, high + room
-    picture = np.full((_SIZE, _SIZE, 3), 255, np.uint8)
+    picture = Image.new("RGB", (_SIZE, _SIZE), (255, 255, 255))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     inner = _SIZE - 2 * _MARGIN
 
     def at(x: float, y: float) -> tuple[int, int]:
@@ -168,17 +169,15 @@ def scatter(ranking: Ranking) -> np.ndarray:
         return _MARGIN + round(right), _SIZE - _MARGIN - round(up)
 
     def write(text: str, place: tuple[int, int]) -> None:
-        cv2.putText(
-            picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (40, 40, 40), 1, cv2.LINE_AA
-        )
+        draw.text(place, text, (40, 40, 40), font, anchor="ls")
 
-    cv2.rectangle(picture, at(low, low), at(high, high), (170, 170, 170), 1)
-    cv2.line(picture, at(low, low), at(high, high), (200, 200, 200), 1, cv2.LINE_AA)
+    draw.rectangle((*at(low, high), *at(high, low)), outline=(170, 170, 170))
+    draw.line((at(low, low), at(high, high)), (200, 200, 200))
     for number, ((x, y), (dx, dy)) in enumerate(zip(points, errors, strict=True), 1):
-        cv2.line(picture, at(x - dx, y), at(x + dx, y), (90, 130, 200), 1)
-        cv2.line(picture, at(x, y - dy), at(x, y + dy), (90, 130, 200), 1)
-        cv2.circle(picture, at(x, y), 4, (30, 80, 170), -1, cv2.LINE_AA)
+        draw.line((at(x - dx, y), at(x + dx, y)), (90, 130, 200))
+        draw.line((at(x, y - dy), at(x, y + dy)), (90, 130, 200))
         column, row = at(x, y)
+        draw.ellipse((column - 4, row - 4, column + 4, row + 4), (30, 80, 170))
         write(str(number), (column + 6, row - 6))
     write(f"{ranking.world}: mean returns, Spearman {ranking.spearman.value:.2f}", (12, 24))
     write("real game", (_SIZE // 2 - 30, _SIZE - 14))
@@ -186,7 +185,7 @@ def scatter(ranking: Ranking) -> np.ndarray:
     for value in (low + room, high - room):
         write(f"{value:.4g}", (at(value, low)[0] - 14, _SIZE - _MARGIN + 18))
         write(f"{value:.4g}", (6, at(low, value)[1] + 4))
-    return picture
+    return np.array(picture)
 
 
 def format_ranking(ranking: Ranking) -> str:

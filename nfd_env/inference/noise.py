@@ -36,9 +36,13 @@ def noise(keys: Tensor, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Normal numbers (..., ``count``) and uniform numbers (...) in [0, 1), float32.
     """
+    device = keys.device
+    if device.type == "mps":  # Metal has no float64
+        normal, uniform = noise(keys.cpu(), frames.cpu(), count)
+        return normal.to(device), uniform.to(device)
     # Frame number f has the counters from f * 2**20 on.
     first = keys + frames * _signed(_GAMMA << 20)
-    bits = first[..., None] + _steps(1 + (count + 1) // 2, keys.device)
+    bits = first[..., None] + _steps(1 + (count + 1) // 2, device)
     bits = (bits ^ _shifted(bits, 30)).mul_(_signed(_FACTORS[0]))
     bits = bits.bitwise_xor_(_shifted(bits, 27)).mul_(_signed(_FACTORS[1]))
     bits = bits.bitwise_xor_(_shifted(bits, 31))

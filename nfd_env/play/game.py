@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -199,7 +200,7 @@ class EnvGame(Game):
 
     def step(self, actions: Mapping[int, Any]) -> dict[int, Outcome]:
         """See ``Game``."""
-        _, reward, terminated, truncated, info = self.env.step(actions[0])
+        _, reward, terminated, truncated, info = self.env.step(copy.deepcopy(actions[0]))
         plain = {k: v for k, v in info.items() if isinstance(v, int | float)}
         return {0: Outcome(self._frame(), float(reward), bool(terminated), bool(truncated), plain)}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from nfd_env.data.policies import BehaviourPolicy
+from nfd_env.named import described
 from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, new_stack, push
 from nfd_env.spaces import CountedFromZero, space_from_dict
 
@@ -136,29 +138,37 @@ class PolicyPlayer:
 
     def reset(self, n: int, seed: int | None = None) -> None:
         """See ``Player``."""
-        self._rng = np.random.default_rng(seed)
+        self._rng, self._step = np.random.default_rng(seed), 0
         self._begin(range(n))
 
     def act(self, observations: Any, first: Any = None) -> Any:
         """See ``Player``."""
         if first is not None:
             self._begin(int(row) for row in np.flatnonzero(first))
-        return np.stack(
-            [np.array(p.act(o)) for p, o in zip(self._policies, observations, strict=True)]
-        )
+        self._step += 1
+        chosen = []
+        for row, (policy, observation) in enumerate(zip(self._policies, observations, strict=True)):
+            with _blamed(f"policy {type(policy).__name__}", row, self._step):
+                chosen.append(np.array(policy.act(observation)))
+        return np.stack(chosen)
 
     def _begin(self, rows: Any) -> None:
         for row in rows:
-            try:
-                self._policies[row].reset(self._envs[row], self._rng.spawn(1)[0])
-            except AttributeError as error:
-                if self._inside:
-                    raise
-                raise AgentError(
-                    f"the policy cannot play the learned world: it wants more of the game than "
-                    f"its frames and action space ({error}); --real-only scores it in the "
-                    "real game alone"
-                ) from None
+            policy, rng = self._policies[row], self._rng.spawn(1)[0]
+            with _blamed(f"policy {type(policy).__name__}", row, self._step):
+                self._reset(policy, self._envs[row], rng)
+
+    def _reset(self, policy: BehaviourPolicy, env: Any, rng: np.random.Generator) -> None:
+        try:
+            policy.reset(env, rng)
+        except AttributeError as error:
+            if self._inside:
+                raise
+            raise AgentError(
+                f"the policy cannot play the learned world: it wants more of the game than "
+                f"its frames and action space ({error}); --real-only scores it in the "
+                "real game alone"
+            ) from None
 
 
 class FunctionPlayer:
@@ -168,14 +178,34 @@ class FunctionPlayer:
 
     def __init__(self, function: Callable[[np.ndarray], Any]) -> None:
         """Play what ``function`` gives for a frame, uint8 (H, W, 3)."""
-        self._function = function
+        self._function, self._step = function, 0
+        self._name = getattr(function, "__name__", type(function).__name__)
 
     def reset(self, n: int, seed: int | None = None) -> None:
         """See ``Player``; a function of the frame alone has nothing to begin."""
+        self._step = 0
 
     def act(self, observations: Any, first: Any = None) -> Any:
         """See ``Player``."""
-        return np.stack([np.array(self._function(frame)) for frame in observations])
+        self._step += 1
+        chosen = []
+        for row, frame in enumerate(observations):
+            with _blamed(f"function {self._name}", row, self._step):
+                chosen.append(np.array(self._function(frame)))
+        return np.stack(chosen)
+
+
+@contextmanager
+def _blamed(name: str, row: int, step: int) -> Iterator[None]:
+    """Say in one line what foreign code has raised, and where."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("nfd_env."):
+            raise
+        raise AgentError(
+            f"the {name} failed in environment {row}, step {step}: {described(error)}"
+        ) from error
 
 
 def _check_shape(observations: Any, n: int, spec: AgentSpec) -> None:

@@ -17,10 +17,11 @@ from nfd_env.data.importers import open_foreign
 from nfd_env.data.policies import make_policy
 from nfd_env.data.record import record_episode
 from nfd_env.data.shards import RecordedDataset, RecordingError
-from nfd_env.data.worker import close, described
+from nfd_env.data.worker import close
 from nfd_env.files import FolderError
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
+from nfd_env.named import described
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures

@@ -16,14 +16,15 @@ import yaml
 from gymnasium import spaces
 
 from nfd_env.data.importers import open_foreign
-from nfd_env.data.worker import close, described
+from nfd_env.data.worker import close
 from nfd_env.files import atomic_write
+from nfd_env.named import described
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.plan import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
 from nfd_env.sources.keys import default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
-from nfd_env.sources.spec import VIDEOS, is_imported
+from nfd_env.sources.spec import VIDEOS, area_resize, is_imported
 from nfd_env.spaces import space_to_dict
 from nfd_env.video import write_png
 
@@ -142,8 +143,7 @@ def _with_frames(
     source: SourceConfig,
 ) -> tuple[SourceConfig, np.ndarray, np.ndarray, gymnasium.Env]:
     """Find out where the frames are: in the observation, in an entry of it, or rendered."""
-    import cv2
-
+    resize = area_resize()
     tried = []
     for where in _places(source):
         try:
@@ -164,7 +164,7 @@ def _with_frames(
             continue
         size = fitting_size(height, width)
         sized = replace(where, size=size)
-        seen = cv2.resize(raw, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+        seen = resize(raw, (size[0], size[1]))
         env.close()
         return sized, raw, seen, make_source(sized)
     raise SourceError(
@@ -370,12 +370,13 @@ def _other(frames: str) -> str:
 
 def _preview(raw: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """The game's own frame, and beside it the frame as the tokenizer will see it, as tall."""
-    import cv2
+    from PIL import Image
 
     height = max(256, raw.shape[0])
     pictures = []
     for frame in (raw, seen):
         width = max(1, round(frame.shape[1] * height / frame.shape[0]))
-        pictures.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_NEAREST))
+        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+        pictures.append(np.array(picture))
     gap = np.full((height, 8, 3), 255, np.uint8)
     return np.concatenate((pictures[0], gap, pictures[1]), 1)

@@ -11,8 +11,9 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from nfd_env.named import described
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import SourceConfig, SourceError, short
+from nfd_env.sources.spec import GameFailedError, SourceConfig, SourceError, area_resize, short
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -66,7 +67,9 @@ class FrameObservation(gymnasium.Wrapper):
             raise SourceError(f"crop {source.crop} does not lie inside a {shape[:2]} frame")
         self._crop = (slice(top, bottom), slice(left, right))
         height, width = source.size or (bottom - top, right - left)
-        self._size = (int(width), int(height))
+        self._size = (int(height), int(width))
+        cropped = (bottom - top, right - left)
+        self._resize = area_resize() if self._size != cropped else None
         self.observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
 
     @property
@@ -121,7 +124,11 @@ class FrameObservation(gymnasium.Wrapper):
             raised_in = "" if traceback is None else traceback.tb_frame.f_globals["__name__"]
             if raised_in.startswith("nfd_env.") and not raised_in.startswith("nfd_env.sources."):
                 raise  # a signal told this process to stop while the game was at work
-            raise self._error(f"{name}() called exit({error.code!r})") from error
+            raise self._failed(f"{name}() called exit({error.code!r})") from error
+        except (gymnasium.error.ResetNeeded, gymnasium.error.ClosedEnvironmentError):
+            raise  # of whoever calls
+        except Exception as error:  # whatever the game's own code raises
+            raise self._failed(f"{name}() raised {described(error)}") from error
 
     def _parts(self, name: str, made: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
         if not isinstance(made, tuple) or len(made) != len(names):
@@ -173,17 +180,19 @@ class FrameObservation(gymnasium.Wrapper):
                 f"{self._shape[0]} x {self._shape[1]}; all frames of a game must have one size"
             )
         frame = raw[self._crop]
-        if (frame.shape[1], frame.shape[0]) != self._size:
-            import cv2  # only here, because it needs libraries that are not everywhere
-
-            frame = cv2.resize(
-                np.ascontiguousarray(frame), self._size, interpolation=cv2.INTER_AREA
-            )
+        if self._resize is not None:
+            frame = self._resize(frame, self._size)
         return np.array(frame, order="C")  # a copy: the environment may draw over its own
 
     def _error(self, message: str) -> SourceError:
+        return SourceError(f"{self._where()}: {message}")
+
+    def _failed(self, message: str) -> GameFailedError:
+        return GameFailedError(f"{self._where()}: {message}")
+
+    def _where(self) -> str:
         when = f", episode {self._episode}, step {self._step}" if self._episode >= 0 else ""
-        return SourceError(f"{self.source.env_id}{when}: {message}")
+        return f"{self.source.env_id}{when}"
 
 
 _INSTEAD = "set frames: render to record its picture instead"

@@ -11,7 +11,13 @@ import gymnasium
 from nfd_env.sources.envpool_env import PREFIX, EnvPoolEnv
 from nfd_env.sources.frames import FrameObservation
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import PRESENTATION, SourceConfig, SourceError, is_imported
+from nfd_env.sources.spec import (
+    PRESENTATION,
+    GameFailedError,
+    SourceConfig,
+    SourceError,
+    is_imported,
+)
 from nfd_env.sources.vizdoom import OwnFolder
 
 __all__ = ["PRESENTATION", "SourceConfig", "SourceError", "make_source"]
@@ -55,10 +61,11 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
     except BaseException as error:
         with suppress(Exception, SystemExit):
             env.close()
-        if isinstance(error, SourceError) or not isinstance(error, Exception):
+        cause = error.__cause__ if isinstance(error, GameFailedError) else error
+        if isinstance(cause, SourceError) or not isinstance(cause, Exception):
             raise
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise SourceError(f"{source.env_id} fails at its first reset: {said}") from error
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise SourceError(f"{source.env_id} fails at its first reset: {said}") from cause
 
 
 def _make(env_id: str, arguments: dict[str, Any]) -> gymnasium.Env:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 # What a person sees and presses: it can change later without anything to be recorded anew.
 PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
@@ -22,6 +25,10 @@ def is_imported(env_id: str) -> bool:
 
 class SourceError(RuntimeError):
     """The real environment of a world cannot be made here, or does what no environment should."""
+
+
+class GameFailedError(SourceError):
+    """The game's own code raised an error; another seed may do."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,28 @@ def check_fps(name: str, fps: float) -> None:
     """Refuse a frame rate that no game has and no film can be written at; raises ValueError."""
     if not _SLOWEST <= fps <= _FASTEST:
         raise ValueError(f"{name} must be from {_SLOWEST} to {_FASTEST}, got {fps:g}")
+
+
+def area_resize() -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
+    """A function that brings a frame to (height, width), each pixel the mean of an area.
+
+    Raises:
+        SourceError: when OpenCV, which does it, cannot be imported: its libraries are not
+            everywhere, and nothing else gives the same numbers.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise SourceError(
+            f"source.size needs OpenCV, which cannot be imported ({error}): apt install libgl1 "
+            "libglib2.0-0, or leave source.size out and record the frames as they are"
+        ) from None
+
+    def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        frame = np.ascontiguousarray(frame)
+        return cv2.resize(frame, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+    return resize
 
 
 def short(value: Any) -> str:

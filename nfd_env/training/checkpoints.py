@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,39 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise FolderError(
-            f"{folder} cannot be written to ({reason}): make room or choose another train.folder, "
+            f"{folder} cannot be written to ({reason}): make room or choose another folder, "
             "then run the same command again; what was stored before is whole"
         ) from None
+
+
+def read_state(path: Path, device: torch.device, keys: Collection[str]) -> dict[str, Any]:
+    """The values of a training state, among them those called ``keys``.
+
+    Raises:
+        CheckpointError: when the file is damaged or not such a state.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        whole = isinstance(state, dict) and set(keys) <= state.keys()
+        reason = "" if whole else "something else"
+    except Exception as error:  # whatever a damaged file makes the reader stumble over
+        state, reason = {}, f"damaged, {type(error).__name__}"
+    if reason:
+        raise CheckpointError(f"{path}: no training state ({reason}): remove it to begin again")
+    return state
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state, all or nothing.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's own way to say that the disk is full
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 class Checkpoints:
@@ -57,17 +87,11 @@ class Checkpoints:
 
     def _read(self, path: Path, device: torch.device) -> dict[str, Any]:
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
-            reason = "" if isinstance(state, dict) and "step" in state else "something else"
-        except Exception as error:  # whatever a damaged file makes the reader stumble over
-            state, reason = {}, f"damaged, {type(error).__name__}"
-        if reason:
+            return read_state(path, device, ["step"])
+        except CheckpointError as error:
             others = [p.name for p in self._stored("sound") if p != path]
             instead = f", or put {others[-1]} in its place" if others else ""
-            raise CheckpointError(
-                f"{path}: no training state ({reason}): remove it to begin again{instead}"
-            )
-        return state
+            raise CheckpointError(f"{error}{instead}") from None
 
     def write(self, state: dict[str, Any]) -> None:
         """Make ``state`` the latest one, all or nothing.
@@ -76,19 +100,12 @@ class Checkpoints:
             FolderError: when it cannot be written; the one before is whole.
         """
         with writing(self._folder):
-            self._write(state)
+            write_state(self.path, state)
             for later in self._stored("sound", after=state["step"]):  # the run began again
                 later.unlink()
             self._judge(state["step"])
             if not self._stored("candidate"):
                 self._keep(state["step"])
-
-    def _write(self, state: dict[str, Any]) -> None:
-        with atomic_write(self.path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # torch's own way to say that the disk is full
-                raise OSError(str(error).splitlines()[0]) from None
 
     def _keep(self, step: int) -> None:
         """Keep the latest state under a name of its own, without writing it again if possible."""
@@ -131,7 +148,7 @@ class Checkpoints:
             if not sound:
                 self.path.unlink(missing_ok=True)
                 return None
-            self._write({**self._read(sound[-1], device), **values})
+            write_state(self.path, {**self._read(sound[-1], device), **values})
             return _step(sound[-1])
 
     def _stored(self, kind: str, after: int = -1) -> list[Path]:

@@ -135,7 +135,7 @@ def export(settings: ExportConfig) -> Path:
         FolderInUseError: when another process is writing the same world.
         RecordingError: when the recordings are missing or their episodes too short for a start.
     """
-    folder = Path(settings.folder).expanduser()
+    folder = Path(settings.folder).expanduser().resolve()
     with owned_world(folder):  # what is in the way is said before the work begins
         pass
     paths = {

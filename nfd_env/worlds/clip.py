@@ -50,7 +50,7 @@ def load_clip(folder: Path) -> Clip:
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / _ACTIONS}: missing or damaged ({error})") from None
     try:
-        frames = read_mp4(folder / _VIDEO)
+        frames = read_mp4(folder / _VIDEO, len(actions) + 1)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if not 0 < len(actions) == len(frames) - 1:

@@ -202,7 +202,7 @@ def save_world(
         CheckpointError: when the parts do not belong together, or the folder holds something else.
         FolderInUseError: when another process is writing the same world.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()  # what a link leads to is replaced, not the link
     networks: dict[str, nn.Module] = {
         "tokenizer": tokenizer,
         "dynamics": dynamics,

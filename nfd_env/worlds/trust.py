@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,9 +61,9 @@ def check_trusted(source: SourceConfig, folder: Path) -> None:
     if ":" in source.env_id:
         modules.append(source.env_id.split(":")[0])
     for module in modules:
-        known = module.split(".")[0] in GAME_PACKAGES or module in sys.modules
+        known = module in sys.modules or _installed(module.split(".")[0], folder)
         if not (known and re.fullmatch(r"\w+(\.\w+)*", module)):
-            raise _error(folder, f"import {module!r}, which is no package of games that is known")
+            raise _error(folder, f"import {module!r}, which is no known package of games")
     values = config.to_dict(source)
     for name, value in values.items():
         for text in () if name in _HARMLESS else _strings(value):
@@ -70,6 +71,17 @@ def check_trusted(source: SourceConfig, folder: Path) -> None:
                 raise _error(
                     folder, f"be given {text!r} in {name}, which may be a file or a module"
                 )
+
+
+def _installed(package: str, folder: Path) -> bool:
+    """Whether it is a known package, and not a file that came along or lies about."""
+    spec = importlib.util.find_spec(package) if package in GAME_PACKAGES else None
+    if spec is None:
+        return package in GAME_PACKAGES  # which is not there, and the game will say so
+    homes = {
+        Path(p).resolve().parent for p in spec.submodule_search_locations or [spec.origin or ""]
+    }
+    return not homes & {p.resolve() for p in (Path.cwd(), folder, folder.parent)}
 
 
 def _error(folder: Path, reason: str) -> UntrustedWorldError:

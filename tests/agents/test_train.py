@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +27,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.episodes import play_episodes
-from nfd_env.models.weights import load_weights
+from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.players.load import load_network, load_player, read_agent_spec
 from nfd_env.players.player import NetworkPlayer
 from nfd_env.players.policy import ActorCritic, AgentError, PolicyConfig, new_stack
@@ -125,6 +127,72 @@ def test_the_same_command_continues(tiny_world: Path, tmp_path: Path) -> None:
     assert isinstance(agent, NetworkPlayer)
     for name, value in agent.policy.state_dict().items():
         assert torch.equal(value, after["policy"][name])
+
+
+@pytest.mark.parametrize("trainer", ["native", "sb3"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_after_all_is_saved(
+    tiny_world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: str,
+    number: signal.Signals,
+) -> None:
+    updates = []
+
+    def signalled(*args: Any) -> Any:
+        updates.append(1)
+        if len(updates) == 2:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    plan: Any = settings(tmp_path, tiny_world, decisions=320)
+    run: Any = train_ppo.train
+    if trainer == "native":
+        owner, name = train_ppo, "update"
+    else:
+        pytest.importorskip("stable_baselines3")
+        from agents import train_sb3
+        from agents.benchmark_ppo import as_sb3
+
+        plan, run, owner, name = as_sb3(plan), train_sb3.train, train_sb3.PPO, "train"
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, signalled)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what runs in the background
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            run(plan, progress=False)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    if trainer == "native":
+        assert torch.load(tmp_path / "state.pt", weights_only=True)["decisions"] == 64
+    else:
+        assert train_sb3.PPO.load(tmp_path / "agent.zip").num_timesteps == 64
+    run(replace(plan, decisions=96), progress=False)
+    assert len(updates) == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "foreign", "optimiser", "agent"])
+def test_a_state_that_cannot_be_used_is_named(
+    tiny_world: Path, tmp_path: Path, damage: str
+) -> None:
+    plan = settings(tmp_path, tiny_world, decisions=32)
+    train_ppo.train(plan, progress=False)
+    path = tmp_path / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state = {
+        "empty": None,
+        "foreign": {"step": 3},
+        "optimiser": {**state, "optimiser": {}},
+        "agent": {**state, "policy": {"weights": torch.zeros(3)}},
+    }[damage]
+    path.write_bytes(b"") if state is None else torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="state.pt: no .*remove it to begin again") as error:
+        train_ppo.train(plan, progress=False)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before
 
 
 def test_killed_in_an_update_it_continues_from_the_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -15,13 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from nfd_env import config
 from nfd_env.data.collect import CollectConfig, PolicyConfig, collect
-from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.data.policies import RandomHeld
+from nfd_env.data.shards import RecordedDataset, RecordingError, ShardWriter
 from nfd_env.data.summary import CONTACT_SHEET, contact_sheet, summary
 from nfd_env.files import FolderError, FolderInUseError, Ownership
 from nfd_env.sources.source import SourceConfig, SourceError
-from tests.counter_env import move, read, source
+from tests.counter_env import dataset_spec, move, read, source
 
 RUN = """
 import sys
@@ -58,6 +62,7 @@ def start(
         text=True,
         preexec_fn=prepare,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        start_new_session=True,
     )
 
 
@@ -122,6 +127,92 @@ def test_the_same_command_goes_on_from_whole_data(tmp_path: Path, name: str) -> 
     count = assert_whole(folder).frame_count
     collect(replace(made, frames=count + MORE), progress=False)
     assert assert_whole(folder).frame_count >= count + MORE
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "INT"])
+def test_a_signal_to_the_whole_group_blames_no_episode(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "d"
+    process = start(folder, FOREVER)
+    try:
+        wait_for(lambda: recording(folder))
+        os.killpg(process.pid, getattr(signal, f"SIG{name}"))  # a terminal's Ctrl-C, a cluster
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == STATUS[name]
+    finally:
+        process.kill()
+        process.communicate()
+    assert not assert_whole(folder).skipped()
+
+
+def test_a_worker_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    process = start(folder, FOREVER)
+    try:
+        wait_for(lambda: recording(folder))
+        worker = json.loads((folder / ".owner-w00.json").read_text())["pid"]
+        os.kill(worker, signal.SIGTERM)
+        errors = process.communicate(timeout=PATIENCE)[1].strip().splitlines()
+        assert process.returncode == 1
+        assert "recording worker w00 was stopped by a signal; run again" in errors[-1]
+    finally:
+        process.kill()
+        process.communicate()
+    assert not assert_whole(folder).skipped()
+
+
+def test_an_episode_that_takes_all_memory_is_left_out_in_the_end(tmp_path: Path) -> None:
+    made = settings(tmp_path, "be killed", every=3)
+    for _ in range(2):
+        with pytest.raises(RecordingError, match="killed by SIGKILL .*memory.*run again"):
+            collect(made, progress=False)
+        assert not RecordedDataset(tmp_path).skipped()
+    with pytest.raises(RecordingError, match="killed by SIGKILL .* left out"):
+        collect(made, progress=False)
+    (skipped,) = RecordedDataset(tmp_path).skipped()
+    assert skipped["seed"] % 3 == 0
+
+
+def test_saved_play_is_not_taken_for_other_workers(tmp_path: Path) -> None:
+    spec = dataset_spec(config.to_dict(source(kwargs={"length": 12})))
+    spec.save(tmp_path)
+    ShardWriter(tmp_path, spec, "play").close()
+    held = [PolicyConfig("random_held")]
+    with pytest.raises(RecordingError, match=r"did not make \(play\): record into another folder"):
+        collect(CollectConfig(source(kwargs={"length": 12}), str(tmp_path), 50, held), False)
+
+
+class CountsThreads(RandomHeld):
+    """Plays only with one thread."""
+
+    def act(self, observation: np.ndarray) -> Any:
+        assert torch.get_num_threads() == 1
+        return super().act(observation)
+
+
+def test_policies_share_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    policy = [PolicyConfig(f"{__name__}:CountsThreads")]
+    workers = max(2, os.cpu_count() or 1)
+    made = CollectConfig(source(kwargs={"length": 4}), str(tmp_path), workers, policy, workers)
+    assert not collect(made, progress=False).skipped()
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_signal_ends_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def importing(*args: Any) -> None:
+        signal.raise_signal(getattr(signal, f"SIG{name}"))
+
+    monkeypatch.setattr("nfd_env.data.collect.import_recordings", importing)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt if name == "INT" else SystemExit):
+            videos = SourceConfig("videos:somewhere")
+            collect(CollectConfig(videos, str(tmp_path), 5, [PolicyConfig("random_held")]), False)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:

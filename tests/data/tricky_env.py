@@ -40,6 +40,8 @@ class TrickyEnv(CounterEnv):
             if self.whim == "abort":
                 signal.signal(signal.SIGABRT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGABRT)
+            if self.whim == "be killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.whim == "nan":
                 reward = float("nan")
         return observation, reward, terminated, truncated, info

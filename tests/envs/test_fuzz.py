@@ -108,6 +108,11 @@ def rollout(env: NFDVectorEnv) -> list[Any]:
     return [env.step(action) for action in ([0, 1], [2, 0])]
 
 
+def begun_anew(world: Path) -> list[Any]:
+    env, _ = pair(world)
+    return [env.reset(seed=3), *rollout(env), torch.get_default_dtype(), torch.get_num_threads()]
+
+
 def agree(env: NFDVectorEnv, twin: NFDVectorEnv, method: str, *args: Any, **kwargs: Any) -> None:
     """What ``method`` refuses leaves no trace; what it takes, it takes twice in the same way."""
     for each in (env, twin):
@@ -191,12 +196,18 @@ NAN = Context(torch.full((1, 4, 4, 6), torch.nan), torch.zeros(1, 3))
 @example(changed={"autoreset_mode": [1]})
 def test_arguments(endless_world: Path, changed: dict[str, Any]) -> None:
     values = {"world": endless_world, "num_envs": 1, "device": "cpu", "precision": "fp32"}
+    before = begun_anew(endless_world)
     try:
         env = NFDVectorEnv(**{**values, **changed})
     except DOCUMENTED as error:
         assert str(error) and "\n" not in str(error)
     else:
+        twin = NFDVectorEnv(**{**values, **changed})
+        assert same(env.reset(seed=3), twin.reset(seed=3))
         env.close()
+        twin.close()
+    # What is shared, the networks and torch's settings, is as it was.
+    assert same(begun_anew(endless_world), before)
 
 
 @given(name=st.text(min_size=1, max_size=20), value=plain)

@@ -61,6 +61,26 @@ env.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_of_a_process_without_this_package_gets_one_thread() -> None:
+    """Also where ``OMP_NUM_THREADS`` asks for more: the parent's other threads are gone."""
+    program = """if True:
+        import multiprocessing, torch
+        torch.set_num_threads(2)
+        def child():
+            from nfd_env.envs import guests
+            guests.settle("cpu")
+            assert torch.get_num_threads() == 1
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        raise SystemExit(process.exitcode)
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, env=environment, timeout=300).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("threads", [None, "2"])
 def test_workers_that_were_forked_do_not_hang(
     endless_world: Path, tmp_path: Path, threads: str | None

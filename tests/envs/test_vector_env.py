@@ -408,7 +408,8 @@ def test_same_step(tiny_world: Path) -> None:
         else:
             assert info["final_obs"][row] is None
             assert same(observation[row], final[0][row])
-    assert info["final_info"]["_hazard"].tolist() == ended.tolist()
+    for name in ("hazard", "precision"):
+        assert info["final_info"][f"_{name}"].tolist() == ended.tolist()
     # What is shown instead is the first observation of the next episode.
     reference.reset(options={"reset_mask": ended})
     acts = actions(3, 5, 7)

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from nfd_env.cli import main
+from nfd_env.data.policies import RandomHeld
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import (
@@ -27,8 +28,8 @@ from nfd_env.evaluation.agents import (
 from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.models.weights import save_weights
 from nfd_env.players.load import agents_of, load_player
-from nfd_env.players.player import PolicyPlayer
-from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
+from nfd_env.players.player import FunctionPlayer, PolicyPlayer
+from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from nfd_env.sources.source import SourceError
 from nfd_env.video import read_mp4
 from nfd_env.worlds.checksums import write_checksums
@@ -380,10 +381,39 @@ def test_some_real_games_start_again(world: Path) -> None:
     env.close()
 
 
+class Stumbling(RandomHeld):
+    """Fails at the second frame."""
+
+    def reset(self, env: Any, rng: np.random.Generator) -> None:
+        super().reset(env, rng)
+        self.steps = 0
+
+    def act(self, observation: np.ndarray) -> Any:
+        self.steps += 1
+        if self.steps == 2:
+            raise KeyError("no such\nplace")
+        return super().act(observation)
+
+
+def test_a_policy_that_fails_is_one_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval-agent", f"{__name__}:Stumbling", "--world", str(world), "--episodes", "2"]
+    command += ["--device", "cpu", "--precision", "fp32"]
+    assert main(command) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "policy Stumbling failed in environment 0, step 2: KeyError" in said
+    assert "test_agents.py" in said
+    with pytest.raises(AgentError):
+        main([*command, "--debug"])
+
+    def stumble(frame: np.ndarray) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(AgentError, match="function stumble failed in environment 0, step 1: Zero"):
+        FunctionPlayer(stumble).act(np.zeros((2, 32, 48, 3), np.uint8))
+
+
 def test_policies_play_each_environment_on_its_own(world: Path) -> None:
     env = NFDVectorEnv(world, 4, **CPU)
-    from nfd_env.data.policies import RandomHeld
-
     player = PolicyPlayer([RandomHeld(1, 1) for _ in range(4)], env)
     player.reset(4, seed=0)
     frames = np.zeros((4, 32, 48, 3), np.uint8)

@@ -14,6 +14,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation import streams
 from nfd_env.evaluation.benchmark import benchmark, format_report
 from nfd_env.evaluation.compare import (
+    Runner,
     compare,
     compare_frame_skip,
     format_comparison,
@@ -21,6 +22,7 @@ from nfd_env.evaluation.compare import (
     take_turns,
 )
 from nfd_env.evaluation.streams import ActionStream
+from nfd_env.named import UntrustedError
 from nfd_env.worlds.load import load_world
 
 
@@ -99,6 +101,27 @@ def test_an_agent_sees_what_it_was_trained_on_and_decides_as_often(
     assert made == [1] * 4 + [2] * 4
     shapes = {"rgb": (2, 32, 48, 3), "latent": (2, 4, 4, 6), "features": (2, 96 + 16)}
     assert seen == [shapes[shown]] * 2
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_the_author_of_an_agent_may_be_trusted(
+    endless_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
+) -> None:
+    (tmp_path / "a.zip").write_bytes(b"no zip at all")
+    reason = "a.zip.*" if trust else "--trust on the command line"
+    with pytest.raises(ValueError, match=reason) as error:
+        Runner(env(endless_world), "agent", str(tmp_path / "a.zip"), trust)
+    assert isinstance(error.value, UntrustedError) is not trust
+    asked: list[bool] = []
+
+    def compare(*args: Any, trust: bool, **kwargs: Any) -> None:
+        asked.append(trust)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("nfd_env.evaluation.compare.compare", compare)
+    command = ["bench", str(endless_world), "--compare", "--agent", "a.zip", "--device", "cpu"]
+    assert main([*command, *(["--trust"] if trust else [])]) == 1
+    assert asked == [trust]
 
 
 def test_unknown_streams_and_agents(endless_world: Path) -> None:

@@ -108,3 +108,29 @@ def test_the_numbers_are_what_is_said(frame: int) -> None:
     expected, end = by_hand(key, frame, 768)
     assert torch.equal(normal[0], torch.tensor(expected, dtype=torch.float64).float())
     assert float(uniform) == end
+
+
+class OnMetal(Tensor):
+    """Integers that say that they are on a device without float64."""
+
+    device = torch.device("mps")  # type: ignore[assignment]
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor)
+
+
+def test_metal_gets_the_same_numbers_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = some(20)
+    moved, to = [], Tensor.to
+
+    def stay(x: Tensor, *where: object) -> Tensor:
+        if where != (torch.device("mps"),):
+            return to(x, *where)
+        moved.append(x.dtype)
+        return x
+
+    monkeypatch.setattr(Tensor, "to", stay)
+    keys = torch.full((20,), mix(3, 1)).as_subclass(OnMetal)
+    made = noise(keys, FRAMES[:20].as_subclass(OnMetal), 21)
+    assert moved == [torch.float32] * 2
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))

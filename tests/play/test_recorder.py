@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.play import recorder as recorders
-from nfd_env.play.game import Outcome
+from nfd_env.play.game import EnvGame, Outcome
+from nfd_env.play.keys import Keymap
 from nfd_env.play.recorder import PlayRecorder
 
 SHAPE = (4, 6, 3)
@@ -197,3 +199,30 @@ def test_a_window_that_is_ended_has_kept_the_play(tmp_path, name):
     assert len(episode) > 10 and episode.truncated[-1] and episode.policy == "person"
     blue = episode.load().frames[:, 0, 0, 2]
     assert (blue == blue[0]).all()  # nobody pressed a key
+
+
+class Halving(gymnasium.Env):
+    """Spoils the actions that it is given."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    render_mode = "rgb_array"
+
+    def reset(self, *, seed=None, options=None):
+        return self.render(), {}
+
+    def step(self, action):
+        action *= 0.5
+        return self.render(), 0.0, False, False, {}
+
+    def render(self):
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+def test_a_game_cannot_change_what_was_pressed():
+    env = Halving()
+    game = EnvGame(env, Keymap(env.action_space, []))
+    action = np.ones(2, np.float32)
+    game.step({0: action})
+    assert action.tolist() == [1, 1]

@@ -1,10 +1,13 @@
 import asyncio
 import gc
 import json
+import os
 import resource
+import signal
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +16,14 @@ aiohttp = pytest.importorskip("aiohttp")
 
 from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
+from nfd_env.play.commands import ServeConfig  # noqa: E402
 from nfd_env.play.web import protocol  # noqa: E402
+from nfd_env.play.web import server as web_server  # noqa: E402
 from nfd_env.play.web.access import is_loopback  # noqa: E402
 from nfd_env.play.web.client import Limits  # noqa: E402
 from nfd_env.play.web.rooms import world_games  # noqa: E402
 from nfd_env.play.web.server import PlayServer, ServeError  # noqa: E402
+from tests.clients.action_spaces import ACTION_SPACES  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 from tests.tiny_world import make_tiny_world  # noqa: E402
 
@@ -465,6 +471,60 @@ def test_a_bad_start_is_one_clear_message(capsys, tmp_path):
         assert nfd(["serve", world, "--device", "cpu", *wrong]) == 1
         said = capsys.readouterr().err
         assert meant in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_every_action_space_is_served(make_world, name):
+    world = str(make_world(action_space=ACTION_SPACES[name], hazard_bias=-30.0))
+
+    async def main():
+        games = world_games(world, {"device": "cpu"})
+        async with Running(games) as (server, http), Client(server, http, seed=1) as client:
+            seen = {str((await client.pictures(3))["action"])}
+            for key in client.hello["keys"]:
+                await client.key(key, True)
+                seen.add(str((await client.pictures(6))["action"]))
+                await client.key(key, False)
+                await client.pictures(6)
+            assert client.bye is None
+            assert len(seen) > 1  # some key does something
+
+    run(main, 100)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_server_in_order(monkeypatch, name):
+    number, done = getattr(signal, name), []
+
+    class Served:
+        url, port = "http://here", 1
+
+        def __init__(self, *args, **kwargs):
+            self.rooms = SimpleNamespace(names=["a"], open=self.open)
+
+        async def start(self):
+            done.append("started")
+
+        async def open(self, world):
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.2, os.kill, os.getpid(), number)
+
+        async def stop(self):
+            done.append("stopped")
+
+    def absent(*args):
+        raise NotImplementedError  # as on Windows
+
+    monkeypatch.setattr(web_server, "PlayServer", Served)
+    monkeypatch.setattr(web_server, "world_games", lambda *args: {})
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "add_signal_handler", absent)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        web_server.serve(ServeConfig())
+        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done == ["started", "stopped"]
 
 
 def _memory():

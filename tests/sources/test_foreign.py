@@ -150,6 +150,8 @@ def test_a_game_that_cannot_be_made(error: BaseException) -> None:
         (outcome(truncated="no"), "truncated must be one number"),
         (lambda env, action: (FRAME, 0.0, False, {}), r"step\(\) must return \(observation, rew"),
         (lambda env, action: sys.exit(4), r"step\(\) called exit\(4\)"),
+        (lambda env, action: {}["\n"], r"step\(\) raised KeyError: .*test_foreign.py, line \d+"),
+        (lambda env, action: 1 / 0, r"step\(\) raised ZeroDivisionError: .*test_foreign.py, line"),
     ],
 )
 def test_nonsense_is_refused_by_name_episode_and_step(
@@ -161,8 +163,14 @@ def test_nonsense_is_refused_by_name_episode_and_step(
     env.step(0)
     env.reset()
     env.step(0)
-    with pytest.raises(SourceError, match=f"{ID}, episode 1, step 2: .*{message}"):
+    with pytest.raises(SourceError, match=f"{ID}, episode 1, step 2: .*{message}") as error:
         env.step(0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_game_that_was_not_begun_is_the_callers_affair() -> None:
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        make().step(0)
 
 
 def test_what_cannot_be_printed_is_named_by_its_type() -> None:

@@ -316,7 +316,8 @@ def test_a_damaged_clip(clipped: Path, name: str, damage: str, renewed: bool) ->
     ("actions", "message"),
     [
         (torch.zeros(8, dtype=torch.bfloat16), "clip.safetensors: missing or damaged"),
-        (torch.tensor(3), "has 9 frames and clip.safetensors 1 actions"),
+        (torch.tensor(3), "clip.mp4: has more than 2 frames"),
+        (torch.arange(9) % 3, "has 9 frames and clip.safetensors 9 actions"),
         (torch.arange(8) % 3, "the clip has 9 frames"),  # fewer than are remembered
     ],
 )

@@ -85,6 +85,16 @@ def test_a_world_that_was_written_again_is_loaded_again(tmp_path: Path) -> None:
     assert not torch.equal(first.model.dynamics.embed.weight, second.model.dynamics.embed.weight)
 
 
+def test_a_world_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    there, link = tmp_path / "disk" / "world", tmp_path / "link"
+    there.mkdir(parents=True)
+    link.symlink_to(there)
+    for seed in (1, 2, 3):
+        make_tiny_world(link, seed=seed)
+        assert link.is_symlink() and load_world(link).folder == there
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["disk", "link"]
+
+
 def test_loading_leaves_the_random_numbers_alone(copied: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

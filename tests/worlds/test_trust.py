@@ -74,6 +74,18 @@ def test_nothing_of_a_downloaded_world_runs(
     assert issubclass(UntrustedWorldError, SourceError)
 
 
+@pytest.mark.parametrize("name", ["crafter.py", "crafter/__init__.py", "crafter/evil.py"])
+def test_a_known_name_that_lies_beside_the_world_is_no_package(
+    downloaded: Downloaded, tmp_path: Path, name: str
+) -> None:
+    module = "crafter.evil" if "evil" in name else "crafter"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    with pytest.raises(UntrustedWorldError, match="crafter.*, which is no known package"):
+        make_real(downloaded(imports=[module]))
+    assert not (tmp_path / "mark").exists()
+
+
 def test_a_trusted_world_may_import(downloaded: Downloaded, tmp_path: Path) -> None:
     pytest.importorskip("pygame")
     folder = downloaded(imports=["evil_game"])

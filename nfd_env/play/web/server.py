@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from nfd_env.play.web.connection import Connection, Gate
 from nfd_env.play.web.pictures import film
 from nfd_env.play.web.rooms import Room, Rooms, world_games
 from nfd_env.play.web.saving import Saver
+from nfd_env.stopping import told_by_signals
 
 log = logging.getLogger(__name__)
 
@@ -378,8 +378,6 @@ def serve(settings: ServeConfig) -> None:
     )
 
     async def main() -> None:
-        import signal
-
         await server.start()
         try:
             await server.rooms.open(server.rooms.names[0])
@@ -392,12 +390,10 @@ def serve(settings: ServeConfig) -> None:
                     f"<this machine>, then open http://127.0.0.1:{server.port}/",
                     flush=True,
                 )
-            stopped = asyncio.Event()
-            if threading.current_thread() is threading.main_thread():
-                loop = asyncio.get_running_loop()
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    loop.add_signal_handler(number, stopped.set)
-            await stopped.wait()
+            stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+            # Not by the loop's own handlers, which Windows does not have.
+            with told_by_signals(lambda *_: loop.call_soon_threadsafe(stopped.set)):
+                await stopped.wait()
         finally:
             await server.stop()
 

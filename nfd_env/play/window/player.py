@@ -120,7 +120,7 @@ class KeyboardPlayer:
             if self._save is not None:
                 self._files.start_saving()
             if self._record is not None:
-                self._files.start_film(Path(self._record))
+                self._files.start_film(Path(self._record).expanduser())
             player = self.engine.join(self.session, self._take, self._seed)
             assert player is not None
             if self._threaded:
