@@ -2,7 +2,14 @@
 
 import pytest
 
-from nfd_env.recipe.gates import distill_gates, recording_gates, student_steps
+from nfd_env.evaluation.inverse_dynamics import ActionReport
+from nfd_env.recipe.gates import (
+    action_gates,
+    distill_gates,
+    reading_gates,
+    recording_gates,
+    student_steps,
+)
 from nfd_env.recipe.measure import GameMeasures
 
 MEASURES = GameMeasures(
@@ -62,3 +69,28 @@ def test_a_student_is_taken_where_its_gates_pass(metrics: dict[str, float], step
     assert student_steps(metrics) == steps
     gates = distill_gates(metrics, steps)
     assert all(gate.passed for gate in gates) == bool(steps) and len(gates) == 3
+
+
+@pytest.mark.parametrize(
+    ("generated", "reencoded", "shuffled", "passed"),
+    [
+        (0.86, 0.9, 0.12, [True, True, True]),
+        (0.5, 0.9, 0.12, [False, True, True]),
+        (0.5, 0.5, 0.12, [True, False, True]),
+        (0.9, 0.9, 0.4, [True, True, False]),
+        (-0.2, -0.1, -0.9, [False, False, True]),  # R² may be less than nothing
+    ],
+)
+def test_keys_do_what_they_say(
+    generated: float, reencoded: float, shuffled: float, passed: list[bool]
+) -> None:
+    relative = generated / reencoded if reencoded > 0 else float("nan")
+    report = ActionReport("F1", generated, 0.95, reencoded, shuffled, 0.11, relative, 9, 32, [])
+    gates = action_gates(report)
+    assert [gate.passed for gate in gates] == passed
+    assert not any(gate.stops for gate in gates)
+
+
+def test_actions_that_do_not_show_are_told_before_anything_is_trained() -> None:
+    (shown,), (hidden,) = reading_gates({"f1": 0.8}), reading_gates({"r2": 0.1})
+    assert shown.passed and not hidden.passed and hidden.line().startswith("warning R²")
