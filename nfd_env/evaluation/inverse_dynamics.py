@@ -176,6 +176,13 @@ class InverseDynamicsTrainingConfig:
     channels: int = 16
     validation_windows: int = 2048
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.window < 2 or self.channels < 1 or self.validation_windows < 1:
+            raise ValueError(
+                "window must be at least 2, channels and validation_windows at least 1"
+            )
+
 
 class InverseDynamicsStage:
     """See ``nfd_env.training.loop.Stage``."""
@@ -186,7 +193,7 @@ class InverseDynamicsStage:
         """Open the recordings and build the net.
 
         Raises:
-            RecordingError: when no episode of a split is as long as a window.
+            RecordingError: when the episodes of a split are too short to ask a world.
         """
         self.settings = settings
         data = RecordedDataset(settings.recordings)
@@ -203,10 +210,12 @@ class InverseDynamicsStage:
             name: Places((len(episode) for episode in episodes), settings.window)
             for name, episodes in self._episodes.items()
         }
-        for name, places in self._places.items():
-            if not len(places):
+        least = _SHOWN + settings.window  # so that worlds can be asked too
+        for name, episodes in self._episodes.items():
+            if max(map(len, episodes), default=0) < least:
                 raise RecordingError(
-                    f"{settings.recordings}: no {name} episode has {settings.window + 1} frames"
+                    f"{settings.recordings}: no {name} episode has {least + 1} frames: record "
+                    "longer ones, or lower inverse_dynamics.window"
                 )
         count = min(settings.validation_windows, len(self._places["validation"]))
         spread = np.linspace(0, len(self._places["validation"]) - 1, count).astype(int)

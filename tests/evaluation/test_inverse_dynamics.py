@@ -12,7 +12,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.evaluation.inverse_dynamics import (
     ActionReport,
     InverseDynamics,
@@ -173,6 +173,11 @@ def test_a_world_that_obeys_is_read_like_the_game_and_its_control_at_chance(
         world, RecordedDataset(recordings), network, rollouts=2, horizon=60, progress=False
     )
     assert short.real == 1 and 30 < short.horizon < 44  # as long as the episodes are
+
+
+def test_episodes_too_short_to_ask_a_world_are_refused(recordings: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"has 46 frames: .* lower inverse_dynamics.window"):
+        InverseDynamicsStage(settings(recordings, tmp_path, window=41))
 
 
 def test_it_trains_and_is_loaded(

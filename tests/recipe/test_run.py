@@ -136,7 +136,7 @@ def test_names_and_keys_change_the_world_alone(copied: Path) -> None:
 def test_one_stage_alone_asks_for_those_before_it(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record has not been finished"):
         run(game(tmp_path / "empty"), "flow")
-    with pytest.raises(ValueError, match="stage must be one of record, tokenizer"):
+    with pytest.raises(ValueError, match="stage must be one of record, inverse_dynamics"):
         run(game(copied), "flo")
     reader = game(copied, inverse_dynamics={**TINY["inverse_dynamics"], "channels": 8})
     with pytest.raises(ValueError, match="inverse_dynamics is stale"):
