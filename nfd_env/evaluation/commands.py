@@ -254,7 +254,8 @@ def evaluate(
         reader = inverse_dynamics or find_inverse_dynamics(world)
         if reader:
             network = load_inverse_dynamics(reader, world)
-            made = measure_actions(world, held_out, network, settings.windows, seed=settings.seed)
+            rollouts = max(2, settings.windows)
+            made = measure_actions(world, held_out, network, rollouts, seed=settings.seed)
             report = replace(report, actions=made)
         return report
 

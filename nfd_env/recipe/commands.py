@@ -50,7 +50,8 @@ def train(
         overrides: key.sub=value, over the file.
         minutes: wall-clock budget of everything; default: the file's.
         device: cpu, cuda or auto; default: the file's.
-        stage: only this one: record, tokenizer, encode, flow, heads, distill, world or report.
+        stage: only this one: record, inverse_dynamics, tokenizer, encode, flow, heads, distill,
+            world or report.
         keep_going: go on where a stage's result is not good enough.
     """
     from nfd_env.recipe.game import load_game

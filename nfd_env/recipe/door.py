@@ -18,6 +18,7 @@ from nfd_env.data.policies import make_policy
 from nfd_env.data.record import record_episode
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.data.worker import close
+from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.files import FolderError
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ from nfd_env.training.heads import HeadsTrainingConfig
 from nfd_env.training.tokenizer import TokenizerTrainingConfig
 
 SCHEMAS: dict[str, Any] = {
+    "inverse_dynamics": InverseDynamicsTrainingConfig,
     "tokenizer": TokenizerTrainingConfig,
     "flow": FlowTrainingConfig,
     "heads": HeadsTrainingConfig,

@@ -40,7 +40,9 @@ class GameConfig:
         recordings: a data set that is there already, instead of recording; "" to record.
         teacher: whether the world keeps the many-step teacher too.
         small: side in pixels of the smallest thing that matters; 0 to measure it on the recordings.
-        tokenizer: settings that are not to be derived, see ``TokenizerTrainingConfig``.
+        inverse_dynamics: settings that are not to be derived, see
+            ``InverseDynamicsTrainingConfig``.
+        tokenizer: likewise, see ``TokenizerTrainingConfig``.
         flow: likewise, see ``FlowTrainingConfig``.
         heads: likewise, see ``HeadsTrainingConfig``.
         distill: likewise, see ``DistillTrainingConfig``.
@@ -64,6 +66,7 @@ class GameConfig:
     recordings: str = ""
     teacher: bool = True
     small: float = 0.0
+    inverse_dynamics: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     flow: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, Any] = field(default_factory=dict)

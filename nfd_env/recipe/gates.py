@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nfd_env.evaluation.inverse_dynamics import ActionReport
 from nfd_env.recipe.measure import GameMeasures
 
 # What a world's frames are drawn by is compared with the teacher's many steps by this: how much of
@@ -93,6 +94,14 @@ def recording_gates(
             good += "; -1: the game shows it a frame later"
         gates.append(Gate(best, shift, good, late, 0 if imported else -1, 0))
     return gates
+
+
+def reading_gates(metrics: Mapping[str, float]) -> list[Gate]:
+    """Of the net that reads actions back: does what keys do show in the game's own frames."""
+    (name, value), *_ = metrics.items()
+    text = f"{'R²' if name == 'r2' else 'F1'} of actions read from real held-out frames"
+    advice = "actions hardly show, or are not the frames' own: worlds are not judged well by them"
+    return [Gate(text, value, "above 0.8", advice, 0.5)]
 
 
 def tokenizer_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Gate]:
@@ -245,4 +254,19 @@ def world_gates(returned: float, ends: float) -> list[Gate]:
         )
         for name, value in (("reward", returned), ("ends of episodes", ends))
         if not math.isnan(value)
+    ]
+
+
+def action_gates(report: ActionReport) -> list[Gate]:
+    """Of the finished world: do keys do what they say."""
+    what = f"{report.metric} of actions read from"
+    keys = "keys do less than in the game: give more minutes"
+    lost = "the tokenizer loses what shows the action: give more minutes, or lower `small`"
+    habits = "what players do is read, not what keys did: let random_held play more"
+    kept = report.reencoded / report.real if report.real > 0 else math.nan
+    beyond = report.shuffled - report.chance
+    return [
+        Gate(f"{what} its frames over re-encoded real ones", report.relative, "0.95", keys, 0.9),
+        Gate(f"{what} re-encoded over real frames", kept, "0.95", lost, 0.8),
+        Gate(f"{what} other actions' frames above chance", beyond, "0", habits, -math.inf, 0.1),
     ]

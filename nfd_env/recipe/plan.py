@@ -24,12 +24,18 @@ from nfd_env.training.latent_stage import CONTEXT, LEAST_HORIZON
 from nfd_env.training.optimiser import has_muon
 
 # Shares of the time that is left after recording. The flow model profits longest from more steps.
-SHARES = {"tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
+SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
 _RESERVE = 0.1  # for encoding, calibration and the report
 _VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
-_FEWEST = {"tokenizer": 60, "flow": 60, "heads": 40, "distill": 20}
+_FEWEST = {"inverse_dynamics": 60, "tokenizer": 60, "flow": 60, "heads": 40, "distill": 20}
 LEAST_STEPS = 10  # of each stage, however small the budget
-_MOST = {"tokenizer": 30_000, "flow": 60_000, "heads": 6_000, "distill": 3_000}
+_MOST = {
+    "inverse_dynamics": 2_000,
+    "tokenizer": 30_000,
+    "flow": 60_000,
+    "heads": 6_000,
+    "distill": 3_000,
+}
 
 # Settings that say where things lie, and nothing of what they are.
 PATHS = ("recordings", "tokenizer", "latents", "teacher", "dynamics", "heads", "folder")
@@ -170,6 +176,7 @@ class Plan:
         made_for: what it was derived from: measures, budget and device.
         seconds: expected, of each stage.
         seconds_per_step: measured.
+        inverse_dynamics: of ``InverseDynamicsTrainingConfig``.
         tokenizer: of ``TokenizerTrainingConfig`` and so on.
         flow: see there.
         heads: see there.
@@ -180,6 +187,7 @@ class Plan:
     made_for: dict[str, Any]
     seconds: dict[str, float]
     seconds_per_step: dict[str, float]
+    inverse_dynamics: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     flow: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, Any] = field(default_factory=dict)
@@ -229,6 +237,13 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
             **values,
         }
 
+    inverse_dynamics = {
+        "recordings": data,
+        "validation_windows": int(np.clip(30 * game.minutes, 64, 2048)),
+        "train": train(
+            "inverse_dynamics", batch_size=256 if gpu else 64, learning_rate=2e-3, ema_decay=0.99
+        ),
+    }
     tokenizer: dict[str, Any] = {
         "recordings": data,
         "model": {
@@ -322,7 +337,7 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
         "max_episode_steps": game.world_steps,
         "presentation": {name: getattr(game.source, name) for name in PRESENTATION},
     }
-    plan = Plan({}, {}, {}, tokenizer, flow, heads, distill, export)
+    plan = Plan({}, {}, {}, inverse_dynamics, tokenizer, flow, heads, distill, export)
     return _overridden(plan, game)
 
 
@@ -346,8 +361,7 @@ def _overridden(plan: Plan, game: GameConfig) -> Plan:
                 f"{name}.{wrong[0]}: everything lies in the run folder, see folder; leave it out"
             )
     changed = {
-        name: merged(getattr(plan, name), getattr(game, name))
-        for name in ("tokenizer", "flow", "heads", "distill", "export")
+        name: merged(getattr(plan, name), getattr(game, name)) for name in (*SHARES, "export")
     }
     return replace(plan, **changed)
 

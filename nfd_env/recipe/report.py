@@ -15,8 +15,10 @@ from PIL import Image
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
+from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actions_sentence
 from nfd_env.files import atomic_write
 from nfd_env.metrics import bright_share, luminance, standing_out
+from nfd_env.recipe.plan import SHARES
 from nfd_env.recipe.records import write_yaml
 from nfd_env.recipe.replay import moments, replay
 from nfd_env.worlds.load import World, load_world
@@ -29,7 +31,6 @@ _FRAMES = 96  # that it then draws
 _HORIZONS = (1, 8, 32, 64, 96)
 _WINDOWS = 6
 _NEAR = 4  # frames that things are counted in
-_TRAINED = ("tokenizer", "flow", "heads", "distill")
 _COLUMNS = {
     "psnr": "PSNR, dB",
     "psnr_frozen": "frozen picture's",
@@ -63,6 +64,7 @@ def write_report(recipe: Recipe) -> Path:
         "know, so it falls with time, but should stay above the frozen picture's. Sharpness: 1 is "
         "as sharp as the game. Gradients: 1 is with edges where the game has them. Things that "
         "stand out: 1 is as many as in the game; less, they fade; more, they are invented.</p>",
+        *_actions(recipe),
         *_gates(recipe),
         f"<h2>Real above generated, after {', '.join(map(str, rows))} frames</h2>",
         *_strips(real, made),
@@ -169,6 +171,22 @@ def _table(rows: Mapping[int, HorizonErrors]) -> str:
     return f"<table><tr>{head}{''.join(lines)}</table>"
 
 
+def _actions(recipe: Recipe) -> list[str]:
+    """What the world does with actions, where it was measured."""
+    found = recipe.records["report"].extra
+    if not found:
+        return []
+    report = ActionReport(**found)
+    header, rows = action_rows(report)
+    lines = ["".join(f"<td>{cell}" for cell in row) for row in rows]
+    head = "".join(f"<th>{title}" for title in header)
+    return [
+        "<h2>Do keys do what they say?</h2>",
+        f"<table><tr>{head}<tr>{'<tr>'.join(lines)}</table>",
+        f"<p>{actions_sentence(report)}</p>",
+    ]
+
+
 def _verdict(recipe: Recipe) -> str:
     """How many gates did not pass, in one sentence."""
     lines = [line for record in recipe.records.values() for line in record.gates or []]
@@ -214,7 +232,7 @@ def _curves(folder: Path) -> list[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     parts = []
-    for name in _TRAINED:
+    for name in SHARES:
         logs = folder / name / "tensorboard"
         if not logs.is_dir():
             continue

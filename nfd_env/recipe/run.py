@@ -1,4 +1,4 @@
-"""``nfd train``: recordings, tokenizer, latents, flow, heads, student, world and report.
+"""``nfd train``: recordings, a net that reads actions, a world's parts, world and report.
 
 Every stage leaves its weights in a folder of its own and a line in ``run.yaml`` that says what it
 was made from. A stage that is finished and whose inputs are the same is skipped; one whose inputs
@@ -20,6 +20,12 @@ from nfd_env.data.alignment import measure_alignment
 from nfd_env.data.collect import collect
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
+from nfd_env.evaluation.inverse_dynamics import (
+    ActionReport,
+    InverseDynamicsStage,
+    load_inverse_dynamics,
+    measure_actions,
+)
 from nfd_env.files import owned_folder
 from nfd_env.inference.sampling import CONSISTENCY
 from nfd_env.models.weights import fingerprint_of, fingerprint_values
@@ -51,7 +57,17 @@ from nfd_env.training.loop import train
 from nfd_env.training.tokenizer import TokenizerStage
 from nfd_env.worlds.load import load_world
 
-STAGES = ("record", "tokenizer", "encode", "flow", "heads", "distill", "world", "report")
+STAGES = (
+    "record",
+    "inverse_dynamics",
+    "tokenizer",
+    "encode",
+    "flow",
+    "heads",
+    "distill",
+    "world",
+    "report",
+)
 
 Metrics = Mapping[str, float]
 
@@ -130,7 +146,9 @@ class Recipe:
                     if only is not None and STAGES.index(only) < STAGES.index(name):
                         break
                     if only is not None and name != only:
-                        self._require(name)
+                        # The report alone asks the net that reads actions.
+                        if name != "inverse_dynamics" or only == "report":
+                            self._require(name)
                         continue
                     self._progress.stage(name, self._expected())
                     getattr(self, f"_{name}")()
@@ -183,6 +201,9 @@ class Recipe:
         imported = bool(self.game.recordings) or is_imported(self.game.source.env_id)
         found = gates.recording_gates(measures, shift, failed, imported)
         self._finish("record", record, found)
+
+    def _inverse_dynamics(self) -> None:
+        self._train("inverse_dynamics", InverseDynamicsStage, gates.reading_gates)
 
     def _tokenizer(self) -> None:
         self._train(
@@ -242,10 +263,22 @@ class Recipe:
 
         record = self._begin("report")
         with self._timed(record):
+            record.extra = record.extra or asdict(self._read_actions())
+            found = gates.action_gates(ActionReport(**record.extra))
+            record.gates = [gate.line() for gate in found]
             path = write_report(self)
-        self._finish("report", record, [])
+        self._finish("report", record, found)
         self._say(f"report: {path}")
         self._say(f"play it:  nfd play {self.game.world_folder}")
+
+    def _read_actions(self) -> ActionReport:
+        world = load_world(self.game.world_folder, self.device)
+        network = load_inverse_dynamics(self._weights("inverse_dynamics"), world)
+        recordings = RecordedDataset(self.game.recordings_folder)
+        rollouts = int(min(32, max(8, self.game.minutes)))
+        return measure_actions(
+            world, recordings, network, rollouts, seed=self.game.seed, progress=self._shown
+        )
 
     # What stages have in common.
 
@@ -276,8 +309,9 @@ class Recipe:
 
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
-        spent = sum(record.seconds for record in self.records.values())
-        left = max(1.0, 60 * self.game.minutes - spent)
+        left = 60 * self.game.minutes
+        if name != "inverse_dynamics":  # which is to judge all worlds alike
+            left = max(1.0, left - sum(record.seconds for record in self.records.values()))
         plan = timed(plan, self.game, name, stage, left)
         self._store(plan)
         steps = getattr(plan, name)["train"]["steps"]
@@ -361,9 +395,10 @@ class Recipe:
             source = {k: v for k, v in asdict(game.source).items() if k not in PRESENTATION}
             return fingerprint_values({"source": source, "recordings": game.recordings})
         if name == "report":
-            return self.records["world"].made_from if "world" in self.records else ""
+            made = self.records["world"].made_from
+            return fingerprint_values({"world": made, "reader": self._digest("inverse_dynamics")})
         inputs = {"recordings": recordings_digest(RecordedDataset(game.recordings_folder))}
-        if name != "tokenizer":
+        if name not in ("inverse_dynamics", "tokenizer"):
             inputs["tokenizer"] = self._digest("tokenizer")
         if name == "encode":
             return fingerprint_values(inputs)
@@ -383,10 +418,13 @@ class Recipe:
         return fingerprint_values({"settings": content, "inputs": inputs})
 
     def _digest(self, name: str) -> str:
-        path = self.folder / name / "model.safetensors"
+        path = self._weights(name)
         if not path.is_file():
             raise ValueError(f"{path}: no such weights; run stage {name} first")
         return fingerprint_of(path)  # not of the file: equal weights may differ in its header
+
+    def _weights(self, name: str) -> Path:
+        return self.folder / name / "model.safetensors"
 
     def _measures(self) -> GameMeasures:
         return measure(RecordedDataset(self.game.recordings_folder))

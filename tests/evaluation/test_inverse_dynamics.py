@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.evaluation.inverse_dynamics import (
+    ActionReport,
     InverseDynamics,
     InverseDynamicsConfig,
     InverseDynamicsStage,
@@ -20,13 +23,17 @@ from nfd_env.evaluation.inverse_dynamics import (
     load_inverse_dynamics,
     measure_actions,
     score,
+    scores,
 )
+from nfd_env.inference.state import Context
+from nfd_env.inference.world_model import WorldModel
 from nfd_env.models.weights import CheckpointError
+from nfd_env.recipe.gates import action_gates
 from nfd_env.spaces import space_to_dict
 from nfd_env.training.loop import TrainConfig, train
 from nfd_env.worlds.load import load_world
 from tests.clients.action_spaces import ACTION_SPACES
-from tests.counter_env import read
+from tests.counter_env import move, paint, read
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
@@ -48,6 +55,18 @@ def test_f1_and_r2_by_hand() -> None:
     assert score(box, numbers, numbers) == 1
     assert score(box, numbers, columns([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])) == 0
     assert np.isnan(score(box, numbers[:1], numbers[:1]))
+
+
+def test_each_part_of_an_action_has_a_figure() -> None:
+    space = spaces.MultiDiscrete([2, 2])
+    taken, made = columns([0, 1, 0, 1], [0, 1, 0, 1]), columns([0, 1, 0, 1], [1, 1, 1, 1])
+    assert scores(space, taken, made) == pytest.approx([1, 1 / 3])
+    assert score(space, taken, made) == pytest.approx(2 / 3)
+    known, never = scores(spaces.MultiBinary(2), columns([1, 1], [0, 0]), columns([1, 1], [1, 0]))
+    assert known == 1 and np.isnan(never)
+    row = [0.9, 0.95, 1.0, 0.5, 0.5]
+    report = ActionReport("F1", *row, relative=0.9, windows=4, horizon=6, parts=[row, row])
+    assert "part 1" in format_actions(report)
 
 
 @pytest.mark.parametrize("values", ACTION_SPACES.values(), ids=ACTION_SPACES.keys())
@@ -111,6 +130,54 @@ def test_real_frames_are_read_with_their_own_actions(
     assert "read back from" in format_actions(report)
     with pytest.raises(ValueError, match="horizon at least the window"):
         measure_actions(world, RecordedDataset(recordings), network, horizon=1)
+
+
+class Obedient:
+    """A world's model in which every action does what it does in the counter env."""
+
+    def __init__(self, model: WorldModel) -> None:
+        self.device, self.dynamics = model.device, model.dynamics
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        counters = torch.from_numpy(_counter(frames.numpy())).float()
+        shape = (len(frames), *self.dynamics.config.latent_shape)
+        return counters[:, None, None, None].expand(shape)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        frames = np.zeros((len(latents), 32, 48, 3), np.uint8)
+        for frame, counter in zip(frames, latents[:, 0, 0, 0].tolist(), strict=True):
+            paint(frame, int(counter), 0, 0)
+        return torch.from_numpy(frames)
+
+    def start(self, contexts: list[Context], seeds: list[Any]) -> dict[str, torch.Tensor]:
+        return {"latents": torch.stack([context.latents[-1] for context in contexts])}
+
+    def step(self, state: dict[str, torch.Tensor], actions: torch.Tensor) -> Any:
+        state["latents"] = state["latents"] + move(actions.argmax(-1))[:, None, None, None]
+        return SimpleNamespace(latents=state["latents"])
+
+
+def test_a_world_that_obeys_is_read_like_the_game_and_its_control_at_chance(
+    counter_world: Path, recordings: Path
+) -> None:
+    world = load_world(counter_world, **CPU)
+    network = Perfect(InverseDynamicsConfig(space_to_dict(world.action_space), [32, 48]))
+    world = replace(world, model=Obedient(world.model))
+    report = measure_actions(
+        world, RecordedDataset(recordings), network, rollouts=40, horizon=20, progress=False
+    )
+    assert (report.generated, report.reencoded, report.relative) == (1, 1, 1)
+    assert report.chance == pytest.approx(1 / 3, abs=0.1) == report.shuffled
+    assert all(gate.passed for gate in action_gates(report))
+    short = measure_actions(
+        world, RecordedDataset(recordings), network, rollouts=2, horizon=60, progress=False
+    )
+    assert short.real == 1 and 30 < short.horizon < 44  # as long as the episodes are
+
+
+def test_episodes_too_short_to_ask_a_world_are_refused(recordings: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"has 46 frames: .* lower inverse_dynamics.window"):
+        InverseDynamicsStage(settings(recordings, tmp_path, window=41))
 
 
 def test_it_trains_and_is_loaded(

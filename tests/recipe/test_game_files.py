@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nfd_env import config
+from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.named import import_named
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.gates import FALLBACK, Drawn
@@ -25,6 +26,7 @@ from nfd_env.training.tokenizer import TokenizerTrainingConfig
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"), key=lambda path: path.stem)
 STAGES = {
+    "inverse_dynamics": InverseDynamicsTrainingConfig,
     "tokenizer": TokenizerTrainingConfig,
     "flow": FlowTrainingConfig,
     "heads": HeadsTrainingConfig,

@@ -2,7 +2,16 @@
 
 import pytest
 
-from nfd_env.recipe.gates import FALLBACK, Drawn, distill_gates, fewest_steps, recording_gates
+from nfd_env.evaluation.inverse_dynamics import ActionReport
+from nfd_env.recipe.gates import (
+    FALLBACK,
+    Drawn,
+    action_gates,
+    distill_gates,
+    fewest_steps,
+    reading_gates,
+    recording_gates,
+)
 from nfd_env.recipe.measure import GameMeasures
 
 MEASURES = GameMeasures(
@@ -86,3 +95,28 @@ def test_where_nothing_stands_out_drift_is_not_judged() -> None:
     metrics = {name: v for name, v in distilled().items() if "standing" not in name}
     assert len(distill_gates(metrics, fewest_steps(metrics))) == 3
     assert fewest_steps(metrics) == Drawn("student", 1)
+
+
+@pytest.mark.parametrize(
+    ("generated", "reencoded", "shuffled", "passed"),
+    [
+        (0.86, 0.9, 0.12, [True, True, True]),
+        (0.5, 0.9, 0.12, [False, True, True]),
+        (0.5, 0.5, 0.12, [True, False, True]),
+        (0.9, 0.9, 0.4, [True, True, False]),
+        (-0.2, -0.1, -0.9, [False, False, True]),  # R² may be less than nothing
+    ],
+)
+def test_keys_do_what_they_say(
+    generated: float, reencoded: float, shuffled: float, passed: list[bool]
+) -> None:
+    relative = generated / reencoded if reencoded > 0 else float("nan")
+    report = ActionReport("F1", generated, 0.95, reencoded, shuffled, 0.11, relative, 9, 32, [])
+    gates = action_gates(report)
+    assert [gate.passed for gate in gates] == passed
+    assert not any(gate.stops for gate in gates)
+
+
+def test_actions_that_do_not_show_are_told_before_anything_is_trained() -> None:
+    (shown,), (hidden,) = reading_gates({"f1": 0.8}), reading_gates({"r2": 0.1})
+    assert shown.passed and not hidden.passed and hidden.line().startswith("warning R²")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfd_env.recipe.plan import PlanError, choose_grid, fitting_size, merged, share_of
+from nfd_env.recipe.plan import SHARES, PlanError, choose_grid, fitting_size, merged, share_of
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,6 @@ def test_what_the_file_sets_stands_over_what_is_derived() -> None:
 
 def test_the_stages_share_what_is_left_and_leave_a_reserve() -> None:
     left = 1.0
-    for name in ("tokenizer", "flow", "heads", "distill"):
+    for name in SHARES:
         left -= left * share_of(name)
     assert 0.05 < left < 0.2

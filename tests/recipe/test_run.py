@@ -21,6 +21,7 @@ from tests.recipe.dots import ENV_ID
 from tests.recipe.hostile import HOSTILE
 
 TINY: dict[str, Any] = {
+    "inverse_dynamics": {"channels": 4, "train": {"steps": 8, "batch_size": 4}},
     "tokenizer": {
         "model": {
             "encoder_channels": [8, 8],
@@ -99,6 +100,7 @@ def test_the_world_steps_and_the_report_is_there(made: Path) -> None:
     frame, *_ = env.step(2)
     report = (made / "report.html").read_text(encoding="utf-8")
     assert "data:image/webp;base64," in report and "gymnasium.make" in report
+    assert "Do keys do what they say?" in report and "drawn under other actions" in report
     assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
     records = yaml.safe_load((made / "run.yaml").read_text())
     assert list(records) == list(STAGES) and all(r["finished"] for r in records.values())
@@ -134,8 +136,15 @@ def test_names_and_keys_change_the_world_alone(copied: Path) -> None:
 def test_one_stage_alone_asks_for_those_before_it(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="record has not been finished"):
         run(game(tmp_path / "empty"), "flow")
-    with pytest.raises(ValueError, match="stage must be one of record, tokenizer"):
+    with pytest.raises(ValueError, match="stage must be one of record, inverse_dynamics"):
         run(game(copied), "flo")
+    reader = game(copied, inverse_dynamics={**TINY["inverse_dynamics"], "channels": 8})
+    with pytest.raises(ValueError, match="inverse_dynamics is stale"):
+        run(reader, "report")
+    before = written(copied)
+    assert any("inverse_dynamics is made anew" in line for line in run(reader, "inverse_dynamics"))
+    run(reader, "distill")  # nothing is made from the net that reads actions
+    assert written(copied) == before
     changed = game(copied, tokenizer={**TINY["tokenizer"], "hard_weight": 0.1})
     with pytest.raises(ValueError, match="tokenizer is stale"):
         run(changed, "flow")
