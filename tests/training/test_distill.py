@@ -222,7 +222,7 @@ def test_a_judge_learns_to_tell_noise_from_frames(make: Make) -> None:
 
     optimiser = torch.optim.Adam(judge.parameters(), 1e-2)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         _, judging = hinge(judge, stage._features, teacher, latents, torch.randn_like(latents))
         optimiser.zero_grad()
         judging.backward()
