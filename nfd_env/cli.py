@@ -21,6 +21,10 @@ COMMANDS = {
     "serve": ("nfd_env.play.commands:serve", "play a world in a browser"),
     "init": ("nfd_env.recipe.commands:init", "look at a game, write the file that describes it"),
     "train": ("nfd_env.recipe.commands:train", "make a world of a game; run it again to go on"),
+    "train-baseline": (
+        "nfd_env.baselines.commands:train_baseline",
+        "train a token-autoregressive rival of a world",
+    ),
     "collect": ("nfd_env.recipe.commands:collect", "record a game"),
     "export": ("nfd_env.recipe.commands:export", "put finished stages together as a world again"),
     "export-onnx": ("nfd_env.export.commands:export_onnx", "a world as ONNX files"),

@@ -64,6 +64,10 @@ ALLOWED = {
     # The real game is played from its file.
     "nfd_env.play": PLAYERS | {"nfd_env.play", "nfd_env.recipe.game"},
     "nfd_env.export": PLAYERS | {"nfd_env.play", "nfd_env.export"},
+    # Rivals, which the rest finds by name; only their training knows the recipe.
+    "nfd_env.baselines": WORLDS | {"nfd_env.baselines"},
+    "nfd_env.baselines.stages": TRAINING | {"nfd_env.baselines"},
+    "nfd_env.baselines.commands": TRAINING | {"nfd_env.baselines", "nfd_env.recipe"},
     "nfd_env.sb3": ENVS,
     "nfd_env.torchrl": ENVS,
     "nfd_env.cli": set(),  # it imports a command's module by name

@@ -19,6 +19,7 @@ from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
 from nfd_env.files import make_folder
 from nfd_env.worlds.load import load_world, shipped_worlds
+from nfd_env.worlds.rivals import RIVALS
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Chosen:
 
     Attributes:
         world: world folder or shipped world; default: the first shipped one.
-        dynamics: of a distilled world that comes with both; default: the world's own.
+        dynamics: student or teacher, of a distilled world that comes with both; autoregressive or
+            autoregressive_parallel, where nfd train-baseline made them; default: the world's own.
         device: auto, cpu, cuda or cuda:N.
         precision: auto, fp32 or bf16.
     """
 
     world: Positional[str] = ""
-    dynamics: Literal["student", "teacher"] | None = None
+    dynamics: str | None = None
     device: str = "auto"
     precision: str = "auto"
 
@@ -165,6 +167,11 @@ def bench(
                 values["world"] = Path(folder) / "world"
                 write_untrained(values["world"], untrained)
             world = load_world(**values)
+            if world.dynamics in RIVALS:
+                raise ValueError(
+                    f"bench looks into a world's own dynamics; how fast {world.dynamics} ones are "
+                    "is told by nfd eval --against"
+                )
             if compare:
                 return comparing.compare(
                     world,

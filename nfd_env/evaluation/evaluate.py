@@ -191,7 +191,7 @@ class _Row:
     drawn_ahead: float | None = None
 
     def __post_init__(self) -> None:
-        check_frames(self.speculative_frames, self.model.dynamics.config.window)
+        check_frames(self.speculative_frames, self.model)
 
     def report(self, reference: _Row | None = None) -> RowReport:
         """What was measured, the distances also relative to those of ``reference``."""
