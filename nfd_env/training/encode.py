@@ -21,7 +21,7 @@ from nfd_env.training.loop import Progress
 from nfd_env.training.recorded import open_recordings
 
 _CHUNK = 64  # frames encoded at a time
-_STAMP = "tokenizer.sha256"
+STAMP = "tokenizer.sha256"
 
 
 class NotEncodedError(ValueError):
@@ -86,7 +86,7 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
 
         for left in folder.glob(".*.tmp.npy"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        stamp = folder / _STAMP
+        stamp = folder / STAMP
         if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
             for old in folder.glob("*.npy"):
                 old.unlink()
@@ -114,7 +114,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
         NotEncodedError: saying what to run, when it has not.
         CheckpointError: when there is no such tokenizer.
     """
-    folder, stamp = Path(latents), Path(latents) / _STAMP
+    folder, stamp = Path(latents), Path(latents) / STAMP
     identity = fingerprint_of(tokenizer)
     shards = recordings.shard_frames()
     missing = sum(_stored(folder, shard) != len(frames) for shard, frames in shards.items())
