@@ -206,7 +206,7 @@ def _train(
         assert values.keys() == set(_STATE)
         with writing(folder):
             write_state(state_path, values)
-            save_weights(agent_path, policy, policy.config)
+            save_weights(agent_path, policy, policy.config, torch.float16)
 
     def evaluate() -> None:
         nonlocal evaluated
