@@ -25,6 +25,7 @@ from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
 from nfd_env.video import write_mp4
 from nfd_env.worlds.format import WorldSpec
+from nfd_env.worlds.hub import is_address
 from nfd_env.worlds.load import UnknownWorldError, find_world, load_world
 
 _LABELS = {"real": "real game", "learned": "learned world"}
@@ -344,7 +345,8 @@ def evaluate_agent(
 def _world_of(settings: AgentEvaluation, spec: AgentSpec | None) -> Path:
     if settings.world:
         return find_world(settings.world)
-    if spec is None or not spec.world:
+    # An agent's file must not make us fetch anything.
+    if spec is None or not spec.world or is_address(spec.world):
         raise AgentError(f"{settings.agent} does not say which world it plays: name it by --world")
     try:
         return find_world(spec.world)

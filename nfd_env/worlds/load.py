@@ -36,6 +36,7 @@ from nfd_env.worlds.format import (
     read_spec,
     was_replaced,
 )
+from nfd_env.worlds.hub import fetched_world, is_address
 from nfd_env.worlds.rivals import rival, rivals_of
 from nfd_env.worlds.starts import load_starts
 from nfd_env.worlds.trust import check_trusted
@@ -85,15 +86,19 @@ def shipped_worlds() -> list[str]:
 
 
 def find_world(world: str | os.PathLike[str]) -> Path:
-    """The folder of a world given by path (``~`` too) or by shipped name.
+    """The folder of a world given by path (``~`` too), shipped name or ``hf://owner/name``.
 
-    A world whose writer was killed in the middle of replacing it is put back first.
+    A world whose writer was killed in the middle of replacing it is put back first. One on the
+    hub is fetched when it has not been yet.
 
     Raises:
         UnknownWorldError: naming the shipped worlds.
+        HubError: when a world on the hub is not to be had.
         TypeError: when ``world`` is no text and no path.
     """
     text = os.fspath(world)
+    if is_address(text):
+        return fetched_world(text)
     path = Path(text).expanduser()
     try:
         if was_replaced(path):
@@ -125,7 +130,7 @@ def load_world(
     Torch's random numbers and defaults are neither used nor changed. Any thread may load.
 
     Args:
-        world: a world folder, or the name of a shipped world.
+        world: a world folder, the name of a shipped world, or ``hf://owner/name[@revision]``.
         device: see ``nfd_env.devices.resolve_device``.
         precision: "fp32", "bf16", or "auto", see ``choose_precision``. Weights, activations and the
             cache are kept in it; latents and the heads stay fp32.
@@ -271,7 +276,7 @@ def make_real(
     """The real game behind a world, with the world's observations, actions and frame rate.
 
     Args:
-        world: a world folder, or the name of a shipped world.
+        world: a world folder, the name of a shipped world, or ``hf://owner/name[@revision]``.
         trust: let the world import any module, and name files to its game. Without it, only
             packages of games that are known, and what this process has imported already.
         kwargs: further arguments of the real environment.
