@@ -216,7 +216,9 @@ def test_a_world_without_it_says_what_it_has(tiny_world: Path, rival_world: Path
         env(rival_world, 1, "autoregresive")
 
 
-def test_without_the_extra(rival_world: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_without_the_extra(
+    rival_world: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     shutil.copytree(rival_world, tmp_path / "world")
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     with pytest.raises(ImportError, match=r"pip install 'nfd-env\[autoregressive\]'"):
@@ -236,9 +238,7 @@ def test_parts_of_other_worlds_are_refused(
         shutil.copy(
             parts / f"{part}.safetensors", run / "autoregressive" / part / "model.safetensors"
         )
-    assert np.array_equal(
-        play(env(run / "world", 2, BOTH[0])), play(env(rival_world, 2, BOTH[0]))
-    )
+    assert np.array_equal(play(env(run / "world", 2, BOTH[0])), play(env(rival_world, 2, BOTH[0])))
     shutil.rmtree(run / "world")
     shutil.copytree(make_world(seed=5), run / "world")
     with pytest.raises(CheckpointError, match="another tokenizer than Tiny has"):
