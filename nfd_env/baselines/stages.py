@@ -265,4 +265,3 @@ class TokenDynamicsStage(LatentStage):
     def save(self, network: nn.Module, path: Path) -> None:
         """Write the weights with their config."""
         save_weights(path, network, self.config)
-
