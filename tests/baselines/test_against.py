@@ -11,32 +11,35 @@ import pytest
 
 from nfd_env.cli import main
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.evaluation import against
-from nfd_env.evaluation.evaluate import evaluate
+from nfd_env.evaluation import against, held_out, reports
+from nfd_env.evaluation import evaluate as evaluating
 from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.inverse_dynamics import InverseDynamics, InverseDynamicsConfig
 from nfd_env.worlds.load import load_world
-from tests.evaluation.conftest import long_recordings, short
+from tests.evaluation.conftest import long_recordings
 from tests.tiny_world import DISCRETE
 
-__all__ = ["long_recordings", "short"]  # fixtures
+__all__ = ["long_recordings"]  # a fixture
 
-pytestmark = pytest.mark.usefixtures("short")
-FEW = EvaluationConfig(windows=2, long_rollouts=1, long_frames=75)
+# One window and one long rollout, as short as the distances of distributions allow.
+FEW = EvaluationConfig(windows=1, long_rollouts=1, long_frames=67)
 
 
 @pytest.fixture(scope="module")
-def quick() -> Any:
-    """Fewer ways, so that it takes seconds."""
+def report(rival_world: Path, long_recordings: RecordedDataset) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(against, "_STEPS", (1,))
-        yield
+        for module in (held_out, evaluating, reports):
+            for name, value in (("EARLY", 66), ("HORIZONS", (1, 8, 32))):
+                patch.setattr(module, name, value, raising=False)
+        world = load_world(rival_world, "cpu", "fp32")
+        reader = InverseDynamics(InverseDynamicsConfig(DISCRETE, [32, 48], channels=2)).eval()
+        yield against.measure_against(world, long_recordings, FEW, reader, 0.05, progress=False)
 
 
-def test_one_table_of_all(rival_world: Path, long_recordings: RecordedDataset, quick: None) -> None:
-    world = load_world(rival_world, "cpu", "fp32")
-    reader = InverseDynamics(InverseDynamicsConfig(DISCRETE, [32, 48], channels=2)).eval()
-    report = against.measure_against(world, long_recordings, FEW, reader, 0.05, progress=False)
+def test_one_table_of_all(
+    report: against.AgainstReport, rival_world: Path, long_recordings: RecordedDataset
+) -> None:
     assert [(row.name, row.passes) for row in report.rows] == [
         ("NFD, 2 steps (flow)", 2),
         ("NFD, 2 steps (flow), 2 drawn jointly", 2),
@@ -45,19 +48,19 @@ def test_one_table_of_all(rival_world: Path, long_recordings: RecordedDataset, q
         ("autoregressive", 6),
         ("autoregressive, parallel", 4),
     ]
-    assert report.home == 0 and report.held_out.long_frames == 75
+    assert report.home == 0 and report.held_out.long_frames == 67
     for row in report.rows:
         assert row.pace.frames_per_second > 0 and row.quality.late is not None
         assert (row.actions is None) == ("jointly" in row.name)
-    # Each row is what the other measures say of it alone.
+    # A row is what the other measures say of it alone.
     rival = load_world(rival_world, "cpu", "fp32", "autoregressive_parallel")
-    alone = evaluate(rival, long_recordings, FEW, False)
-    assert alone.horizons == report.rows[-1].quality.horizons
+    alone = evaluating.evaluate(rival, long_recordings, FEW, False)
+    assert repr(alone.horizons) == repr(report.rows[-1].quality.horizons)  # with NaN
     assert alone.paired.frechet == report.rows[-1].quality.paired.frechet
     text = against.format_against(report)
     for part in (
         "| NFD, 2 steps (flow), 2 drawn jointly |",
-        "Fréchet 6-75",
+        "Fréchet 2-67",
         "seed 0",
         "**autoregressive** against NFD, 2 steps (flow): ahead in",
         "- *drift*: ",
@@ -66,41 +69,43 @@ def test_one_table_of_all(rival_world: Path, long_recordings: RecordedDataset, q
     json.dumps(asdict(report))
 
 
-def test_what_the_rival_is_ahead_in_is_said(
-    rival_world: Path, long_recordings: RecordedDataset, quick: None
-) -> None:
-    world = load_world(rival_world, "cpu", "fp32")
-    settings = replace(FEW, long_rollouts=0)
-    report = against.measure_against(world, long_recordings, settings, None, 0.02, progress=False)
-    rival, home = report.rows[-1], report.rows[report.home]
-    faster = replace(rival, pace=replace(rival.pace, frames_per_second=1e9))
+def test_what_a_rival_is_ahead_in_is_said(report: against.AgainstReport) -> None:
+    rows = [
+        replace(row, actions=None, quality=replace(row.quality, late=None)) for row in report.rows
+    ]
+    rival, home = rows[-1], rows[0]
+    rows[-1] = replace(rival, pace=replace(rival.pace, frames_per_second=1e9))
     worse = replace(home.quality, early=replace(home.quality.early, frechet=1e9))
-    rows = [*report.rows[:-1], faster]
-    rows[report.home] = replace(home, quality=worse)
+    rows[0] = replace(home, quality=worse)
     text = against.format_against(replace(report, rows=rows))
     line = next(x for x in text.splitlines() if x.startswith("**autoregressive, parallel**"))
-    ahead, behind = line.split("behind in")
-    assert "frames/s" in ahead and " Fréchet distance" in ahead
+    ahead, _, behind = line.partition("behind in")
+    assert "frames/s" in ahead and " Fréchet distance" in ahead and "frames/s" not in behind
     assert "actions" not in line and "drift" not in text
 
 
 def test_the_command(
+    report: against.AgainstReport,
     rival_world: Path,
     tiny_world: Path,
     long_recordings: RecordedDataset,
     tmp_path: Path,
     capsys: Any,
-    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- begin eval-against -->\n<!-- end eval-against -->\n")
-    arguments = ["--recordings", str(long_recordings.folder), "--windows", "2", "--seconds", "0.02"]
-    arguments += ["--long-rollouts", "0", "--device", "cpu", "--precision", "fp32", "--against"]
-    assert main(["eval", str(rival_world), *arguments, "--markdown-into", str(page)]) == 0
-    assert "autoregressive, parallel" in page.read_text()
+    arguments = ["--recordings", str(long_recordings.folder), "--device", "cpu", "--against"]
     assert main(["eval", str(tiny_world), *arguments]) == 1
     assert "nfd train-baseline" in capsys.readouterr().err
-    assert main(["eval", str(rival_world), *arguments, "--steps", "1"]) == 1
-    assert "leave out --dynamics, --steps" in capsys.readouterr().err
-    assert main(["eval", str(rival_world), *arguments, "--long-frames", "7"]) == 1
-    assert "long_frames must be above" in capsys.readouterr().err
+    for wrong, reason in (
+        (["--steps", "1"], "leave out --dynamics, --steps"),
+        (["--dynamics", "flow"], "leave out --dynamics, --steps"),
+        (["--long-frames", "7"], "long_frames must be above"),
+        (["--seconds", "0"], "--seconds must be above 0"),
+    ):
+        assert main(["eval", str(rival_world), *arguments, *wrong]) == 1
+        assert reason in capsys.readouterr().err
+    monkeypatch.setattr(against, "measure_against", lambda *given: report)
+    assert main(["eval", str(rival_world), *arguments, "--markdown-into", str(page)]) == 0
+    assert "autoregressive, parallel" in page.read_text()

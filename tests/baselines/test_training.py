@@ -22,7 +22,8 @@ from nfd_env.baselines.stages import (
 )
 from nfd_env.cli import main
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.models.weights import load_weights
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import load_weights, save_weights
 from nfd_env.recipe.game import load_game
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.records import StageRecord, write_records, write_yaml
@@ -133,8 +134,11 @@ def test_the_command(run: Path, tmp_path: Path, capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert "tokenizer: " in shown and "M parameters" in shown
     assert f"nfd eval {folder}/world --against" in shown
-    plan = (folder / "autoregressive" / "plan.yaml").read_text()
-    assert yaml.safe_load(plan)["minutes"] == {"tokenizer": 0.01, "dynamics": 0.02}
+
+    def read() -> dict[str, Any]:
+        return yaml.safe_load((folder / "autoregressive" / "plan.yaml").read_text())
+
+    assert read()["minutes"] == {"tokenizer": 0.01, "dynamics": 0.02}
     env = NFDVectorEnv(folder / "world", 2, "cpu", dynamics="autoregressive_parallel")
     frame, _ = env.reset(seed=0)
     assert frame.shape == (2, 32, 48, 3) and env.step(np.zeros(2, int))[0].shape == frame.shape
@@ -142,14 +146,20 @@ def test_the_command(run: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.rmtree(folder / "autoregressive" / "dynamics")
     shutil.copytree(folder / "world", tmp_path / "elsewhere")
     NFDVectorEnv(tmp_path / "elsewhere", 1, "cpu", dynamics="autoregressive").reset(seed=0)
-    # Again, with the steps that were decided on, although the machine may be slower now.
-    assert main([*arguments, "--dynamics-minutes", "0.02"]) == 0
-    assert (folder / "autoregressive" / "plan.yaml").read_text() == plan
-    assert "anew" not in capsys.readouterr().out
+    # Again, with the minutes and the steps that were decided on.
+    plan = read()
+    assert main(arguments) == 0
+    assert read() == plan and "anew" not in capsys.readouterr().out
+    # More minutes: more steps, and what was trained goes on. Another tokenizer: all is made anew.
     game = load_game(folder / "game.yaml", [f"folder={folder}"])
-    assert _plan(game, folder / "autoregressive", {"tokenizer": 1.0, "dynamics": 2.0}).minutes
-    assert "made anew" in capsys.readouterr().out
-    assert not (folder / "autoregressive" / "tokenizer").exists()
+    own = folder / "autoregressive"
+    longer = _plan(game, own, {"tokenizer": 0.01, "dynamics": 2.0})
+    assert longer.seconds_per_step.keys() == {"tokenizer"} and longer.dynamics == plan["dynamics"]
+    assert (own / "tokenizer").exists() and not capsys.readouterr().out
+    other = Tokenizer(TokenizerConfig([8, 8, 8], [8, 8, 8], 4))
+    save_weights(folder / "tokenizer" / "model.safetensors", other, other.config, kind="tokenizer")
+    assert _plan(game, own, longer.minutes).seconds_per_step == {}
+    assert "made anew" in capsys.readouterr().out and not (own / "tokenizer").exists()
 
 
 @pytest.mark.parametrize(
