@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class BaselinePlan:
     """The settings of both parts; ``autoregressive/plan.yaml`` in the run.
 
     Attributes:
-        made_from: fingerprint of the world's tokenizer, and which recordings there are.
+        made_from: fingerprints of the world's tokenizer, of which recordings there are, and, once
+            the transformer has begun, of the discrete tokenizer.
         minutes: that each part is given.
         seconds_per_step: measured, of those that have begun.
         tokenizer: of ``DiscreteTrainingConfig``.
@@ -71,8 +73,8 @@ class Minutes:
     tokenizer_minutes: float | None = None
     dynamics_minutes: float | None = None
 
-    def of(self, game: GameConfig) -> dict[str, float]:
-        """Minutes of each part.
+    def of(self, game: GameConfig, planned: Mapping[str, float]) -> dict[str, float]:
+        """Minutes of each part: as given, else as ``planned`` before, else the run's.
 
         Raises:
             ValueError: when they are none, or the run has not got as far.
@@ -81,6 +83,7 @@ class Minutes:
         found = {}
         for part, rival in _RIVAL_OF.items():
             record, own = records.get(rival), getattr(self, f"{part}_minutes")
+            own = planned.get(part) if own is None else own
             if record is None or not record.finished:
                 raise ValueError(
                     f"{game.run_folder}: its {rival} stage is not finished; nfd train first, then "
@@ -113,11 +116,12 @@ def train_baseline(
     """
     described = load_game(game, overrides, None, device)
     folder = described.run_folder / FOLDER
-    given = minutes.of(described)
+    old = _stored(folder)
+    given = minutes.of(described, old.minutes if old else {})
     with stopping() as stop, stop.at_once(), owned_folder(folder):
         plan = _plan(described, folder, given)
-        for part in PARTS:
-            plan = _train(plan, part, folder)
+        plan = _train(plan, "tokenizer", folder)
+        plan = _train(_of_these_tokens(plan, folder), "dynamics", folder)
     if into_world:
         _copy_into(described.world_folder)
     print(f"compare: nfd eval {described.world_folder} --against")
@@ -141,7 +145,7 @@ def _train(plan: BaselinePlan, part: str, folder: Path) -> BaselinePlan:
         values = {**values, "train": {**values["train"], **decided}}
         paces = {**plan.seconds_per_step, part: round(pace, 5)}
         plan = replace(plan, seconds_per_step=paces, **{part: values})
-        write_yaml(folder / "plan.yaml", asdict(plan))
+    write_yaml(folder / "plan.yaml", asdict(plan))
     settings = config.from_mapping(schema, values, part).train
     count = sum(p.numel() for p in stage.network.parameters() if p.requires_grad)
     print(
@@ -161,12 +165,13 @@ def _plan(game: GameConfig, folder: Path, minutes: dict[str, float]) -> Baseline
         "tokenizer": fingerprint_of(tokenizer),
         "recordings": recordings_digest(RecordedDataset(data)),
     }
-    path = folder / "plan.yaml"
-    if path.exists():
-        old = config.from_mapping(BaselinePlan, config.read(path), str(path))
-        if old.made_from == made_from and old.minutes == minutes:
-            return old
-        print("the baseline is made anew: the run's tokenizer, recordings or minutes have changed")
+    old = _stored(folder)
+    if old is not None and made_from.items() <= old.made_from.items():
+        # Other minutes are other steps; what was trained goes on.
+        kept = {p: x for p, x in old.seconds_per_step.items() if minutes[p] == old.minutes[p]}
+        return replace(old, minutes=minutes, seconds_per_step=kept)
+    if old is not None:
+        print("the baseline is made anew: the run's tokenizer or recordings have changed")
         for part in PARTS:
             shutil.rmtree(folder / part, ignore_errors=True)
     theirs = config.from_mapping(Plan, config.read(run / "plan.yaml"), str(run / "plan.yaml"))
@@ -201,9 +206,23 @@ def _plan(game: GameConfig, folder: Path, minutes: dict[str, float]) -> Baseline
             **{key: flow["train"][key] for key in (*trained, "compile") if key in flow["train"]},
         },
     }
-    plan = BaselinePlan(made_from, minutes, {}, tokenizing, drawing)
-    write_yaml(path, asdict(plan))
-    return plan
+    return BaselinePlan(made_from, minutes, {}, tokenizing, drawing)
+
+
+def _stored(folder: Path) -> BaselinePlan | None:
+    path = folder / "plan.yaml"
+    if not path.exists():
+        return None
+    return config.from_mapping(BaselinePlan, config.read(path), str(path))
+
+
+def _of_these_tokens(plan: BaselinePlan, folder: Path) -> BaselinePlan:
+    """``plan``; a transformer that was trained on other tokens is taken away."""
+    made = fingerprint_of(folder / "tokenizer" / "model.safetensors")
+    if plan.made_from.get("discrete", made) != made:
+        print("the transformer is made anew: the discrete tokenizer has changed")
+        shutil.rmtree(folder / "dynamics", ignore_errors=True)
+    return replace(plan, made_from={**plan.made_from, "discrete": made})
 
 
 def _copy_into(world: Path) -> None:

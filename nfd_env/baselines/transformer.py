@@ -157,7 +157,7 @@ class TokenDynamics(nn.Module):
         self.place = nn.Embedding(config.tokens, d)
         for embedding in (self.embed, self.place):
             nn.init.normal_(embedding.weight, std=0.5)
-        self.blocks = nn.ModuleList(Block(d, config.heads, True) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(d, config.heads, False) for _ in range(config.layers))
         for block in self.blocks:
             assert isinstance(block, Block)
             for last in (block.project, block.down):  # GPT-2's, so that depth adds up to no more

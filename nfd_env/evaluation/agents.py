@@ -47,7 +47,8 @@ class Scoring:
         num_envs: learned worlds stepped together.
         real_envs: real games beside each other.
         sampling_steps: of the learned world; default: its own.
-        dynamics: of a distilled world that comes with both; default: the world's own.
+        dynamics: student or teacher, of a distilled world that comes with both; or a baseline that
+            was trained, see nfd train-baseline; default: the world's own.
         device: auto, cpu, cuda or cuda:N.
         precision: auto, fp32 or bf16.
     """
@@ -61,7 +62,7 @@ class Scoring:
     num_envs: int = 25
     real_envs: int = 8
     sampling_steps: int | None = None
-    dynamics: Literal["student", "teacher"] | None = None
+    dynamics: str | None = None
     device: str = "auto"
     precision: str = "auto"
 
