@@ -294,7 +294,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
             if chosen is None and now is not None:
                 keys.append((now.seeds[row], now.episodes[row] + 1))
             elif chosen is None:
-                keys.append((int(np.random.SeedSequence().generate_state(1)[0]), 0))
+                fresh = np.random.SeedSequence().generate_state(1, np.uint64)
+                keys.append((int(fresh[0]) >> 1, 0))  # people keep seeds in int64 arrays
             else:
                 keys.append((chosen, 0))
         beginning = isinstance(given.get("start"), str)

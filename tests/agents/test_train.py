@@ -595,7 +595,14 @@ def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) 
             seen.append(observation.copy())
             return np.zeros(len(observation), int), None
 
+        def set_random_seed(self, seed: int) -> None:
+            seeds.append(seed)
+
+    seeds: list[int] = []
     agent = SB3Player(Model(), spec)
+    for seed in (5, 5 + 2**32, 5 + 2**64):
+        agent.reset(plan.num_envs, seed)
+    assert seeds[0] == 5 and len(set(seeds)) == 3 and max(seeds) < 2**32
     agent.reset(plan.num_envs)
     stacked, dones = venv.reset(), np.zeros(plan.num_envs, bool)
     for _ in range(14):
