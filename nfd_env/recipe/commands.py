@@ -51,7 +51,7 @@ def train(
         minutes: wall-clock budget of everything; default: the file's.
         device: cpu, cuda or auto; default: the file's.
         stage: only this one: record, inverse_dynamics, tokenizer, encode, flow, heads, distill,
-            world or report.
+            world or report; with rounds also agent_2, record_2 and so on.
         keep_going: go on where a stage's result is not good enough.
     """
     from nfd_env.recipe.game import load_game

@@ -172,6 +172,8 @@ def _check_kind(path: Path) -> None:
 def snake_case(name: str) -> str:
     """Turn "BigFish" into "big_fish"."""
     return "".join(
-        f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower()
+        f"_{c.lower()}"
+        if c.isupper() and i and name[i - 1].isalnum() and not name[i - 1].isupper()
+        else c.lower()
         for i, c in enumerate(name)
     ).replace("-", "_")

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -271,12 +272,19 @@ def _names(inner: Any, count: int) -> list[str]:
     """The game's own names of its Discrete actions; none where it has none, or others."""
     meanings: Any = getattr(inner, "get_action_meanings", None)
     told: list[str] = []
+    actions = getattr(inner, "actions", None)
+    if isinstance(actions, EnumType):  # as MiniGrid has it, and what is built like it
+        told = [str(member.name).lower() for member in sorted(actions, key=_value)]
     if meanings is not None:
         told = [str(name).lower() for name in meanings()]
     elif hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):  # ViZDoom
         buttons = inner.game.get_available_buttons()
         told = ["noop", *(button.name.lower() for button in reversed(buttons))]
     return told if len(told) == count == len(set(told)) else []
+
+
+def _value(member: Any) -> Any:
+    return member.value
 
 
 def _frame_rate(env: gymnasium.Env, source: SourceConfig) -> float:

@@ -37,6 +37,7 @@ _WITHOUT_EFFECT = (
     "folder",
     "precision",
 )
+_SHORT = 20.0  # seconds that a stage takes in any case
 _ONCE = ("inverse_dynamics", "report")  # stages that a run has once, however many rounds
 _BEGUN_FROM = ("initial", "student")  # settings that name weights of the round before
 
@@ -154,7 +155,8 @@ class Ledger:
             rest = max(0.0, self.time_left() - sum(known.values()))
         total = sum(shares.values())
         for name, share in shares.items():
-            known[name] = min(rest * share / total, most.get(name, rest))
+            least = min(_SHORT, 60 * share)  # also where the budget is spent
+            known[name] = max(least, min(rest * share / total, most.get(name, rest)))
         return {name: known[name] for name in unfinished}
 
     def _timed_seconds(self, stage: str) -> float | None:

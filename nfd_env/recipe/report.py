@@ -18,9 +18,9 @@ from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
 from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actions_sentence
 from nfd_env.files import atomic_write
 from nfd_env.metrics import bright_share, luminance, standing_out
-from nfd_env.recipe.plan import SHARES
 from nfd_env.recipe.records import StageRecord, write_yaml
 from nfd_env.recipe.replay import moments, replay
+from nfd_env.recipe.rounds import Played, of_round, split
 from nfd_env.worlds.load import World, load_world
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def write_report(recipe: Recipe) -> Path:
         f"<h1>{html.escape(game.name)}</h1>",
         f"<p>From <code>{html.escape(game.source.env_id)}</code>. "
         f"Left: the game. Right: the world, same keys.</p>",
-        f"<p><strong>{verdict(recipe.records)}</strong></p>",
+        f"<p><strong>{verdict(_made(recipe))}</strong></p>",
         _film(real, made, recordings.spec.fps),
         "<h2>How good</h2>",
         _table(rows),
@@ -65,20 +65,21 @@ def write_report(recipe: Recipe) -> Path:
         "as sharp as the game. Gradients: 1 is with edges where the game has them. Things that "
         "stand out: 1 is as many as in the game; less, they fade; more, they are invented.</p>",
         *_actions(recipe),
+        *_rounds(recipe),
         *_gates(recipe),
         f"<h2>Real above generated, after {', '.join(map(str, rows))} frames</h2>",
         *_strips(real, made),
         "<h2>Time</h2>",
         _times(recipe),
         "<h2>Curves</h2>",
-        *_curves(recipe.folder),
+        *_curves(recipe),
         "<h2>Use it</h2>",
         f"<pre>nfd play {html.escape(str(game.world_folder))}</pre>",
         "<pre>import gymnasium, nfd_env\n"
         f'env = gymnasium.make("NFD/World-v0", world="{html.escape(str(game.world_folder))}")'
         "</pre>",
         "<h2>Settings</h2>",
-        f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.folder)}</pre></details>",
+        f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.here.run_folder)}</pre></details>",
     ]
     path = recipe.folder / "report.html"
     with atomic_write(path) as temporary:
@@ -187,6 +188,44 @@ def _actions(recipe: Recipe) -> list[str]:
     ]
 
 
+def _rounds(recipe: Recipe) -> list[str]:
+    """What each later round's agent scored, and what training on its play has changed."""
+    parts = []
+    for number in range(2, recipe.game.rounds + 1):
+        record = recipe.records[f"record_{number}"]
+        who = {
+            "agent": "the agent, in the game",
+            "mistakes": "the agent with mistakes",
+            "random": "random play",
+        }
+        lines = [
+            f"<tr><td>{who[name]}<td>{Played(**scored)}"
+            for name, scored in (record.extra or {})["returns"].items()
+        ]
+        parts += [
+            f"<h2>Round {number}</h2>",
+            "<p>An agent was trained in the world of the round before, and played the game while "
+            "it was recorded; the world was trained on, on all recordings.</p>",
+            f"<table><tr><th>who<th>return of an episode{''.join(lines)}</table>",
+        ]
+        for stage in ("flow", "heads"):
+            extra = recipe.records[f"{stage}_{number}"].extra or {}
+            lines = [
+                f"<tr><td>{html.escape(name)}<td>{_number(value)}"
+                f"<td>{_number(extra['after'].get(name, np.nan))}"
+                for name, value in extra.get("before", {}).items()
+            ]
+            if lines:
+                head = f"<tr><th>{stage}, on all held-out episodes<th>before<th>after"
+                parts.append(f"<table>{head}{''.join(lines)}</table>")
+    return parts
+
+
+def _made(recipe: Recipe) -> dict[str, StageRecord]:
+    """Of the stages of this many rounds; others may have been made before."""
+    return {name: recipe.records[name] for name in recipe.stages if name in recipe.records}
+
+
 def verdict(records: Mapping[str, StageRecord]) -> str:
     """How many gates did not pass, in one sentence."""
     lines = [line for record in records.values() for line in record.gates or []]
@@ -205,7 +244,7 @@ def _number(value: float, form: str = ".2f") -> str:
 
 def _gates(recipe: Recipe) -> list[str]:
     parts = ["<h2>Gates</h2>"]
-    for name, record in recipe.records.items():
+    for name, record in _made(recipe).items():
         if record.gates:
             lines = "\n".join(html.escape(line) for line in record.gates)
             parts.append(f"<h3>{name}</h3><pre>{lines}</pre>")
@@ -215,7 +254,7 @@ def _gates(recipe: Recipe) -> list[str]:
 def _times(recipe: Recipe) -> str:
     lines = [
         f"<tr><td>{name}<td>{record.seconds / 60:.1f} min<td>{record.steps or ''}</tr>"
-        for name, record in recipe.records.items()
+        for name, record in _made(recipe).items()
     ]
     return f"<table><tr><th>stage<th>time<th>steps</tr>{''.join(lines)}</table>"
 
@@ -225,20 +264,22 @@ def _plan(folder: Path) -> str:
     return html.escape(path.read_text(encoding="utf-8")) if path.exists() else ""
 
 
-def _curves(folder: Path) -> list[str]:
+def _curves(recipe: Recipe) -> list[str]:
     """Training loss and validation metrics of every stage, drawn from its TensorBoard log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     parts = []
-    for name in SHARES:
-        logs = folder / name / "tensorboard"
+    for name in recipe.stages:
+        stage, number = split(name)
+        folder = of_round(recipe.game, number).run_folder
+        logs = folder / stage / "tensorboard"
         if not logs.is_dir():
             continue
         events = EventAccumulator(str(logs), size_guidance={"scalars": 500})
         events.Reload()
         parts.append(f"<h3>{name}</h3>")
         for tag in events.Tags()["scalars"]:
-            if tag == "train/loss" or tag.startswith("validation/"):
+            if tag.startswith(("train/loss", "train/surrogate", "rollout/", "validation/")):
                 points = [(e.step, e.value) for e in events.Scalars(tag)]
                 parts.append(_curve(tag, points))
     return parts

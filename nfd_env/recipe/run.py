@@ -105,7 +105,7 @@ class Recipe(Ledger):
         """
         if only is not None and only not in self.stages:
             raise ValueError(f"stage must be one of {', '.join(self.stages)}, got {only!r}")
-        made = not self.folder.exists()
+        made, self.number = not self.folder.exists(), 1
         with stopping() as stop, stop.at_once(), owned_folder(self.folder):
             self.records = read_records(self.folder)
             try:
@@ -155,10 +155,12 @@ class Recipe(Ledger):
         with self._timed(record):
             if not record.extra:  # decided once, so that going on is exact
                 seconds = planning.AGENT_SHARE * max(1.0, self.time_left())
-                values = rounds.decide_agent(values, self.game.agent, seconds)
-                record.extra = {"seconds": seconds, "settings": values}
+                decided = rounds.decide_agent(values, self.game.agent, seconds)
+                record.extra = {"seconds": seconds, "settings": decided}
                 self._save()
-            settings = rounds.built_agent(record.extra["settings"])
+            # Where things lie is not what was decided.
+            placed = {key: values[key] for key in ("folder", "world", "device")}
+            settings = rounds.built_agent({**record.extra["settings"], **placed})
             if not record.finished or not self.weights("agent").is_file():
                 metrics = learn(settings, False, self._progress)
                 record.metrics = {name: float(value) for name, value in metrics.items()}
@@ -246,8 +248,13 @@ class Recipe(Ledger):
             record.extra = {"kept": all(gate.passed for gate in found)}
             record.gates = [gate.line() for gate in found]
         if not record.extra["kept"]:
-            self._say("  the tokenizer is not good enough where the agent goes: it is trained on")
+            if not record.finished:
+                self._say(
+                    "  the tokenizer is not good enough where the agent goes: it is trained on"
+                )
             return False
+        if record.finished and self.weights("tokenizer").is_file():
+            return True
         folder = self.weights("tokenizer").parent
         for name in ("state.pt", "model.safetensors"):
             with writing(folder):
@@ -365,7 +372,10 @@ class Recipe(Ledger):
             metrics = train(stage, settings, False, self._progress)
         record.steps = settings.steps
         record.metrics = {key: float(value) for key, value in metrics.items()}
-        self._finish(name, record, judged(record.metrics))
+        found = judged(record.metrics)
+        if record.extra and "before" in record.extra:
+            record.extra["after"] = {gate.name: gate.value for gate in found}
+        self._finish(name, record, found)
 
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
@@ -387,7 +397,7 @@ class Recipe(Ledger):
             with self._in_round(self.number - 1):
                 network = load_weights(self.weights(name), *_NETWORKS[name])
             found = judged(judge(stage, self.device, network))
-            record.extra = {"before": [gate.line() for gate in found]}
+            record.extra = {"before": {gate.name: gate.value for gate in found}}
             self._save()
 
     def _begin(self, stage: str) -> StageRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import gymnasium
@@ -47,7 +48,10 @@ class DotsEnv(gymnasium.Env):
 
 
 class RenderedOnly(DotsEnv):
-    """Observes two numbers; the picture is only rendered."""
+    """Observes two numbers; the picture is only rendered. It names its actions as MiniGrid does."""
+
+    actions = IntEnum("Actions", {"east": 2, "stay": 1, "west": 0})
+    get_action_meanings: Any = None
 
     def __init__(self, render_mode: str | None = None) -> None:
         super().__init__(render_mode=render_mode)

@@ -8,7 +8,7 @@ import cv2
 import pytest
 import yaml
 
-from nfd_env.recipe.game import load_game
+from nfd_env.recipe.game import load_game, snake_case
 from nfd_env.recipe.inspect import write_game
 from nfd_env.sources.source import SourceError
 
@@ -31,7 +31,21 @@ def test_the_file_says_what_was_found_and_can_be_trained_as_it_is(tmp_path: Path
 
 def test_pictures_that_are_only_rendered_are_found(tmp_path: Path) -> None:
     path, _ = write_game("tests/RenderedOnly-v0", tmp_path / "r.yaml", imports=DOTS)
-    assert yaml.safe_load(path.read_text())["source"]["frames"] == "render"
+    source = yaml.safe_load(path.read_text())["source"]
+    assert source["frames"] == "render" and source["action_names"] == ["west", "stay", "east"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("BigFish", "big_fish"),
+        ("MiniGrid-DoorKey-8x8", "mini_grid_door_key_8x8"),
+        ("ALE_Pong", "ale_pong"),
+        ("dots", "dots"),
+    ],
+)
+def test_files_and_folders_are_named_after_the_game(name: str, file: str) -> None:
+    assert snake_case(name) == file
 
 
 @pytest.mark.parametrize(
