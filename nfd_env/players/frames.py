@@ -76,8 +76,10 @@ class FramePlayer:
 
     def __call__(self, frame: np.ndarray) -> Any:
         """The action for ``frame``, of the action space."""
-        observation = self._observe(frame)
-        if self._count % self._every == 0:
+        decides = self._count % self._every == 0
+        # Features remember all frames; else those in between would be encoded for nothing.
+        observation = self._observe(frame) if decides or self._obs_type == "features" else None
+        if decides:
             action = np.asarray(self.player.act(observation))[0]
             discrete = isinstance(self._space, spaces.Discrete)
             self._action = int(action) if discrete else action

@@ -138,15 +138,15 @@ class Recipe(Ledger):
 
     def _pass_door(self) -> None:
         """Refuse at once what can be known before anything is made."""
+        last = self.records.get(self.stages[-2])  # the world's
+        if self.game.rounds > 1 and (last is None or not last.finished):
+            door.check_rounds(self.game, self.device)
         recorded = self.records.get("record")
         if recorded is None or not recorded.finished:
             self._seen = door.look(self.game)
             self._encoding = door.check(self.game, self.device, self._seen)
         else:
             door.check_settings(self._plan(), door.look_at_recordings(self.game))
-        last = self.records.get(self.stages[-2])  # the world's
-        if self.game.rounds > 1 and (last is None or not last.finished):
-            door.check_rounds(self.game, self.device)
 
     # Stages, in their order.
 

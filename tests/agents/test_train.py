@@ -218,6 +218,35 @@ def test_killed_in_an_update_it_continues_from_the_checkpoint(
     assert len(updates) == 5
 
 
+def test_with_fresh_rollouts_going_on_is_exact(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(name: str) -> TrainPPOConfig:
+        return settings(
+            tmp_path / name, tiny_world, fresh_rollouts=True, decisions=128, checkpoint_seconds=0.0
+        )
+
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = train_ppo.update
+    train_ppo.train(plan("whole"), progress=False)
+    monkeypatch.setattr(train_ppo, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo.train(plan("stopped"), progress=False)
+    train_ppo.train(plan("stopped"), progress=False)
+    one, other = (
+        load_network(tmp_path / name / "agent.safetensors").policy.state_dict()
+        for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_training_in_the_real_game(counter_world: Path, tmp_path: Path) -> None:
     metrics = train_ppo.train(settings(tmp_path, counter_world, real=True), progress=False)
     assert np.isfinite(metrics["score"])
