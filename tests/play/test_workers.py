@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nfd_env.play.commands import ServeConfig  # noqa: E402
 from nfd_env.play.web import protocol  # noqa: E402
 from nfd_env.play.web.serve import serve  # noqa: E402
 from nfd_env.play.web.server import ServeError  # noqa: E402
-from nfd_env.play.web.workers import Workers, _Worker  # noqa: E402
+from nfd_env.play.web.workers import Channel, Workers, _Worker  # noqa: E402
 from tests.play.no_worker import end_at_once  # noqa: E402
 from tests.play.test_load import serving  # noqa: E402
 from tests.play.test_server import Client, run  # noqa: E402
@@ -60,7 +61,7 @@ def worker_of(client):
 
 def test_seats_are_counted_across_workers_and_a_dead_one_is_replaced(make_world):
     async def main():
-        async with serving(str(make_world()), 4, *OPTIONS, patience=120) as server:
+        async with serving(str(make_world()), 4, *OPTIONS, patience=300) as server:
             http = await let_in(server)
             async with aiohttp.ClientSession() as stranger:
                 for path in ("ws", "", "clip/1-x.mp4"):
@@ -101,7 +102,7 @@ def test_seats_are_counted_across_workers_and_a_dead_one_is_replaced(make_world)
                 client = await Client(server, http).__aenter__()
                 return client if client.hello else None
 
-            for _ in range(100):
+            for _ in range(600):  # a busy machine loads for minutes
                 new = await rejoined()
                 if new is not None:
                     break
@@ -114,12 +115,12 @@ def test_seats_are_counted_across_workers_and_a_dead_one_is_replaced(make_world)
             assert {c.socket.close_code for c in (*stay, new)} == {protocol.GOING}
             await http.close()
 
-    run(main, 400)
+    run(main, 700)
 
 
 def test_workers_do_not_outlive_a_parent_that_is_killed(make_world):
     async def main():
-        async with serving(str(make_world()), 2, *OPTIONS, patience=120) as server:
+        async with serving(str(make_world()), 2, *OPTIONS, patience=300) as server:
             workers = children(server.process.pid)
             assert len(workers) == 2
             server.process.kill()
@@ -169,6 +170,18 @@ def test_who_gets_a_connection():
         assert server._choose(b"GET /clip/0-abc.mp4", False) is first  # which has no such film
 
     run(main, 10)
+
+
+def test_numbers_are_told_when_they_change_only():
+    """An answer to each would go round and round."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0), theirs.settimeout(0)
+    channel, worker = Channel(theirs), _Worker(0, 3, None, ours)
+    for _ in range(3):
+        channel.tell_players(2)
+        worker.tell(5)
+    assert (len(ours.recv(100)), len(theirs.recv(100))) == (8, 8)
+    ours.close(), theirs.close()
 
 
 def test_a_first_line_in_pieces_is_waited_for():

@@ -52,8 +52,9 @@ class Channel:
 
     def tell_players(self, players: int) -> None:
         """So many play here now."""
-        self._players = players
-        self._tell()
+        if players != self._players:  # an answer to each number from the parent would never end
+            self._players = players
+            self._tell()
 
     def _tell(self) -> None:
         with suppress(OSError):  # the parent is gone, which ``listen`` notices
@@ -83,7 +84,10 @@ class Channel:
                 settled()
 
         def read() -> None:
-            data, files, _, _ = socket.recv_fds(self._line, _MESSAGE.size, 1)
+            try:
+                data, files, _, _ = socket.recv_fds(self._line, _MESSAGE.size, 1)
+            except OSError:
+                data, files = b"", []
             if not data:
                 ended.set()
                 return
@@ -110,7 +114,7 @@ class _Worker:
 
     def __init__(self, number: int, seats: int, process: SpawnProcess, line: socket.socket) -> None:
         self.number, self.seats, self.process, self.line = number, seats, process, line
-        self.players = self.handed = self.received = 0
+        self.players = self.handed = self.received = self.elsewhere = 0
         self.ready = asyncio.Event()
 
     @property
@@ -126,8 +130,10 @@ class _Worker:
 
     def tell(self, elsewhere: int) -> None:
         """So many play at the others."""
-        with suppress(OSError):  # it is busy, or gone; the next number will do
-            self.line.send(_MESSAGE.pack(_ELSEWHERE, elsewhere))
+        if elsewhere != self.elsewhere:
+            with suppress(OSError):  # it is busy, or gone; the next number will do
+                self.line.send(_MESSAGE.pack(_ELSEWHERE, elsewhere))
+                self.elsewhere = elsewhere
 
 
 class Workers:
