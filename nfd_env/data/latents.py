@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into, shown_transitions
+from nfd_env.parts import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class LatentDataset:
         frames: int,
         ending_share: float = 0.0,
         ending_frames: int = 0,
+        part: Part = WHOLE,
     ) -> tuple[Tensor, Tensor]:
         """Random windows of ``frames`` frames within episodes.
 
@@ -87,17 +89,18 @@ class LatentDataset:
                 that terminated. What ends episodes is rare, and all windows alike hardly show it.
             ending_frames: such a window stops fewer than so many frames before the episode's last;
                 0 for ``frames``.
+            part: which of the windows to read; all are drawn.
 
         Returns:
-            float32 latents (count, frames, C, h, w), and encoded actions
-            (count, frames, action_width) leading *into* each frame; zeros into an episode's first.
+            float32 latents (rows, frames, C, h, w) of ``part``, and encoded actions
+            (rows, frames, action_width) leading *into* each frame; zeros into an episode's first.
         """
         places = Places(self._lengths + 1, frames)
         if not len(places):
             raise ValueError(f"no episode has {frames} frames")
         room = places.room
         ended = np.flatnonzero(self._ends & (room > 0))
-        latents, actions = [], []
+        chosen = []
         for place in rng.integers(0, len(places), count):
             number, start = places.find(place)
             # No draw without a share, so that batches stay what they were.
@@ -105,6 +108,9 @@ class LatentDataset:
                 number = int(rng.choice(ended))
                 most = min(ending_frames or frames, room[number])
                 start = int(room[number] - 1 - rng.integers(most))
+            chosen.append((number, start))
+        latents, actions = [], []
+        for number, start in chosen[part.rows(count)]:
             episode = self.episodes[number]
             latents.append(episode.latents[start : start + frames])
             actions.append(actions_into(episode.actions, start, frames))

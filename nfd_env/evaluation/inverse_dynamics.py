@@ -28,6 +28,7 @@ from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.evaluation.tables import table
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.progress import progress_bar
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.loop import TrainConfig
@@ -229,9 +230,12 @@ class InverseDynamicsStage:
         actions = np.stack([episodes[e].actions[first + config.asked] for e, first in found])
         return torch.from_numpy(frames), self.network.codec.encode(torch.from_numpy(actions))
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, rng: np.random.Generator, size: int, part: Part = WHOLE
+    ) -> tuple[Tensor, Tensor]:
         """Windows drawn uniformly from the training episodes."""
-        return self._windows("train", rng.integers(0, len(self._places["train"]), size))
+        places = rng.integers(0, len(self._places["train"]), size)
+        return self._windows("train", places[part.rows(size)])
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]

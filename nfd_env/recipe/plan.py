@@ -25,6 +25,7 @@ from nfd_env.training.optimiser import has_muon
 
 # Shares of the time that is left after recording. The flow model profits longest from more steps.
 SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
+SHARED = ("tokenizer", "flow", "distill")  # stages that several processes train together
 _RESERVE = 0.1  # for encoding, calibration and the report
 _VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
 _FEWEST = {"inverse_dynamics": 60, "tokenizer": 60, "flow": 60, "heads": 40, "distill": 20}
@@ -195,8 +196,10 @@ class Plan:
     export: dict[str, Any] = field(default_factory=dict)
 
 
-def settings(game: GameConfig, measures: GameMeasures, device: str, action_width: int) -> Plan:
-    """The plan but for the numbers of steps."""
+def settings(
+    game: GameConfig, measures: GameMeasures, device: str, action_width: int, processes: int = 1
+) -> Plan:
+    """The plan but for the numbers of steps; ``processes`` share the batches of ``SHARED``."""
     folder, data = game.run_folder, str(game.recordings_folder)
     height, width = measures.frame_size
     # What a user chose for the tokenizer holds for everything that is built on it.
@@ -228,12 +231,15 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
         "ending_share": 0.2 if measures.ends else 0.0,
     }
 
-    def train(name: str, **values: Any) -> dict[str, Any]:
+    def train(name: str, batch_size: int, **values: Any) -> dict[str, Any]:
+        own = getattr(game, name).get("train") or {}
+        parts = processes * int(own.get("accumulate", 1)) if name in SHARED else 1
         return {
             "folder": str(folder / name),
             "steps": _FEWEST[name],
             "seed": game.seed,
             "device": device,
+            "batch_size": -(-batch_size // parts) * parts,
             **values,
         }
 
@@ -378,9 +384,12 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def with_smaller_batch(
-    plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float
+    plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float, parts: int = 1
 ) -> Plan:
-    """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``."""
+    """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``.
+
+    A batch of ``parts`` equal ones stays one.
+    """
     values = getattr(plan, name)
     own = getattr(game, name).get("train", {})
     share = max(0.0, seconds) / (per_step * _FEWEST[name])
@@ -388,6 +397,7 @@ def with_smaller_batch(
         return plan
     train = values["train"]
     size = max(2, int(train["batch_size"] * share))
+    size = max(parts, size // parts * parts)
     return replace(plan, **{name: {**values, "train": {**train, "batch_size": size}}})
 
 

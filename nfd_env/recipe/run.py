@@ -54,6 +54,7 @@ from nfd_env.training.export import export
 from nfd_env.training.flow import FlowStage
 from nfd_env.training.heads import HeadsStage
 from nfd_env.training.loop import train
+from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerStage
 from nfd_env.worlds.load import load_world
 
@@ -83,6 +84,8 @@ _WITHOUT_EFFECT = (
     "checkpoint_seconds",
     "folder",
     "precision",
+    "accumulate",
+    "shard_above",
 )
 
 
@@ -95,8 +98,11 @@ class Recipe:
         keep_going: bool = False,
         say: Callable[[str], None] = print,
         progress: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Prepare; ``keep_going`` after a gate that stops, ``say`` lines to the user.
+
+        ``ranks``: this is the first of them, and the others ``follow``.
 
         Raises:
             DeviceError: when the device is not there.
@@ -105,6 +111,7 @@ class Recipe:
         self.game, self.device = game, device
         self.folder = game.run_folder
         self._keep_going, self._say, self._shown = keep_going, say, progress
+        self._ranks = ranks
         self._progress = Progress(STAGES, say, progress)
         self._seen: door.Look | None = None
         self._encoding = 0.0  # seconds a frame
@@ -164,9 +171,11 @@ class Recipe:
         recorded = self.records.get("record")
         if recorded is None or not recorded.finished:
             self._seen = door.look(self.game)
-            self._encoding = door.check(self.game, self.device, self._seen)
+            self._encoding = door.check(self.game, self.device, self._seen, self._ranks)
         else:
-            door.check_settings(self._plan(), door.look_at_recordings(self.game))
+            built = door.check_settings(self._plan(), door.look_at_recordings(self.game))
+            finished = {name for name, record in self.records.items() if record.finished}
+            door.check_parts(built, self._ranks, finished)
 
     # Stages, in their order.
 
@@ -218,7 +227,8 @@ class Recipe:
             plan.flow["recordings"], plan.flow["tokenizer"], latents, self.device
         )
         with self._timed(record):
-            encode(settings, False, self._progress)
+            self._ranks.tell({"stage": "encode", "settings": asdict(settings)})
+            encode(settings, False, self._progress, self._ranks)
         mean, deviation = latent_statistics(Path(latents))
         record.metrics = {"mean": mean, "deviation": deviation}
         self._finish("encode", record, gates.latent_gates(mean, deviation))
@@ -302,17 +312,23 @@ class Recipe:
                 stage.settings = door.built_from(name, values)
             self._progress.expect(name, self._expected())
             settings = stage.settings.train
-            metrics = train(stage, settings, False, self._progress)
+            ranks = self._ranks_of(name)
+            ranks.tell({"stage": name, "settings": values})
+            metrics = train(stage, settings, False, self._progress, ranks)
         record.steps = settings.steps
         record.metrics = {key: float(value) for key, value in metrics.items()}
         self._finish(name, record, judged(record.metrics))
+
+    def _ranks_of(self, name: str) -> Ranks:
+        """The processes that train a stage."""
+        return self._ranks if name in planning.SHARED else ALONE
 
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
         left = 60 * self.game.minutes
         if name != "inverse_dynamics":  # which is to judge all worlds alike
             left = max(1.0, left - sum(record.seconds for record in self.records.values()))
-        plan = timed(plan, self.game, name, stage, left)
+        plan = timed(plan, self.game, name, stage, left, self._ranks_of(name).count)
         self._store(plan)
         steps = getattr(plan, name)["train"]["steps"]
         self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")
@@ -451,7 +467,7 @@ class Recipe:
                 return old
         recordings = RecordedDataset(self.game.recordings_folder)
         codec = recordings.spec.codec
-        plan = planning.settings(self.game, measures, self.device, codec.width)
+        plan = planning.settings(self.game, measures, self.device, codec.width, self._ranks.count)
         plan = replace(plan, made_for=made_for)
         if old is not None and all(
             old.made_for[key] == made_for[key] for key in ("minutes", "device")
