@@ -140,7 +140,7 @@ def look_at_recordings(game: GameConfig) -> Look:
     Raises:
         RecordingError: when there are none.
     """
-    recordings = RecordedDataset(game.recordings_folder)
+    recordings = RecordedDataset(game.recordings_place)
     if not len(recordings):
         raise RecordingError(
             f"{recordings.folder} holds no episodes: set recordings to a data set's folder, or "

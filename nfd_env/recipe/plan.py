@@ -102,7 +102,11 @@ def frames_to_record(game: GameConfig, rate: float, encoding: float) -> int:
 
 
 def choose_grid(
-    height: int, width: int, small: float, allowed: tuple[int, ...] = (2, 3, 4)
+    height: int,
+    width: int,
+    small: float,
+    allowed: tuple[int, ...] = (2, 3, 4),
+    patch: int = 0,
 ) -> Grid:
     """The grid of latents for frames of a size, in which things of side ``small`` are kept.
 
@@ -114,11 +118,19 @@ def choose_grid(
         width: of a frame, in pixels.
         small: side in pixels of the smallest moving things; infinite for no such.
         allowed: levels to choose from.
+        patch: latents a token along each side, where somebody has decided that: then there may be
+            any number of tokens. 0 to choose it.
 
     Raises:
-        PlanError: when no grid has from 12 to 32 tokens.
+        PlanError: when no grid has from 12 to 32 tokens, or none has such a patch.
     """
-    found = _grids(height, width, small, allowed)
+    found = _grids(height, width, small, allowed, patch)
+    if not found and patch:
+        raise PlanError(
+            f"frames of {height}x{width} cannot be cut into tokens of flow.model.patch {patch} at "
+            f"{' or '.join(str(2**n) for n in allowed)} pixels a latent: set source.size, or leave "
+            "the patch out"
+        )
     if not found:
         raise PlanError(
             f"frames of {height}x{width} cannot be cut into {_TOKENS[0]} to {_TOKENS[1]} equal "
@@ -128,9 +140,14 @@ def choose_grid(
 
 
 def _grids(
-    height: int, width: int, small: float, allowed: tuple[int, ...] = (2, 3, 4)
+    height: int,
+    width: int,
+    small: float,
+    allowed: tuple[int, ...] = (2, 3, 4),
+    own: int = 0,
 ) -> list[tuple[float, Grid]]:
-    """All grids with few enough tokens, and what speaks against each."""
+    """All grids with few enough tokens, or with one's own patch, and what speaks against each."""
+    fewest, most = (1, sys.maxsize) if own else _TOKENS
     found = []
     for levels in allowed:
         if height % 2**levels or width % 2**levels:
@@ -139,9 +156,9 @@ def _grids(
         channels = 16 if levels == 4 else 8
         cost = abs(math.log2(rows * columns * channels / _LATENTS))
         cost += 3 * max(0.0, levels - math.log2(max(4.0, small)))
-        for patch in (1, 2, 3, 4, 5, 6, 8):
+        for patch in (own,) if own else (1, 2, 3, 4, 5, 6, 8):
             grid = Grid(levels, channels, rows, columns, patch)
-            if rows % patch or columns % patch or not _TOKENS[0] <= grid.tokens <= _TOKENS[1]:
+            if rows % patch or columns % patch or not fewest <= grid.tokens <= most:
                 continue
             found.append((cost + 0.1 * abs(math.log2(grid.tokens / 16)), grid))
     return found
@@ -200,12 +217,13 @@ def settings(
     game: GameConfig, measures: GameMeasures, device: str, action_width: int, processes: int = 1
 ) -> Plan:
     """The plan but for the numbers of steps; ``processes`` share the batches of ``SHARED``."""
-    folder, data = game.run_folder, str(game.recordings_folder)
+    folder, data = game.run_folder, game.recordings_place
     height, width = measures.frame_size
     # What a user chose for the tokenizer holds for everything that is built on it.
     own = game.tokenizer.get("model") or {}
     allowed = (len(own["encoder_channels"]),) if own.get("encoder_channels") else (2, 3, 4)
-    grid = choose_grid(height, width, game.small or measures.small, allowed)
+    patch = int((game.flow.get("model") or {}).get("patch", 0))
+    grid = choose_grid(height, width, game.small or measures.small, allowed, patch)
     grid = replace(grid, channels=own.get("latent_channels", grid.channels))
     gpu = device.startswith("cuda")
     pixels = height * width

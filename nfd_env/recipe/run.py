@@ -182,7 +182,7 @@ class Recipe:
     def _record(self) -> None:
         record = self._begin("record")
         if self.game.recordings:
-            recordings = RecordedDataset(self.game.recordings_folder)
+            recordings = RecordedDataset(self.game.recordings_place)
         elif is_imported(self.game.source.env_id):
             with self._timed(record):
                 recordings = collect(self.game.collect_config(1), self._shown)
@@ -258,7 +258,7 @@ class Recipe:
             if not values["teacher"]:  # shipped itself where the student is not near it
                 values["int8"] = [n for n in values.get("int8", []) if n != "teacher"]
             made = export(door.built_from("export", values))
-            recordings = RecordedDataset(self.game.recordings_folder)
+            recordings = RecordedDataset(self.game.recordings_place)
             world = load_world(made, self.device, "fp32")
             windows = int(min(192, 32 + 4 * self.game.minutes))
             found = calibrate(world, recordings, windows, seed=self.game.seed)
@@ -284,7 +284,7 @@ class Recipe:
     def _read_actions(self) -> ActionReport:
         world = load_world(self.game.world_folder, self.device)
         network = load_inverse_dynamics(self._weights("inverse_dynamics"), world)
-        recordings = RecordedDataset(self.game.recordings_folder)
+        recordings = RecordedDataset(self.game.recordings_place)
         rollouts = int(min(32, max(8, self.game.minutes)))
         return measure_actions(
             world, recordings, network, rollouts, seed=self.game.seed, progress=self._shown
@@ -413,7 +413,7 @@ class Recipe:
         if name == "report":
             made = self.records["world"].made_from
             return fingerprint_values({"world": made, "reader": self._digest("inverse_dynamics")})
-        inputs = {"recordings": recordings_digest(RecordedDataset(game.recordings_folder))}
+        inputs = {"recordings": recordings_digest(RecordedDataset(game.recordings_place))}
         if name not in ("inverse_dynamics", "tokenizer"):
             inputs["tokenizer"] = self._digest("tokenizer")
         if name == "encode":
@@ -443,7 +443,7 @@ class Recipe:
         return self.folder / name / "model.safetensors"
 
     def _measures(self) -> GameMeasures:
-        return measure(RecordedDataset(self.game.recordings_folder))
+        return measure(RecordedDataset(self.game.recordings_place))
 
     def _plan(self) -> Plan:
         """The stored plan; made and stored where there is none for this game and budget."""
@@ -465,7 +465,7 @@ class Recipe:
             old = config.from_mapping(Plan, config.read(path), str(path))
             if old.made_for == made_for:
                 return old
-        recordings = RecordedDataset(self.game.recordings_folder)
+        recordings = RecordedDataset(self.game.recordings_place)
         codec = recordings.spec.codec
         plan = planning.settings(self.game, measures, self.device, codec.width, self._ranks.count)
         plan = replace(plan, made_for=made_for)

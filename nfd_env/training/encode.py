@@ -107,7 +107,7 @@ def encode(
                     latents = network.encode_frames(chunk)
                 parts.append(latents.half().cpu().numpy())
                 advance(len(chunk))
-            with writing(folder), atomic_write(folder / f"{shard.name}.npy") as temporary:
+            with writing(folder), atomic_write(folder / f"{shard}.npy") as temporary:
                 np.save(temporary, np.concatenate(parts))
         ranks.wait()
 
@@ -146,9 +146,9 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
     raise NotEncodedError(f"{latents} {reason}: run the stage encode first")
 
 
-def _stored(folder: Path, shard: Path) -> int:
+def _stored(folder: Path, shard: str) -> int:
     """Latents on disk of a shard; 0 where the file is missing or damaged."""
     try:
-        return len(np.load(folder / f"{shard.name}.npy", mmap_mode="r"))
+        return len(np.load(folder / f"{shard}.npy", mmap_mode="r"))
     except (OSError, EOFError, ValueError, TypeError):
         return 0

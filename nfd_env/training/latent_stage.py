@@ -153,7 +153,7 @@ class LatentStage:
 
     def _hold_out(self, rng: np.random.Generator, count: int) -> None:
         """Choose ``count`` held-out windows to roll out from, as long as there are any."""
-        longest = max(len(e.latents) for e in self._validation.episodes)
+        longest = int(self._validation.episodes.lengths.max()) + 1
         self._horizon = min(HORIZON, longest - CONTEXT)
         self._rollouts = self._validation.windows(rng, count, CONTEXT + self._horizon)
 

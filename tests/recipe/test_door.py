@@ -126,7 +126,7 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_text("name: Dots\nsource: {env_id: X-v0}\nfolder: ~/runs\nrecordings: ~/data\n")
     settings = load_game("~/game.yaml")
     assert settings.run_folder == tmp_path / "runs"
-    assert settings.recordings_folder == tmp_path / "data"
+    assert settings.recordings_place == str(tmp_path / "data")
 
 
 def test_what_can_be_recorded_passes(tmp_path: Path) -> None:
