@@ -184,14 +184,14 @@ def test_a_million_frames_are_indexed_at_once_and_take_no_memory(tmp_path: Path)
     assert data.frame_count == 1_000_000
     assert seconds < 0.3  # ten times what it takes; the processor's, for machines are busy
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
     rng = np.random.default_rng(0)
-    for _ in range(2):
-        for _ in range(300):
+    for round_ in range(2):
+        for _ in range(60):
             episode = data.episodes[int(rng.integers(len(data)))]
             first = int(rng.integers(900))
-            assert not np.array(episode.frames[first : first + 2, :1]).any()
-        data.episodes._reference.cache_clear()
-        taken = tracemalloc.get_traced_memory()[0] - before
-        assert taken < 2**20, taken
+            assert not episode.frames[first : first + 2, :1].any()
+        if not round_:  # the first one opens the shards
+            before = tracemalloc.get_traced_memory()[0]
+    assert tracemalloc.get_traced_memory()[0] - before < 2**17
     tracemalloc.stop()
+    assert reading._mapped.cache_info().maxsize <= 256  # files that are open at a time

@@ -84,8 +84,7 @@ CASES = {
     "tokenizer": {},
     "flow": {"accumulate": 2},
     "flow-shares": {"shard_above": 0, "optimiser": "muon"},
-    "distill": {"accumulate": 2},
-    "distill-shares": {"shard_above": 0},
+    "distill-shares": {"shard_above": 0, "accumulate": 2},
 }
 
 
