@@ -275,8 +275,8 @@ def _write(
             ):
                 label = f"{_LABEL}{recording.name}"
                 lying = recording.frames if isinstance(recording.frames, VideoFrames) else None
-                frames = iter(()) if lying else iter(recording.frames)
-                last = lying[0] if lying else _next(frames, recording)
+                frames = iter(()) if lying is not None else iter(recording.frames)
+                last = lying[0] if lying is not None else _next(frames, recording)
                 if writer is None:
                     spec = DatasetSpec(
                         (last.shape[0], last.shape[1], 3),
@@ -292,7 +292,7 @@ def _write(
                 total = len(recording.actions)
                 for segment, first in enumerate(range(0, total, longest)):
                     stop = min(total, first + longest)
-                    if lying:
+                    if lying is not None:
                         shown = lying.part(first, stop + 1)
                     else:
                         read = [last, *(_next(frames, recording) for _ in range(first, stop))]
