@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,doom,sb3-contrib,skrl,play,serve,web,torchrl,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,autoregressive,doom,sb3-contrib,skrl,play,serve,web,torchrl,dev]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

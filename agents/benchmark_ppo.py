@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents import train_ppo, train_sb3
-from agents.ppo import Position, gae, ppo_loss, rollout, update
-from agents.settings import AgentTrainingConfig
-from agents.train_ppo import TrainPPOConfig
+from agents import train_sb3
 from agents.train_sb3 import TrainSB3Config
 from nfd_env import config
 from nfd_env.devices import resolve_device
 from nfd_env.evaluation.benchmark import describe_device
+from nfd_env.learning import train
+from nfd_env.learning.ppo import Position, gae, ppo_loss, rollout, update
+from nfd_env.learning.settings import AgentTrainingConfig
+from nfd_env.learning.train import TrainPPOConfig
 
 
 def as_sb3(settings: TrainPPOConfig) -> TrainSB3Config:
@@ -56,10 +57,10 @@ class NativeRun:
         """Make the environments and the network."""
         torch.manual_seed(settings.seed)
         self._settings = settings
-        self._env: Any = train_ppo.make_env(settings)
-        self._policy, self._optimiser = train_ppo.make_policy(self._env, settings)
+        self._env: Any = train.make_env(settings)
+        self._policy, self._optimiser = train.make_policy(self._env, settings)
         self._act, self._loss, self._gae = (
-            train_ppo.compiled(function, settings.compile)
+            train.compiled(function, settings.compile)
             for function in (self._policy.act, ppo_loss, gae)
         )
         observation, info = self._env.reset(seed=settings.seed)

@@ -19,11 +19,12 @@ import torch
 from gymnasium import spaces
 from tqdm import tqdm
 
-from agents.evaluation import Judge, describe
-from agents.settings import AgentTrainingConfig, run
+from agents.command import run
 from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.files import atomic_write, owned_folder
+from nfd_env.learning.judge import Judge, describe
+from nfd_env.learning.settings import AgentTrainingConfig
 from nfd_env.players.load import SPEC_ATTRIBUTE
 from nfd_env.players.player import SB3Player
 from nfd_env.players.policy import AgentError, AgentSpec, Trunk, looked_at
@@ -262,7 +263,7 @@ def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
     INT, TERM and HUP save the last update first.
 
     Returns:
-        The last metrics, see ``agents.train_ppo.train``.
+        The last metrics, see ``nfd_env.learning.train.train``.
 
     Raises:
         AgentError: when the folder holds a run of another world, or PPO cannot take the settings.

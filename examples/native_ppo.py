@@ -9,9 +9,9 @@ import argparse
 
 import torch
 
-from agents.ppo import Position, PPOConfig, rollout, update
 from nfd_env import NFDVectorEnv
 from nfd_env.evaluation.agents import AgentEvaluation, evaluate_agent, format_report
+from nfd_env.learning.ppo import Position, PPOConfig, rollout, update
 from nfd_env.models.weights import save_weights
 from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
 

@@ -21,6 +21,10 @@ COMMANDS = {
     "serve": ("nfd_env.play.commands:serve", "play a world in a browser"),
     "init": ("nfd_env.recipe.commands:init", "look at a game, write the file that describes it"),
     "train": ("nfd_env.recipe.commands:train", "make a world of a game; run it again to go on"),
+    "train-baseline": (
+        "nfd_env.baselines.commands:train_baseline",
+        "train a token-autoregressive rival of a world",
+    ),
     "collect": ("nfd_env.recipe.commands:collect", "record a game"),
     "export": ("nfd_env.recipe.commands:export", "put finished stages together as a world again"),
     "export-onnx": ("nfd_env.export.commands:export_onnx", "a world as ONNX files"),
@@ -28,6 +32,8 @@ COMMANDS = {
     "eval": ("nfd_env.evaluation.commands:evaluate", "how good a world is, on held-out recordings"),
     "eval-agent": ("nfd_env.evaluation.commands:eval_agent", "score an agent, in world and game"),
     "rank": ("nfd_env.evaluation.commands:rank", "does a world rank policies as its game does"),
+    "push": ("nfd_env.recipe.commands:push", "share a world on the Hugging Face Hub"),
+    "pull": ("nfd_env.worlds.commands:pull", "fetch a world from there, or its newest version"),
     "bench": ("nfd_env.evaluation.commands:bench", "how fast a world steps"),
 }
 

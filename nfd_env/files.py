@@ -75,8 +75,8 @@ class Ownership:
                     time.sleep(0.05)
                     continue
                 raise FolderInUseError(
-                    f"{folder}{what and ' (' + what + ')'} is being written by "
-                    f"{_described(self._owner)}; wait for it, or stop it, and run this again"
+                    f"{folder}{what and ' (' + what + ')'} is "
+                    f"{_described(self._owner, lock.lock_file)}, and run this again"
                 ) from None
             except (OSError, RuntimeError) as error:  # the latter where folders know no locks
                 raise FolderError(
@@ -89,6 +89,7 @@ class Ownership:
                     json.dumps(
                         {
                             "pid": os.getpid(),
+                            "started": _started(os.getpid()),
                             "host": socket.gethostname(),
                             "command": " ".join(sys.argv)[:_OWNER_LENGTH],
                         }
@@ -146,10 +147,35 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _described(owner: Path) -> str:
-    """The process that ``owner``, a file, tells of."""
+def _described(owner: Path, lock: str) -> str:
+    """Who holds ``lock`` according to ``owner``, a file, and what to do about it."""
     try:
         told = json.loads(owner.read_text(encoding="utf-8"))
-        return f"process {int(told['pid'])} on {told['host']} ({told['command']})"
+        pid = int(told["pid"])
+        who = f"process {pid} on {told['host']} ({told['command']})"
+        ended = told["host"] == socket.gethostname() and _started(pid) != told.get("started")
+        heirs = _holders(lock) if ended else []
     except (OSError, ValueError, KeyError, TypeError):  # between locking and writing it
-        return "another process"
+        return "being written by another process; wait for it, or stop it"
+    if heirs:  # a game of its may have forked, which locks outlive
+        left = " and ".join(map(str, heirs))
+        return f"still locked by process {left}, which {who} left behind when it ended; stop {left}"
+    return f"being written by {who}; wait for it, or stop it"
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the system's own count; "" where that is not known."""
+    try:  # names may hold spaces and brackets
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):
+        return ""
+
+
+def _holders(path: str) -> list[int]:
+    """The processes that hold a file open, as far as this user may know."""
+    found, wanted = [], os.stat(path)
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.path.samestat(descriptor.stat(), wanted):
+                found.append(int(descriptor.parts[2]))
+    return sorted({*found} - {os.getpid()})

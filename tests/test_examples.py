@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,11 +27,13 @@ ARGUMENTS = {
     "skrl_ppo": "--steps 4 --num-envs 2",
     "minari_dataset": "--episodes 2 --steps 6",
     "tianshou_ppo": "--steps 16 --epochs 1 --num-envs 2",
-    "rllib_ppo": "--iterations 1 --batch 16",
+    "rllib_ppo": "--iterations 1 --batch 16 --runners 2 --num-envs 4",
+    "torchrl_distributed": "--num-envs 2 --steps 4 --batch 2",
 }
 # The module that each needs, and how it is installed.
 NEEDS = {
     "torchrl_rollout": ("torchrl", "pip install 'nfd-env[torchrl]'"),
+    "torchrl_distributed": ("torchrl", "pip install 'nfd-env[torchrl]'"),
     "torchrl_collector": ("torchrl", "pip install 'nfd-env[torchrl]'"),
     "sb3_ppo": ("stable_baselines3", "pip install 'nfd-env[sb3]'"),
     "sb3_recurrent_ppo": ("sb3_contrib", "pip install 'nfd-env[sb3-contrib]'"),
@@ -56,6 +59,7 @@ SAYS = {
     "minari_dataset": "2 episodes, 12 steps",
     "tianshou_ppo": "16 decisions in 1 epochs",
     "rllib_ppo": "iteration 0: 16 decisions",
+    "torchrl_distributed": "4 decisions, mean reward",
 }
 
 
@@ -64,6 +68,9 @@ def test_example(name: str, tmp_path: Path) -> None:
     if name in NEEDS and find_spec(NEEDS[name][0]) is None:
         pytest.skip(f"needs {NEEDS[name][1]}")
     arguments = ARGUMENTS[name].split()
+    if name == "torchrl_distributed":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            arguments += ["--port", str(free.getsockname()[1])]
     if name in (*WITH_SCORE, "minari_dataset"):
         arguments += ["--out", str(tmp_path)]
     done = subprocess.run(

@@ -78,6 +78,37 @@ def test_a_killed_owner_leaves_nothing_that_counts(
     ownership.release()  # a second time does no harm
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_process_that_a_killed_owner_left_behind_is_named(tmp_path: Path) -> None:
+    """What foreign code forks behind Python's back has the locks, too, and may live longer."""
+    forking = HOLD.replace(
+        "print(",
+        "import ctypes; heir = ctypes.CDLL(None).fork(); heir or time.sleep(99); print(heir, ",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", forking, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    heir = int(process.stdout.readline().split()[0])
+    try:
+        with pytest.raises(FolderInUseError, match=f"is being written by process {process.pid} "):
+            Ownership(tmp_path)
+        process.kill()
+        process.wait()
+        told = (
+            f"process {heir}, which process {process.pid} .* left behind when .*; stop {heir}, and"
+        )
+        with pytest.raises(FolderInUseError, match=told):
+            Ownership(tmp_path)
+    finally:
+        os.kill(heir, signal.SIGKILL)
+        process.communicate()
+    Ownership(tmp_path, wait=20).release()
+
+
 def test_another_part_of_this_process_is_refused_too(tmp_path: Path) -> None:
     def refused() -> None:
         with pytest.raises(FolderInUseError, match=f"process {os.getpid()} "):

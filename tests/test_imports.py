@@ -38,6 +38,7 @@ ENVS = WORLDS | {"nfd_env.envs"}
 RECORDINGS = MODELS | {"nfd_env.sources", "nfd_env.data"}
 PLAYERS = ENVS | RECORDINGS | {"nfd_env.players"}
 TRAINING = WORLDS | RECORDINGS | {"nfd_env.training"}
+LEARNING = PLAYERS | TRAINING | {"nfd_env.evaluation", "nfd_env.learning"}
 
 # What each part may import of nfd_env, the most specific name first.
 ALLOWED = {
@@ -62,10 +63,15 @@ ALLOWED = {
     "nfd_env.players": PLAYERS,
     "nfd_env.training": TRAINING,
     "nfd_env.evaluation": PLAYERS | TRAINING | {"nfd_env.evaluation"},
-    "nfd_env.recipe": PLAYERS | TRAINING | {"nfd_env.evaluation", "nfd_env.recipe"},
+    "nfd_env.learning": LEARNING,
+    "nfd_env.recipe": LEARNING | {"nfd_env.recipe"},
     # The real game is played from its file.
     "nfd_env.play": PLAYERS | {"nfd_env.play", "nfd_env.recipe.game"},
     "nfd_env.export": PLAYERS | {"nfd_env.play", "nfd_env.export"},
+    # Rivals, which the rest finds by name; only their training knows the recipe.
+    "nfd_env.baselines": WORLDS | {"nfd_env.baselines"},
+    "nfd_env.baselines.stages": TRAINING | {"nfd_env.baselines"},
+    "nfd_env.baselines.commands": TRAINING | {"nfd_env.baselines", "nfd_env.recipe"},
     "nfd_env.sb3": ENVS,
     "nfd_env.torchrl": ENVS,
     "nfd_env.cli": set(),  # it imports a command's module by name

@@ -26,6 +26,7 @@ from nfd_env.data.shards import DatasetSpec, RecordedDataset, RecordingError, Sh
 from nfd_env.data.summary import save_contact_sheet
 from nfd_env.data.worker import (
     FAILURES_IN_ROW,
+    MOST_WORKERS,
     close,
     load_signals,
     work,
@@ -40,7 +41,6 @@ from nfd_env.spaces import ActionCodec, space_to_dict
 from nfd_env.stopping import SIGNALS, StopRequest, stopping
 
 _PROBED = 2  # steps that tell whether an environment can be recorded at all
-_MOST_WORKERS = 1024  # processes, each with a game; more is a slip
 _CLOSING = 10.0  # seconds that a worker may take to close its game
 _HEARD = 1.0  # seconds within which a signal to a whole group has reached all of it
 _KILLS = 3  # in one episode; out of memory every time, it would block the data set for ever
@@ -106,8 +106,8 @@ class CollectConfig:
         """Check the ranges."""
         if self.frames < 1 or self.workers < 1 or self.max_episode_steps < 1:
             raise config.ConfigError("frames, workers and max_episode_steps must be at least 1")
-        if self.workers > _MOST_WORKERS:
-            raise config.ConfigError(f"workers must be at most {_MOST_WORKERS}, got {self.workers}")
+        if self.workers > MOST_WORKERS:
+            raise config.ConfigError(f"workers must be at most {MOST_WORKERS}, got {self.workers}")
         if self.validation_every < 2:
             raise config.ConfigError("validation_every must be at least 2")
         if self.seed < 0:
@@ -300,6 +300,6 @@ def _spec_of(settings: CollectConfig, env: Any, probe: Episode) -> DatasetSpec:
         action_dtype=str(np.dtype(env.action_space.dtype or np.int64)),
         action_space=space_to_dict(env.action_space),
         source=config.to_dict(settings.source),
-        fps=float(env.metadata.get("render_fps") or 30),
+        fps=env.fps,
         signals=probe.signals.shape[1],
     )

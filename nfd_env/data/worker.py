@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 FAILURES_IN_ROW = 5
 FAILED_SHARE, FAILED_FROM = 0.5, 20  # at most this share, once so many episodes were tried
 _PREDECESSOR = 15.0  # seconds that a stopped worker of the same name may take to end
+MOST_WORKERS = 1024  # processes, each with a game; more is a slip
+_ODD = 0x2C1B3C6D, 0x297A2D39  # any odd factors with many bits permute
 _LAST_WORDS = 5.0  # seconds for closing the game when the parent has died
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -125,7 +127,7 @@ def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: 
             # The policy that lags most behind its share plays next: resuming needs no more state.
             shares = [p.share for p in settings.policies]
             choice = min(range(len(labels)), key=lambda i: played[labels[i]] / shares[i])
-            label, seed = labels[choice], _seed(settings.seed, worker, number)
+            label, seed = labels[choice], episode_seed(settings.seed, worker, number)
             reports.send(("begun", (number, seed, label)))
             tried += 1
             try:
@@ -161,8 +163,18 @@ def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: 
         close(env)
 
 
-def _seed(seed: int, worker: int, number: int) -> int:
-    return int(np.random.SeedSequence([seed, worker, number]).generate_state(1)[0] >> 1)
+def episode_seed(seed: int, worker: int, number: int) -> int:
+    """The seed of a worker's episode: below 2**31, which is all that some games take.
+
+    No two of a data set are alike, or an episode would be there twice, perhaps once of them held
+    out: it is a permutation of all 31-bit numbers, which one depends on ``seed``. That holds for up
+    to 2**21 episodes of each worker.
+    """
+    key = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    mixed = (number * MOST_WORKERS + worker + key) % 2**31
+    for factor in _ODD:
+        mixed = (mixed ^ mixed >> 15) * factor % 2**31
+    return mixed ^ mixed >> 15
 
 
 def _on_signals(handler: Any) -> None:

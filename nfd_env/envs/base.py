@@ -20,8 +20,9 @@ from nfd_env.envs.observing import OBSERVATION_TYPES, OUTPUTS, observation_space
 from nfd_env.precision import PRECISIONS
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World, load_world
+from nfd_env.worlds.rivals import RIVALS
 
-DYNAMICS = (None, "student", "teacher", "flow")
+DYNAMICS = (None, "student", "teacher", "flow", *RIVALS)
 _LONGEST_SKIP = 10_000  # frames; minutes of any game, so that more is a slip
 
 

@@ -106,7 +106,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     context_observations: n of ``info["context"]``, for policies that look back; 0 for none. Where
         the recorded moment does not reach so far back, its first observation is repeated.
     dynamics: "student" or "teacher" in a distilled world that comes with both, the teacher with
-        its own number of sampling steps; None for the world's default.
+        its own number of sampling steps; "autoregressive" or "autoregressive_parallel" where that
+        baseline was trained (``nfd train-baseline``); None for the world's default.
     starts: recorded moments that episodes start from: a sequence of ``Context``, or a file of
         ``nfd_env.worlds.starts.save_starts``; None for those that come with the world. With
         thousands of them and a small ``max_episode_steps``, what is generated stays close to what
@@ -192,7 +193,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         self.model = loaded.model
         self.starts = checks.check_starts(loaded, starts)
         self.max_episode_steps = self.max_episode_steps or loaded.spec.max_episode_steps or None
-        check_frames(speculative_frames, self.model.dynamics.config.window)
+        check_frames(speculative_frames, self.model)
         self.speculative_frames, self.drafting = speculative_frames, True
         self._changed: dict[str, Any] = {}
         self.set_sampling(sampling_steps, history_level, temperature)
@@ -221,7 +222,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
                 given. What an episode remembers was read by the old ones: reset soon.
 
         Raises:
-            ValueError: on a value out of range; nothing is changed then.
+            ValueError: on a value out of range, or dynamics that cannot go on from what the
+                running episodes remember; nothing is changed then.
         """
         world, changed = self.world, dict(self._changed)
         if sampling_steps is not None:
@@ -234,6 +236,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         checks.check_choice("dynamics", dynamics, DYNAMICS)
         if dynamics not in (None, world.dynamics):
             world = load_world(world.folder, self.model.device, self.model.precision, dynamics)
+            if self._now is not None:
+                world.model.check_fits(self._now.world, self.speculative_frames)
         self._draw_by(world, changed)
 
     def watch_ood(self, limit: float = np.inf) -> None:
@@ -290,7 +294,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
             if chosen is None and now is not None:
                 keys.append((now.seeds[row], now.episodes[row] + 1))
             elif chosen is None:
-                keys.append((int(np.random.SeedSequence().generate_state(1)[0]), 0))
+                fresh = np.random.SeedSequence().generate_state(1, np.uint64)
+                keys.append((int(fresh[0]) >> 1, 0))  # people keep seeds in int64 arrays
             else:
                 keys.append((chosen, 0))
         beginning = isinstance(given.get("start"), str)

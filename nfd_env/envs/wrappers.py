@@ -1,4 +1,4 @@
-"""Wrappers that keep an agent from profiting where the learned world is wrong."""
+"""Wrappers: against agents that profit where a world is wrong; for shares of a larger batch."""
 
 from __future__ import annotations
 
@@ -98,3 +98,31 @@ def _watch(env: Any, penalty: float, threshold: float, truncate: bool) -> None:
     if not check_number("threshold", threshold) > 0:
         raise ValueError(f"threshold must be above 0, got {threshold!r}")
     env.watch_ood(threshold if truncate else np.inf)
+
+
+class SlotShare(VectorWrapper):
+    """The share of a batch of environments that one process holds.
+
+    Libraries with several processes seed them by consecutive numbers, so that neighbours would play
+    nearly the same episodes: slot i of a batch has the seed s + i. Here the seed ``first + n`` is
+    that of share n, whose slot i is slot ``n * num_envs + i`` of the whole and has the seed ``first
+    + n * num_envs + i``, whatever the number of shares that the whole is cut into.
+    """
+
+    def __init__(self, env: VectorEnv, first: int) -> None:
+        """Wrap a share.
+
+        Args:
+            env: an env; all shares have equally many environments.
+            first: the seed with which share 0 is reset. A smaller one is share 0's, too.
+        """
+        super().__init__(env)
+        self.first = first
+
+    def reset(
+        self, *, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset; only a seed that is one number is changed."""
+        if isinstance(seed, int | np.integer):
+            seed = self.first + max(0, seed - self.first) * self.num_envs
+        return self.env.reset(seed=seed, options=options)

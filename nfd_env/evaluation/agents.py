@@ -25,6 +25,7 @@ from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
 from nfd_env.video import write_mp4
 from nfd_env.worlds.format import WorldSpec
+from nfd_env.worlds.hub import is_address
 from nfd_env.worlds.load import UnknownWorldError, find_world, load_world
 
 _LABELS = {"real": "real game", "learned": "learned world"}
@@ -46,7 +47,8 @@ class Scoring:
         num_envs: learned worlds stepped together.
         real_envs: real games beside each other.
         sampling_steps: of the learned world; default: its own.
-        dynamics: of a distilled world that comes with both; default: the world's own.
+        dynamics: student or teacher, of a distilled world that comes with both; or a baseline that
+            was trained, see nfd train-baseline; default: the world's own.
         device: auto, cpu, cuda or cuda:N.
         precision: auto, fp32 or bf16.
     """
@@ -60,7 +62,7 @@ class Scoring:
     num_envs: int = 25
     real_envs: int = 8
     sampling_steps: int | None = None
-    dynamics: Literal["student", "teacher"] | None = None
+    dynamics: str | None = None
     device: str = "auto"
     precision: str = "auto"
 
@@ -344,7 +346,8 @@ def evaluate_agent(
 def _world_of(settings: AgentEvaluation, spec: AgentSpec | None) -> Path:
     if settings.world:
         return find_world(settings.world)
-    if spec is None or not spec.world:
+    # An agent's file must not make us fetch anything.
+    if spec is None or not spec.world or is_address(spec.world):
         raise AgentError(f"{settings.agent} does not say which world it plays: name it by --world")
     try:
         return find_world(spec.world)

@@ -19,6 +19,7 @@ from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
 from nfd_env.files import make_folder
 from nfd_env.worlds.load import load_world, shipped_worlds
+from nfd_env.worlds.rivals import RIVALS
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Chosen:
 
     Attributes:
         world: world folder or shipped world; default: the first shipped one.
-        dynamics: of a distilled world that comes with both; default: the world's own.
+        dynamics: student or teacher, of a distilled world that comes with both; autoregressive or
+            autoregressive_parallel, where nfd train-baseline made them; default: the world's own.
         device: auto, cpu, cuda or cuda:N.
         precision: auto, fp32 or bf16.
     """
 
     world: Positional[str] = ""
-    dynamics: Literal["student", "teacher"] | None = None
+    dynamics: str | None = None
     device: str = "auto"
     precision: str = "auto"
 
@@ -165,6 +167,11 @@ def bench(
                 values["world"] = Path(folder) / "world"
                 write_untrained(values["world"], untrained)
             world = load_world(**values)
+            if world.dynamics in RIVALS:
+                raise ValueError(
+                    f"bench looks into a world's own dynamics; how fast {world.dynamics} ones are "
+                    "is told by nfd eval --against"
+                )
             if compare:
                 return comparing.compare(
                     world,
@@ -199,6 +206,8 @@ def evaluate(
     compare_drafts: tuple[int, ...] = (),
     inverse_dynamics: str = "",
     ood_signals: bool = False,
+    against: bool = False,
+    seconds: float = 5.0,
 ) -> int:
     """Measure how good a world is on held-out recordings.
 
@@ -213,8 +222,12 @@ def evaluate(
         compare_drafts: compare several numbers of jointly drawn frames.
         inverse_dynamics: net that reads actions back; default: the run's own, where it has one.
         ood_signals: measure instead whether the world can tell which of its frames are wrong.
+        against: compare 18, 4, 2 and 1 steps with and without speculation, and the baselines of nfd
+            train-baseline: speed, quality, actions, drift.
+        seconds: that --against times each for.
     """
     from nfd_env.data.shards import RecordedDataset
+    from nfd_env.evaluation import against as comparing
     from nfd_env.evaluation import evaluate as evaluating
     from nfd_env.evaluation import ood_signals as signals
     from nfd_env.evaluation import reports
@@ -230,7 +243,14 @@ def evaluate(
         raise ValueError("give --steps or --compare-drafts, not both")
     if compare_drafts and settings.speculative_frames != 1:
         raise ValueError("--compare-drafts says itself how many --speculative-frames there are")
-    if ood_signals and (steps or compare_drafts or settings.speculative_frames != 1):
+    chosen_here = steps or compare_drafts or settings.speculative_frames != 1
+    if against and (chosen_here or ood_signals or settings.sampling_steps or chosen.dynamics):
+        raise ValueError(
+            "--against says itself what is compared: leave out --dynamics, --steps, "
+            "--sampling-steps, --compare-drafts, --speculative-frames and --ood-signals"
+        )
+    _check_seconds(seconds)
+    if ood_signals and chosen_here:
         raise ValueError(
             "--ood-signals judges frames drawn one by one: leave out --steps, --compare-drafts and "
             "--speculative-frames"
@@ -250,10 +270,12 @@ def evaluate(
             return evaluating.evaluate_drafts(world, held_out, compare_drafts, settings)
         if steps:
             return evaluating.evaluate_steps(world, held_out, steps, settings, long_steps or None)
-        report = evaluating.evaluate(world, held_out, settings)
         reader = inverse_dynamics or find_inverse_dynamics(world)
-        if reader:
-            network = load_inverse_dynamics(reader, world)
+        network = load_inverse_dynamics(reader, world) if reader else None
+        if against:
+            return comparing.measure_against(world, held_out, settings, network, seconds)
+        report = evaluating.evaluate(world, held_out, settings)
+        if network is not None:
             rollouts = max(2, settings.windows)
             made = measure_actions(world, held_out, network, rollouts, seed=settings.seed)
             report = replace(report, actions=made)
@@ -262,6 +284,8 @@ def evaluate(
     if steps or compare_drafts:
         name = "eval-steps" if steps else "eval-drafts"
         return output.tell(name, measure, reports.format_rows)
+    if against:
+        return output.tell("eval-against", measure, comparing.format_against)
     if ood_signals:
         return output.tell("eval-ood-signals", measure, signals.format_signals)
     return output.tell("eval", measure, reports.format_report)

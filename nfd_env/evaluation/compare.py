@@ -243,7 +243,7 @@ def compare(
         )
         for (count, cache, n, stream), runner in zip(ways, runners, strict=True)
     ]
-    about = _conditions(world, num_envs, seconds, obs_type)
+    about = conditions(world, num_envs, seconds, obs_type)
     return Comparison(**asdict(about), agent=agent, rows=_related(rows))
 
 
@@ -295,7 +295,7 @@ def compare_frame_skip(
         )
         for n, row in zip(joint, figures, strict=True)
     ]
-    about, steps = _conditions(world, num_envs, seconds, obs_type), envs[0].sampling.steps
+    about, steps = conditions(world, num_envs, seconds, obs_type), envs[0].sampling.steps
     return FrameSkipComparison(
         **asdict(about), frame_skip=frame_skip, sampling_steps=steps, rows=rows
     )
@@ -323,7 +323,8 @@ def _related(rows: list[ComparedRow]) -> list[ComparedRow]:
     ]
 
 
-def _conditions(world: World, num_envs: int, seconds: float, obs_type: str) -> Conditions:
+def conditions(world: World, num_envs: int, seconds: float, obs_type: str) -> Conditions:
+    """What figures that are measured now have in common."""
     return Conditions(
         world=world.spec.name,
         device=describe_device(world.model.device),
@@ -336,7 +337,8 @@ def _conditions(world: World, num_envs: int, seconds: float, obs_type: str) -> C
     )
 
 
-def _heading(report: Conditions) -> str:
+def heading(report: Conditions) -> str:
+    """The same in one line."""
     return (
         f"{report.world} on {report.device}, torch {report.torch}, {report.threads} threads, "
         f"{report.precision}, {report.num_envs} env(s), "
@@ -364,7 +366,7 @@ def format_comparison(report: Comparison) -> str:
         drafting.append([*speculated, *pace, *drafts, *ratios])
     over = ["over plain refilled", "over refilled"]
     columns = ["steps", "cache", "frames/s", "p50 / p95 ms", *over]
-    lines = [_heading(report), "", table(columns, plain), "", _BASELINES]
+    lines = [heading(report), "", table(columns, plain), "", _BASELINES]
     if drafting:
         columns = ["steps", "n", "actions", "frames/s", "p50 / p95 ms", "acceptance"]
         columns += ["frames without a pass", "over none", *over]
@@ -394,7 +396,7 @@ def format_frame_skip(report: FrameSkipComparison) -> str:
     columns = ["frames drawn jointly", "joint draws a step", "frames/s", "p50 / p95 ms a step"]
     return "\n".join(
         [
-            f"{_heading(report)}; {report.frame_skip} frames an env step, "
+            f"{heading(report)}; {report.frame_skip} frames an env step, "
             f"{report.sampling_steps} sampling steps",
             "",
             table([*columns, "over one by one"], rows),

@@ -130,6 +130,34 @@ def evaluate_drafts(
     return _compare(rows, [True] * len(rows), 0, held, settings.seed, progress)
 
 
+def evaluate_worlds(
+    drawn: Sequence[tuple[World, int]],
+    recordings: RecordedDataset,
+    settings: EvaluationConfig,
+    reference: int = 0,
+    progress: bool = True,
+) -> RowsReport:
+    """``evaluate`` for several worlds of one tokenizer, on the same windows with the same noise.
+
+    Args:
+        drawn: worlds, drawn as their models say, and how many frames each draws jointly.
+        recordings: of their game.
+        settings: how they are judged, but for its number of steps and of joint frames.
+        reference: number of the one that distances are related to.
+        progress: show progress bars.
+
+    For what is raised, see ``evaluate_steps``.
+    """
+    rows = [_Row(world, world.model, count) for world, count in drawn]
+    held = HeldOut.prepare(drawn[0][0], recordings, settings, progress)
+    return _compare(rows, [True] * len(rows), reference, held, settings.seed, progress)
+
+
+def with_steps(world: World, steps: int) -> World:
+    """``world``, drawn in another number of steps."""
+    return replace(world, model=_model(world, steps))
+
+
 def _model(world: World, steps: int | None) -> WorldModel:
     if steps is None:
         return world.model
@@ -143,6 +171,7 @@ def _about(world: World, held: HeldOut) -> dict[str, Any]:
         "world": world.spec.name,
         "windows": len(held.windows.contexts),
         "long_rollouts": len(held.long.contexts) if held.long else 0,
+        "long_frames": len(held.long.actions) if held.long else 0,
         "held_out_episodes": len(held.encoded.episodes),
         "held_out_frames": held.encoded.frames,
         "bright_threshold": held.threshold,
@@ -191,7 +220,7 @@ class _Row:
     drawn_ahead: float | None = None
 
     def __post_init__(self) -> None:
-        check_frames(self.speculative_frames, self.model.dynamics.config.window)
+        check_frames(self.speculative_frames, self.model)
 
     def report(self, reference: _Row | None = None) -> RowReport:
         """What was measured, the distances also relative to those of ``reference``."""

@@ -35,6 +35,7 @@ EVERY = 10  # of which so many are one decoded frame
 BRIGHT = 99.5  # percentile of the luma of real frames above which a pixel is bright
 REFERENCE = 4096  # random held-out frames that distributions are compared with
 _FLOOR_SETS = 200
+_LONGEST = 1_000_000  # frames; a day of any game
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class EvaluationConfig:
 
     Attributes:
         windows: rollouts of 128 frames under recorded actions, at least 1.
-        long_rollouts: rollouts of 2,000 frames for the drift; 0 leaves them out.
+        long_rollouts: long rollouts for the drift; 0 leaves them out.
         seed: of the choice of windows and of the world's noise.
         speculative_frames: frames drawn jointly wherever the action is kept; 1 for none.
         sampling_steps: denoising steps a frame; default: the world's own.
+        long_frames: frames of each long rollout, of which the last 100 are judged; default: 2,000.
     """
 
     windows: int = 64
@@ -54,6 +56,7 @@ class EvaluationConfig:
     seed: int = 0
     speculative_frames: int = 1
     sampling_steps: int | None = None
+    long_frames: int | None = None
 
 
 class EncodedEpisodes:
@@ -236,8 +239,7 @@ class HeldOut:
             tokenizer decodes them.
         early: recorded frames 1 to EARLY of the windows, projected, (windows, EARLY, dimensions).
         early_floor: their Fréchet distance to the reference.
-        long: rollouts of LONG frames under held-out actions, one episode after the other; None
-            without any.
+        long: long rollouts under held-out actions, one episode after the other; None without any.
         late_floor: mean and standard deviation of the Fréchet distances of random sets of as many
             stretches of EARLY consecutive recorded frames as there are long rollouts.
     """
@@ -278,6 +280,11 @@ class HeldOut:
                 f"evaluation needs windows >= 1 and long_rollouts >= 0, got {windows} and "
                 f"{long_rollouts}"
             )
+        long_frames = LONG if settings.long_frames is None else settings.long_frames
+        if not EARLY < long_frames <= _LONGEST:
+            raise ValueError(
+                f"long_frames must be above {EARLY} and at most {_LONGEST:,}, got {long_frames}"
+            )
         check_fits(world, recordings)
         model = world.model
         encoded = EncodedEpisodes(model, recordings.split("validation"), progress)
@@ -307,7 +314,7 @@ class HeldOut:
             float(np.mean([_bright(model, part, threshold) for part in shown.unbind(1)])),
             projected[:windows],
             reference.estimate(projected[:windows], groups),
-            _long(world, encoded, long_rollouts, drift) if long_rollouts else None,
+            _long(world, encoded, long_rollouts, long_frames, drift) if long_rollouts else None,
             _floor(reference, projected, long_rollouts, drift) if long_rollouts else None,
         )
 
@@ -350,7 +357,9 @@ def _windows(
     )
 
 
-def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Generator) -> Rollouts:
+def _long(
+    world: World, encoded: EncodedEpisodes, count: int, frames: int, rng: np.random.Generator
+) -> Rollouts:
     keep = world.model.dynamics.config.window
     usable = [i for i, e in enumerate(encoded.episodes) if len(e) > keep]
     contexts, streams = [], []
@@ -359,7 +368,7 @@ def _long(world: World, encoded: EncodedEpisodes, count: int, rng: np.random.Gen
         contexts.append(recorded_context(world, encoded, int(episode), frame))
         order = rng.permutation(usable)
         joined = np.concatenate([encoded.episodes[i].actions for i in order])
-        joined = np.resize(joined, (LONG, *joined.shape[1:]))
+        joined = np.resize(joined, (frames, *joined.shape[1:]))
         streams.append(world.codec.encode(torch.from_numpy(joined)))
     return Rollouts(contexts, torch.stack(streams, 1), np.arange(count))
 

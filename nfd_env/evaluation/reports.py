@@ -9,14 +9,13 @@ from nfd_env.evaluation.held_out import (
     BRIGHT,
     EARLY,
     HORIZONS,
-    LONG,
     REFERENCE,
     HorizonErrors,
 )
 from nfd_env.evaluation.inverse_dynamics import ActionReport, format_actions
 from nfd_env.evaluation.tables import table
 
-_FIRST, _LAST = f"1-{EARLY}", f"{LONG - EARLY + 1:,}-{LONG:,}"
+FIRST = f"1-{EARLY}"
 _BRIGHT_NOTE = (
     f"Bright pixels: as many as are brighter than {BRIGHT:g} % of the pixels of real frames, "
     "relative to how many real frames have (of the same windows where there are such, else random "
@@ -82,6 +81,7 @@ class HeldOutReport:
     world: str
     windows: int
     long_rollouts: int
+    long_frames: int
     held_out_episodes: int
     held_out_frames: int
     bright_threshold: float
@@ -150,11 +150,11 @@ def format_report(report: WorldReport) -> str:
     rows = [
         [
             str(horizon),
-            _number(row.psnr, row.psnr_error, 2),
+            number(row.psnr, row.psnr_error, 2),
             f"{row.psnr_frozen:.2f}",
             f"{row.moving_psnr:.2f}",
             f"{row.moving_psnr_frozen:.2f}",
-            _number(row.ssim, row.ssim_error, 3),
+            number(row.ssim, row.ssim_error, 3),
             f"{row.ssim_frozen:.3f}",
             f"{row.sharpness_ratio:.2f}",
             f"{row.gradient_correlation:.2f}",
@@ -169,7 +169,7 @@ def format_report(report: WorldReport) -> str:
     drawn = f"{report.world} ({report.dynamics}), {report.sampling_steps} sampling steps"
     ends = [[label, f"{getattr(report.ends, name):.3f}"] for name, label in _ENDS.items()]
     lines = [
-        f"{drawn}{_drafted(report)}: {_source(report)}",
+        f"{drawn}{_drafted(report)}: {source(report)}",
         "",
         table(header, rows),
         "",
@@ -180,7 +180,7 @@ def format_report(report: WorldReport) -> str:
             _frechet(report),
         ),
         "",
-        _notes(report, report.late is not None),
+        notes(report, report.late is not None),
         "",
         table(["reward and termination on held-out frames", ""], ends),
     ]
@@ -208,13 +208,14 @@ def _replayed(report: ReplayedEndings) -> list[str]:
 
 def _frechet(report: WorldReport) -> list[list[str]]:
     rows = []
-    for when, frames in (("early", _FIRST), ("paired", f"{_FIRST}, paired"), ("late", _LAST)):
+    late = last_frames(report)
+    for when, frames in (("early", FIRST), ("paired", f"{FIRST}, paired"), ("late", late)):
         row: Distribution | None = getattr(report, when)
         if row is not None:
             found = [getattr(row, name) for name in _RATIOS]
             ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in found]
-            distance = _number(row.frechet, row.frechet_error, 1)
-            rows.append([frames, distance, _floor(report, when), *ratios])
+            distance = number(row.frechet, row.frechet_error, 1)
+            rows.append([frames, distance, floor_of(report, when), *ratios])
     return rows
 
 
@@ -227,25 +228,25 @@ def format_rows(report: RowsReport) -> str:
     header = ["sampling steps", *(["n", "drawn ahead"] if drafts else [])]
     first = len(header)
     header += [f"{name}, frame {frame}" for frame in (near, far) for name in ("PSNR", "SSIM")]
-    header += [f"{name} {_FIRST}" for name in ("Fréchet", "paired Fréchet", "bright")]
+    header += [f"{name} {FIRST}" for name in ("Fréchet", "paired Fréchet", "bright")]
     if long:
-        header += [f"{name} {_LAST}" for name in ("Fréchet", "bright", "sharpness")]
+        header += [f"{name} {last_frames(report)}" for name in ("Fréchet", "bright", "sharpness")]
     real = ["real frames"] + [""] * (first + 3)
-    real += [_floor(report, "early"), _floor(report, "paired"), "1"]
+    real += [floor_of(report, "early"), floor_of(report, "paired"), "1"]
     if long:
-        real += [_floor(report, "late"), "1", "1"]
+        real += [floor_of(report, "late"), "1", "1"]
     cells = [_cells(row, drafts, long, (near, far)) for row in rows]
     best = rows[report.reference]
     steps = f"{best.sampling_steps} steps of the {best.dynamics} model"
     relative = f"n = {best.speculative_frames}" if drafts else steps
     about = "" if drafts else _drafted(rows[0])
     lines = [
-        f"{report.world}{about}: {_source(report)}",
+        f"{report.world}{about}: {source(report)}",
         "",
         table(header, [real, *cells]),
         "",
         f"In brackets: relative to {relative}, with the error of the ratio, in which what both "
-        f"share cancels. {_notes(report, long)}",
+        f"share cancels. {notes(report, long)}",
     ]
     if drafts:
         lines[-1] += (
@@ -261,36 +262,44 @@ def _cells(row: RowReport, drafts: bool, long: bool, horizons: tuple[int, int]) 
         cells += [str(row.speculative_frames), f"{row.drawn_ahead or 0:.2f}"]
     for horizon in horizons:
         figures = row.horizons[horizon]
-        cells.append(_number(figures.psnr, figures.psnr_error, 2))
-        cells.append(_number(figures.ssim, figures.ssim_error, 3))
-    cells += [_distance(row.early), _distance(row.paired), f"{row.early.bright_ratio:.2f}"]
+        cells.append(number(figures.psnr, figures.psnr_error, 2))
+        cells.append(number(figures.ssim, figures.ssim_error, 3))
+    cells += [distance(row.early), distance(row.paired), f"{row.early.bright_ratio:.2f}"]
     if row.late is not None:
         late = row.late
-        cells += [_distance(late), f"{late.bright_ratio:.2f}", f"{late.sharpness_ratio:.2f}"]
+        cells += [distance(late), f"{late.bright_ratio:.2f}", f"{late.sharpness_ratio:.2f}"]
     elif long:
         cells += ["not run", "", ""]
     return cells
 
 
-def _distance(row: Distribution) -> str:
-    cell = _number(row.frechet, row.frechet_error, 1)
+def distance(row: Distribution) -> str:
+    """A Fréchet distance with its error, and relative to the reference row's."""
+    cell = number(row.frechet, row.frechet_error, 1)
     if row.over_reference is not None:
-        cell += f" ({_number(row.over_reference, row.over_reference_error, 2)}×)"
+        cell += f" ({number(row.over_reference, row.over_reference_error, 2)}×)"
     return cell
 
 
-def _floor(report: HeldOutReport, when: str) -> str:
+def floor_of(report: HeldOutReport, when: str) -> str:
+    """That of real frames: "early", "paired" or "late"."""
     floor = None if when == "paired" else getattr(report.floor, when)
-    return _number(floor.frechet, floor.frechet_error, 1) if floor else "0"
+    return number(floor.frechet, floor.frechet_error, 1) if floor else "0"
 
 
-def _number(value: float, error: float | None, digits: int) -> str:
+def number(value: float, error: float | None, digits: int) -> str:
     """A figure and its error, where there is one: none of one group, or of what is 1 for sure."""
     text = f"{value:.{digits}f}"
     return f"{text} ± {error:.{digits}f}" if error is not None and error > 0 else text
 
 
-def _source(report: HeldOutReport) -> str:
+def last_frames(report: HeldOutReport) -> str:
+    """Numbers of the frames that long rollouts are judged by."""
+    return f"{report.long_frames - EARLY + 1:,}-{report.long_frames:,}"
+
+
+def source(report: HeldOutReport) -> str:
+    """What it was judged by."""
     return (
         f"{report.windows} windows of {max(*HORIZONS, EARLY)} frames, conditioned on their "
         f"actions, from {report.held_out_episodes} held-out episodes "
@@ -298,11 +307,12 @@ def _source(report: HeldOutReport) -> str:
     )
 
 
-def _notes(report: HeldOutReport, long: bool) -> str:
+def notes(report: HeldOutReport, long: bool) -> str:
+    """What Fréchet distances, errors and bright pixels are; ``long``: of long rollouts too."""
     frames = min(REFERENCE, report.held_out_frames)
     note = (
         f"Fréchet distances of tokenizer latents to {frames:,} random held-out frames. Frames "
-        f"{_FIRST} are the windows'; the distance of real frames is that of the very frames that "
+        f"{FIRST} are the windows'; the distance of real frames is that of the very frames that "
         "were recorded in these windows, encoded, and so what this many windows leave to a perfect "
         "world. Paired: to these recorded frames instead, as FVD in the literature relates "
         "generated clips to real ones; where the players stood cancels, so that it tells models "
@@ -310,10 +320,11 @@ def _notes(report: HeldOutReport, long: bool) -> str:
     )
     if long:
         note += (
-            f", or one of the {report.long_rollouts} rollouts of {LONG:,} frames behind "
-            f"{_LAST}. Real frames there: random sets of {report.long_rollouts} stretches of "
-            f"{EARLY} consecutive recorded frames, from anywhere in their episodes, for few "
-            "episodes are that long: mean and standard deviation of such sets"
+            f", or one of the {report.long_rollouts} rollouts of {report.long_frames:,} frames "
+            f"behind {last_frames(report)}. Real frames there: random sets of "
+            f"{report.long_rollouts} stretches of {EARLY} consecutive recorded frames, from "
+            "anywhere in their episodes, for few episodes are that long: mean and standard "
+            "deviation of such sets"
         )
     return f"{note}. {_BRIGHT_NOTE}"
 

@@ -26,7 +26,7 @@ def linear_guess(
     Args:
         level: s in [0, 1], (...).
         before_level: h in [0, 1], (...); 1 where there is no frame before.
-        change: q in [``LEAST``, 1], (..., C, h, w), or what broadcasts to it.
+        change: q in [``LEAST``, 1 - ``LEAST``], (..., C, h, w), or what broadcasts to it.
 
     Returns:
         a, b and the standard deviation of v given x_s and p, each (..., C, h, w).

@@ -25,6 +25,11 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def fitting_seed(seed: int, bits: int) -> int:
+    """``seed`` for who takes ``bits`` of it: itself where it has no more, else a hash of it."""
+    return seed if seed < 2**bits else mix(seed) % 2**bits
+
+
 def noise(keys: Tensor, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """What is random about frames: SplitMix64 as a hash of a counter, and Box and Muller's of it.
 

@@ -119,15 +119,19 @@ def worthwhile(kept: np.ndarray, certain: int, frames: int) -> np.ndarray:
     return np.where(used / cost >= fewest / least, frames, fewest)
 
 
-def check_frames(frames: Any, window: int) -> None:
-    """Check a number of frames that one pass is to draw.
+def check_frames(frames: Any, model: WorldModel) -> None:
+    """Check a number of frames that one pass of ``model`` is to draw.
 
     Raises:
-        ValueError: when it is below 1, or beyond the ``window`` - 1 frames that a frame sees right
-            before it.
+        ValueError: when it is below 1, or beyond the window - 1 frames that a frame sees right
+            before it, or the one that some dynamics draw.
     """
-    if not isinstance(frames, int | np.integer) or not 1 <= frames <= window - 1:
-        raise ValueError(
-            f"speculative_frames must be a whole number from 1 (no speculation) to {window - 1}, "
-            f"the number of frames right before it that a frame of this world sees, got {frames!r}"
+    most = model.most_frames
+    if not isinstance(frames, int | np.integer) or not 1 <= frames <= most:
+        limit = (
+            f"a whole number from 1 (no speculation) to {most}, the number of frames right before "
+            "it that a frame of this world sees"
+            if most > 1
+            else "1: these dynamics draw one frame at a time"
         )
+        raise ValueError(f"speculative_frames must be {limit}, got {frames!r}")

@@ -6,6 +6,7 @@ to the key/value ring, then read reward and end off the drawn frame.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -71,7 +72,9 @@ class WorldModel:
 
     def with_sampling(self, sampling: SamplingConfig) -> WorldModel:
         """The same networks with another default."""
-        return WorldModel(self.tokenizer, self.dynamics, self.heads, sampling, self.world_id)
+        made = copy.copy(self)
+        made.sampling, made._captured = sampling, CapturedCalls()
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +182,15 @@ class WorldModel:
         if latents.shape[1] > 1:
             _, memory = self.heads(latents[:, 1:], actions[:, 1:], memory)
         seen = self.dynamics.config.window
-        latents, actions = latents[:, -seen:], actions[:, -seen:]
+        remembered, cache = self._history(
+            frames, sampling, latents[:, -seen:], actions[:, -seen:], keys
+        )
+        return remembered, memory[:, None], cache.keys, cache.values, *cache.ends
+
+    def _history(
+        self, frames: int, sampling: SamplingConfig, latents: Tensor, actions: Tensor, keys: Tensor
+    ) -> tuple[Tensor, FrameCache]:
+        """The last of given frames as it is remembered, and a cache with those before it."""
         batch, count = latents.shape[:2]
         first = torch.zeros_like(keys)[:, None]
         normal, _ = self._noise(keys, first, count, sampling)
@@ -188,7 +199,7 @@ class WorldModel:
         if count > 1:
             levels = latents.new_full((batch, count - 1), sampling.history_level)
             self.dynamics.fill(cache, remembered[:, :-1], levels, actions[:, :-1])
-        return remembered[:, -1:], memory[:, None], cache.keys, cache.values, *cache.ends
+        return remembered[:, -1:], cache
 
     @torch.inference_mode()
     def step(
@@ -280,10 +291,9 @@ class WorldModel:
             keys: int64 (B,), of the noise.
         """
         cache.ends = length, last, last_level
-        normal, uniform = self._noise(keys, first[:, None], actions.shape[1], sampling)
-        velocity = self._velocity(cache, pending, pending_actions, actions, sampling, counts)
-        scaled = (sampling.temperature * normal).unbind(2)
-        made = sampling.sample(velocity, scaled[0], scaled[2:])
+        made, remembered, uniform = self._frames(
+            cache, counts, sampling, first[:, None], pending, pending_actions, actions, keys
+        )
         seen = []
         for k in range(actions.shape[1]):
             seen.append(self.heads.step(made[:, k], actions[:, k], memory))
@@ -295,9 +305,32 @@ class WorldModel:
             torch.stack([s.reward for s in seen], 1),
             uniform < hazard,
             hazard,
-            torch.lerp(made, normal[:, :, 1], sampling.history_level),
+            remembered,
             torch.stack([s.state for s in seen], 1),
         )
+
+    def _frames(
+        self,
+        cache: FrameCache,
+        counts: Sequence[int] | None,
+        sampling: SamplingConfig,
+        first: Tensor,
+        pending: Tensor,
+        pending_actions: Tensor,
+        actions: Tensor,
+        keys: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New frames: see ``_drawn``, but with ``first`` (B, 1).
+
+        Returns:
+            (B, n, C, h, w), what is remembered of them, (B, n, ...), and uniform numbers (B, n) for
+            their ends.
+        """
+        normal, uniform = self._noise(keys, first, actions.shape[1], sampling)
+        velocity = self._velocity(cache, pending, pending_actions, actions, sampling, counts)
+        scaled = (sampling.temperature * normal).unbind(2)
+        made = sampling.sample(velocity, scaled[0], scaled[2:])
+        return made, torch.lerp(made, normal[:, :, 1], sampling.history_level), uniform
 
     def _velocity(
         self,
@@ -341,6 +374,11 @@ class WorldModel:
             or state.drawn.latents.shape[2:] != self.dynamics.config.latent_shape
         ):
             raise ValueError("the state is of networks of other sizes")
+
+    @property
+    def most_frames(self) -> int:
+        """Most frames that one pass can draw."""
+        return self.dynamics.config.window - 1
 
     @property
     def feature_size(self) -> int:

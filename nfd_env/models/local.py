@@ -84,7 +84,8 @@ class Persistence(nn.Module):
         begun = ((self.change - LEAST) / (1 - LEAST)).clamp(LEAST, 1 - LEAST)
         logit = begun.logit()[:, None, None]
         change = LEAST + (1 - LEAST) * torch.sigmoid(logit + more.float())
-        return linear_guess(level, before_level, change)
+        # At 1, where a sigmoid arrives by rounding, the guess has no finite slope.
+        return linear_guess(level, before_level, change.clamp(max=1 - LEAST))
 
 
 class LocalMotion(nn.Module):

@@ -77,7 +77,8 @@ class ServeConfig(Chosen):
     Attributes:
         host: address to bind to; beyond 127.0.0.1 players need a token.
         port: TCP port, 0 for a free one.
-        max_clients: players at a time.
+        max_clients: players at a time, of all workers together.
+        workers: processes that share the players and the processor's cores, behind one address.
         token_file: holds the secret that players need; or set NFD_TOKEN. Made up where needed.
         token: the secret itself, which others can read in the list of processes.
         allow_origin: addresses of proxies (JupyterHub, code-server) that the page is opened at,
@@ -91,6 +92,7 @@ class ServeConfig(Chosen):
     host: str = "127.0.0.1"
     port: int = 8000
     max_clients: int = 8
+    workers: int = 1
     token_file: str | None = None
     token: str | None = None
     allow_origin: tuple[str, ...] = ()
@@ -117,7 +119,7 @@ def serve(settings: ServeConfig) -> int:
         import aiohttp  # noqa: F401
     except ImportError:
         raise PlayError("nfd serve needs aiohttp: pip install 'nfd-env[serve]'") from None
-    from nfd_env.play.web.server import serve as serve_world
+    from nfd_env.play.web.serve import serve as serve_world
 
     serve_world(settings)
     return 0

@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium.wrappers import TimeLimit
 
 from nfd_env.play.keys import Keymap
+from nfd_env.sources.frames import frame_rate
 from nfd_env.sources.source import SourceConfig, make_source
 
 _AMPLIFIED = 3  # differences that matter are too dark to be seen as they are
@@ -153,7 +154,7 @@ class EnvGame(Game):
         """
         self.env, self.keymap, self.count = env, keymap, 1
         self.name = env.spec.id if env.spec else type(env.unwrapped).__name__
-        self.fps = float(fps or env.metadata.get("render_fps") or 30)
+        self.fps = float(fps or frame_rate(env))
         self.display_aspect, self.display = 0.0, "smooth"
         self.source: SourceConfig | None = None
         self._seed: int | None = None
@@ -180,7 +181,7 @@ class EnvGame(Game):
         try:
             env = TimeLimit(env, max_episode_steps or about.max_episode_steps)
             keymap = Keymap.from_source(about.source, env.action_space)
-            game = cls(env, keymap, about.source.fps or None)
+            game = cls(env, keymap)
         except BaseException:
             env.close()
             raise

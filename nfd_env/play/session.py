@@ -330,6 +330,8 @@ class Session:
         if outcome.error:
             self.say(outcome.error)
             self.view = self.views[0]
+        if outcome.info.get("dream_ended"):
+            self.say("the dream ended here; it goes on from the game's frames")
         self.frame, self.reward, self.action = outcome.frame, outcome.reward, choice.label
         self.steps += 1
         self.total_reward += outcome.reward

@@ -56,7 +56,7 @@ class TwinSlots(Slots):
     In the view "dream" it is ``Slots``. In "real" the real game is played, and in "split" both,
     by the same actions; there the real game's outcome counts, and the dream's frame is beside it.
     A change to "real" begins an episode of the game; a change from it lets the dream go on from the
-    game's last frames.
+    game's last frames. So does the end of a dream in "split" where the game has not ended.
     """
 
     def __init__(self, make: Callable[[], gymnasium.Env], *args: Any, **kwargs: Any) -> None:
@@ -143,6 +143,10 @@ class TwinSlots(Slots):
                 self._beside[slot] = dream.frame
                 difference = outcome.frame.astype(np.float32) - dream.frame
                 outcome.info["apart"] = psnr(float(np.square(difference).mean()))
+                if (dream.terminated or dream.truncated) and not self._real[slot].over:
+                    # What has ended cannot be stepped, and the game has not.
+                    self._begin(slot, None, self._real[slot].context())
+                    outcome.info["dream_ended"] = True
             made[slot] = outcome
         return made
 

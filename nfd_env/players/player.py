@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from nfd_env.data.policies import BehaviourPolicy
+from nfd_env.inference.noise import fitting_seed
 from nfd_env.named import described
 from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, new_stack, push
 from nfd_env.spaces import CountedFromZero, space_from_dict
@@ -64,7 +65,7 @@ class NetworkPlayer:
         if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(fitting_seed(seed, 64))
 
     @torch.no_grad()
     def act(self, observations: Any, first: Any = None) -> Any:
@@ -94,7 +95,7 @@ class SB3Player:
         """See ``Player``."""
         self._n, self._stack = n, None
         if seed is not None:
-            self.model.set_random_seed(seed % 2**32)
+            self.model.set_random_seed(fitting_seed(seed, 32))  # it seeds NumPy's too
 
     def act(self, observations: Any, first: Any = None) -> Any:
         """See ``Player``."""

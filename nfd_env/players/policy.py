@@ -154,6 +154,9 @@ def looked_at(frame_offsets: list[int], frame_stack: int) -> list[int]:
     return offsets
 
 
+_CELLS = 64  # of latents, up to which no convolution of the trunk makes them fewer
+
+
 class Trunk(nn.Module):
     """Images of any size to a vector; latents have been downsampled already, frames have not."""
 
@@ -161,7 +164,9 @@ class Trunk(nn.Module):
         """Build for channels-first images of ``shape`` (stacked frames are channels)."""
         super().__init__()
         # (kernel, stride, padding) of each convolution
-        layers = [(3, 1, 1)] * 2 if obs_type == "latent" else [(8, 4, 2), (4, 2, 1), (3, 2, 1)]
+        layers = [(8, 4, 2), (4, 2, 1), (3, 2, 1)]
+        if obs_type == "latent":  # on finer grids nearly all weights would be of the linear layer
+            layers = [(3, 1, 1), (3, 1 if shape[1] * shape[2] <= _CELLS else 2, 1)]
         modules: list[nn.Module] = []
         before = shape[0]
         for kernel, stride, padding in layers:

@@ -1,4 +1,4 @@
-"""``nfd init``, ``train``, ``collect`` and ``export``: they all read one game file."""
+"""``nfd init``, ``train``, ``collect``, ``export``, which read one game file; and ``nfd push``."""
 
 from __future__ import annotations
 
@@ -104,3 +104,47 @@ def export(game: Positional[str], overrides: Positional[tuple[str, ...]] = ()) -
         overrides: key.sub=value, over the file, e.g. export.starts=200.
     """
     return train(game, overrides, stage="world")
+
+
+def push(
+    folder: Positional[str],
+    to: Positional[str],
+    license: str = "",
+    art_license: str = "",
+    private: bool = False,
+    preview: str | None = None,
+) -> int:
+    """Share a world on the Hugging Face Hub, with a page that says what it is.
+
+    Args:
+        folder: the world, or the run that made it.
+        to: owner/name, or owner/name@branch.
+        license: of the weights, an identifier of the hub such as mit or cc-by-4.0.
+        art_license: a sentence on the licence of the game's art, where the folder has no
+            ASSET_LICENSES.md.
+        private: make the repository a private one, where there is none yet.
+        preview: write the page into this folder, and send nothing.
+    """
+    from pathlib import Path
+
+    from nfd_env.files import atomic_write, make_folder
+    from nfd_env.recipe.card import find_shared, make_card
+    from nfd_env.worlds.hub import CARD, parse_address, push_world, require_library, world_files
+
+    address = parse_address(to)
+    if preview is None:
+        require_library()  # before a world is played
+    world, run = find_shared(Path(folder).expanduser())
+    files = world_files(world)
+    card = make_card(world, run, address, license, art_license)
+    if preview is None:
+        print(push_world(world, address, card.text, card.pictures, private))
+        print(f"play it:  nfd play {address}")
+        return 0
+    for name, data in {CARD: card.text.encode(), **card.pictures}.items():
+        path = Path(preview).expanduser() / name
+        make_folder(path.parent)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
+    print(f"{Path(preview) / CARD}: look at it; with it would be sent: {', '.join(files)}")
+    return 0

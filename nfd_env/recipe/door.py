@@ -24,7 +24,9 @@ from nfd_env.files import FolderError
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
 from nfd_env.named import described
+from nfd_env.players.actions import action_head
 from nfd_env.recipe import plan as planning
+from nfd_env.recipe import rounds
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import Plan, PlanError
@@ -161,6 +163,7 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
         PlanError: when frames cannot be cut into tokens, or the budget is too small.
         FolderError: when the disk is too full.
     """
+    first = rounds.of_round(game, 1)
     measures = GameMeasures(
         frame_size=seen.frame_size,
         small=4.0,
@@ -172,20 +175,45 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
         ends=10,
         mean_return=0.0,
     )
-    plan = planning.settings(game, measures, device, seen.action_width, ranks.count)
+    plan = planning.settings(first, measures, device, seen.action_width, ranks.count)
     built = check_settings(plan, seen)
     check_parts(built, ranks)
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
     _check_room(game, seen, networks)
     seconds, encoding = _least_seconds(game, plan, device, seen, networks)
-    if seconds > _PATIENCE * 60 * game.minutes:
+    if seconds > _PATIENCE * 60 * first.minutes:
+        minutes = seconds / 60 * game.minutes / first.minutes
+        fewer = "fewer rounds, " if game.rounds > 1 else ""
         raise PlanError(
-            f"a world of this game takes at least about {seconds / 60:.1f} minutes on this machine;"
-            f" {game.minutes:g} are too few: give --minutes {math.ceil(seconds / 60)} or more, "
+            f"a world of this game takes at least about {minutes:.1f} minutes on this machine;"
+            f" {game.minutes:g} are too few: give --minutes {math.ceil(minutes)} or more, {fewer}"
             "smaller frames (source.size), or a faster device"
         )
     return encoding
+
+
+def check_rounds(game: GameConfig, device: str) -> None:
+    """Refuse later rounds of what no agent can play.
+
+    Raises:
+        PlanError: when there is no game.
+        SourceError: when it cannot be made.
+        ConfigError: naming a setting of the agent that is wrong.
+        ValueError: for actions that no agent can learn.
+    """
+    if is_imported(game.source.env_id):
+        raise PlanError(
+            f"rounds: {game.rounds} records the game again with an agent, but {game.source.env_id} "
+            "is no game: set rounds: 1"
+        )
+    values = rounds.agent_settings(game, game.run_folder, game.world_folder, device, None)
+    rounds.built_agent(values)
+    env = make_source(game.source, **game.recording_kwargs)
+    try:
+        action_head(ActionCodec(env.action_space).space)
+    finally:
+        close(env)
 
 
 def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
@@ -248,7 +276,7 @@ def frames_at_most(game: GameConfig) -> int:
     """Frames that will be recorded, if the game is fast enough."""
     if game.recordings or is_imported(game.source.env_id):
         return 0
-    return game.frames or planning.wanted_frames(game.minutes)
+    return game.rounds * (game.frames or planning.wanted_frames(game.minutes))
 
 
 def _check_room(game: GameConfig, seen: Look, networks: tuple[torch.nn.Module, ...]) -> None:

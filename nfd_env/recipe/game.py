@@ -16,6 +16,8 @@ from nfd_env.sources.source import SourceConfig
 # What the files of the stages began with, when each had one.
 _STAGE_SETTINGS = {"train", "model", "latents", "dynamics", "sampling"}
 
+_MOST_ROUNDS = 20  # more is a slip: each takes hours to be worth anything
+
 
 @dataclass(frozen=True)
 class GameConfig:
@@ -27,6 +29,9 @@ class GameConfig:
         folder: the run folder, which recordings, weights, the report and the world go into; "" for
             ``runs/<name>``.
         minutes: wall-clock budget of the whole recipe, from recording to report.
+        rounds: how many times the world is trained. From the second time on an agent that was
+            trained in the world before plays the real game, and the world goes on from there; what
+            is set of frames and steps holds for each round.
         device: "cpu", "cuda" or "auto".
         frames: frames to record; 0 for as many as the budget is worth.
         workers: recording processes; 0 for one a processor core.
@@ -48,12 +53,14 @@ class GameConfig:
         heads: likewise, see ``HeadsTrainingConfig``.
         distill: likewise, see ``DistillTrainingConfig``.
         export: likewise, see ``ExportConfig``.
+        agent: likewise, see ``nfd_env.learning.train.TrainPPOConfig``; for ``rounds``.
     """
 
     name: str
     source: SourceConfig
     folder: str = ""
     minutes: float = 60.0
+    rounds: int = 1
     device: str = "auto"
     frames: int = 0
     workers: int = 0
@@ -73,6 +80,7 @@ class GameConfig:
     heads: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    agent: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -80,6 +88,10 @@ class GameConfig:
             raise ValueError(f"name must consist of letters, digits, _ and -, got {self.name!r}")
         if not 0 < self.minutes < 1e6:
             raise ValueError(f"minutes must be above 0, got {self.minutes}")
+        if not 1 <= self.rounds <= _MOST_ROUNDS:
+            raise ValueError(f"rounds must be from 1 to {_MOST_ROUNDS}, got {self.rounds}")
+        if self.rounds > 1 and ("," in self.recordings or "://" in self.recordings):
+            raise ValueError("later rounds join recordings: with rounds, name one folder on a disk")
         if self.frames < 0 or self.workers < 0 or self.seed < 0 or self.world_steps < 0:
             raise ValueError("frames, workers, seed and world_steps must not be negative")
         if self.seed >= 2**63:

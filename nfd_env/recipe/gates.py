@@ -96,6 +96,16 @@ def recording_gates(
     return gates
 
 
+def agent_gate(returned: float, by_chance: float) -> Gate:
+    """Of an agent's recordings: does it play better than chance, so that they show more."""
+    name = "mean return of the agent in the real game, above that of random play"
+    advice = (
+        "what it learned in the world does not pay in the game: give more minutes, or set "
+        "agent.decisions"
+    )
+    return Gate(name, returned - by_chance, "above 0", advice)
+
+
 def reading_gates(metrics: Mapping[str, float]) -> list[Gate]:
     """Of the net that reads actions back: does what keys do show in the game's own frames."""
     (name, value), *_ = metrics.items()

@@ -22,6 +22,7 @@ from nfd_env.named import described
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.plan import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
+from nfd_env.sources.frames import frame_rate
 from nfd_env.sources.keys import default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import VIDEOS, area_resize, is_imported
@@ -280,7 +281,7 @@ def _names(inner: Any, count: int) -> list[str]:
 
 def _frame_rate(env: gymnasium.Env, source: SourceConfig) -> float:
     """Steps a second at which a person plays: native frames over the frame skip."""
-    told = float(env.metadata.get("render_fps") or 30)
+    told = frame_rate(env)
     if source.env_id.startswith(PREFIX):
         return told  # counted there already
     if "ale_py" in source.imports:

@@ -27,6 +27,7 @@ from nfd_env.training.optimiser import has_muon
 SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
 SHARED = ("tokenizer", "flow", "distill")  # stages that several processes train together
 _RESERVE = 0.1  # for encoding, calibration and the report
+AGENT_SHARE = 0.25  # of a later round's time, see nfd_env.recipe.rounds
 _VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
 _FEWEST = {"inverse_dynamics": 60, "tokenizer": 60, "flow": 60, "heads": 40, "distill": 20}
 LEAST_STEPS = 10  # of each stage, however small the budget
@@ -51,6 +52,13 @@ FEWEST_FRAMES = 1_000  # recorded, unless the file says otherwise
 _MOST_FRAMES = 250_000
 _FRAMES_A_MINUTE = 2_500  # of the budget; more than a training of that length can look at
 _RECORDING_SHARE = 0.12  # of the budget, at most
+ALL_SHARES = {
+    "agent": AGENT_SHARE,
+    "record": _RECORDING_SHARE,
+    **SHARES,
+    **dict.fromkeys(("encode", "world", "report"), _RESERVE / 3),
+}
+"""What a stage may take of a round's time, before it is known better."""
 EPISODES = 8  # that each recording process makes at least, so that there are some to hold out
 
 
@@ -452,6 +460,15 @@ def with_steps(
         seconds_per_step={**plan.seconds_per_step, name: round(per_step, 5)},
         **{name: values},
     )
+
+
+def as_begun(plan: Plan, game: GameConfig, name: str) -> dict[str, Any]:
+    """The settings of a stage without what was decided of its steps, but for the game file's."""
+    own = getattr(game, name)
+    values = {k: v for k, v in getattr(plan, name).items() if k not in _WITH_STEPS or k in own}
+    given = own.get("train", {})
+    train = {k: v for k, v in values["train"].items() if k not in _WITH_STEPS or k in given}
+    return {**values, "train": {"steps": _FEWEST[name], **train}}
 
 
 def with_decisions(plan: Plan, old: Plan, game: GameConfig) -> Plan:

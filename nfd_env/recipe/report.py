@@ -19,7 +19,7 @@ from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actio
 from nfd_env.files import atomic_write
 from nfd_env.metrics import bright_share, luminance, standing_out
 from nfd_env.recipe.plan import SHARES
-from nfd_env.recipe.records import write_yaml
+from nfd_env.recipe.records import StageRecord, write_yaml
 from nfd_env.recipe.replay import moments, replay
 from nfd_env.worlds.load import World, load_world
 
@@ -31,7 +31,7 @@ _FRAMES = 96  # that it then draws
 _HORIZONS = (1, 8, 32, 64, 96)
 _WINDOWS = 6
 _NEAR = 4  # frames that things are counted in
-_COLUMNS = {
+COLUMNS = {
     "psnr": "PSNR, dB",
     "psnr_frozen": "frozen picture's",
     "moving_psnr": "of what moved",
@@ -49,14 +49,14 @@ def write_report(recipe: Recipe) -> Path:
         CheckpointError: when the world cannot be loaded.
     """
     game = recipe.game
-    recordings = RecordedDataset(game.recordings_place)
+    recordings = RecordedDataset(recipe.here.recordings_place)
     real, made = play_held_out(load_world(game.world_folder, recipe.device), recordings)
     rows = compare(real, made)
     parts = [
         f"<h1>{html.escape(game.name)}</h1>",
         f"<p>From <code>{html.escape(game.source.env_id)}</code>. "
         f"Left: the game. Right: the world, same keys.</p>",
-        _verdict(recipe),
+        f"<p><strong>{verdict(recipe.records)}</strong></p>",
         _film(real, made, recordings.spec.fps),
         "<h2>How good</h2>",
         _table(rows),
@@ -163,9 +163,9 @@ def _strips(real: np.ndarray, made: np.ndarray) -> list[str]:
 
 
 def _table(rows: Mapping[int, HorizonErrors]) -> str:
-    head = "".join(f"<th>{title}" for title in ("frames ahead", *_COLUMNS.values()))
+    head = "".join(f"<th>{title}" for title in ("frames ahead", *COLUMNS.values()))
     lines = [
-        f"<tr><td>{horizon}" + "".join(f"<td>{_number(getattr(row, name))}" for name in _COLUMNS)
+        f"<tr><td>{horizon}" + "".join(f"<td>{_number(getattr(row, name))}" for name in COLUMNS)
         for horizon, row in rows.items()
     ]
     return f"<table><tr>{head}{''.join(lines)}</table>"
@@ -187,17 +187,15 @@ def _actions(recipe: Recipe) -> list[str]:
     ]
 
 
-def _verdict(recipe: Recipe) -> str:
+def verdict(records: Mapping[str, StageRecord]) -> str:
     """How many gates did not pass, in one sentence."""
-    lines = [line for record in recipe.records.values() for line in record.gates or []]
+    lines = [line for record in records.values() for line in record.gates or []]
     counts = {word: sum(line.startswith(word) for line in lines) for word in ("FAILED", "warning")}
     if counts["FAILED"]:
-        text = f"Not good enough: {counts['FAILED']} of {len(lines)} gates failed, see below."
-    elif counts["warning"]:
-        text = f"{counts['warning']} of {len(lines)} gates warn, see below."
-    else:
-        text = f"All {len(lines)} gates passed."
-    return f"<p><strong>{text}</strong></p>"
+        return f"Not good enough: {counts['FAILED']} of {len(lines)} gates failed."
+    if counts["warning"]:
+        return f"{counts['warning']} of {len(lines)} gates warn."
+    return f"All {len(lines)} gates passed."
 
 
 def _number(value: float, form: str = ".2f") -> str:

@@ -15,39 +15,38 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nfd_env import config
 from nfd_env.data.alignment import measure_alignment
 from nfd_env.data.collect import collect
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.devices import resolve_device
 from nfd_env.evaluation.inverse_dynamics import (
     ActionReport,
     InverseDynamicsStage,
     load_inverse_dynamics,
     measure_actions,
 )
-from nfd_env.files import owned_folder
-from nfd_env.inference.sampling import CONSISTENCY
-from nfd_env.models.weights import fingerprint_of, fingerprint_values
-from nfd_env.recipe import door, gates
+from nfd_env.files import atomic_write, owned_folder
+from nfd_env.learning.train import train as learn
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.weights import load_weights
+from nfd_env.recipe import door, gates, rounds
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.calibration import calibrate
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import Gate, GateError
-from nfd_env.recipe.measure import GameMeasures, measure
+from nfd_env.recipe.ledger import Ledger
+from nfd_env.recipe.measure import measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.progress import Progress
 from nfd_env.recipe.records import (
     StageRecord,
     latent_statistics,
     read_records,
-    recordings_digest,
-    write_records,
-    write_yaml,
 )
-from nfd_env.recipe.timing import timed
-from nfd_env.sources.spec import PRESENTATION, is_imported
+from nfd_env.recipe.timing import judge, timed
+from nfd_env.sources.spec import is_imported
 from nfd_env.stopping import stopping
+from nfd_env.training.checkpoints import writing
 from nfd_env.training.distill import DistillStage
 from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.export import export
@@ -58,38 +57,14 @@ from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerStage
 from nfd_env.worlds.load import load_world
 
-STAGES = (
-    "record",
-    "inverse_dynamics",
-    "tokenizer",
-    "encode",
-    "flow",
-    "heads",
-    "distill",
-    "world",
-    "report",
-)
-
 Metrics = Mapping[str, float]
-
-_SHORT = 20.0  # seconds of a stage that nobody plans
-
-# What may change without making a stage's result another one.
-_WITHOUT_EFFECT = (
-    "steps",
-    "warmup_steps",
-    "validate_every",
-    "device",
-    "threads",
-    "checkpoint_seconds",
-    "folder",
-    "precision",
-    "accumulate",
-    "shard_above",
-)
+_NETWORKS: dict[str, tuple[type, type]] = {
+    "flow": (Dynamics, DynamicsConfig),
+    "heads": (Heads, HeadsConfig),
+}
 
 
-class Recipe:
+class Recipe(Ledger):
     """One run of the recipe in its folder."""
 
     def __init__(
@@ -107,15 +82,12 @@ class Recipe:
         Raises:
             DeviceError: when the device is not there.
         """
-        device = str(resolve_device(game.device))
-        self.game, self.device = game, device
-        self.folder = game.run_folder
+        super().__init__(game)
         self._keep_going, self._say, self._shown = keep_going, say, progress
-        self._ranks = ranks
-        self._progress = Progress(STAGES, say, progress)
+        self._ranks, self.processes = ranks, ranks.count
+        self._progress = Progress(self.stages, say, progress)
         self._seen: door.Look | None = None
         self._encoding = 0.0  # seconds a frame
-        self.records: dict[str, StageRecord] = {}
 
     def run(self, only: str | None = None) -> Path:
         """Make the world; or one stage of it.
@@ -123,7 +95,7 @@ class Recipe:
         INT, TERM and HUP stop it; what was made stays, and another run goes on.
 
         Args:
-            only: one of ``STAGES``, whose inputs must be there and up to date.
+            only: one of ``stages``, whose inputs must be there and up to date.
 
         Returns:
             The world folder.
@@ -136,8 +108,8 @@ class Recipe:
             FolderError: when the folder cannot be written to.
             KeyboardInterrupt, SystemExit: after INT, and after TERM or HUP.
         """
-        if only is not None and only not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {only!r}")
+        if only is not None and only not in self.stages:
+            raise ValueError(f"stage must be one of {', '.join(self.stages)}, got {only!r}")
         made = not self.folder.exists()
         with stopping() as stop, stop.at_once(), owned_folder(self.folder):
             self.records = read_records(self.folder)
@@ -147,18 +119,21 @@ class Recipe:
                 if made:  # nothing was begun, so nothing is left behind
                     shutil.rmtree(self.folder, ignore_errors=True)
                 raise
-            name = STAGES[0]
+            name = self.stages[0]
             try:
-                for name in STAGES:
-                    if only is not None and STAGES.index(only) < STAGES.index(name):
-                        break
+                for name in self.stages:
+                    stage, self.number = rounds.split(name)
+                    if stage == "report":
+                        self.number = self.game.rounds
                     if only is not None and name != only:
                         # The report alone asks the net that reads actions.
                         if name != "inverse_dynamics" or only == "report":
-                            self._require(name)
+                            self._require(stage)
                         continue
-                    self._progress.stage(name, self._expected())
-                    getattr(self, f"_{name}")()
+                    self._progress.stage(name, self.expected())
+                    getattr(self, f"_{stage}")()
+                    if name == only:
+                        break
             except (KeyboardInterrupt, SystemExit):
                 self._say(f"stopped in the stage {name}; run it again to go on")
                 raise
@@ -176,28 +151,51 @@ class Recipe:
             built = door.check_settings(self._plan(), door.look_at_recordings(self.game))
             finished = {name for name, record in self.records.items() if record.finished}
             door.check_parts(built, self._ranks, finished)
+        last = self.records.get(self.stages[-2])  # the world's
+        if self.game.rounds > 1 and (last is None or not last.finished):
+            door.check_rounds(self.game, self.device)
 
     # Stages, in their order.
 
+    def _agent(self) -> None:
+        record, values = self._begin("agent"), self._agent_settings()
+        with self._timed(record):
+            if not record.extra:  # decided once, so that going on is exact
+                seconds = planning.AGENT_SHARE * max(1.0, self.time_left())
+                values = rounds.decide_agent(values, self.game.agent, seconds)
+                record.extra = {"seconds": seconds, "settings": values}
+                self._save()
+            settings = rounds.built_agent(record.extra["settings"])
+            if not record.finished or not self.weights("agent").is_file():
+                metrics = learn(settings, False, self._progress)
+                record.metrics = {name: float(value) for name, value in metrics.items()}
+        record.steps = settings.decisions
+        self._finish("agent", record, [])
+
     def _record(self) -> None:
         record = self._begin("record")
-        if self.game.recordings:
-            recordings = RecordedDataset(self.game.recordings_place)
-        elif is_imported(self.game.source.env_id):
+        game, imported = self.here, is_imported(self.game.source.env_id)
+        if self.number > 1:
+            agent = self.weights("agent")
+            with self._in_round(self.number - 1):
+                world = self.world_folder
+            game = rounds.played_by_agent(self.game, self.number, agent, world)
+        if game.recordings:
+            recordings = RecordedDataset(game.recordings_place)
+        elif imported:
             with self._timed(record):
-                recordings = collect(self.game.collect_config(1), self._shown)
+                recordings = collect(game.collect_config(1), self._shown)
         else:
-            if not record.extra:  # decided once: more frames later would make everything anew
-                assert self._seen is not None
-                frames = self.game.frames or planning.frames_to_record(
-                    self.game, self._seen.rate, self._encoding
-                )
-                record.extra = {"frames": frames}
-                self._save()
-            frames = self.game.frames or int(record.extra["frames"])
             with self._timed(record):
-                game = door.with_short_episodes(self.game, frames)
-                recordings = collect(game.collect_config(frames), self._shown)
+                if not record.extra:  # decided once: more later would make everything anew
+                    record.extra = {"frames": game.frames or self._frames(game)}
+                    self._save()
+                frames = game.frames or int(record.extra["frames"])
+                if record.finished and self.number > 1:  # its players take long to be loaded
+                    recordings = RecordedDataset(game.recordings_place)
+                else:
+                    short = door.with_short_episodes(game, frames)
+                    recordings = collect(short.collect_config(frames), self._shown)
         measures = measure(recordings)
         record.metrics = {
             name: float(value)
@@ -207,31 +205,87 @@ class Recipe:
         skipped = len(recordings.skipped())
         failed = skipped / (skipped + len(recordings))
         shift = measure_alignment(recordings).best
-        imported = bool(self.game.recordings) or is_imported(self.game.source.env_id)
-        found = gates.recording_gates(measures, shift, failed, imported)
+        found = gates.recording_gates(measures, shift, failed, bool(game.recordings) or imported)
+        if self.number > 1:
+            # Everything before, as the round before took it, and what was recorded now.
+            earlier = [rounds.own_recordings(self.game, n) for n in range(1, self.number + 1)]
+            rounds.join(earlier, Path(self.here.recordings_place))
+            played = rounds.returns(recordings)
+            told = {name: asdict(scored) for name, scored in played.items()}
+            record.extra = {**(record.extra or {}), "returns": told}
+            found.append(gates.agent_gate(played["agent"].mean, played["random"].mean))
         self._finish("record", record, found)
+
+    def _frames(self, game: GameConfig) -> int:
+        """How many to record, by how fast the game and its players are."""
+        if self.number == 1:
+            assert self._seen is not None
+            rate, encoding = self._seen.rate, self._encoding
+        else:
+            rate = door.look(game).rate
+            with self._in_round(1):
+                recorded = RecordedDataset(self.here.recordings_place).frame_count
+            encoding = self.records["encode"].seconds / recorded
+        return planning.frames_to_record(game, rate, encoding)
 
     def _inverse_dynamics(self) -> None:
         self._train("inverse_dynamics", InverseDynamicsStage, gates.reading_gates)
 
     def _tokenizer(self) -> None:
+        if self.number > 1 and self._keep_tokenizer():
+            return
         self._train(
             "tokenizer", TokenizerStage, lambda m: gates.tokenizer_gates(m, self._measures())
         )
 
+    def _keep_tokenizer(self) -> bool:
+        """Take over that of the round before, if it is good enough for where the agent goes."""
+        record = self._begin("tokenizer")
+        with self._in_round(self.number - 1):
+            before = self.weights("tokenizer")
+        if not record.extra:
+            own = RecordedDataset(rounds.own_recordings(self.game, self.number))
+            values = {**self._plan().tokenizer, "recordings": str(own.folder)}
+            with self._timed(record):
+                stage = TokenizerStage(door.built_from("tokenizer", values))
+                record.metrics = judge(stage, self.device)
+            found = gates.tokenizer_gates(record.metrics, measure(own))
+            record.extra = {"kept": all(gate.passed for gate in found)}
+            record.gates = [gate.line() for gate in found]
+        if not record.extra["kept"]:
+            self._say("  the tokenizer is not good enough where the agent goes: it is trained on")
+            return False
+        folder = self.weights("tokenizer").parent
+        for name in ("state.pt", "model.safetensors"):
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder / name) as temporary:
+                    shutil.copyfile(before.parent / name, temporary)
+        record.finished = True
+        self._save()
+        for line in record.gates or []:
+            self._say(f"  {line}")
+        return True
+
     def _encode(self) -> None:
         plan = self._plan()
         record = self._begin("encode")
-        latents = plan.flow["latents"]
+        latents = Path(plan.flow["latents"])
         settings = EncodeConfig(
-            plan.flow["recordings"], plan.flow["tokenizer"], latents, self.device
+            plan.flow["recordings"], plan.flow["tokenizer"], str(latents), self.device
         )
         with self._timed(record):
+            if self.number > 1 and self.record("tokenizer").extra == {"kept": True}:
+                with self._in_round(self.number - 1):
+                    rounds.take_over(Path(self._plan().flow["latents"]), latents)
             self._ranks.tell({"stage": "encode", "settings": asdict(settings)})
             encode(settings, False, self._progress, self._ranks)
-        mean, deviation = latent_statistics(Path(latents))
+        mean, deviation = latent_statistics(latents)
         record.metrics = {"mean": mean, "deviation": deviation}
-        self._finish("encode", record, gates.latent_gates(mean, deviation))
+        found = gates.latent_gates(mean, deviation)
+        if self.number > 1:  # they may be of a world that the tokenizer's statistics did not see
+            found = [replace(gate, stops=False) for gate in found]
+        self._finish("encode", record, found)
 
     def _flow(self) -> None:
         self._train("flow", FlowStage, gates.flow_gates)
@@ -242,7 +296,7 @@ class Recipe:
     def _distill(self) -> None:
         def judged(metrics: Metrics) -> list[Gate]:
             drawn = gates.fewest_steps(metrics)
-            self.records["distill"].extra = {"drawn": asdict(drawn)}
+            self.record("distill").extra = {"drawn": asdict(drawn)}
             return gates.distill_gates(metrics, drawn)
 
         self._train("distill", DistillStage, judged)
@@ -250,17 +304,18 @@ class Recipe:
     def _world(self) -> None:
         plan = self._plan()
         record = self._begin("world")
-        if record.finished and (self.game.world_folder / "world.yaml").is_file():
+        if record.finished and (self.world_folder / "world.yaml").is_file():
             return
         with self._timed(record):
-            values = {**plan.export, **self._sampling(plan)}
-            values["configs"] = [str(self.folder / "plan.yaml"), *values.get("configs", [])]
+            values = {**plan.export, **self._sampling(plan), "folder": str(self.world_folder)}
+            configs = values.get("configs", [])
+            values["configs"] = [str(self.here.run_folder / "plan.yaml"), *configs]
             if not values["teacher"]:  # shipped itself where the student is not near it
                 values["int8"] = [n for n in values.get("int8", []) if n != "teacher"]
             made = export(door.built_from("export", values))
-            recordings = RecordedDataset(self.game.recordings_place)
+            recordings = RecordedDataset(self.here.recordings_place)
             world = load_world(made, self.device, "fp32")
-            windows = int(min(192, 32 + 4 * self.game.minutes))
+            windows = int(min(192, 32 + 4 * self.here.minutes))
             found = calibrate(world, recordings, windows, seed=self.game.seed)
             if "hazard_odds" not in plan.export and found.hazard_odds != 1.0:
                 values["hazard_odds"] = found.hazard_odds
@@ -283,7 +338,8 @@ class Recipe:
 
     def _read_actions(self) -> ActionReport:
         world = load_world(self.game.world_folder, self.device)
-        network = load_inverse_dynamics(self._weights("inverse_dynamics"), world)
+        network = load_inverse_dynamics(self.weights("inverse_dynamics"), world)
+        # Those that the net has learned on: agents have habits, by which actions could be guessed.
         recordings = RecordedDataset(self.game.recordings_place)
         rollouts = int(min(32, max(8, self.game.minutes)))
         return measure_actions(
@@ -310,7 +366,9 @@ class Recipe:
             if not decided:
                 values = getattr(self._decide(plan, name, stage), name)
                 stage.settings = door.built_from(name, values)
-            self._progress.expect(name, self._expected())
+            self._progress.expect(self.key(name), self.expected())
+            if self.number > 1 and name in ("flow", "heads"):
+                self._judge_before(name, stage, judged)
             settings = stage.settings.train
             ranks = self._ranks_of(name)
             ranks.tell({"stage": name, "settings": values})
@@ -325,31 +383,47 @@ class Recipe:
 
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
-        left = 60 * self.game.minutes
+        left = 60 * self.here.minutes
         if name != "inverse_dynamics":  # which is to judge all worlds alike
-            left = max(1.0, left - sum(record.seconds for record in self.records.values()))
-        plan = timed(plan, self.game, name, stage, left, self._ranks_of(name).count)
+            left = max(1.0, self.time_left())
+        plan = timed(plan, self.here, name, stage, left, self._ranks_of(name).count)
         self._store(plan)
         steps = getattr(plan, name)["train"]["steps"]
         self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")
         return plan
 
-    def _begin(self, name: str) -> StageRecord:
+    def _judge_before(self, name: str, stage: Any, judged: Callable[[Metrics], list[Gate]]) -> None:
+        """Note how good the weights of the round before are on what was recorded now."""
+        record = self.record(name)
+        if record.extra and "before" in record.extra:
+            return
+        if self.record("tokenizer").extra == {"kept": True}:  # else they are for other latents
+            with self._in_round(self.number - 1):
+                network = load_weights(self.weights(name), *_NETWORKS[name])
+            found = judged(judge(stage, self.device, network))
+            record.extra = {"before": [gate.line() for gate in found]}
+            self._save()
+
+    def _begin(self, stage: str) -> StageRecord:
         """The record of a stage; what was made from something else is taken away."""
-        record, made_from = self.records.get(name), self._made_from(name)
+        name = self.key(stage)
+        record, made_from = self.records.get(name), self._made_from(stage)
         if record is not None and record.made_from != made_from:
             self._say(f"  {name} is made anew: its settings or what it is made from have changed")
             record = None
         if record is None:
             # What lies there was made from something else, or from what nobody knows.
-            if name not in ("record", "world", "report"):
-                folder = self.folder / ("latents" if name == "encode" else name)
+            if stage == "record" and self.number > 1:
+                shutil.rmtree(rounds.own_recordings(self.game, self.number), ignore_errors=True)
+            elif stage not in ("record", "world", "report"):
+                folder = self.weights(stage).parent
+                folder = folder.with_name("latents") if stage == "encode" else folder
                 shutil.rmtree(folder, ignore_errors=True)
             record = self.records[name] = StageRecord(made_from)
             self._save()
         return record
 
-    def _finish(self, name: str, record: StageRecord, found: list[Gate]) -> None:
+    def _finish(self, stage: str, record: StageRecord, found: list[Gate]) -> None:
         """Write down what came out, and stop where it is not good enough."""
         self._progress.close()
         record.gates = [gate.line() for gate in found]
@@ -360,8 +434,8 @@ class Recipe:
             self._say(f"  {line}")
         if failed and not self._keep_going:
             raise GateError(
-                f"{name}: {failed[0].name} is {failed[0].value:.3g}, wanted {failed[0].bounds()}: "
-                f"{failed[0].advice} (--keep-going goes on regardless)"
+                f"{self.key(stage)}: {failed[0].name} is {failed[0].value:.3g}, wanted "
+                f"{failed[0].bounds()}: {failed[0].advice} (--keep-going goes on regardless)"
             )
 
     @contextmanager
@@ -374,130 +448,13 @@ class Recipe:
             record.seconds += time.monotonic() - begin
             self._save()
 
-    def _save(self) -> None:
-        write_records(self.folder, self.records)
-
-    def _require(self, name: str) -> None:
+    def _require(self, stage: str) -> None:
+        name = self.key(stage)
         record = self.records.get(name)
         if record is None or not record.finished:
             raise ValueError(f"stage {name} has not been finished: run it first")
-        if record.made_from != self._made_from(name):
+        if record.made_from != self._made_from(stage):
             raise ValueError(
                 f"stage {name} is stale: its settings or what it is made from have changed; run "
                 "nfd train without --stage, or that stage first"
             )
-
-    def _expected(self) -> dict[str, float]:
-        """Seconds of the stages that are not finished, as far as they are known."""
-        path = self.folder / "plan.yaml"
-        if not path.exists():
-            return {}
-        known = config.read(path)["seconds"]
-        return {
-            name: known.get(name, _SHORT)
-            for name in STAGES
-            if not getattr(self.records.get(name), "finished", False)
-        }
-
-    # What stages are made from.
-
-    def _made_from(self, name: str) -> str:
-        """The fingerprint of a stage's settings and inputs; inputs count by content, not by path.
-
-        Names, keys and frame rate are presentation: they change the world alone.
-        """
-        game = self.game
-        if name == "record":
-            source = {k: v for k, v in asdict(game.source).items() if k not in PRESENTATION}
-            return fingerprint_values({"source": source, "recordings": game.recordings})
-        if name == "report":
-            made = self.records["world"].made_from
-            return fingerprint_values({"world": made, "reader": self._digest("inverse_dynamics")})
-        inputs = {"recordings": recordings_digest(RecordedDataset(game.recordings_place))}
-        if name not in ("inverse_dynamics", "tokenizer"):
-            inputs["tokenizer"] = self._digest("tokenizer")
-        if name == "encode":
-            return fingerprint_values(inputs)
-        if name in ("distill", "world"):
-            inputs["teacher"] = self._digest("flow")
-        values = getattr(self._plan(), "export" if name == "world" else name)
-        content = {
-            key: value
-            for key, value in values.items()
-            if key not in (*planning.PATHS, "discrete_steps")
-        }
-        if name == "world":
-            inputs |= {part: self._digest(part) for part in ("heads", "distill")}
-        else:
-            trained = values["train"].items()
-            content["train"] = {key: value for key, value in trained if key not in _WITHOUT_EFFECT}
-        return fingerprint_values({"settings": content, "inputs": inputs})
-
-    def _digest(self, name: str) -> str:
-        path = self._weights(name)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such weights; run stage {name} first")
-        return fingerprint_of(path)  # not of the file: equal weights may differ in its header
-
-    def _weights(self, name: str) -> Path:
-        return self.folder / name / "model.safetensors"
-
-    def _measures(self) -> GameMeasures:
-        return measure(RecordedDataset(self.game.recordings_place))
-
-    def _plan(self) -> Plan:
-        """The stored plan; made and stored where there is none for this game and budget."""
-        path = self.folder / "plan.yaml"
-        measures = self._measures()
-        made_for = {
-            "minutes": self.game.minutes,
-            "device": self.device,
-            "game": {
-                key: value
-                for key, value in asdict(self.game).items()
-                if key not in ("source", "policies", "workers")
-            },
-            "presentation": {key: getattr(self.game.source, key) for key in PRESENTATION},
-            "frame_size": measures.frame_size,
-        }
-        old = None
-        if path.exists():
-            old = config.from_mapping(Plan, config.read(path), str(path))
-            if old.made_for == made_for:
-                return old
-        recordings = RecordedDataset(self.game.recordings_place)
-        codec = recordings.spec.codec
-        plan = planning.settings(self.game, measures, self.device, codec.width, self._ranks.count)
-        plan = replace(plan, made_for=made_for)
-        if old is not None and all(
-            old.made_for[key] == made_for[key] for key in ("minutes", "device")
-        ):
-            plan = planning.with_decisions(plan, old, self.game)
-        self._store(plan)
-        return plan
-
-    def _store(self, plan: Plan) -> None:
-        write_yaml(self.folder / "plan.yaml", asdict(plan))
-
-    def _sampling(self, plan: Plan) -> dict[str, Any]:
-        """How the world draws its frames: what distillation was judged to be best."""
-        level = plan.flow["history_level"]
-        extra = self.records["distill"].extra or {}
-        drawn = gates.Drawn(**extra["drawn"]) if "drawn" in extra else gates.FALLBACK
-        solved = {"sampler": "dpm_solver_pp", "history_level": level}
-        if drawn.by == "student":
-            student = {
-                "steps": drawn.steps,
-                "sampler": CONSISTENCY,
-                "shift": plan.distill["shift"],
-                "history_level": level,
-            }
-            values = {"sampling": student, "teacher_sampling": {**solved, "steps": 18}}
-        else:
-            values = {
-                "dynamics": str(self.folder / "flow"),
-                "teacher": "",
-                "sampling": {**solved, "steps": drawn.steps},
-            }
-        own = {name: given for name, given in self.game.export.items() if name in values}
-        return planning.merged(values, own)

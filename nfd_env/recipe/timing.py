@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from nfd_env.precision import autocast, choose_precision
 from nfd_env.recipe import plan as planning
@@ -48,6 +49,14 @@ def timed(
     part = train["batch_size"] // parts
     per_step = turns * seconds_per_step(stage, {**train, "batch_size": part})
     return planning.with_steps(plan, game, name, seconds, per_step, validation)
+
+
+def judge(stage: Stage, device: str, network: nn.Module | None = None) -> dict[str, float]:
+    """The held-out metrics of ``network``, or of that of ``stage``; both stay as they are."""
+    network = copy.deepcopy(network or stage.network).to(device).eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        return {name: float(value) for name, value in stage.validate(network).items()}
 
 
 def validation_seconds(stage: Stage, device: str) -> float:

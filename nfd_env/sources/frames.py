@@ -13,7 +13,14 @@ from gymnasium import spaces
 
 from nfd_env.named import described
 from nfd_env.sources.processes import GUARD
-from nfd_env.sources.spec import GameFailedError, SourceConfig, SourceError, area_resize, short
+from nfd_env.sources.spec import (
+    GameFailedError,
+    SourceConfig,
+    SourceError,
+    area_resize,
+    check_fps,
+    short,
+)
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -22,7 +29,12 @@ class FrameObservation(gymnasium.Wrapper):
     Action space, rewards and ends are the wrapped environment's own. It is foreign code: actions
     are copied before and observations and infos after each call, so that neither side changes what
     the other one holds, and what is no frame or no number is refused by name, episode and step.
+
+    Attributes:
+        fps: steps a second at which a person plays; ``metadata`` has it rounded.
     """
+
+    fps: float
 
     def __init__(
         self, env: gymnasium.Env, source: SourceConfig, render_mode: str | None = None
@@ -41,8 +53,9 @@ class FrameObservation(gymnasium.Wrapper):
         self.source, self._shows = source, render_mode
         if source.actions:
             self.action_space = _chosen_actions(env.action_space, source)
-        if source.fps:
-            self.metadata = {**env.metadata, "render_fps": source.fps}
+        self.fps = source.fps or frame_rate(env)
+        # Whole, because gymnasium.utils.play and writers of films need that.
+        self.metadata = {**(env.metadata or {}), "render_fps": max(1, round(self.fps))}
         self._last: np.ndarray | None = None
         self._episode, self._step = -1, 0
         if source.frames == "observation":
@@ -195,6 +208,31 @@ class FrameObservation(gymnasium.Wrapper):
         return f"{self.source.env_id}{when}"
 
 
+def frame_rate(env: gymnasium.Env) -> float:
+    """Steps a second of ``env``, by what it says of itself; 30 where it says nothing.
+
+    Raises:
+        SourceError: when it says what is no frame rate.
+    """
+    layer = env
+    while isinstance(layer, gymnasium.Wrapper):
+        if isinstance(layer, FrameObservation):
+            return layer.fps
+        layer = layer.env
+    told = (env.metadata or {}).get("render_fps") or _FRAME_RATE
+    try:
+        rate = float(told)
+        check_fps("render_fps", rate)
+    except (TypeError, ValueError):
+        name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        raise SourceError(
+            f"the metadata of {name} say that its render_fps is {short(told)}, which is no frame "
+            "rate; set source.fps in the game's file"
+        ) from None
+    return rate
+
+
+_FRAME_RATE = 30.0  # as ``gymnasium.utils.play`` has it
 _INSTEAD = "set frames: render to record its picture instead"
 _LARGEST = float(np.finfo(np.float32).max)  # rewards are recorded as float32
 

@@ -16,13 +16,24 @@ class Guard:
     """Kills games that run in processes of their own when this process dies, in whatever way.
 
     ViZDoom's games outlive a parent that was killed. A small process holds the end of a pipe: it
-    ends when this process does, and then the games that are still there are killed. Where there is
-    no /proc, nothing is watched.
+    ends when this process does, and then the games that are still there are killed, with whatever
+    else was begun while they started. Where there is no /proc, nothing is watched.
     """
 
     _PROGRAM = """
-import os, sys
-games = dict(line.split() for line in sys.stdin)
+import os, select, sys
+parent, told = int(sys.argv[1]), b""
+while not told.endswith(b"end\\n"):
+    ended = os.getppid() != parent  # the pipe may be held for longer by what a game has forked
+    if select.select([0], [], [], 0 if ended else 0.5)[0]:
+        lines = os.read(0, 65536)
+        if not lines:
+            break
+        told += lines
+    elif ended:
+        break
+lines = [line.split() for line in told.decode().splitlines()]
+games = dict(line for line in lines if len(line) == 2)  # not of "end", nor of half a line
 for pid, started in games.items():
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -58,7 +69,7 @@ for pid, started in games.items():
     def _start(self) -> subprocess.Popen[str]:
         if self._process is None or self._parent != os.getpid():  # a fork needs its own
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-c", self._PROGRAM],
+                [sys.executable, "-S", "-c", self._PROGRAM, str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -72,7 +83,7 @@ for pid, started in games.items():
     @staticmethod
     def _stop(process: subprocess.Popen[str], parent: int) -> None:
         if os.getpid() == parent:
-            process.communicate()
+            process.communicate("end\n")
 
 
 GUARD = Guard()

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+
+from nfd_env.files import FolderError, FolderInUseError, Ownership
+
+_PREFIX = "nfd_game_"
+_BEGUN = f".{_PREFIX}"  # not yet owned
 
 
 class OwnFolder(gymnasium.Wrapper):
@@ -17,30 +24,36 @@ class OwnFolder(gymnasium.Wrapper):
     The game makes ``_vizdoom/`` and ``_vizdoom.ini`` in the folder that it is started in. There
     they are litter, and two games that make them at once fail or hang. The folder of a process is
     no setting of ViZDoom's, so the game is started through a script that changes it.
+
+    A process that is killed cannot remove its folders: the next one that starts a game does.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         """Wrap ``env`` before its first reset, at which the game is started."""
         super().__init__(env)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._remove: weakref.finalize | None = None
         game: Any = getattr(env.unwrapped, "game", None)
         if os.name != "posix" or not hasattr(game, "set_vizdoom_path"):
             return
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="nfd_vizdoom_", ignore_cleanup_errors=True
-        )
-        script = Path(self._folder.name) / "game"
+        _remove_left_behind()
+        begun = Path(tempfile.mkdtemp(prefix=_BEGUN))
+        ownership = Ownership(begun)
+        # From now on others see it, and whose it is: the lock is the file's, whatever its path.
+        folder = begun.rename(begun.with_name(begun.name.removeprefix(".")))
+        # Also of a game that nobody closes.
+        self._remove = weakref.finalize(self, _remove, folder, ownership)
+        script = folder / "game"
         import vizdoom
 
         default = Path(vizdoom.__file__).parent / "vizdoom"
         program = shlex.quote(os.path.abspath(game.get_vizdoom_path() or default))
         script.write_text(
-            f'#!/bin/sh\ncd {shlex.quote(self._folder.name)} && exec {program} "$@"\n',
+            f'#!/bin/sh\ncd {shlex.quote(str(folder))} && exec {program} "$@"\n',
             encoding="utf-8",
         )
         script.chmod(0o700)
         if not os.access(script, os.X_OK):  # no programs are run from this file system
-            self._folder.cleanup()
+            self._remove()
             return
         for kind in ("doom_game", "doom_scenario"):  # paths that are relative to this folder here
             path = getattr(game, f"get_{kind}_path")()
@@ -51,5 +64,22 @@ class OwnFolder(gymnasium.Wrapper):
     def close(self) -> None:
         """Stop the game and remove its folder."""
         super().close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._remove is not None:
+            self._remove()
+
+
+def _remove(folder: Path, ownership: Ownership) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    ownership.release()
+
+
+def _remove_left_behind() -> None:
+    """Remove this user's folders of processes that have been killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            told = folder.lstat()
+            if told.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+                continue
+            _remove(folder, Ownership(folder))
+        except (FolderInUseError, FolderError, OSError):
+            continue

@@ -23,7 +23,7 @@ from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.recorded import open_recordings
 
 _CHUNK = 64  # frames encoded at a time
-_STAMP = "tokenizer.sha256"
+STAMP = "tokenizer.sha256"
 
 
 class NotEncodedError(ValueError):
@@ -116,7 +116,7 @@ def _clear(folder: Path, identity: str) -> None:
     """Take away what another tokenizer has made, or a process that was killed while it wrote."""
     for left in folder.glob(".*.tmp.npy"):
         left.unlink(missing_ok=True)
-    stamp = folder / _STAMP
+    stamp = folder / STAMP
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
         for old in folder.glob("*.npy"):
             old.unlink()
@@ -131,7 +131,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
         NotEncodedError: saying what to run, when it has not.
         CheckpointError: when there is no such tokenizer.
     """
-    folder, stamp = Path(latents), Path(latents) / _STAMP
+    folder, stamp = Path(latents), Path(latents) / STAMP
     identity = fingerprint_of(tokenizer)
     shards = recordings.shard_frames()
     missing = sum(_stored(folder, shard) != len(frames) for shard, frames in shards.items())

@@ -18,7 +18,7 @@ from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.metrics import gradient_correlation, moving_pixels, psnr, sharpness
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig, float_to_frames, frames_to_float
-from nfd_env.models.weights import save_weights
+from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.parts import WHOLE, Part
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.recorded import open_recordings
@@ -42,6 +42,7 @@ class TokenizerTrainingConfig:
         hard_fraction: which share of the pixels counts as hardest. Small moving things are a tiny
             part of a frame; without this term they come out as smears.
         edge_weight: weight of the error of horizontal and vertical differences (sharpness).
+        initial: weights to begin with, of the same sizes as ``model``; "" for random ones.
     """
 
     recordings: str
@@ -50,6 +51,7 @@ class TokenizerTrainingConfig:
     hard_weight: float = 0.5
     hard_fraction: float = 0.05
     edge_weight: float = 0.5
+    initial: str = ""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -71,6 +73,7 @@ class TokenizerStage:
             DeviceError: when the device is not there.
             RecordingError: when the recordings are missing, too few, or of a size that does not
                 divide by the tokenizer's downsampling.
+            CheckpointError: when the weights to begin with are of other sizes.
         """
         self.settings = settings
         self._device = resolve_device(settings.train.device)
@@ -85,6 +88,14 @@ class TokenizerStage:
             )
         torch.manual_seed(settings.train.seed)
         self.network = Tokenizer(settings.model)
+        if settings.initial:
+            begun = load_weights(Path(settings.initial).expanduser(), Tokenizer, TokenizerConfig)
+            if begun.config != settings.model:
+                raise CheckpointError(
+                    f"{settings.initial}: holds {begun.config}, the config asks for "
+                    f"{settings.model}"
+                )
+            self.network.load_state_dict(begun.state_dict())
         self._train = self._recordings.split("train")
         self._places = Places(self._train.lengths + 1)
         self._before, self._held_out = self._pairs(self._recordings.split("validation"), _HELD_OUT)

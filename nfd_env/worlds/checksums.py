@@ -43,7 +43,7 @@ def verify(folder: Path, *names: str) -> None:
     Raises:
         CheckpointError: naming the file that is not as it was written.
     """
-    sums = _read(folder)
+    sums = read_checksums(folder)
     if sums is None:
         if folder not in _warned:
             _warned.add(folder)
@@ -60,14 +60,15 @@ def verify(folder: Path, *names: str) -> None:
         if path.is_file() and sums.get(name) != sha256(path):
             state = "is not listed" if name not in sums else "does not match its checksum"
             raise CheckpointError(
-                f"{path}: damaged: it {state} in {CHECKSUMS}. Copy or export the world again; if "
-                "you changed it on purpose, call nfd_env.worlds.checksums.write_checksums(folder)"
+                f"{path}: damaged: it {state} in {CHECKSUMS}. Copy, pull or export the world "
+                "again; if you changed it on purpose, call "
+                "nfd_env.worlds.checksums.write_checksums(folder)"
             )
 
 
 def verify_listed(folder: Path, name: str) -> None:
     """The same of one file that may have been added since; then nothing is known of it."""
-    if name in (_read(folder) or {}):
+    if name in (read_checksums(folder) or {}):
         verify(folder, name)
 
 
@@ -84,7 +85,12 @@ def sha256(path: Path) -> str:
     return _known[key]
 
 
-def _read(folder: Path) -> dict[str, str] | None:
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """File name -> SHA-256, as ``checksums.json`` says; None where there is no such file.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
     path = folder / CHECKSUMS
     if not path.is_file():
         return None

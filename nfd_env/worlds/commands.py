@@ -1,10 +1,11 @@
-"""``nfd worlds``."""
+"""``nfd worlds`` and ``nfd pull``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import yaml
+from tyro.conf import Positional
 
 
 def worlds() -> int:
@@ -19,4 +20,16 @@ def worlds() -> int:
             f"{spec['action_space']['type']} actions, from {spec['source']['env_id']}"
             f"{f'; {scores}' if scores else ''}"
         )
+    return 0
+
+
+def pull(world: Positional[str]) -> int:
+    """Fetch a world from the Hugging Face Hub as it is there now, and print its folder.
+
+    Args:
+        world: owner/name, or owner/name@revision.
+    """
+    from nfd_env.worlds.hub import fetch_world
+
+    print(fetch_world(world))
     return 0

@@ -11,6 +11,7 @@ A world is a folder::
     clip.mp4                 optional: a held-out recording to play along with ...
     clip.safetensors         ... and its actions
     provenance.yaml          data, commands, seeds, wall time and metrics behind the weights
+    ASSET_LICENSES.md        optional, written by hand: licences of the game's art
     checksums.json           SHA-256 of each of them
 """
 
@@ -239,6 +240,9 @@ def save_world(
                 (temporary / f"{name}.yaml").write_text(text, encoding="utf-8")
             if (folder / AGENTS).is_dir():  # they know which world they fit, and are refused else
                 shutil.copytree(folder / AGENTS, temporary / AGENTS)
+            for path in folder.glob("*LICENSE*"):  # of the game's art, written by hand
+                if path.is_file():
+                    shutil.copy(path, temporary)
             write_checksums(temporary)
             read_spec(temporary)  # what cannot be read must not replace what can
             if folder.exists():

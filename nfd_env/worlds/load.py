@@ -36,6 +36,8 @@ from nfd_env.worlds.format import (
     read_spec,
     was_replaced,
 )
+from nfd_env.worlds.hub import fetched_world, is_address
+from nfd_env.worlds.rivals import rival, rivals_of
 from nfd_env.worlds.starts import load_starts
 from nfd_env.worlds.trust import check_trusted
 
@@ -62,7 +64,8 @@ class World:
         codec: checks and encodes actions.
         starts: the recorded moments that episodes start from.
         dynamics: which dynamics ``model`` has: "student", the distilled one; "teacher", the flow
-            model it was distilled from; "flow" in a world that has no other.
+            model it was distilled from; "flow" in a world that has no other; or a rival, see
+            ``nfd_env.worlds.rivals``.
         fingerprint: of its networks, the same for student and teacher, wherever the folder lies.
     """
 
@@ -83,15 +86,19 @@ def shipped_worlds() -> list[str]:
 
 
 def find_world(world: str | os.PathLike[str]) -> Path:
-    """The folder of a world given by path (``~`` too) or by shipped name.
+    """The folder of a world given by path (``~`` too), shipped name or ``hf://owner/name``.
 
-    A world whose writer was killed in the middle of replacing it is put back first.
+    A world whose writer was killed in the middle of replacing it is put back first. One on the
+    hub is fetched when it has not been yet.
 
     Raises:
         UnknownWorldError: naming the shipped worlds.
+        HubError: when a world on the hub is not to be had.
         TypeError: when ``world`` is no text and no path.
     """
     text = os.fspath(world)
+    if is_address(text):
+        return fetched_world(text)
     path = Path(text).expanduser()
     try:
         if was_replaced(path):
@@ -123,12 +130,12 @@ def load_world(
     Torch's random numbers and defaults are neither used nor changed. Any thread may load.
 
     Args:
-        world: a world folder, or the name of a shipped world.
+        world: a world folder, the name of a shipped world, or ``hf://owner/name[@revision]``.
         device: see ``nfd_env.devices.resolve_device``.
         precision: "fp32", "bf16", or "auto", see ``choose_precision``. Weights, activations and the
             cache are kept in it; latents and the heads stay fp32.
         dynamics: "student", "teacher" (with its own sampling, loaded when it is first asked for),
-            or "flow", see ``World``; None for the world's default.
+            "flow", or a rival, see ``World``; None for the world's default.
 
     Raises:
         UnknownWorldError: when there is no such world.
@@ -156,17 +163,27 @@ class _Loaded:
     def __init__(self, world: World, device: torch.device, precision: str) -> None:
         self._world, self._device, self._precision = world, device, precision
         self._teacher: World | None = None
+        self._rivals: dict[Any, World] = {}
 
     def with_dynamics(self, name: str | None) -> World:
         """See ``load_world``."""
         world = self._world
         if name in (None, world.dynamics):
             return world
-        has = [world.dynamics, *(["teacher"] if world.spec.teacher else [])]
+        rivals = rivals_of(world.folder)
+        has = [world.dynamics, *(["teacher"] if world.spec.teacher else []), *rivals]
         if name not in has:
             raise ValueError(
                 f"dynamics={name!r} was asked for, {world.spec.name} has: {', '.join(has)}"
             )
+        if name in rivals:
+            # They may have been trained on since.
+            stamps = ((file, *_stamp(file)) for file in rivals[name])
+            key = name, *stamps
+            if key not in self._rivals:
+                model = rival(name).load(name, world, self._precision)
+                self._rivals[key] = replace(world, model=model, dynamics=name)
+            return self._rivals[key]
         if self._teacher is None:
             self._teacher = self._load_teacher()
         return self._teacher
@@ -259,7 +276,7 @@ def make_real(
     """The real game behind a world, with the world's observations, actions and frame rate.
 
     Args:
-        world: a world folder, or the name of a shipped world.
+        world: a world folder, the name of a shipped world, or ``hf://owner/name[@revision]``.
         trust: let the world import any module, and name files to its game. Without it, only
             packages of games that are known, and what this process has imported already.
         kwargs: further arguments of the real environment.
@@ -281,11 +298,16 @@ def _files(folder: Path) -> dict[str, tuple[int, ...]]:
     found = {}
     for path in folder.iterdir():
         try:
-            status = path.stat()
+            found[path.name] = _stamp(path)
         except FileNotFoundError:  # a link to nowhere, or a file that has just been renamed
             continue
-        found[path.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
     return found
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Time of change, size and inode."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _recover(folder: Path) -> None:

@@ -17,16 +17,17 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents import train_ppo
-from agents.evaluation import Judge, describe
-from agents.ppo import PPOConfig
-from agents.train_ppo import TrainPPOConfig
+from agents.train_ppo import main
 from nfd_env import config
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.episodes import play_episodes
+from nfd_env.learning import train as train_ppo
+from nfd_env.learning.judge import Judge, describe
+from nfd_env.learning.ppo import PPOConfig
+from nfd_env.learning.train import TrainPPOConfig
 from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.players.load import load_network, load_player, read_agent_spec
 from nfd_env.players.player import NetworkPlayer
@@ -382,7 +383,7 @@ def test_command_line(
         "device: cpu\nmax_episode_frames: 8\nppo: {rollout_steps: 8, minibatch_size: 16}\n"
     )
     command = [str(path)]
-    assert train_ppo.main([*command, "frame_stack=2", "channels=8"]) == 0
+    assert main([*command, "frame_stack=2", "channels=8"]) == 0
     printed = capsys.readouterr()
     assert f"nfd eval-agent {tmp_path / 'run'}/agent.safetensors" in printed.out
     assert "score=" not in printed.err  # the real game was not asked
@@ -393,10 +394,10 @@ def test_command_line(
         (["ppo.minibatch_size=7"], "does not divide the batch"),
         (["obs_type=sound"], "obs_type must be one of"),
     ):
-        assert train_ppo.main([*command, *wrong]) == 1
+        assert main([*command, *wrong]) == 1
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
-    assert train_ppo.main([*command, "world=Mars"]) == 1
+    assert main([*command, "world=Mars"]) == 1
     assert "unknown world 'Mars'" in capsys.readouterr().err
 
 
@@ -594,7 +595,14 @@ def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) 
             seen.append(observation.copy())
             return np.zeros(len(observation), int), None
 
+        def set_random_seed(self, seed: int) -> None:
+            seeds.append(seed)
+
+    seeds: list[int] = []
     agent = SB3Player(Model(), spec)
+    for seed in (5, 5 + 2**32, 5 + 2**64):
+        agent.reset(plan.num_envs, seed)
+    assert seeds[0] == 5 and len(set(seeds)) == 3 and max(seeds) < 2**32
     agent.reset(plan.num_envs)
     stacked, dones = venv.reset(), np.zeros(plan.num_envs, bool)
     for _ in range(14):

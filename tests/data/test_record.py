@@ -12,6 +12,7 @@ from gymnasium import spaces
 from nfd_env.data.layout import RecordingError
 from nfd_env.data.policies import Mistaken, RandomHeld, make_policy
 from nfd_env.data.record import record_episode
+from nfd_env.data.worker import MOST_WORKERS, episode_seed
 from tests.data.tricky_env import SpoilingEnv, SpoilingPolicy
 
 
@@ -134,3 +135,14 @@ def test_policies_that_cannot_be_made(name: str, kwargs: dict[str, Any], message
     with pytest.raises(ValueError, match=message) as error:
         make_policy(name, kwargs)
     assert "\n" not in str(error.value)
+
+
+def test_no_two_episodes_of_a_data_set_have_the_same_seed() -> None:
+    """31 bits at random would repeat one in 70,000 episodes, perhaps across the split."""
+    seeds = {episode_seed(0, worker, number) for worker in range(7) for number in range(20_000)}
+    assert len(seeds) == 140_000 and min(seeds) >= 0 and max(seeds) < 2**31
+    assert max(seeds) - min(seeds) > 2**30  # spread, for games that only look at some bits
+    assert len({seed % 256 for seed in seeds}) == 256
+    first = [episode_seed(seed, 0, 0) for seed in (0, 1, 2**64, 2**64 + 1, 2**200)]
+    assert len(set(first)) == 5
+    assert episode_seed(3, MOST_WORKERS - 1, 2**21 - 1) < 2**31

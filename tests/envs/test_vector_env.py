@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nfd_env  # noqa: F401  # registers the ids
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.envs.wrappers import SlotShare
 from nfd_env.inference.state import Context
 from nfd_env.models.weights import CheckpointError
 from nfd_env.worlds.starts import save_starts
@@ -1286,3 +1287,25 @@ def test_a_step_takes_few_operations_beside_the_transformers(endless_world: Path
     finally:
         del env.model.dynamics.stream
     assert counted.count <= 167  # 153 with torch 2.13
+
+
+def test_a_share_has_the_seeds_of_its_slots_in_the_whole(make_world: Callable[..., Path]) -> None:
+    world, actions = make_world(), np.array([0, 1, 2, 1, 0, 2])
+
+    def played(shares: int) -> np.ndarray:
+        """First frames and two steps of six slots, in so many shares."""
+        parts = []
+        for number, mine in enumerate(np.split(actions, shares)):
+            env = SlotShare(NFDVectorEnv(world, len(mine)), first=7)
+            first, _ = env.reset(seed=7 + number)  # as libraries seed their processes
+            parts.append(np.stack([first, *(env.step(mine)[0] for _ in range(2))], 1))
+            begin = 7 + number * len(mine)
+            assert [*env.unwrapped.np_random_seed] == list(range(begin, begin + len(mine)))
+            env.reset(seed=[3] * len(mine))
+            assert set(env.unwrapped.np_random_seed) == {3}
+        return np.concatenate(parts)
+
+    whole = played(1).astype(int)
+    assert len({frames.tobytes() for frames in whole}) > 1
+    for shares in (2, 3):
+        assert np.abs(played(shares) - whole).max() <= 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfd_env.inference.noise import mix, noise
+from nfd_env.inference.noise import fitting_seed, mix, noise
 
 FRAMES = torch.arange(10_000)
 
@@ -23,6 +23,13 @@ def test_mix() -> None:
     # Neighbouring seeds give unrelated numbers: about half of the bits differ.
     distances = [(mix(0, 0, i) ^ mix(0, 0, i + 1)).bit_count() for i in range(200)]
     assert 28 < sum(distances) / 200 < 35
+
+
+def test_seeds_for_who_takes_fewer_bits() -> None:
+    assert [fitting_seed(seed, 32) for seed in (0, 7, 2**32 - 1)] == [0, 7, 2**32 - 1]
+    large = [2**32 + 7, 2**33 + 7, 2**64 + 7, 2**200]
+    assert len({fitting_seed(seed, 32) for seed in [7, *large]}) == 5
+    assert all(0 <= fitting_seed(seed, 32) < 2**32 for seed in large)
 
 
 @pytest.mark.parametrize("power", [63, 64, 65, 128, 1000])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nfd_env.models.local import GroupNorm, LocalMotion
+from nfd_env.models.local import GroupNorm, LocalMotion, Persistence
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
@@ -68,3 +68,15 @@ def test_the_guess_stays_exact_in_half_precision() -> None:
     network = filled(1).to(torch.bfloat16)
     assert network.persistence.change.dtype == torch.float32
     assert network.enter.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("more", [-1e4, -30.0, 0.0, 12.0, 30.0, 1e4])
+@pytest.mark.parametrize("known", [0.0, 0.5, 1.0])
+def test_a_guess_that_is_sure_has_a_slope(more: float, known: float) -> None:
+    guess = Persistence(1)
+    guess.change.fill_(known)
+    logit = torch.full((1, 1, 2, 2), more, requires_grad=True)
+    made = guess(torch.tensor([0.5]), torch.tensor([0.03]), logit)
+    assert all(bool(part.isfinite().all()) for part in made)
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in made), logit)
+    assert bool(gradient.isfinite().all())

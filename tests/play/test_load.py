@@ -47,9 +47,10 @@ class ServerProcess:
 
 
 @contextlib.asynccontextmanager
-async def serving():
-    """A server that can be played on; it does not outlive the block."""
-    arguments = f"serve DoomTakeCover --device cpu --port 0 --max-clients {CLIENTS}".split()
+async def serving(world="DoomTakeCover", clients=CLIENTS, *options, patience=30):
+    """A server that can be played on within so many seconds; it does not outlive the block."""
+    arguments = f"serve {world} --device cpu --port 0 --max-clients {clients}".split()
+    arguments += options
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", SERVE, *arguments), stdout=pipe, stderr=pipe
@@ -57,10 +58,10 @@ async def serving():
     try:
         assert process.stdout is not None
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), 30)
+            line = await asyncio.wait_for(process.stdout.readline(), patience)
         except TimeoutError:
             pytest.skip(BUSY)
-        yield ServerProcess(process, line.split()[2].decode())
+        yield ServerProcess(process, line.split()[2].decode().partition("?")[0])
     finally:
         if process.returncode is None:
             process.kill()

@@ -18,7 +18,7 @@ from nfd_env.cli import main as nfd  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.play.commands import ServeConfig  # noqa: E402
 from nfd_env.play.web import protocol  # noqa: E402
-from nfd_env.play.web import server as web_server  # noqa: E402
+from nfd_env.play.web import serve as web_serve  # noqa: E402
 from nfd_env.play.web.access import is_loopback  # noqa: E402
 from nfd_env.play.web.client import Limits  # noqa: E402
 from nfd_env.play.web.rooms import world_games  # noqa: E402
@@ -512,14 +512,14 @@ def test_a_signal_ends_the_server_in_order(monkeypatch, name):
         async def stop(self):
             done.append("stopped")
 
-    monkeypatch.setattr(web_server, "PlayServer", Served)
-    monkeypatch.setattr(web_server, "world_games", lambda *args: {})
+    monkeypatch.setattr(web_serve, "PlayServer", Served)
+    monkeypatch.setattr(web_serve, "world_games", lambda *args: {})
     # Windows has none, so it must not be called.
     monkeypatch.setattr(asyncio.SelectorEventLoop, "add_signal_handler", None)
     # Whoever started the tests may ignore some of them, as a shell does for "command &".
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        web_server.serve(ServeConfig())
+        web_serve.serve(ServeConfig())
         assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     finally:
         signal.signal(number, before)

@@ -104,6 +104,25 @@ def test_both_are_driven_by_the_same_keys(world: Path) -> None:
     assert made[0].closed
 
 
+def test_a_dream_that_ends_before_the_game_goes_on_from_it(tmp_path: Path) -> None:
+    ends_always = make_tiny_world(tmp_path / "ends", hazard_bias=30.0)
+    slots, made = twin(ends_always, end_at=6)
+    person = Person(slots)
+    person.session.control("view", "real")
+    person.play(2)
+    person.session.control("view", "split")
+    person.play(3)
+    hud = person.pictures[-1].hud
+    assert person.engine.error is None and not person.session.over and made[0].actions
+    assert hud["notice"].startswith("the dream ended here") and hud["apart"] > 0
+    while not person.session.over:
+        person.play(1)
+    assert len(made[0].actions) == 6  # it is the game that ends
+    person.session.control("view", "dream")
+    person.play(2)
+    assert person.engine.error is None and person.session.view == "dream"
+
+
 def test_pictures_keep_their_aspect() -> None:
     real, dream = np.full((4, 8, 3), 90, np.uint8), np.full((4, 8, 3), 100, np.uint8)
     picture = side_by_side(real, dream)

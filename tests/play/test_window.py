@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import types
 
 import gymnasium
 import numpy as np
@@ -356,3 +357,41 @@ def test_a_gamepad_steers_accelerates_and_presses_keys():
     pad.event(event(pygame.CONTROLLERBUTTONUP, button=pygame.CONTROLLER_BUTTON_A))
     assert chosen(session, keymap) == 0
     assert not pad.event(event(pygame.KEYDOWN, key=pygame.K_a))
+
+
+class Canvas(pygame.Surface):
+    """Remembers where something was drawn onto it."""
+
+    def blit(self, source, dest=(0, 0), area=None, special_flags=0):
+        drawn = super().blit(source, dest, area, special_flags)
+        self.drawn.append((source.get_rect(topleft=drawn.topleft), drawn))
+        return drawn
+
+
+@pytest.mark.parametrize("width", [560, 870])
+def test_nothing_in_the_bar_or_the_help_is_cut_or_drawn_over(width, world):
+    """A square picture makes the window narrow, in which the names of numbers overlapped."""
+    pygame.display.init(), pygame.font.init()
+    pygame.display.set_mode((width, 586))
+    canvas = Canvas((width, 586))
+    canvas.drawn = []
+    slots = Slots(world, 1, "cpu")
+    numbers = Session(slots.keymap, slots.default_sampling).hud()
+    numbers |= {"return": 1234.5, "step": 1234, "fps": 35.0, "acceptance": 1.0, "guessed": 1.0}
+    numbers |= {"agent": True, "teacher": True, "apart": 26.2, "view": "split", "seed": 2**32 - 1}
+    numbers |= {"action": "down right", "reward": -1.25, "sampling_steps": 18, "speculation": True}
+    picture = types.SimpleNamespace(frame=np.zeros((64, 64, 3), np.uint8), hud=numbers)
+    shown = hud.Hud(pygame, canvas, slots)
+    shown.draw(picture, 0.123, True, True)
+    bar = [(whole, drawn) for whole, drawn in canvas.drawn if whole.top >= 586 - hud.BAR]
+    assert len(bar) > 20
+    shown.help, canvas.drawn = True, []
+    shown.draw(picture, 0.123, True, True)
+    help_ = [(whole, drawn) for whole, drawn in canvas.drawn if whole.height < 60]
+    for texts in (bar, help_):
+        for i, (whole, drawn) in enumerate(texts):
+            assert whole.size == drawn.size and whole.right <= width
+            # Lines may come closer than their letters' boxes are high.
+            middle = whole.inflate(0, -whole.height // 2)
+            others = [o for o, _ in texts[:i]]
+            assert middle.collidelist(others) == -1, (middle, others)

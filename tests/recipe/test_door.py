@@ -129,6 +129,11 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert settings.recordings_place == str(tmp_path / "data")
 
 
+def test_rounds_join_what_lies_on_a_disk() -> None:
+    with pytest.raises(ValueError, match="name one folder on a disk"):
+        GameConfig("Dots", SourceConfig("X-v0"), rounds=2, recordings="s3://bucket/game")
+
+
 def test_what_can_be_recorded_passes(tmp_path: Path) -> None:
     for fault in ("", "sometimes", "endless", "twelve_steps", "multi_discrete", "multi_binary"):
         settings = hostile(tmp_path / "run", fault)

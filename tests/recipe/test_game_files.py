@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,8 +76,9 @@ def test_a_part_of_the_sampling_leaves_the_rest_derived(
     game = load_game(path)
     plan = settings(game, measures(game.source.size), "cpu", action_width=3)
     record = StageRecord("", extra={"drawn": asdict(drawn)})
-    recipe = SimpleNamespace(game=game, records={"distill": record}, folder=game.run_folder)
-    sampling = Recipe._sampling(recipe, plan)["sampling"]  # type: ignore[arg-type]
+    recipe = Recipe(game)
+    recipe.records = {"distill": record}
+    sampling = recipe._sampling(plan)["sampling"]
     assert sampling["temperature"] == game.export["sampling"]["temperature"] != 1
     assert (sampling["steps"], sampling["sampler"]) == expected
 

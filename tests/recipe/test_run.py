@@ -15,7 +15,8 @@ import nfd_env  # noqa: F401
 from nfd_env.data.collect import PolicyConfig
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import GateError
-from nfd_env.recipe.run import STAGES, Recipe
+from nfd_env.recipe.rounds import STAGES
+from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
 from tests.recipe.dots import ENV_ID
 from tests.recipe.hostile import HOSTILE

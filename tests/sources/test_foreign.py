@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from nfd_env.sources.frames import frame_rate
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import short
 from tests.sources.test_source import DOOM
@@ -226,7 +230,67 @@ def test_neither_side_changes_what_the_other_holds() -> None:
     assert np.array_equal(env.step(action)[0], FRAME + 2)
 
 
+# -------------------------------------------------------------------------------------- frame rate
+
+
+@pytest.mark.parametrize(
+    ("told", "exact", "shown"), [(8.75, 8.75, 9), (0.2, 0.2, 1), (None, 30, 30)]
+)
+def test_a_frame_rate_is_exact_in_recordings_and_whole_for_writers_of_films(
+    monkeypatch: pytest.MonkeyPatch, told: float | None, exact: float, shown: int
+) -> None:
+    monkeypatch.setattr(Foreign, "metadata", {"render_fps": told})
+    for env in make(), make_source(SourceConfig(ID, fps=told or 0.0)):
+        assert env.metadata["render_fps"] == shown and type(env.metadata["render_fps"]) is int
+        assert frame_rate(env) == frame_rate(gymnasium.wrappers.TimeLimit(env, 5)) == exact
+
+
+@pytest.mark.parametrize("told", [math.nan, math.inf, -1, "fast", [30], 1e9])
+def test_what_is_no_frame_rate_is_named(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    monkeypatch.setattr(Foreign, "metadata", {"render_fps": told})
+    with pytest.raises(SourceError, match="render_fps is .*, which is no frame rate; set source.f"):
+        make()
+    assert make_source(SourceConfig(ID, fps=12)).metadata["render_fps"] == 12
+
+
 # ----------------------------------------------------------------------------------------- ViZDoom
+
+
+def game_folder(game: Any) -> Path:
+    return Path(game.unwrapped.game.get_vizdoom_path()).parent
+
+
+KILLED = """
+import os, signal
+from nfd_env.sources.source import make_source
+from tests.sources.test_source import DOOM
+game = make_source(DOOM)
+print(game.unwrapped.game.get_vizdoom_path(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_killed_game_goes_when_the_next_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vizdoom")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    running: Any = make_source(DOOM)
+    told = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    left = Path(told.stdout.strip()).parent
+    assert left.parent == tmp_path and left.exists()
+    elsewhere = tmp_path / "elsewhere"  # of somebody else's
+    elsewhere.mkdir()
+    (tmp_path / left.name).with_name(f"{left.name}x").symlink_to(elsewhere)
+    other: Any = make_source(DOOM)
+    assert not left.exists() and elsewhere.exists()
+    assert game_folder(running).exists() and game_folder(other).exists()
+    for game in running, other:
+        game.close()
+        game.close()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"elsewhere", f"{left.name}x"}
 
 
 def test_games_started_at_once_leave_nothing_where_they_run(
@@ -235,7 +299,7 @@ def test_games_started_at_once_leave_nothing_where_they_run(
     pytest.importorskip("vizdoom")
     monkeypatch.chdir(tmp_path)
     games: list[Any] = [make_source(DOOM) for _ in range(3)]
-    folders = [Path(game.env._folder.name) for game in games]
+    folders = [game_folder(game) for game in games]
     with ThreadPoolExecutor(3) as pool:
         frames = list(pool.map(lambda game: game.reset(seed=3)[0], games))
     assert all(np.array_equal(frame, frames[0]) for frame in frames)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +195,7 @@ def test_doom_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 GAME = """
-import os, signal, subprocess, sys
+import ctypes, os, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import gymnasium
 from nfd_env.sources.source import make_source
@@ -209,22 +213,29 @@ kind = source()
 games = [make_source(type(kind)(**{**vars(kind), "env_id": "tests/Game-v0"})) for _ in range(12)]
 with ThreadPoolExecutor(4) as pool:
     list(pool.map(lambda game: game.reset(seed=0), games))
-if sys.argv[1] == "killed":
+if "forked" in sys.argv[1] and not ctypes.CDLL(None).fork():  # behind Python's back
+    time.sleep(600)
+if "killed" in sys.argv[1]:
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("end", ["killed", "forgotten"])
+@pytest.mark.parametrize("end", ["killed", "forgotten", "forked, killed", "forked, forgotten"])
 def test_games_do_not_outlive_who_started_them(end: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", GAME, end], stdout=subprocess.PIPE, text=True, timeout=120
-    )
-    games = [int(pid) for pid in done.stdout.split()]
-    deadline = time.monotonic() + 30
-    while any(map(_runs, games)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(games) == 12 and not any(map(_runs, games))
+    with tempfile.TemporaryFile() as output:  # a pipe would be held by what was forked
+        done = subprocess.Popen([sys.executable, "-c", GAME, end], stdout=output, process_group=0)
+        try:
+            done.wait(timeout=120)
+            output.seek(0)
+            games = [int(pid) for pid in output.read().split()]
+            deadline = time.monotonic() + 30
+            while any(map(_runs, games)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert len(games) == 12 and not any(map(_runs, games))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

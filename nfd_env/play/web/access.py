@@ -56,8 +56,10 @@ class Throttle:
 class Access:
     """Lets requests in, or raises the refusal."""
 
-    def __init__(self, host: str, token: str | None, origins: Sequence[str] = ()) -> None:
-        """See ``PlayServer``.
+    def __init__(
+        self, host: str, token: str | None, origins: Sequence[str] = (), secret: str = ""
+    ) -> None:
+        """See ``PlayServer``; ``secret`` is what browsers get for the token, "" for a new one.
 
         Raises:
             ValueError: when an origin is none.
@@ -67,7 +69,7 @@ class Access:
         self._origins = {check_origin(origin) for origin in origins}
         self._hosts = _LOOPBACK_NAMES | {urlsplit(o).hostname or "" for o in self._origins}
         # Not the token itself: it can neither be read from a browser nor be guessed through it.
-        self._pass = secrets.token_urlsafe(32)
+        self._pass = secret or secrets.token_urlsafe(32)
         self._throttle = Throttle()
 
     def check(self, request: web.Request, cookie: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +54,17 @@ class Gate:
 class Connection(web.RequestHandler):
     """One TCP connection to a browser."""
 
-    def __init__(self, manager: web.Server, gate: Gate, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for the connection to be made."""
+    def __init__(
+        self,
+        manager: web.Server,
+        gate: Gate,
+        loop: asyncio.AbstractEventLoop,
+        settled: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait for the connection to be made.
+
+        ``settled`` is called once, when a request has come or none will.
+        """
         super().__init__(
             manager,
             loop=loop,
@@ -66,6 +76,7 @@ class Connection(web.RequestHandler):
         self._address: str | None = None
         self._refused = False
         self._late: asyncio.TimerHandle | None = None
+        self._settled = settled
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Enter, or be turned away."""
@@ -86,6 +97,9 @@ class Connection(web.RequestHandler):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+        if self._settled is not None:
+            settled, self._settled = self._settled, None
+            settled()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request; those of a connection that was turned away are ignored."""

@@ -17,8 +17,12 @@ log = logging.getLogger(__name__)
 class Saver:
     """Keeps a data set a world; every player who is there at a time has a writer in it."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Of ``folder``, which the data sets lie in, each named after its world."""
+    def __init__(self, folder: str | Path, prefix: str = "") -> None:
+        """Of ``folder``, which the data sets lie in, each named after its world.
+
+        ``prefix`` of the writers' names keeps several servers apart.
+        """
+        self._prefix = prefix
         self._folder = Path(folder).expanduser()
         self._writing: dict[tuple[str, int], PlayRecorder] = {}
         self._lock = threading.Lock()
@@ -41,7 +45,7 @@ class Saver:
                 source,
                 game.fps,
                 log.error,
-                writer=f"page{number}",
+                writer=f"page{self._prefix}{number}",
             )
             self._writing[name, number] = recorder
         return recorder

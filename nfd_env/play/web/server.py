@@ -7,10 +7,12 @@ import errno
 import logging
 import os
 import secrets
-import sys
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,19 +20,17 @@ from urllib.parse import quote
 from aiohttp import WSMsgType, web
 
 from nfd_env.play import PlayError
-from nfd_env.play.commands import ServeConfig
 from nfd_env.play.engine import Engine
 from nfd_env.play.game import Game
 from nfd_env.play.recorder import PlayRecorder
 from nfd_env.play.session import ControlError, Session, sampling_choices
 from nfd_env.play.web import STATIC, protocol
-from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback, read_token
+from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback
 from nfd_env.play.web.client import Client, Limits, new_socket, part
 from nfd_env.play.web.connection import Connection, Gate
 from nfd_env.play.web.pictures import film
-from nfd_env.play.web.rooms import Room, Rooms, world_games
+from nfd_env.play.web.rooms import Room, Rooms
 from nfd_env.play.web.saving import Saver
-from nfd_env.stopping import told_by_signals
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,25 @@ class ServeError(PlayError):
     """The server cannot be started; the message says what to do."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A worker's, among several that serve one address.
+
+    Attributes:
+        number: which of them it is, from 0.
+        secret: of the cookie that a browser is given for the token, the same in all of them.
+        seats: of all of them together.
+        tell: is called with the number of players here whenever it changes.
+    """
+
+    number: int
+    secret: str
+    seats: int
+    tell: Callable[[int], None]
+
+
 class PlayServer:
-    """Serves the page and the sockets; see ``serve`` for the usual way in."""
+    """Serves the page and the sockets; see ``serve.serve`` for the usual way in."""
 
     def __init__(
         self,
@@ -57,6 +74,7 @@ class PlayServer:
         trust: bool = False,
         encoders: int = 1,
         save: str | Path | None = None,
+        place: Place | None = None,
     ) -> None:
         """Prepare; ``start`` binds.
 
@@ -74,6 +92,7 @@ class PlayServer:
             encoders: threads that compress pictures.
             save: folder of data sets that everybody's play is appended to, see ``Saver``; the page
                 tells its player.
+            place: of a worker among others, which gets its sockets by ``accept``.
 
         Raises:
             ServeError: when a token is required, or the port or an origin is none.
@@ -89,23 +108,25 @@ class PlayServer:
             )
         self.host, self.port, self.limits = host, port, limits or Limits()
         try:
-            self._access = Access(host, token, origins)
+            self._access = Access(host, token, origins, place.secret if place else "")
         except ValueError as error:
             raise ServeError(str(error)) from None
         self.rooms = Rooms(games, self.limits.clients, agent, trust)
-        self._saver = None if save is None else Saver(save)
+        self._place = place
+        self._saver = None if save is None else Saver(save, f"{place.number}_" if place else "")
+        self._elsewhere = 0
         self._clients: set[Client] = set()
         self._encoder = ThreadPoolExecutor(encoders, "jpeg")
         self._films = ThreadPoolExecutor(1, "film")
         self._runner: web.AppRunner | None = None
+        self._connect: Callable[..., Connection] | None = None
         self._listener: asyncio.Server | None = None
         self._janitor: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         """Where the page is, without a token."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}/"
+        return page_url(self.host, self.port)
 
     async def start(self) -> None:
         """Bind and serve.
@@ -114,7 +135,7 @@ class PlayServer:
             ServeError: when the port is in use or the address is not ours.
         """
         app = web.Application(middlewares=[self._guard()], client_max_size=4096)
-        app.on_response_prepare.append(_secure)
+        app.on_response_prepare.append(self._secure)
         for path in STATIC.iterdir():
             app.router.add_get("/" if path.name == "index.html" else f"/{path.name}", self._file)
         app.router.add_get("/api/worlds", self._worlds)
@@ -125,16 +146,27 @@ class PlayServer:
         assert self._runner.server is not None
         limits = self.limits
         gate = Gate(limits.connections, limits.connections_each, limits.head_seconds)
-        try:
-            loop, manager = asyncio.get_running_loop(), self._runner.server
-            self._listener = await loop.create_server(
-                lambda: Connection(manager, gate, loop), self.host, self.port
-            )
-        except OSError as error:
-            await self._runner.cleanup()
-            raise ServeError(_cannot_listen(error, self.host, self.port)) from None
-        self.port = self._listener.sockets[0].getsockname()[1]
+        loop, manager = asyncio.get_running_loop(), self._runner.server
+        self._connect = partial(Connection, manager, gate, loop)
+        if self._place is None:
+            await self._listen_at(self._connect)
         self._janitor = asyncio.create_task(self._clean_up())
+
+    async def _listen_at(self, connect: Callable[..., Connection]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._listener = await loop.create_server(connect, self.host, self.port)
+        except OSError as error:
+            assert self._runner is not None
+            await self._runner.cleanup()
+            raise ServeError(cannot_listen(error, self.host, self.port)) from None
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def accept(self, connection: socket.socket, settled: Callable[[], None]) -> None:
+        """Serve a connection that another process has accepted; for ``settled`` see there."""
+        assert self._connect is not None
+        make = partial(self._connect, settled)
+        await asyncio.get_running_loop().connect_accepted_socket(make, connection)
 
     async def stop(self) -> None:
         """Say goodbye to everybody and free everything."""
@@ -159,6 +191,21 @@ class PlayServer:
             "dropped": sum(c.dropped for c in self._clients),
         }
 
+    def play_elsewhere(self, players: int) -> None:
+        """So many play at other workers now."""
+        self._elsewhere = players
+        self._tell_number()
+
+    @property
+    def _seats(self) -> int:
+        return self._place.seats if self._place else self.limits.clients
+
+    async def _secure(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Every answer carries the security headers, refusals too."""
+        response.headers.update(SECURITY_HEADERS)
+        if self._place is not None:  # the next request may be another worker's
+            response.force_close()
+
     # -- HTTP --------------------------------------------------------------------------------
 
     def _guard(self) -> Any:
@@ -180,8 +227,8 @@ class PlayServer:
         return web.json_response(
             {
                 "worlds": self.rooms.names,
-                "players": len(self._clients),
-                "seats": self.limits.clients,
+                "players": len(self._clients) + self._elsewhere,
+                "seats": self._seats,
             }
         )
 
@@ -229,6 +276,8 @@ class PlayServer:
                 return socket
             # Taken before the world is loaded, so that no more come in meanwhile.
             client = Client(socket, self.limits, self._encoder)
+            if self._place is not None:
+                client.key = f"{self._place.number}-{client.key}"
             self._clients.add(client)
             self._tell_number()
             await socket.send_json({"t": "loading", "world": name})
@@ -302,11 +351,13 @@ class PlayServer:
         }
 
     async def _say_full(self, socket: web.WebSocketResponse) -> None:
-        await part(socket, protocol.FULL, f"all {self.limits.clients} places are taken")
+        await part(socket, protocol.FULL, f"all {self._seats} places are taken")
 
     def _tell_number(self) -> None:
         for client in self._clients:
-            client.players = len(self._clients)
+            client.players = len(self._clients) + self._elsewhere
+        if self._place is not None:
+            self._place.tell(len(self._clients))
 
     async def _listen(self, client: Client, session: Session, engine: Engine) -> None:
         async for message in client.socket:
@@ -342,67 +393,6 @@ class PlayServer:
                     await part(client.socket, protocol.IDLE, why)
 
 
-def serve(settings: ServeConfig) -> None:
-    """Serve the browser player until interrupted; the other shipped worlds are offered too.
-
-    Raises:
-        ServeError: when the address cannot be bound, or an origin is none.
-        CheckpointError: when the world cannot be loaded.
-        DeviceError: when the device is not there.
-        ValueError: when an argument is out of range.
-        OSError: when the token's file cannot be read.
-    """
-    if settings.max_clients < 1 or not settings.idle_seconds > 0:
-        raise ValueError("max_clients must be at least 1 and idle_seconds above 0")
-    host = settings.host
-    secret = read_token(settings.token, settings.token_file)
-    made_up = secret is None and not is_loopback(host)
-    if made_up:
-        secret = secrets.token_urlsafe(16)
-    usual = Limits()
-    server = PlayServer(
-        world_games(settings.world, settings.sampling(), settings.real, settings.trust),
-        host=host,
-        port=settings.port,
-        token=secret,
-        origins=settings.allow_origin,
-        limits=Limits(
-            clients=settings.max_clients,
-            idle_seconds=settings.idle_seconds,
-            connections=max(usual.connections, 8 * settings.max_clients),
-            connections_each=max(usual.connections_each, 8 * settings.max_clients),
-        ),
-        agent=settings.agent,
-        trust=settings.trust,
-        save=settings.save,
-    )
-
-    async def main() -> None:
-        await server.start()
-        try:
-            await server.rooms.open(server.rooms.names[0])
-            # A token that is somebody's own is known to them, and need not be in a log.
-            query = f"?token={secret}" if made_up else "?token=..." if secret else ""
-            print(f"Play at {server.url}{query}   (Ctrl+C stops)", flush=True)
-            if is_loopback(host):
-                print(
-                    f"From another machine: ssh -L {server.port}:127.0.0.1:{server.port} "
-                    f"<this machine>, then open http://127.0.0.1:{server.port}/",
-                    flush=True,
-                )
-            stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-            # Not by the loop's own handlers, which Windows does not have.
-            with told_by_signals(lambda *_: loop.call_soon_threadsafe(stopped.set)):
-                await stopped.wait()
-        finally:
-            await server.stop()
-
-    # The engine's thread holds the interpreter in short stretches only, so that the event loop
-    # gets its turn quickly.
-    sys.setswitchinterval(0.001)
-    asyncio.run(main())
-
-
 def _act(client: Client, session: Session, engine: Engine, message: protocol.Message) -> None:
     """Do what a message says.
 
@@ -426,12 +416,12 @@ def _act(client: Client, session: Session, engine: Engine, message: protocol.Mes
         session.last_input = time.monotonic()
 
 
-async def _secure(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer carries the security headers, refusals too."""
-    response.headers.update(SECURITY_HEADERS)
+def page_url(host: str, port: int) -> str:
+    """Where the page is, without a token."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def _cannot_listen(error: OSError, host: str, port: int) -> str:
+def cannot_listen(error: OSError, host: str, port: int) -> str:
     """What is the matter, in the system's words, and which option helps."""
     number = error.errno or 0  # negative: a failed name lookup's, which strerror does not know
     what = os.strerror(number) if number > 0 else error.strerror or error

@@ -11,6 +11,9 @@ from nfd_env.play.engine import Shown
 from nfd_env.play.game import Game
 
 BAR = 74  # pixels of the HUD below the picture, before scaling
+_WIDE = 700  # pixels of a window whose bar has room for large numbers
+# The longest that usually stands in the bar's cells.
+_USUAL = "down right", "+0.00", "1234.5", "1234", "35.0", "123 ms", "18", "100%", "100%"
 _GROUND, _LINE, _TEXT, _DIM = (13, 15, 20), (38, 43, 54), (232, 236, 243), (128, 138, 156)
 _ACCENT, _WARN, _LIVE = (110, 168, 255), (255, 184, 77), (255, 92, 92)
 
@@ -117,30 +120,40 @@ class Hud:
             cells.append(("SAMPLING", str(hud["sampling_steps"])))
             cells.append(("AHEAD", _share(hud["lookahead"], hud["guessed"])))
             cells.append(("ACCEPTED", _share(hud["speculation"], hud["acceptance"])))
-        cell = (width - 24) / len(cells)
-        for i, (name, value) in enumerate(cells):
-            x = 16 + i * cell
-            window.blit(self._fonts[18].render(name, True, _DIM), (x, top + 10))
-            words = self._fonts[26].render(value, True, _TEXT)
-            window.blit(words, (x, top + 25), (0, 0, cell - 8, words.get_height()))
+        labels = [self._fonts[18].render(name, True, _DIM) for name, _ in cells]
+        values = self._fonts[26 if width >= _WIDE else 22]
+        # What a cell has room for, whatever is in it now: cells that move are hard to read.
+        sizes = [
+            max(label.get_width(), values.size(usual)[0])
+            for label, usual in zip(labels, _USUAL, strict=False)
+        ]
+        spare = (width - 16 - sum(sizes)) / len(cells)
+        x = 16.0
+        for label, (_, value), size in zip(labels, cells, sizes, strict=True):
+            window.blit(label, (x, top + 10))
+            words, cell = values.render(value, True, _TEXT), size + spare
+            window.blit(words, (x, top + 25), (0, 0, cell - 2, words.get_height()))
+            x += cell
         marks = [
-            (f"x{hud['speed']:g}", _DIM, hud["speed"] != 1.0),
-            ("AGENT PLAYS", _ACCENT, hud["agent"]),
-            ("TEACHER", _WARN, hud["teacher"]),
-            ("REAL GAME", _LIVE, hud["view"] == "real"),
-            (f"REAL AND DREAM, {hud['apart']} dB apart", _LIVE, hud["apart"] is not None),
             ("REC", _LIVE, filming),
             ("SAVING", _WARN, saving),
+            ("REAL GAME", _LIVE, hud["view"] == "real"),
+            (f"REAL AND DREAM, {hud['apart']} dB apart", _LIVE, hud["apart"] is not None),
+            ("AGENT PLAYS", _ACCENT, hud["agent"]),
+            ("TEACHER", _WARN, hud["teacher"]),
+            (f"x{hud['speed']:g}", _DIM, hud["speed"] != 1.0),
         ]
-        x = 16.0
+        hint = self._fonts[18].render("F1 help", True, _DIM)
+        x, most = 16.0, width - hint.get_width() - 16
+        window.blit(hint, (most, top + 53))
         seed = f"seed {hud['seed']}  episode {hud['episode']}"
         for text, colour, on in [*marks, (seed, _DIM, True)]:
             if on:
                 surface = self._fonts[18].render(text, True, colour)
+                if x + surface.get_width() > most - 10:  # the first ones matter most
+                    break
                 window.blit(surface, (x, top + 53))
-                x += surface.get_width() + 18
-        hint = self._fonts[18].render("F1 help", True, _DIM)
-        window.blit(hint, (width - hint.get_width() - 16, top + 53))
+                x += surface.get_width() + 14
 
     def _banner(self, title: str, text: str, width: int, room: int) -> None:
         pygame = self._pygame
@@ -161,15 +174,19 @@ class Hud:
         self._window.blit(shade, (0, 0))
         keymap = self._game.keymap
         own = [("+".join(sorted(b.keys)), b.label) for b in keymap.bindings]
+        x = 30
         for column, rows in enumerate((own, list(CONTROLS))):
-            x, y = 30 + column * width // 3, 24
+            y = 24
             line = min(24, max(14, (room - 40) // (max(len(own), len(CONTROLS)) + 1)))
             title = ("Play", "Controls")[column]
             self._window.blit(self._fonts[26].render(title, True, _ACCENT), (x, y))
+            meant = x + 16 + max((self._fonts[22].size(keys)[0] for keys, _ in rows), default=0)
             for keys, meaning in rows:
                 y += line
                 self._window.blit(self._fonts[22].render(keys, True, _TEXT), (x, y + 8))
-                self._window.blit(self._fonts[22].render(meaning, True, _DIM), (x + 100, y + 8))
+                self._window.blit(self._fonts[22].render(meaning, True, _DIM), (meant, y + 8))
+            widest = max((self._fonts[22].size(meaning)[0] for _, meaning in rows), default=0)
+            x = max(width // 3, meant + widest + 24)
 
 
 def fit(

@@ -271,10 +271,11 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
     import_pygame()
     from nfd_env import config
     from nfd_env.play.twin import TwinSlots
+    from nfd_env.worlds.hub import is_address
     from nfd_env.worlds.load import find_world, make_real, shipped_worlds
 
     world, sampling = settings.world or shipped_worlds()[0], settings.sampling()
-    real = Path(world).suffix.lower() in (".yaml", ".yml")
+    real = not is_address(world) and Path(world).suffix.lower() in (".yaml", ".yml")
     # What fails fast comes before the world is loaded.
     if real and sampling | {"device": "auto"} != Chosen().sampling():
         raise ValueError(

@@ -11,9 +11,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.learning.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
