@@ -26,6 +26,15 @@ class StopRequest:
         """A signal has arrived."""
         return self._signal != 0
 
+    @property
+    def signal(self) -> int:
+        """The signal that has arrived, 0 for none."""
+        return self._signal
+
+    def take(self, number: int) -> None:
+        """Stop as if the signal ``number`` had arrived here; 0 for none."""
+        self._signal = self._signal or number
+
     def obey(self) -> None:
         """Stop if a signal has arrived.
 

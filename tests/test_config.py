@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nfd_env import config
 from nfd_env.config import ConfigError
-from nfd_env.models.dynamics import DynamicsConfig
+from nfd_env.evaluation.untrained import read_sizes
+from nfd_env.models.dynamics import Dynamics
 from nfd_env.training.loop import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -106,7 +108,11 @@ def test_a_file_of_something_else(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("paper/*.yaml")), ids=lambda p: p.stem)
 def test_the_paper_configs_load(path: Path) -> None:
-    assert config.load(DynamicsConfig, path).tokens == 84
+    dynamics, tokenizer = read_sizes(path)
+    assert (dynamics.tokens, dynamics.window, tokenizer.downsampling) == (84, 32, 16)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Dynamics(dynamics).parameters())
+    assert count == {"130m": 130_154_560, "310m": 310_935_616, "774m": 774_709_312}[path.stem]
 
 
 def test_wrong_types_that_omegaconf_does_not_name() -> None:

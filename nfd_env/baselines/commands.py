@@ -160,7 +160,7 @@ def _train(plan: BaselinePlan, part: str, folder: Path) -> BaselinePlan:
 def _plan(game: GameConfig, folder: Path, minutes: dict[str, float]) -> BaselinePlan:
     """The stored plan where it still holds, else a new one in an empty folder."""
     run = game.run_folder
-    tokenizer, data = run / "tokenizer" / "model.safetensors", str(game.recordings_folder)
+    tokenizer, data = run / "tokenizer" / "model.safetensors", game.recordings_place
     made_from = {
         "tokenizer": fingerprint_of(tokenizer),
         "recordings": recordings_digest(RecordedDataset(data)),

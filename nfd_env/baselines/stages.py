@@ -20,6 +20,7 @@ from nfd_env.baselines.transformer import (
 from nfd_env.inference.rollout import new_cache
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.latent_stage import (
     CONTEXT,
     LEAST_HORIZON,
@@ -189,9 +190,13 @@ class TokenDynamicsStage(LatentStage):
         """The losses and the errors of rollouts."""
         return ["nats", "nats_parallel", *self._rollout_losses]
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
-        """Latents (size, frames, C, h, w) and the actions leading into them."""
-        return self._train.windows(rng, size, self.settings.frames, self.settings.ending_share)
+    def batch(
+        self, rng: np.random.Generator, size: int, part: Part = WHOLE
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (rows, frames, C, h, w) and the actions leading into them."""
+        settings = self.settings
+        share = settings.ending_share
+        return self._train.windows(rng, size, settings.frames, share, part=part)
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]

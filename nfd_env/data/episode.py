@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nfd_env.data.lazy_frames import Frames, LazyFrames
+
 SPLITS = ("train", "validation")
 
 
@@ -30,7 +32,7 @@ class Episode:
             by default k = 0.
     """
 
-    frames: np.ndarray
+    frames: Frames
     actions: np.ndarray
     rewards: np.ndarray
     terminated: np.ndarray
@@ -47,7 +49,9 @@ class Episode:
             ValueError: when the arrays do not belong together.
         """
         for name in ("frames", "actions", "rewards", "terminated", "truncated"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, LazyFrames):
+                object.__setattr__(self, name, np.asarray(value))
         transitions = len(self.actions)
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(

@@ -9,10 +9,8 @@ names a Minari data set with pixels.
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,21 @@ from nfd_env import config
 from nfd_env.data.episode import Episode
 from nfd_env.data.layout import DatasetSpec, RecordingError
 from nfd_env.data.shards import RecordedDataset, ShardWriter
+from nfd_env.data.tables import (
+    SUFFIXES,
+    TableConfig,
+    actions_of,
+    read_columns,
+    read_table,
+    space_of,
+)
+from nfd_env.data.videos import VideoFrames, fitted, presentation_times
 from nfd_env.files import make_folder, owned_folder
 from nfd_env.progress import progress_bar
-from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig, area_resize
+from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict, space_to_dict
 
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """``source.kwargs`` of videos: how their files of actions are read.
-
-    Attributes:
-        action_space: as plain values, e.g. {type: Discrete, n: 5}; empty to tell it by the
-            actions: whole numbers that are Discrete or MultiDiscrete, or others from -1 to 1.
-        columns: one for Discrete actions, or one that holds lists, else one for each number of an
-            action. Columns "reward", "terminated" and "truncated" are read where they are there.
-    """
-
-    action_space: dict[str, Any] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=lambda: ["action"])
+_LABEL = "import:"
 
 
 @dataclass(frozen=True)
@@ -64,12 +56,14 @@ class Foreign:
     Attributes:
         action_space: of one transition.
         fps: frames a second.
-        recordings: reads them, from the first one.
+        recordings: reads them, from the first one; not those whose names it is given.
+        in_videos: whether frames are to stay where they are.
     """
 
     action_space: spaces.Space
     fps: float
-    recordings: Callable[[], Iterator[_Recording]]
+    recordings: Callable[..., Iterator[_Recording]]
+    in_videos: bool = False
 
     def frame(self) -> np.ndarray:
         """The first frame, cropped and resized, uint8 (H, W, 3)."""
@@ -130,48 +124,87 @@ def import_recordings(
 
 
 def _open_videos(source: SourceConfig) -> Foreign:
-    import av
-
     folder = Path(source.env_id.removeprefix(VIDEOS)).expanduser()
     settings = config.from_mapping(TableConfig, source.kwargs, "source.kwargs")
     if not settings.columns:
         raise config.ConfigError("source.kwargs.columns must name a column")
-    found = sorted(folder.glob("*.mp4"))
-    if not found:
-        raise RecordingError(f"{folder} holds no .mp4 files")
-    read, rates = {}, set()
-    for video in found:
-        beside = [video.with_suffix(s) for s in _SUFFIXES if video.with_suffix(s).is_file()]
+    found = {}
+    for video in sorted(folder.glob("*.mp4")):
+        beside = [video.with_suffix(s) for s in SUFFIXES if video.with_suffix(s).is_file()]
         if len(beside) != 1:
             raise RecordingError(
                 f"{video} needs one file of actions beside it: {video.stem} with "
-                f"{', '.join(_SUFFIXES)}; there are {len(beside)}"
+                f"{', '.join(SUFFIXES)}; there are {len(beside)}"
             )
-        try:
-            with av.open(str(video)) as container:
-                stream = container.streams.video[0]
-                count = sum(packet.size > 0 for packet in container.demux(stream))
-                rates.add(float(stream.average_rate or 0))
-        except (av.FFmpegError, IndexError) as error:
-            raise RecordingError(f"{video} cannot be read: {error}") from None
-        read[video] = beside[0], _columns(beside[0]), count
-    if not source.fps and len(rates) > 1:
-        raise RecordingError(f"{folder} has videos of {sorted(rates)} frames a second: set fps")
+        found[video] = beside[0]
+    if not found:
+        raise RecordingError(f"{folder} holds no .mp4 files")
+    space = None
     if settings.action_space:
         try:
             space = space_from_dict(settings.action_space)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise config.ConfigError(f"source.kwargs.action_space cannot be: {error}") from None
-    else:
-        space = _space_of([_actions(path, c, settings, n - 1) for path, c, n in read.values()])
+    if settings.copy:
+        return _open_all(found, source, settings, space)
+    if space is None:
+        raise config.ConfigError(
+            "source.kwargs.action_space must be set where copy is false: nobody reads all files "
+            "beforehand"
+        )
     codec = ActionCodec(space)
-    tables = {v: _table(path, c, space, codec, settings, n) for v, (path, c, n) in read.items()}
 
-    def recordings() -> Iterator[_Recording]:
-        for video, (actions, rewards, terminated) in tables.items():
-            yield _Recording(video.stem, _video_frames(video, source), actions, rewards, terminated)
+    def recordings(known: Collection[str] = ()) -> Iterator[_Recording]:
+        for video, path in found.items():
+            if video.stem in known:
+                continue
+            times, _ = presentation_times(video)
+            told = read_table(
+                path, read_columns(path, settings), space, codec, settings, len(times)
+            )
+            frames = _frames_of(video, times, source)
+            yield _Recording(video.stem, frames, *told)
+
+    fps = source.fps or presentation_times(next(iter(found)))[1] or 30.0
+    return Foreign(space, fps, recordings, in_videos=True)
+
+
+def _open_all(
+    found: Mapping[Path, Path],
+    source: SourceConfig,
+    settings: TableConfig,
+    space: spaces.Space | None,
+) -> Foreign:
+    """Check all videos and read all files of actions, to copy the frames."""
+    read, rates = {}, set()
+    for video, path in found.items():
+        times, rate = presentation_times(video)
+        rates.add(rate)
+        read[video] = path, read_columns(path, settings), len(times)
+    if not source.fps and len(rates) > 1:
+        folder = next(iter(found)).parent
+        raise RecordingError(f"{folder} has videos of {sorted(rates)} frames a second: set fps")
+    if space is None:
+        space = space_of([actions_of(path, c, settings, n - 1) for path, c, n in read.values()])
+    codec = ActionCodec(space)
+    tables = {v: read_table(path, c, space, codec, settings, n) for v, (path, c, n) in read.items()}
+
+    def recordings(known: Collection[str] = ()) -> Iterator[_Recording]:
+        for video, told in tables.items():
+            if video.stem not in known:
+                yield _Recording(video.stem, _video_frames(video, source), *told)
 
     return Foreign(space, source.fps or rates.pop() or 30.0, recordings)
+
+
+def _frames_of(video: Path, times: np.ndarray, source: SourceConfig) -> VideoFrames:
+    """The frames of a video, where they are; the first one is looked at."""
+
+    def some(first: int, stop: int) -> np.ndarray:
+        return times[first:stop]
+
+    one = VideoFrames(video, some, (1, 1, 1, 3), source.crop, source.size)[0]
+    return VideoFrames(video, some, (len(times), *one.shape), source.crop, source.size)
 
 
 def _open_minari(source: SourceConfig) -> Foreign:
@@ -194,9 +227,11 @@ def _open_minari(source: SourceConfig) -> Foreign:
 def foreign_minari(dataset: Any, source: SourceConfig) -> Foreign:
     """A ``minari.MinariDataset`` whose observations are uint8 RGB frames; see ``open_foreign``."""
 
-    def recordings() -> Iterator[_Recording]:
+    def recordings(known: Collection[str] = ()) -> Iterator[_Recording]:
         for episode in dataset.iterate_episodes():
             name, frames = f"episode {episode.id}", episode.observations
+            if name in known:
+                continue
             if source.key:
                 if not isinstance(frames, dict) or source.key not in frames:
                     raise RecordingError(f"{name}: observations have no entry {source.key!r}")
@@ -208,9 +243,9 @@ def foreign_minari(dataset: Any, source: SourceConfig) -> Foreign:
                 raise RecordingError(
                     f"{name}: {len(frames)} frames do not fit {len(actions)} actions"
                 )
-            fitted = (_fitted(frame, name, source) for frame in frames)
+            pictures = (fitted(frame, name, source.crop, source.size) for frame in frames)
             rewards = np.asarray(episode.rewards)
-            yield _Recording(name, fitted, actions, rewards, bool(episode.terminations[-1]))
+            yield _Recording(name, pictures, actions, rewards, bool(episode.terminations[-1]))
 
     return Foreign(dataset.action_space, source.fps or 30.0, recordings)
 
@@ -232,12 +267,16 @@ def _write(
             for episode in RecordedDataset(folder):
                 there[episode.policy] = there.get(episode.policy, 0) + 1
                 number = max(number, (episode.number or 0) + 1)
+        # All were written one after the other: only of the last one a part may be missing.
+        known = [label.removeprefix(_LABEL) for label in list(there)[:-1]]
         try:
             for recording in progress_bar(
-                found.recordings(), "importing", progress, unit="recording"
+                found.recordings(known), "importing", progress, unit="recording"
             ):
-                label, frames = f"import:{recording.name}", iter(recording.frames)
-                last = _next(frames, recording)
+                label = f"{_LABEL}{recording.name}"
+                lying = recording.frames if isinstance(recording.frames, VideoFrames) else None
+                frames = iter(()) if lying is not None else iter(recording.frames)
+                last = lying[0] if lying is not None else _next(frames, recording)
                 if writer is None:
                     spec = DatasetSpec(
                         (last.shape[0], last.shape[1], 3),
@@ -246,21 +285,25 @@ def _write(
                         space_to_dict(space),
                         config.to_dict(source),
                         found.fps,
+                        in_videos=found.in_videos,
                     )
                     spec.save(folder)
                     writer = ShardWriter(folder, spec, "import")
                 total = len(recording.actions)
                 for segment, first in enumerate(range(0, total, longest)):
                     stop = min(total, first + longest)
-                    shown = [last, *(_next(frames, recording) for _ in range(first, stop))]
-                    last = shown[-1]
+                    if lying is not None:
+                        shown = lying.part(first, stop + 1)
+                    else:
+                        read = [last, *(_next(frames, recording) for _ in range(first, stop))]
+                        last, shown = read[-1], read
                     if segment < there.get(label, 0):
                         continue
                     ended = np.arange(first, stop) == stop - 1
                     terminated = ended & (stop == total) & recording.terminated
                     try:
                         episode = Episode(
-                            np.stack(shown),
+                            np.stack(shown) if isinstance(shown, list) else shown,
                             recording.actions[first:stop],
                             recording.rewards[first:stop],
                             terminated,
@@ -293,127 +336,5 @@ def _video_frames(video: Path, source: SourceConfig) -> Iterator[np.ndarray]:
 
     with av.open(str(video)) as container:
         for frame in container.decode(video=0):
-            yield _fitted(frame.to_ndarray(format="rgb24"), str(video), source)
-
-
-def _fitted(frame: np.ndarray, name: str, source: SourceConfig) -> np.ndarray:
-    """The cropped and resized frame."""
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise RecordingError(
-            f"{name}: frames must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}"
-        )
-    if source.crop:
-        top, bottom, left, right = source.crop
-        if not (0 <= top < bottom <= frame.shape[0] and 0 <= left < right <= frame.shape[1]):
-            raise RecordingError(f"{name}: crop {source.crop} leaves the {frame.shape[:2]} frame")
-        frame = frame[top:bottom, left:right]
-    if source.size:
-        frame = area_resize()(frame, (source.size[0], source.size[1]))
-    return np.array(frame, order="C")
-
-
-def _actions(
-    path: Path, columns: dict[str, list[Any]], settings: TableConfig, count: int
-) -> np.ndarray:
-    """Numbers (count,) or (count, n), as they stand in a table.
-
-    Raises:
-        RecordingError: when the table has no such columns, or not one row for each transition.
-    """
-    missing = [c for c in settings.columns if c not in columns]
-    if missing:
-        raise RecordingError(f"{path} has no column {missing[0]!r}, but {', '.join(columns)}")
-    rows = len(columns[settings.columns[0]])
-    if rows not in (count, count + 1):
-        raise RecordingError(
-            f"{path} has {rows} actions, but its video has {count + 1} frames: there must be "
-            f"{count}, one between any two frames"
-        )
-    try:
-        parts = [_numbers(columns[c][:count]) for c in settings.columns]
-        return parts[0] if len(parts) == 1 else np.stack(parts, 1)
-    except (TypeError, ValueError) as error:
-        raise RecordingError(f"{path}: {error}") from None
-
-
-def _table(
-    path: Path,
-    columns: dict[str, list[Any]],
-    space: spaces.Space,
-    codec: ActionCodec,
-    settings: TableConfig,
-    frames: int,
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Actions (T, ...), rewards (T,), and whether the last transition terminated."""
-    count = frames - 1
-    actions = _actions(path, columns, settings, count)
-    try:
-        if len(settings.columns) == 1 and codec.shape == (1,) and actions.ndim == 1:
-            actions = actions[:, None]
-        if np.dtype(space.dtype).kind in "iu" and np.array_equal(actions, np.rint(actions)):
-            actions = actions.astype(np.int64)  # a table may have written 1.0
-        codec.check(actions, count)
-        rewards = _numbers(columns.get("reward", [0.0] * count)[:count])
-        terminated = bool(_numbers(columns.get("terminated", [0])[: count or 1])[-1])
-    except (TypeError, ValueError) as error:
-        raise RecordingError(f"{path}: {error}") from None
-    return actions.astype(space.dtype), rewards, terminated
-
-
-def _space_of(tables: Sequence[np.ndarray]) -> spaces.Space:
-    """The space that actions (T,) or (T, n) of several tables seem to be from.
-
-    Raises:
-        RecordingError: when that cannot be told.
-    """
-    shapes = {table.shape[1:] for table in tables}
-    actions = np.concatenate([t.reshape(len(t), -1) for t in tables]) if len(shapes) == 1 else None
-    if actions is None or not actions.size or not np.isfinite(actions).all():
-        raise RecordingError(
-            "the files of actions do not tell the action space: set source.kwargs.action_space, "
-            "e.g. {type: Discrete, n: 5}"
-        )
-    if np.array_equal(actions, np.rint(actions)) and actions.min() >= 0:
-        counts = actions.max(0).astype(int) + 1
-        return (
-            spaces.Discrete(max(2, counts[0]))
-            if not shapes.pop()
-            else spaces.MultiDiscrete(np.maximum(2, counts))
-        )
-    if np.abs(actions).max() > 1:
-        raise RecordingError(
-            f"actions go from {actions.min():g} to {actions.max():g}, and nobody says how far they "
-            "could: set source.kwargs.action_space, e.g. {type: Box, low: [-2.0], high: [2.0], "
-            "dtype: float32}"
-        )
-    shape = shapes.pop() or (1,)
-    return spaces.Box(-1.0, 1.0, shape, np.float32)
-
-
-def _numbers(values: Sequence[Any]) -> np.ndarray:
-    words = {"true": 1.0, "false": 0.0}
-    return np.array([words.get(v.lower(), v) if isinstance(v, str) else v for v in values], float)
-
-
-def _columns(path: Path) -> dict[str, list[Any]]:
-    try:
-        if path.suffix == ".parquet":
-            try:
-                from pyarrow import parquet
-            except ImportError:
-                raise RecordingError(
-                    f"{path} needs pyarrow: pip install 'nfd-env[parquet]'"
-                ) from None
-            return parquet.read_table(path).to_pydict()
-        with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file, strict=True))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-        if not rows or not all(isinstance(r, dict) and r.keys() == rows[0].keys() for r in rows):
-            raise RecordingError(f"{path} must have rows of the same columns")
-        return {name: [row[name] for row in rows] for name in rows[0] if name is not None}
-    except RecordingError:
-        raise
-    except Exception as error:  # of three libraries
-        raise RecordingError(f"{path} cannot be read: {error}") from None
+            picture = frame.to_ndarray(format="rgb24")
+            yield fitted(picture, str(video), source.crop, source.size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -41,6 +40,8 @@ class DatasetSpec:
         source: the source section of the collect config, as plain values.
         fps: frames a second of the recorded environment.
         signals: numbers that were recorded beside the frames after each transition.
+        in_videos: whether the frames stayed in the videos that they were imported from, see
+            ``nfd_env.data.videos``.
     """
 
     frame_shape: tuple[int, int, int]
@@ -50,6 +51,7 @@ class DatasetSpec:
     source: dict[str, Any]
     fps: float
     signals: int = 0
+    in_videos: bool = False
 
     def __post_init__(self) -> None:
         """Check that the values belong together."""
@@ -78,6 +80,11 @@ class DatasetSpec:
         )
 
     @property
+    def frames_file(self) -> tuple[str, int]:
+        """The file of a shard that has one entry a frame, and an entry's bytes."""
+        return ("pts.bin", 8) if self.in_videos else ("frames.bin", int(np.prod(self.frame_shape)))
+
+    @property
     def codec(self) -> ActionCodec:
         """Checks and encodes the actions."""
         return ActionCodec(space_from_dict(self.action_space))
@@ -95,22 +102,26 @@ class DatasetSpec:
             "frame_shape": list(self.frame_shape),
             "action_shape": list(self.action_shape),
         }
-        if not self.signals:
-            del values["signals"]
+        for name in ("signals", "in_videos"):  # which older versions do not know
+            if not values[name]:
+                del values[name]
         if path.exists():
-            there = _read_spec(path)
-            different = [k for k in values | there if _content(there, k) != _content(values, k)]
-            if different:
-                raise RecordingError(
-                    f"{folder} holds recordings with another {', '.join(different)}; "
-                    "collect into an empty folder"
-                )
+            _check_same(_read_spec(path), values, folder, "collect into an empty folder")
             return
         try:
             with atomic_write(path) as temporary:
                 temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise FolderError(f"{path} cannot be written: {error.strerror}") from None
+
+    def check_same(self, other: DatasetSpec, folder: Path) -> None:
+        """Refuse to read ``folder``, whose spec this is, together with that of ``other``.
+
+        Raises:
+            RecordingError: when they are not of the same game.
+        """
+        told = "only recordings of the same game can be read together"
+        _check_same(asdict(self), asdict(other), folder, told)
 
     @classmethod
     def load(cls, folder: Path) -> DatasetSpec:
@@ -133,6 +144,14 @@ def _read_spec(path: Path) -> dict[str, Any]:
         return config.read(path)
     except config.ConfigError as error:
         raise RecordingError(str(error)) from None
+
+
+def _check_same(there: dict[str, Any], here: dict[str, Any], folder: Path, advice: str) -> None:
+    different = [k for k in here | there if _content(there, k) != _content(here, k)]
+    if different:
+        raise RecordingError(
+            f"{folder} holds recordings with another {', '.join(different)}; {advice}"
+        )
 
 
 def _content(values: dict[str, Any], key: str) -> Any:
@@ -158,19 +177,12 @@ def shard_folders(folder: Path) -> list[Path]:
     return shards
 
 
-def check_size(path: Path, size: int) -> None:
-    """Refuse a file that is missing or has fewer bytes."""
-    if not path.is_file():
+def check_size(path: Path, size: int, there: int | None = None) -> None:
+    """Refuse a file that is missing or has fewer bytes; ``there``: those that it has elsewhere."""
+    if there is None and not path.is_file():
         raise RecordingError(f"{path} is missing")
-    if path.stat().st_size < size:
+    if (path.stat().st_size if there is None else there) < size:
         raise RecordingError(f"{path} is shorter than its committed episodes: it was cut off")
-
-
-def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int, n: int) -> np.ndarray:
-    """Entries ``offset`` to ``offset + n - 1`` of a file of arrays, memory-mapped."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    check_size(path, (offset + n) * size)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset * size, shape=(n, *shape))
 
 
 def read_records(shard: Path, repair: bool = False) -> list[dict[str, Any]]:
@@ -178,7 +190,10 @@ def read_records(shard: Path, repair: bool = False) -> list[dict[str, Any]]:
     records = read_lines(shard / "episodes.jsonl", _RECORD, repair)
     for number, record in enumerate(records, 1):
         fits = 1 <= record["length"] <= _LONGEST and record["split"] in SPLITS
-        if not fits or not isinstance(record.get("number", 0), int):
+        kinds = isinstance(record.get("number", 0), int) and isinstance(
+            record.get("video", ""), str
+        )
+        if not fits or not kinds:
             raise RecordingError(
                 f"{shard / 'episodes.jsonl'}: damaged commit record, line {number}: {record}"
             )

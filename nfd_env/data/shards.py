@@ -1,10 +1,10 @@
-"""Lossless recordings on disk: append-only shards, read back through memory maps.
+"""Lossless recordings on disk: append-only shards, read back where they lie.
 
 A data set is a folder::
 
     dataset.yaml              frame and action shapes, action space, source environment
     shard-w00-00000/
-        frames.bin            uint8, all frames one after the other
+        frames.bin            uint8, all frames one after the other; or pts.bin, see data/videos.py
         actions.bin           one entry a transition (not a frame)
         rewards.bin           float32
         ends.bin              uint8: 1 terminated, 2 truncated (bits)
@@ -23,33 +23,39 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nfd_env.data.episode import SPLITS, Episode
+from nfd_env.data.episodes import (
+    TERMINATED,
+    TRUNCATED,
+    EpisodeReference,
+    Episodes,
+    one_after_another,
+    read_columns,
+)
 from nfd_env.data.layout import (
     WRITER,
     DatasetSpec,
     RecordingError,
     append_line,
     check_size,
-    mapped,
     read_lines,
     read_records,
     rewrite_lines,
     shard_folders,
     writer_of,
 )
-from nfd_env.data.windows import Places, shown_transitions
+from nfd_env.data.lazy_frames import Frames
+from nfd_env.data.reading import folders_of
+from nfd_env.data.videos import VideoFrames
+from nfd_env.data.windows import shown_lengths
 from nfd_env.files import FolderError, Ownership
 
 __all__ = ["DatasetSpec", "EpisodeReference", "RecordedDataset", "RecordingError", "ShardWriter"]
-
-_TERMINATED, _TRUNCATED = 1, 2
 
 
 class ShardWriter:
@@ -113,7 +119,7 @@ class ShardWriter:
             self._transitions = sum(r["length"] for r in records)
             for name, size in self._item_sizes().items():
                 path = self.shard / name
-                count = self._frames if name == "frames.bin" else self._transitions
+                count = self._frames if name == self.spec.frames_file[0] else self._transitions
                 path.touch()
                 check_size(path, count * size)
                 os.truncate(path, count * size)
@@ -124,7 +130,7 @@ class ShardWriter:
     def _item_sizes(self) -> dict[str, int]:
         action = int(np.prod(self.spec.action_shape, dtype=int))
         return {
-            "frames.bin": int(np.prod(self.spec.frame_shape)),
+            **dict([self.spec.frames_file]),
             "actions.bin": action * np.dtype(self.spec.action_dtype).itemsize,
             "rewards.bin": 4,
             "ends.bin": 1,
@@ -154,6 +160,8 @@ class ShardWriter:
             "split": episode.split,
             **({} if number is None else {"number": number}),
         }
+        if isinstance(episode.frames, VideoFrames):
+            record["video"] = str(episode.frames.video.absolute())
         self._commit(arrays, lambda: append_line(self.shard / "episodes.jsonl", record))
 
     def extend(self, more: Episode) -> None:
@@ -166,7 +174,8 @@ class ShardWriter:
             more: begins with the last frame of that episode; the policy is that of the whole.
         """
         arrays = self._arrays(more)
-        arrays["frames.bin"] = arrays["frames.bin"][1:]
+        name = self.spec.frames_file[0]
+        arrays[name] = arrays[name][1:]
         records = read_records(self.shard)
         if not records:
             raise RecordingError(f"{self.shard} has no episode that could be lengthened")
@@ -189,7 +198,7 @@ class ShardWriter:
         ):
             if array.shape[1:] != tuple(shape):
                 raise RecordingError(f"{name} are {array.shape[1:]}, the data set has {shape}")
-        ends = episode.terminated * _TERMINATED + episode.truncated * _TRUNCATED
+        ends = episode.terminated * TERMINATED + episode.truncated * TRUNCATED
         actions = episode.actions.astype(self.spec.action_dtype)
         if not np.can_cast(episode.actions.dtype, self.spec.action_dtype, "same_kind"):
             raise RecordingError(
@@ -199,8 +208,13 @@ class ShardWriter:
             self.spec.codec.check(actions, len(episode))
         except ValueError as error:
             raise RecordingError(str(error)) from None
+        if isinstance(episode.frames, VideoFrames) != self.spec.in_videos:
+            raise RecordingError("frames lie in videos in all of a data set, or nowhere in it")
+        frames = episode.frames
         arrays = {
-            "frames.bin": episode.frames,
+            self.spec.frames_file[0]: (
+                frames.times() if isinstance(frames, VideoFrames) else np.asarray(frames)
+            ),
             "actions.bin": actions,
             "rewards.bin": episode.rewards.astype(np.float32),
             "ends.bin": ends.astype(np.uint8),
@@ -227,7 +241,7 @@ class ShardWriter:
         except BaseException:
             self._open()
             raise
-        self._frames += len(arrays["frames.bin"])
+        self._frames += len(arrays[self.spec.frames_file[0]])
         self._transitions += len(arrays["rewards.bin"])
         self._is_open = True
 
@@ -250,127 +264,26 @@ class ShardWriter:
             raise FolderError(f"{self.folder} cannot be written to: {error.strerror}") from None
 
 
-@dataclass(frozen=True)
-class EpisodeReference:
-    """Where a committed episode lies; its arrays are read on demand."""
-
-    shard: Path
-    spec: DatasetSpec
-    frame_offset: int
-    transition_offset: int
-    length: int
-    seed: int
-    policy: str
-    split: str
-    total_reward: float
-    number: int | None = None
-
-    def __len__(self) -> int:
-        """Number of transitions T."""
-        return self.length
-
-    @property
-    def key(self) -> str:
-        """Name of the episode, unique in its data set."""
-        return f"{self.shard.name}/{self.transition_offset}"
-
-    def _transitions(self, name: str, dtype: str, shape: tuple[int, ...] = ()) -> np.ndarray:
-        path = self.shard / name
-        return np.array(mapped(path, dtype, shape, self.transition_offset, self.length))
-
-    @cached_property
-    def frames(self) -> np.ndarray:
-        """uint8 (T+1, H, W, 3), memory-mapped and read-only."""
-        path, shape = self.shard / "frames.bin", tuple(self.spec.frame_shape)
-        return mapped(path, "uint8", shape, self.frame_offset, self.length + 1)
-
-    @cached_property
-    def actions(self) -> np.ndarray:
-        """(T, ...) in the stored dtype; ``actions[t]`` leads from frame t to frame t+1.
-
-        Raises:
-            RecordingError: when the file is damaged: an action lies outside the space.
-        """
-        spec = self.spec
-        actions = self._transitions("actions.bin", spec.action_dtype, tuple(spec.action_shape))
-        try:
-            spec.codec.check(actions, self.length)
-        except ValueError as error:
-            raise self._damaged("actions.bin", str(error)) from None
-        return actions
-
-    @cached_property
-    def rewards(self) -> np.ndarray:
-        """float32 (T,)."""
-        return self._transitions("rewards.bin", "float32")
-
-    @cached_property
-    def signals(self) -> np.ndarray:
-        """float32 (T, k)."""
-        count = self.spec.signals
-        if not count:
-            return np.zeros((self.length, 0), np.float32)
-        return self._transitions("signals.bin", "float32", (count,))
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        ends = self._transitions("ends.bin", "uint8")
-        if (ends[:-1] & _TERMINATED).any() or (ends > (_TERMINATED | _TRUNCATED)).any():
-            raise self._damaged("ends.bin", "an episode terminates at its last transition only")
-        return ends
-
-    def _damaged(self, name: str, reason: str) -> RecordingError:
-        return RecordingError(
-            f"{self.shard / name} is damaged in the episode of seed {self.seed}: {reason}"
-        )
-
-    @property
-    def terminated(self) -> np.ndarray:
-        """Boolean (T,)."""
-        return (self._ends & _TERMINATED) > 0
-
-    @property
-    def truncated(self) -> np.ndarray:
-        """Boolean (T,); an episode that neither terminated nor was cut off ends all the same."""
-        truncated = (self._ends & _TRUNCATED) > 0
-        truncated[-1] |= not self.terminated[-1]
-        return truncated
-
-    def load(self) -> Episode:
-        """Read the whole episode into memory."""
-        return Episode(
-            np.array(self.frames),
-            self.actions,
-            self.rewards,
-            self.terminated,
-            self.truncated,
-            self.seed,
-            self.policy,
-            self.split,
-            self.signals,
-        )
-
-
 class RecordedDataset:
-    """All committed episodes of a data-set folder."""
+    """All committed episodes of a data set, in one folder or several."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, recordings: str | os.PathLike[str]) -> None:
         """Read the commit records (not the frames).
 
+        Args:
+            recordings: the folder; or several, or addresses in object stores, separated by commas.
+
         Raises:
-            RecordingError: when the folder is no data set or a record is damaged.
+            RecordingError: when one is no data set or of another game, or a record is damaged.
         """
-        self.folder = Path(folder).expanduser()
+        folders = folders_of(recordings)
+        self.folder = folders[0]
         self.spec = DatasetSpec.load(self.folder)
-        self.episodes: list[EpisodeReference] = []
-        for shard in shard_folders(self.folder):
-            frame = transition = 0
-            for record in read_records(shard):
-                told = [record[k] for k in ("length", "seed", "policy", "split", "return")]
-                told.append(record.get("number"))
-                self.episodes.append(EpisodeReference(shard, self.spec, frame, transition, *told))
-                frame += record["length"] + 1
-                transition += record["length"]
+        for other in folders[1:]:
+            DatasetSpec.load(other).check_same(self.spec, other)
+        self._folders = folders
+        shards = [(n, shard) for n, f in enumerate(folders) for shard in shard_folders(f)]
+        self.episodes = Episodes(read_columns(shards), self.spec)
 
     def check(self, window: int = 1, splits: Sequence[str] = SPLITS) -> None:
         """Refuse what cannot be trained on, before anything begins.
@@ -390,42 +303,37 @@ class RecordedDataset:
                     "some for training and some held out for validation (validation_every says how "
                     "many)"
                 )
-            shown = [shown_transitions(e)[0] + 1 for e in episodes]
-            if not len(Places(shown, window)):
+            longest = int(shown_lengths(episodes).max()) + 1
+            if longest < window:
                 raise RecordingError(
                     f"no {split} episode of {self.folder} has {window} frames, the longest has "
-                    f"{max(shown)}: record longer episodes, or lower the frames of a training "
-                    "window"
+                    f"{longest}: record longer episodes, or lower the frames of a training window"
                 )
-        for last in {e.shard: e for e in self}.values():  # opening them checks their sizes
+        for episodes in self.episodes.by_shard().values():  # opening them checks their sizes
+            last = episodes[-1]
             _ = last.frames, last.actions, last.rewards, last.terminated, last.signals
 
-    def shard_frames(self) -> dict[Path, np.ndarray]:
-        """All committed frames of each shard, uint8 (frames, H, W, 3), memory-mapped."""
-        counts = {e.shard: e.frame_offset + e.length + 1 for e in self}
-        shape = tuple(self.spec.frame_shape)
-        return {
-            shard: mapped(shard / "frames.bin", "uint8", shape, 0, count)
-            for shard, count in counts.items()
-        }
+    def shard_frames(self) -> dict[str, Frames]:
+        """All committed frames of each shard by its name, uint8 (frames, H, W, 3)."""
+        return {name: one_after_another(each) for name, each in self.episodes.by_shard().items()}
 
     def skipped(self) -> list[dict[str, Any]]:
         """Number, seed, policy and error of episodes that could not be recorded, with writer."""
         found = []
-        for path in sorted(self.folder.glob("skipped-*.jsonl")):
+        for path in [p for f in self._folders for p in sorted(f.glob("skipped-*.jsonl"))]:
             writer = path.stem.removeprefix("skipped-")
             for record in read_lines(path, {"number": int, "seed": int, "policy": str}):
                 found.append({"writer": writer, **record})
         return found
 
-    def split(self, name: str) -> list[EpisodeReference]:
+    def split(self, name: str) -> Episodes:
         """Episodes of the split "train" or "validation"."""
-        return [e for e in self.episodes if e.split == name]
+        return self.episodes.of_split(name)
 
     @property
     def frame_count(self) -> int:
         """Frames in all committed episodes."""
-        return sum(e.length + 1 for e in self.episodes)
+        return int(self.episodes.lengths.sum()) + len(self)
 
     def __iter__(self) -> Iterator[EpisodeReference]:
         """Iterate over the episodes."""

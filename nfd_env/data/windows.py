@@ -16,7 +16,11 @@ from torch import Tensor
 from nfd_env.spaces import ActionCodec
 
 if TYPE_CHECKING:
-    from nfd_env.data.shards import EpisodeReference
+    from nfd_env.data.episodes import EpisodeReference, Episodes
+
+
+RUN = 16
+"""Frames in a row that are drawn together where decoding one costs as much as decoding many."""
 
 
 class Places:
@@ -42,6 +46,20 @@ class Places:
             raise IndexError(f"place {place} of {len(self)}")
         episode = int(np.searchsorted(self._ends, place, side="right"))
         return episode, int(place - self.number(episode, 0))
+
+    def draw(self, rng: np.random.Generator, count: int, run: int = 1) -> np.ndarray:
+        """``count`` random places; ``run`` of them follow one another, where episodes allow it."""
+        if run == 1:
+            return rng.integers(0, len(self), count)
+        begins = rng.integers(0, len(self), -(-count // run))
+        # Not beyond the episode's last place; a run that would go there begins earlier.
+        last = self._ends[np.searchsorted(self._ends, begins, side="right")] - 1
+        begins = np.minimum(begins, np.maximum(last - run + 1, last + 1 - self._room_of(begins)))
+        places = begins[:, None] + np.arange(run)
+        return np.minimum(places, last[:, None]).ravel()[:count]
+
+    def _room_of(self, places: np.ndarray) -> np.ndarray:
+        return self.room[np.searchsorted(self._ends, places, side="right")]
 
     def number(self, episode: int, first: int) -> int:
         """The place of the window that begins at frame ``first`` of an episode."""
@@ -69,6 +87,16 @@ def encoded_into(episode: EpisodeReference, codec: ActionCodec, first: int, fram
     begin = max(0, first - 1)
     encoded = codec.encode(torch.from_numpy(episode.actions[begin : first + frames - 1]))
     return torch.from_numpy(actions_into(encoded.numpy(), first - begin, frames))
+
+
+def shown_lengths(episodes: Episodes) -> np.ndarray:
+    """How many transitions of each episode are shown, int64; see ``shown_transitions``.
+
+    Episodes are looked at only where their environment may show no frame at an end.
+    """
+    if not len(episodes) or episodes[0].spec.source.get("terminal_frame", True):
+        return episodes.lengths
+    return np.array([shown_transitions(episode)[0] for episode in episodes], np.int64)
 
 
 def shown_transitions(episode: EpisodeReference) -> tuple[int, np.ndarray]:

@@ -263,7 +263,7 @@ def evaluate(
             raise ValueError(
                 f"{world.spec.name} does not remember its recordings: name them by --recordings"
             )
-        held_out = RecordedDataset(Path(folder).expanduser())
+        held_out = RecordedDataset(folder)
         if ood_signals:
             return signals.measure_signals(world, held_out, settings)
         if compare_drafts:

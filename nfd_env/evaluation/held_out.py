@@ -63,7 +63,7 @@ class EncodedEpisodes:
     """Episodes and their latents; a frame is encoded when it is first asked for."""
 
     def __init__(
-        self, model: WorldModel, episodes: list[EpisodeReference], progress: bool = False
+        self, model: WorldModel, episodes: Sequence[EpisodeReference], progress: bool = False
     ) -> None:
         """Encode frames of ``episodes`` with the tokenizer of ``model``."""
         self.episodes, self._model, self._progress = episodes, model, progress

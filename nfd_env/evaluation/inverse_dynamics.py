@@ -11,7 +11,7 @@ else it knows what players do there, and not what the keys did.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
-from nfd_env.data.windows import Places
+from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.evaluation.tables import table
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.progress import progress_bar
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.loop import TrainConfig
@@ -204,15 +205,16 @@ class InverseDynamicsStage:
         torch.manual_seed(settings.train.seed)
         self.network = InverseDynamics(self.config)
         self._device = resolve_device(settings.train.device)
+        self._in_videos = data.spec.in_videos
         self._episodes = {name: data.split(name) for name in ("train", "validation")}
         self._places = {
             # The last frame was perhaps not shown.
-            name: Places((len(episode) for episode in episodes), settings.window)
+            name: Places(episodes.lengths, settings.window)
             for name, episodes in self._episodes.items()
         }
         least = _SHOWN + settings.window  # so that worlds can be asked too
         for name, episodes in self._episodes.items():
-            if max(map(len, episodes), default=0) < least:
+            if episodes.lengths.max(initial=0) < least:
                 raise RecordingError(
                     f"{settings.recordings}: no {name} episode has {least + 1} frames: record "
                     "longer ones, or lower inverse_dynamics.window"
@@ -229,9 +231,13 @@ class InverseDynamicsStage:
         actions = np.stack([episodes[e].actions[first + config.asked] for e, first in found])
         return torch.from_numpy(frames), self.network.codec.encode(torch.from_numpy(actions))
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, rng: np.random.Generator, size: int, part: Part = WHOLE
+    ) -> tuple[Tensor, Tensor]:
         """Windows drawn uniformly from the training episodes."""
-        return self._windows("train", rng.integers(0, len(self._places["train"]), size))
+        run = RUN if self._in_videos else 1
+        places = self._places["train"].draw(rng, size, run)
+        return self._windows("train", places[part.rows(size)])
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]
@@ -348,7 +354,7 @@ def measure_actions(
     if rollouts < 2 or horizon < window:
         raise ValueError(f"rollouts must be at least 2, horizon at least the window of {window}")
     model = world.model
-    held: list[EpisodeReference] = recordings.split("validation")
+    held: Sequence[EpisodeReference] = recordings.split("validation")
     # As far as a quarter of the episodes go: the longest alone would be the same moment each time.
     lengths = sorted((len(episode) for episode in held), reverse=True)
     length = max(lengths[len(lengths) // 4], min(lengths[0], _SHOWN + window)) if held else 0

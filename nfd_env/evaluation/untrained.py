@@ -23,19 +23,20 @@ _NEVER = -1000.0  # logit of an episode's end
 def write_untrained(folder: Path, sizes: str | Path) -> None:
     """Write a world whose dynamics have the sizes of a config file.
 
-    The tokenizer is this package's default, for frames sixteen times as high and wide as the
-    latents. Every number of an action is a key that is held or not. Episodes never end.
+    The tokenizer is the file's, else this package's default, for frames sixteen times as high and
+    wide as the latents. Every number of an action is a key that is held or not. Episodes never end.
 
     Args:
         folder: where to.
-        sizes: a ``DynamicsConfig`` in YAML, e.g. configs/paper/310m.yaml.
+        sizes: a game file that says all of ``flow.model``, e.g. configs/paper/310m.yaml, or a
+            ``DynamicsConfig`` in YAML.
 
     Raises:
         ConfigError: when the file is missing or no such config.
     """
-    sized = config.load(DynamicsConfig, sizes)
+    sized, tokenized = read_sizes(sizes)
     dynamics = Dynamics(sized).eval()
-    tokenizer = Tokenizer(TokenizerConfig(latent_channels=sized.latent_channels)).eval()
+    tokenizer = Tokenizer(tokenized).eval()
     size = sized.latent_channels * sized.latent_height * sized.latent_width
     heads = Heads(HeadsConfig(latent_size=size, action_width=sized.action_width)).eval()
     with torch.no_grad():
@@ -52,3 +53,19 @@ def write_untrained(folder: Path, sizes: str | Path) -> None:
     )
     start = Context(torch.randn(2, *sized.latent_shape), torch.zeros(2, sized.action_width))
     save_world(folder, spec, tokenizer, dynamics, heads, [start], {"trained": False})
+
+
+def read_sizes(path: str | Path) -> tuple[DynamicsConfig, TokenizerConfig]:
+    """The sizes in a file, see ``write_untrained``.
+
+    Raises:
+        ConfigError: when the file is missing or no such config.
+    """
+    values = config.read(path)
+    game = isinstance(values.get("flow"), dict)
+    sized = values["flow"].get("model") or {} if game else values
+    where = f"{path}: flow.model" if game else str(path)
+    dynamics = config.from_mapping(DynamicsConfig, sized, where)
+    own = (values.get("tokenizer") or {}).get("model") or {} if game else {}
+    tokenizer = {**own, "latent_channels": dynamics.latent_channels}
+    return dynamics, config.from_mapping(TokenizerConfig, tokenizer, f"{path}: tokenizer.model")

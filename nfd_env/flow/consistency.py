@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nfd_env import parts
 from nfd_env.flow.path import data_from_velocity, expand
 from nfd_env.flow.trigflow import AngleNetwork, LevelVelocity
 
@@ -33,7 +34,7 @@ def sample_angles(
     shape: tuple[int, ...], mean: float, spread: float, device: torch.device | None = None
 ) -> Tensor:
     """Independent t = arctan(e^N(mean, spread)) in (0, pi / 2); the level is sigmoid(N)."""
-    return torch.atan(torch.exp(mean + spread * torch.randn(shape, device=device)))
+    return torch.atan(torch.exp(mean + spread * parts.randn(shape, device)))
 
 
 def tangent(
@@ -128,7 +129,7 @@ def sample_grid_steps(
     shape: tuple[int, ...], count: Tensor | int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     """Random neighbours (s_i, s_(i-1)) on the grid s_i = i / ``count``, i from 1 to ``count``."""
-    index = torch.floor(torch.rand(shape, device=device) * count)
+    index = torch.floor(parts.rand(shape, device) * count)
     return (index + 1) / count, index / count
 
 

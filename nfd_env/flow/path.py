@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nfd_env import parts
+
 
 @dataclass(frozen=True)
 class PathSample:
@@ -53,6 +55,6 @@ def sample_levels(
     ``shift`` 3 is the setting of arXiv 2506.01380; 1 leaves the logit-normal of arXiv 2403.03206.
     The share ``top`` of them is 1: all sampling begins there, and the others hardly come near it.
     """
-    u = torch.sigmoid(torch.randn(shape, device=device))
+    u = torch.sigmoid(parts.randn(shape, device))
     levels = shift * u / (1 + (shift - 1) * u)
-    return levels.masked_fill(torch.rand(shape, device=device) < top, 1) if top else levels
+    return levels.masked_fill(parts.rand(shape, device) < top, 1) if top else levels

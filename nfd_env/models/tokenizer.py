@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env import parts
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -59,6 +61,27 @@ class ResidualBlock(nn.Module):
         return x + self.second(functional.silu(self.first(functional.silu(x))))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Of all processes that work on a batch, on any device (torch's own SyncBatchNorm: CUDA)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same shape; in training of mean 0 and variance 1 over the batch."""
+        if not self.training or parts.processes() == 1:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        x = input.float()
+        mean = parts.mean(x.mean((0, 2, 3), keepdim=True))
+        variance = parts.mean((x - mean).square().mean((0, 2, 3), keepdim=True))
+        with torch.no_grad():
+            count = parts.processes() * x.numel() / x.shape[1]
+            unbiased = variance.flatten() * count / (count - 1)
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+            self.num_batches_tracked += 1
+        return ((x - mean) * (variance + self.eps).rsqrt()).to(input.dtype)
+
+
 class Tokenizer(nn.Module):
     """Encodes frames to latents of zero mean and unit variance per channel, and decodes them."""
 
@@ -79,7 +102,7 @@ class Tokenizer(nn.Module):
         encoder.append(nn.Conv2d(before, config.latent_channels, 1))
         self.encoder = nn.Sequential(*encoder)
         # Running statistics of the data, the "stored per-channel statistics" of the latents.
-        self.normalise = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.01)
+        self.normalise = BatchNorm(config.latent_channels, affine=False, momentum=0.01)
         levels = config.decoder_channels[::-1]
         decoder: list[nn.Module] = [nn.Conv2d(config.latent_channels, levels[0], 3, padding=1)]
         for channels, after in zip(levels, [*levels[1:], 0], strict=True):
@@ -112,9 +135,9 @@ class Tokenizer(nn.Module):
         latents = self.encode(frames)
         if self.training and self.config.latent_noise > 0:
             shape = len(latents), 1, 1, 1
-            strength = torch.rand(shape, dtype=torch.float32, device="cpu")
+            strength = parts.rand(shape, "cpu", torch.float32)
             strength = strength * self.config.latent_noise
-            latents = latents + strength.to(latents) * torch.randn_like(latents)
+            latents = latents + strength.to(latents) * parts.randn_like(latents)
         return self.decode(latents)
 
     def encode_frames(self, frames: Tensor) -> Tensor:

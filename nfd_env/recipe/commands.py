@@ -45,6 +45,8 @@ def train(
 ) -> int:
     """Make a world of a game: record, train, put together, report; run it again to go on.
 
+    On several GPUs: torchrun --nproc-per-node=N -m nfd_env train GAME.
+
     Args:
         game: the game file, see ``nfd init``.
         overrides: key.sub=value, over the file.
@@ -54,11 +56,18 @@ def train(
             world or report; with rounds also agent_2, record_2 and so on.
         keep_going: go on where a stage's result is not good enough.
     """
+    from nfd_env.devices import resolve_device
+    from nfd_env.recipe.follow import follow
     from nfd_env.recipe.game import load_game
     from nfd_env.recipe.run import Recipe
+    from nfd_env.training.ranks import joined
 
-    recipe = Recipe(load_game(game, overrides, minutes, device), keep_going)
-    print(recipe.run(stage))
+    described = load_game(game, overrides, minutes, device)
+    with joined(resolve_device(described.device)) as ranks:
+        if not ranks.first:
+            return follow(ranks)
+        recipe = Recipe(described, keep_going, ranks=ranks)
+        print(recipe.run(stage))
     return 0
 
 

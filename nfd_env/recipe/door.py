@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig
 from nfd_env.training.flow import FlowTrainingConfig
 from nfd_env.training.heads import HeadsTrainingConfig
+from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerTrainingConfig
 
 SCHEMAS: dict[str, Any] = {
@@ -140,7 +142,7 @@ def look_at_recordings(game: GameConfig) -> Look:
     Raises:
         RecordingError: when there are none.
     """
-    recordings = RecordedDataset(game.recordings_folder)
+    recordings = RecordedDataset(game.recordings_place)
     if not len(recordings):
         raise RecordingError(
             f"{recordings.folder} holds no episodes: set recordings to a data set's folder, or "
@@ -150,7 +152,7 @@ def look_at_recordings(game: GameConfig) -> Look:
     return Look(list(recordings.spec.frame_shape[:2]), codec.width)
 
 
-def check(game: GameConfig, device: str, seen: Look) -> float:
+def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> float:
     """Refuse settings that do not fit, a budget that is too small and a disk that is too full.
 
     Returns:
@@ -173,8 +175,9 @@ def check(game: GameConfig, device: str, seen: Look) -> float:
         ends=10,
         mean_return=0.0,
     )
-    plan = planning.settings(first, measures, device, seen.action_width)
+    plan = planning.settings(first, measures, device, seen.action_width, ranks.count)
     built = check_settings(plan, seen)
+    check_parts(built, ranks)
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
     _check_room(game, seen, networks)
@@ -223,6 +226,20 @@ def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
     built = {name: built_from(name, getattr(plan, name)) for name in SCHEMAS}
     _check_fit(built, seen)
     return built
+
+
+def check_parts(built: Mapping[str, Any], ranks: Ranks, finished: Collection[str] = ()) -> None:
+    """Refuse batches that the processes cannot share equally.
+
+    Raises:
+        ConfigError: naming the stage, and what would fit.
+    """
+    for name in planning.SHARED:
+        if name not in finished:
+            try:
+                built[name].train.check_parts(ranks)
+            except ValueError as error:
+                raise config.ConfigError(f"{name}.train: {error}") from None
 
 
 def built_from(name: str, values: dict[str, Any]) -> Any:

@@ -42,7 +42,8 @@ class GameConfig:
         policies: who plays while it is recorded.
         recording_kwargs: ``gymnasium.make`` arguments for recording only.
         signals: see ``CollectConfig.signals``: what heads may be told beyond the picture.
-        recordings: a data set that is there already, instead of recording; "" to record.
+        recordings: a data set that is there already, instead of recording; "" to record. A folder,
+            or several, or addresses in object stores ("s3://..."), separated by commas.
         teacher: whether the world keeps the many-step teacher too.
         small: side in pixels of the smallest thing that matters; 0 to measure it on the recordings.
         inverse_dynamics: settings that are not to be derived, see
@@ -89,6 +90,8 @@ class GameConfig:
             raise ValueError(f"minutes must be above 0, got {self.minutes}")
         if not 1 <= self.rounds <= _MOST_ROUNDS:
             raise ValueError(f"rounds must be from 1 to {_MOST_ROUNDS}, got {self.rounds}")
+        if self.rounds > 1 and ("," in self.recordings or "://" in self.recordings):
+            raise ValueError("later rounds join recordings: with rounds, name one folder on a disk")
         if self.frames < 0 or self.workers < 0 or self.seed < 0 or self.world_steps < 0:
             raise ValueError("frames, workers, seed and world_steps must not be negative")
         if self.seed >= 2**63:
@@ -105,10 +108,9 @@ class GameConfig:
         return Path(self.folder or f"runs/{snake_case(self.name)}").expanduser()
 
     @property
-    def recordings_folder(self) -> Path:
-        """The data set."""
-        own = self.run_folder / "recordings"
-        return Path(self.recordings).expanduser() if self.recordings else own
+    def recordings_place(self) -> str:
+        """Where the data set is, see ``RecordedDataset``."""
+        return self.recordings or str(self.run_folder / "recordings")
 
     @property
     def world_folder(self) -> Path:
@@ -119,7 +121,7 @@ class GameConfig:
         """What ``nfd collect`` records, in all ``frames`` frames."""
         return CollectConfig(
             source=self.source,
-            folder=str(self.recordings_folder),
+            folder=self.recordings_place,
             frames=frames,
             policies=self.policies,
             workers=self.workers or os.cpu_count() or 1,

@@ -36,6 +36,8 @@ _WITHOUT_EFFECT = (
     "checkpoint_seconds",
     "folder",
     "precision",
+    "accumulate",
+    "shard_above",
 )
 _SHORT = 20.0  # seconds that a stage takes in any case
 _ONCE = ("inverse_dynamics", "report")  # stages that a run has once, however many rounds
@@ -65,6 +67,7 @@ class Ledger:
         self.stages = rounds.stages(game.rounds)
         self.records: dict[str, StageRecord] = {}
         self.number = 1
+        self.processes = 1  # that share a batch
         self._measured: dict[str, GameMeasures] = {}
 
     @property
@@ -110,7 +113,7 @@ class Ledger:
         return fingerprint_of(path)  # not of the file: equal weights may differ in its header
 
     def _measures(self) -> GameMeasures:
-        recordings = RecordedDataset(self.here.recordings_folder)
+        recordings = RecordedDataset(self.here.recordings_place)
         digest = recordings_digest(recordings)
         if digest not in self._measured:
             self._measured[digest] = measure(recordings)
@@ -191,7 +194,7 @@ class Ledger:
             with self._in_round(game.rounds):
                 made = self.record("world").made_from
             return fingerprint_values({"world": made, "reader": self._digest("inverse_dynamics")})
-        inputs = {"recordings": recordings_digest(RecordedDataset(self.here.recordings_folder))}
+        inputs = {"recordings": recordings_digest(RecordedDataset(self.here.recordings_place))}
         if stage not in ("inverse_dynamics", "tokenizer"):
             inputs["tokenizer"] = self._digest("tokenizer")
         if stage == "encode":
@@ -217,7 +220,7 @@ class Ledger:
         """Those of the round's agent that need no timing."""
         folder = self.here.run_folder / "agent"
         with self._in_round(self.number - 1):
-            world, recordings = self.world_folder, RecordedDataset(self.here.recordings_folder)
+            world, recordings = self.world_folder, RecordedDataset(self.here.recordings_place)
         return rounds.agent_settings(self.game, folder, world, self.device, recordings)
 
     # By which settings.
@@ -253,8 +256,8 @@ class Ledger:
             plan = rounds.later_plan(before, self.game, here, self.number, self.world_folder)
         else:
             assert measures is not None
-            width = RecordedDataset(here.recordings_folder).spec.codec.width
-            plan = planning.settings(here, measures, self.device, width)
+            width = RecordedDataset(here.recordings_place).spec.codec.width
+            plan = planning.settings(here, measures, self.device, width, self.processes)
         plan = replace(plan, made_for=made_for)
         if old is not None and all(
             old.made_for[key] == made_for[key] for key in ("minutes", "device")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.measure import label
 
-from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+from nfd_env.data.episodes import Episodes
+from nfd_env.data.shards import RecordedDataset, RecordingError
 
 _PAIRS = 256  # pairs of consecutive frames that are looked at
 _MOVED = 24  # grey levels by which a pixel must change to count as moved
@@ -78,17 +79,15 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
         moved=float(np.mean(shares)),
         frozen_moving_psnr=float(10 * np.log10(255**2 / max(squares / count, 1e-9))),
         episodes=len(train),
-        median_length=float(np.median([len(e) for e in train])),
-        longest=max(len(e) for e in held_out),
-        ends=sum(bool(e.terminated[-1]) for e in held_out),
-        mean_return=float(np.mean([e.total_reward for e in recordings])),
+        median_length=float(np.median(train.lengths)),
+        longest=int(held_out.lengths.max()),
+        ends=int(held_out.terminated().sum()),
+        mean_return=float(np.mean(recordings.episodes.returns)),
     )
 
 
-def _pairs(
-    episodes: list[EpisodeReference], rng: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    lengths = np.array([len(e) for e in episodes])
+def _pairs(episodes: Episodes, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+    lengths = episodes.lengths
     chosen = rng.choice(len(episodes), _PAIRS, p=lengths / lengths.sum())
     pairs = []
     for number in chosen:

@@ -25,6 +25,7 @@ from nfd_env.training.optimiser import has_muon
 
 # Shares of the time that is left after recording. The flow model profits longest from more steps.
 SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
+SHARED = ("tokenizer", "flow", "distill")  # stages that several processes train together
 _RESERVE = 0.1  # for encoding, calibration and the report
 AGENT_SHARE = 0.25  # of a later round's time, see nfd_env.recipe.rounds
 _VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
@@ -109,7 +110,11 @@ def frames_to_record(game: GameConfig, rate: float, encoding: float) -> int:
 
 
 def choose_grid(
-    height: int, width: int, small: float, allowed: tuple[int, ...] = (2, 3, 4)
+    height: int,
+    width: int,
+    small: float,
+    allowed: tuple[int, ...] = (2, 3, 4),
+    patch: int = 0,
 ) -> Grid:
     """The grid of latents for frames of a size, in which things of side ``small`` are kept.
 
@@ -121,11 +126,19 @@ def choose_grid(
         width: of a frame, in pixels.
         small: side in pixels of the smallest moving things; infinite for no such.
         allowed: levels to choose from.
+        patch: latents a token along each side, where somebody has decided that: then there may be
+            any number of tokens. 0 to choose it.
 
     Raises:
-        PlanError: when no grid has from 12 to 32 tokens.
+        PlanError: when no grid has from 12 to 32 tokens, or none has such a patch.
     """
-    found = _grids(height, width, small, allowed)
+    found = _grids(height, width, small, allowed, patch)
+    if not found and patch:
+        raise PlanError(
+            f"frames of {height}x{width} cannot be cut into tokens of flow.model.patch {patch} at "
+            f"{' or '.join(str(2**n) for n in allowed)} pixels a latent: set source.size, or leave "
+            "the patch out"
+        )
     if not found:
         raise PlanError(
             f"frames of {height}x{width} cannot be cut into {_TOKENS[0]} to {_TOKENS[1]} equal "
@@ -135,9 +148,14 @@ def choose_grid(
 
 
 def _grids(
-    height: int, width: int, small: float, allowed: tuple[int, ...] = (2, 3, 4)
+    height: int,
+    width: int,
+    small: float,
+    allowed: tuple[int, ...] = (2, 3, 4),
+    own: int = 0,
 ) -> list[tuple[float, Grid]]:
-    """All grids with few enough tokens, and what speaks against each."""
+    """All grids with few enough tokens, or with one's own patch, and what speaks against each."""
+    fewest, most = (1, sys.maxsize) if own else _TOKENS
     found = []
     for levels in allowed:
         if height % 2**levels or width % 2**levels:
@@ -146,9 +164,9 @@ def _grids(
         channels = 16 if levels == 4 else 8
         cost = abs(math.log2(rows * columns * channels / _LATENTS))
         cost += 3 * max(0.0, levels - math.log2(max(4.0, small)))
-        for patch in (1, 2, 3, 4, 5, 6, 8):
+        for patch in (own,) if own else (1, 2, 3, 4, 5, 6, 8):
             grid = Grid(levels, channels, rows, columns, patch)
-            if rows % patch or columns % patch or not _TOKENS[0] <= grid.tokens <= _TOKENS[1]:
+            if rows % patch or columns % patch or not fewest <= grid.tokens <= most:
                 continue
             found.append((cost + 0.1 * abs(math.log2(grid.tokens / 16)), grid))
     return found
@@ -203,14 +221,17 @@ class Plan:
     export: dict[str, Any] = field(default_factory=dict)
 
 
-def settings(game: GameConfig, measures: GameMeasures, device: str, action_width: int) -> Plan:
-    """The plan but for the numbers of steps."""
-    folder, data = game.run_folder, str(game.recordings_folder)
+def settings(
+    game: GameConfig, measures: GameMeasures, device: str, action_width: int, processes: int = 1
+) -> Plan:
+    """The plan but for the numbers of steps; ``processes`` share the batches of ``SHARED``."""
+    folder, data = game.run_folder, game.recordings_place
     height, width = measures.frame_size
     # What a user chose for the tokenizer holds for everything that is built on it.
     own = game.tokenizer.get("model") or {}
     allowed = (len(own["encoder_channels"]),) if own.get("encoder_channels") else (2, 3, 4)
-    grid = choose_grid(height, width, game.small or measures.small, allowed)
+    patch = int((game.flow.get("model") or {}).get("patch", 0))
+    grid = choose_grid(height, width, game.small or measures.small, allowed, patch)
     grid = replace(grid, channels=own.get("latent_channels", grid.channels))
     gpu = device.startswith("cuda")
     pixels = height * width
@@ -236,12 +257,15 @@ def settings(game: GameConfig, measures: GameMeasures, device: str, action_width
         "ending_share": 0.2 if measures.ends else 0.0,
     }
 
-    def train(name: str, **values: Any) -> dict[str, Any]:
+    def train(name: str, batch_size: int, **values: Any) -> dict[str, Any]:
+        own = getattr(game, name).get("train") or {}
+        parts = processes * int(own.get("accumulate", 1)) if name in SHARED else 1
         return {
             "folder": str(folder / name),
             "steps": _FEWEST[name],
             "seed": game.seed,
             "device": device,
+            "batch_size": -(-batch_size // parts) * parts,
             **values,
         }
 
@@ -386,9 +410,12 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def with_smaller_batch(
-    plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float
+    plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float, parts: int = 1
 ) -> Plan:
-    """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``."""
+    """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``.
+
+    A batch of ``parts`` equal ones stays one.
+    """
     values = getattr(plan, name)
     own = getattr(game, name).get("train", {})
     share = max(0.0, seconds) / (per_step * _FEWEST[name])
@@ -396,6 +423,7 @@ def with_smaller_batch(
         return plan
     train = values["train"]
     size = max(2, int(train["batch_size"] * share))
+    size = max(parts, size // parts * parts)
     return replace(plan, **{name: {**values, "train": {**train, "batch_size": size}}})
 
 

@@ -49,7 +49,7 @@ def write_report(recipe: Recipe) -> Path:
         CheckpointError: when the world cannot be loaded.
     """
     game = recipe.game
-    recordings = RecordedDataset(recipe.here.recordings_folder)
+    recordings = RecordedDataset(recipe.here.recordings_place)
     real, made = play_held_out(load_world(game.world_folder, recipe.device), recordings)
     rows = compare(real, made)
     parts = [

@@ -107,7 +107,7 @@ def played_by_agent(game: GameConfig, number: int, agent: Path, world: Path) -> 
 def own_recordings(game: GameConfig, number: int) -> Path:
     """What was recorded in a round."""
     if number == 1:
-        return game.recordings_folder
+        return Path(game.recordings_place).expanduser()
     return game.run_folder / f"round_{number}" / "recordings"
 
 
@@ -156,7 +156,7 @@ def later_plan(before: Plan, game: GameConfig, here: GameConfig, number: int, wo
         number: of the round.
         world: where the round's world goes.
     """
-    folder, data = here.run_folder, str(here.recordings_folder)
+    folder, data = here.run_folder, here.recordings_place
 
     def weights(name: str) -> str:
         return str(folder / name / "model.safetensors")

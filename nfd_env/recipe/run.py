@@ -53,6 +53,7 @@ from nfd_env.training.export import export
 from nfd_env.training.flow import FlowStage
 from nfd_env.training.heads import HeadsStage
 from nfd_env.training.loop import train
+from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerStage
 from nfd_env.worlds.load import load_world
 
@@ -72,14 +73,18 @@ class Recipe(Ledger):
         keep_going: bool = False,
         say: Callable[[str], None] = print,
         progress: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Prepare; ``keep_going`` after a gate that stops, ``say`` lines to the user.
+
+        ``ranks``: this is the first of them, and the others ``follow``.
 
         Raises:
             DeviceError: when the device is not there.
         """
         super().__init__(game)
         self._keep_going, self._say, self._shown = keep_going, say, progress
+        self._ranks, self.processes = ranks, ranks.count
         self._progress = Progress(self.stages, say, progress)
         self._seen: door.Look | None = None
         self._encoding = 0.0  # seconds a frame
@@ -144,9 +149,11 @@ class Recipe(Ledger):
         recorded = self.records.get("record")
         if recorded is None or not recorded.finished:
             self._seen = door.look(self.game)
-            self._encoding = door.check(self.game, self.device, self._seen)
+            self._encoding = door.check(self.game, self.device, self._seen, self._ranks)
         else:
-            door.check_settings(self._plan(), door.look_at_recordings(self.game))
+            built = door.check_settings(self._plan(), door.look_at_recordings(self.game))
+            finished = {name for name, record in self.records.items() if record.finished}
+            door.check_parts(built, self._ranks, finished)
 
     # Stages, in their order.
 
@@ -176,7 +183,7 @@ class Recipe(Ledger):
                 world = self.world_folder
             game = rounds.played_by_agent(self.game, self.number, agent, world)
         if game.recordings:
-            recordings = RecordedDataset(game.recordings_folder)
+            recordings = RecordedDataset(game.recordings_place)
         elif imported:
             with self._timed(record):
                 recordings = collect(game.collect_config(1), self._shown)
@@ -187,7 +194,7 @@ class Recipe(Ledger):
                     self._save()
                 frames = game.frames or int(record.extra["frames"])
                 if record.finished and self.number > 1:  # its players take long to be loaded
-                    recordings = RecordedDataset(game.recordings_folder)
+                    recordings = RecordedDataset(game.recordings_place)
                 else:
                     short = door.with_short_episodes(game, frames)
                     recordings = collect(short.collect_config(frames), self._shown)
@@ -204,7 +211,7 @@ class Recipe(Ledger):
         if self.number > 1:
             # Everything before, as the round before took it, and what was recorded now.
             earlier = [rounds.own_recordings(self.game, n) for n in range(1, self.number + 1)]
-            rounds.join(earlier, self.here.recordings_folder)
+            rounds.join(earlier, Path(self.here.recordings_place))
             played = rounds.returns(recordings)
             told = {name: asdict(scored) for name, scored in played.items()}
             record.extra = {**(record.extra or {}), "returns": told}
@@ -219,7 +226,7 @@ class Recipe(Ledger):
         else:
             rate = door.look(game).rate
             with self._in_round(1):
-                recorded = RecordedDataset(self.here.recordings_folder).frame_count
+                recorded = RecordedDataset(self.here.recordings_place).frame_count
             encoding = self.records["encode"].seconds / recorded
         return planning.frames_to_record(game, rate, encoding)
 
@@ -278,7 +285,8 @@ class Recipe(Ledger):
             if self.number > 1 and self.record("tokenizer").extra == {"kept": True}:
                 with self._in_round(self.number - 1):
                     rounds.take_over(Path(self._plan().flow["latents"]), latents)
-            encode(settings, False, self._progress)
+            self._ranks.tell({"stage": "encode", "settings": asdict(settings)})
+            encode(settings, False, self._progress, self._ranks)
         mean, deviation = latent_statistics(latents)
         record.metrics = {"mean": mean, "deviation": deviation}
         found = gates.latent_gates(mean, deviation)
@@ -312,7 +320,7 @@ class Recipe(Ledger):
             if not values["teacher"]:  # shipped itself where the student is not near it
                 values["int8"] = [n for n in values.get("int8", []) if n != "teacher"]
             made = export(door.built_from("export", values))
-            recordings = RecordedDataset(self.here.recordings_folder)
+            recordings = RecordedDataset(self.here.recordings_place)
             world = load_world(made, self.device, "fp32")
             windows = int(min(192, 32 + 4 * self.here.minutes))
             found = calibrate(world, recordings, windows, seed=self.game.seed)
@@ -339,7 +347,7 @@ class Recipe(Ledger):
         world = load_world(self.game.world_folder, self.device)
         network = load_inverse_dynamics(self.weights("inverse_dynamics"), world)
         # Those that the net has learned on: agents have habits, by which actions could be guessed.
-        recordings = RecordedDataset(self.game.recordings_folder)
+        recordings = RecordedDataset(self.game.recordings_place)
         rollouts = int(min(32, max(8, self.game.minutes)))
         return measure_actions(
             world, recordings, network, rollouts, seed=self.game.seed, progress=self._shown
@@ -369,7 +377,9 @@ class Recipe(Ledger):
             if self.number > 1 and name in ("flow", "heads"):
                 self._judge_before(name, stage, judged)
             settings = stage.settings.train
-            metrics = train(stage, settings, False, self._progress)
+            ranks = self._ranks_of(name)
+            ranks.tell({"stage": name, "settings": values})
+            metrics = train(stage, settings, False, self._progress, ranks)
         record.steps = settings.steps
         record.metrics = {key: float(value) for key, value in metrics.items()}
         found = judged(record.metrics)
@@ -377,12 +387,16 @@ class Recipe(Ledger):
             record.extra["after"] = {gate.name: gate.value for gate in found}
         self._finish(name, record, found)
 
+    def _ranks_of(self, name: str) -> Ranks:
+        """The processes that train a stage."""
+        return self._ranks if name in planning.SHARED else ALONE
+
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
         left = 60 * self.here.minutes
         if name != "inverse_dynamics":  # which is to judge all worlds alike
             left = max(1.0, self.time_left())
-        plan = timed(plan, self.here, name, stage, left)
+        plan = timed(plan, self.here, name, stage, left, self._ranks_of(name).count)
         self._store(plan)
         steps = getattr(plan, name)["train"]["steps"]
         self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")

@@ -21,7 +21,9 @@ from nfd_env.training.optimiser import Optimiser
 _TRIED = 2  # samples of a batch by which a stage's speed is known roughly
 
 
-def timed(plan: Plan, game: GameConfig, name: str, stage: Stage, left: float) -> Plan:
+def timed(
+    plan: Plan, game: GameConfig, name: str, stage: Stage, left: float, processes: int = 1
+) -> Plan:
     """``plan`` with the batch and the steps of a stage, by its speed.
 
     Args:
@@ -30,16 +32,22 @@ def timed(plan: Plan, game: GameConfig, name: str, stage: Stage, left: float) ->
         name: of the stage.
         stage: ready to train.
         left: seconds that are left for it and the later ones.
+        processes: that share a batch; this one is timed with its own part.
     """
     begin = time.monotonic()
     train = getattr(plan, name)["train"]
     validation = validation_seconds(stage, str(train["device"]))
     # A whole batch may take longer than such a budget has; time falls less than the batch does.
-    tried = {**train, "batch_size": min(_TRIED, train["batch_size"])}
-    most = seconds_per_step(stage, tried) * train["batch_size"] / tried["batch_size"]
+    turns = int(train.get("accumulate", 1))
+    part = train["batch_size"] // (processes * turns)
+    tried = {**train, "batch_size": min(_TRIED, part)}
+    most = turns * seconds_per_step(stage, tried) * part / tried["batch_size"]
     seconds = max(1.0, left - (time.monotonic() - begin)) * planning.share_of(name)
-    plan = planning.with_smaller_batch(plan, game, name, seconds - validation, most)
-    per_step = seconds_per_step(stage, getattr(plan, name)["train"])
+    parts = processes * turns
+    plan = planning.with_smaller_batch(plan, game, name, seconds - validation, most, parts)
+    train = getattr(plan, name)["train"]
+    part = train["batch_size"] // parts
+    per_step = turns * seconds_per_step(stage, {**train, "batch_size": part})
     return planning.with_steps(plan, game, name, seconds, per_step, validation)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env import parts
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.trigflow import LevelVelocity
 from nfd_env.models.dynamics import Dynamics
@@ -108,9 +109,9 @@ def hinge(
     """
     levels = sample_levels(real.shape[:2], 1.0, real.device)
     with torch.no_grad():
-        noisy = interpolate(real, torch.randn_like(real), levels).x
+        noisy = interpolate(real, parts.randn_like(real), levels).x
         of_real = features(teacher, noisy, levels)
-    noisy = interpolate(made, torch.randn_like(made), levels).x
+    noisy = interpolate(made, parts.randn_like(made), levels).x
     of_made = features(teacher, noisy, levels)
     frozen = {name: p.detach() for name, p in judge.named_parameters()}
     scores = torch.func.functional_call(judge, frozen, (of_made,))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nfd_env import parts
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -28,6 +29,7 @@ from nfd_env.flow.trigflow import LevelVelocity, consistency, trig_network
 from nfd_env.inference.sampling import Sampler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.adversarial import AdversarialConfig, Judge, TeacherFeatures, hinge
 from nfd_env.training.continuous import smooth_levels
 from nfd_env.training.distill_validation import (
@@ -112,12 +114,13 @@ class DistillTrainingConfig(WindowTrainingConfig):
 
 
 class Batch(NamedTuple):
-    """What one step trains on; the switches are fixed before the loss is compiled."""
+    """What a step trains on; the switches are fixed before the loss is compiled."""
 
     latents: Tensor
     actions: Tensor
     discrete: bool
     adversarial: bool
+    ends_step: bool
 
 
 class Distiller(nn.Module):
@@ -183,15 +186,16 @@ class DistillStage(LatentStage):
             for name in (*self._rollout_losses, "frechet", "texture")
         ]
 
-    def batch(self, rng: np.random.Generator, size: int) -> Batch:
-        """Latents (size, frames, C, h, w), the actions leading into them, and what to train."""
-        latents, actions = self.settings.draw(self._train, rng, size)
+    def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Batch:
+        """Latents (rows, frames, C, h, w), the actions leading into them, and what to train."""
+        latents, actions = self.settings.draw(self._train, rng, size, part)
         step, adversarial = int(self.network.steps), self.settings.adversarial
         return Batch(
             latents,
             actions,
             step < self.settings.discrete_steps,
             adversarial.weight > 0 and step >= adversarial.start,
+            part.ends_step,
         )
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -201,7 +205,7 @@ class DistillStage(LatentStage):
         history_levels = self.settings.history_levels.sample(
             latents.shape[:2], self.settings.shift, self._device
         )
-        history = interpolate(latents, torch.randn_like(latents), history_levels).x
+        history = interpolate(latents, parts.randn_like(latents), history_levels).x
 
         def given_history(dynamics: Dynamics) -> LevelVelocity:
             # Closed over and not passed on: forward mode gives the history no tangent.
@@ -211,7 +215,7 @@ class DistillStage(LatentStage):
 
         teacher, student = given_history(self._teacher), given_history(network.student)
         step = network.steps.clone()
-        if network.training:
+        if network.training and batch.ends_step:
             network.steps += 1
         kind = self._discrete if batch.discrete else self._continuous
         error, made, logs = kind(network, teacher, student, latents, step)
@@ -235,7 +239,7 @@ class DistillStage(LatentStage):
         s = self.settings
         count = grid_size(step / max(1, s.discrete_steps), s.coarsest_grid, s.grid_doublings)
         now, after = sample_grid_steps(latents.shape[:2], count, self._device)
-        x = interpolate(latents, torch.randn_like(latents), now).x
+        x = interpolate(latents, parts.randn_like(latents), now).x
         with torch.no_grad():
             moved = jump(teacher, x, now, after, s.solver)
         velocity = student(x, now)
@@ -252,7 +256,7 @@ class DistillStage(LatentStage):
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         s = self.settings
         angle = sample_angles(latents.shape[:2], s.level_mean, s.level_spread, self._device)
-        noise = torch.randn_like(latents)
+        noise = parts.randn_like(latents)
         x = expand(angle.cos(), latents) * latents + expand(angle.sin(), latents) * noise
         with torch.no_grad():
             drift = trig_network(teacher)(x, angle)

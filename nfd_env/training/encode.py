@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nfd_env.progress import progress_bar
 from nfd_env.stopping import stopping
 from nfd_env.training.checkpoints import writing
 from nfd_env.training.loop import Progress
+from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.recorded import open_recordings
 
 _CHUNK = 64  # frames encoded at a time
@@ -45,7 +47,12 @@ class EncodeConfig:
     device: str = "cpu"
 
 
-def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | None = None) -> None:
+def encode(
+    settings: EncodeConfig,
+    progress: bool = True,
+    on_step: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
     """Write one ``SHARD.npy`` of float16 latents (frames, C, h, w) a shard.
 
     Shards that are there already, by the same tokenizer, are kept: run it again to go on after a
@@ -55,6 +62,7 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
         settings: what to encode.
         progress: show a bar.
         on_step: called with frames done and frames in all.
+        ranks: processes that call this together, and encode a share of the shards each.
 
     Raises:
         CheckpointError: when there is no such tokenizer.
@@ -68,11 +76,12 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
     network = load_weights(tokenizer, Tokenizer, TokenizerConfig).to(device)
     identity = fingerprint_of(tokenizer)
     precision = choose_precision("auto", device)
-    shards = recordings.shard_frames()
-    done, total = 0, sum(map(len, shards.values()))
+    shards = list(recordings.shard_frames().items())[ranks.rank :: ranks.count]
+    done, total = 0, sum(len(frames) for _, frames in shards)
     with (
-        owned_folder(folder),
+        owned_folder(folder) if ranks.first else nullcontext(),
         stopping() as stop,
+        ranks.losing_none(stop),
         stop.at_once(),
         progress_bar(None, "encoding", progress, total=total, unit="frame") as bar,
     ):
@@ -84,15 +93,10 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
             if on_step is not None:
                 on_step(done, total)
 
-        for left in folder.glob(".*.tmp.npy"):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-        stamp = folder / STAMP
-        if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
-            for old in folder.glob("*.npy"):
-                old.unlink()
-            with writing(folder), atomic_write(stamp) as temporary:
-                temporary.write_text(identity, encoding="utf-8")
-        for shard, frames in shards.items():
+        if ranks.first:
+            _clear(folder, identity)
+        ranks.wait()
+        for shard, frames in shards:
             if _stored(folder, shard) == len(frames):
                 advance(len(frames))
                 continue
@@ -103,8 +107,21 @@ def encode(settings: EncodeConfig, progress: bool = True, on_step: Progress | No
                     latents = network.encode_frames(chunk)
                 parts.append(latents.half().cpu().numpy())
                 advance(len(chunk))
-            with writing(folder), atomic_write(folder / f"{shard.name}.npy") as temporary:
+            with writing(folder), atomic_write(folder / f"{shard}.npy") as temporary:
                 np.save(temporary, np.concatenate(parts))
+        ranks.wait()
+
+
+def _clear(folder: Path, identity: str) -> None:
+    """Take away what another tokenizer has made, or a process that was killed while it wrote."""
+    for left in folder.glob(".*.tmp.npy"):
+        left.unlink(missing_ok=True)
+    stamp = folder / STAMP
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
+        for old in folder.glob("*.npy"):
+            old.unlink()
+        with writing(folder), atomic_write(stamp) as temporary:
+            temporary.write_text(identity, encoding="utf-8")
 
 
 def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: str | Path) -> None:
@@ -129,9 +146,9 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
     raise NotEncodedError(f"{latents} {reason}: run the stage encode first")
 
 
-def _stored(folder: Path, shard: Path) -> int:
+def _stored(folder: Path, shard: str) -> int:
     """Latents on disk of a shard; 0 where the file is missing or damaged."""
     try:
-        return len(np.load(folder / f"{shard.name}.npy", mmap_mode="r"))
+        return len(np.load(folder / f"{shard}.npy", mmap_mode="r"))
     except (OSError, EOFError, ValueError, TypeError):
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,7 @@ def _check_recordings(recordings: RecordedDataset, origins: Mapping[str, Origin]
 
 
 def _moments(
-    episodes: list[EpisodeReference], settings: ExportConfig
+    episodes: Sequence[EpisodeReference], settings: ExportConfig
 ) -> list[tuple[EpisodeReference, int]]:
     """Where the starts lie: episodes and the number of each start's first frame."""
     # Places for the first frame, so that margin frames follow the last one.

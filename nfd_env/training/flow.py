@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nfd_env import parts
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.latent_stage import (
     CONTEXT,
     LEAST_HORIZON,
@@ -105,9 +107,11 @@ class FlowStage(LatentStage):
         distinct = torch.unique(torch.cat(first), dim=0)
         return torch.cat((distinct[:256], torch.zeros(1, distinct.shape[1])))
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
-        """Latents (size, frames, C, h, w) and the actions leading into them."""
-        return self.settings.draw(self._train, rng, size)
+    def batch(
+        self, rng: np.random.Generator, size: int, part: Part = WHOLE
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (rows, frames, C, h, w) and the actions leading into them."""
+        return self.settings.draw(self._train, rng, size, part)
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]
@@ -139,12 +143,12 @@ class FlowStage(LatentStage):
         latents, actions = (x.to(self._device) for x in batch)
         shift, shape = self.settings.level_shift, latents.shape[:2]
         levels = sample_levels(shape, shift, self._device, _FROM_NOISE)
-        sample = interpolate(latents, torch.randn_like(latents), levels)
+        sample = interpolate(latents, parts.randn_like(latents), levels)
         if self.settings.history == "shared":
             velocity = network(sample.x, levels, actions)
             return (velocity.float() - sample.velocity).square(), None
         history_levels = self.settings.history_levels.sample(shape, shift, self._device)
-        history = interpolate(latents, torch.randn_like(latents), history_levels).x
+        history = interpolate(latents, parts.randn_like(latents), history_levels).x
         velocity, deviation = network.two_copies(history, history_levels, sample.x, levels, actions)
         error = (velocity.float() - sample.velocity).square()
         # The first frame of a window has no history to follow from.

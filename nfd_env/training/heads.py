@@ -16,6 +16,7 @@ from nfd_env.data.latents import LatentEpisode
 from nfd_env.data.shards import RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.latent_stage import LatentStage, LatentTrainingConfig
 from nfd_env.training.recorded import check_rewards
 from nfd_env.training.segments import SegmentSampler
@@ -137,11 +138,10 @@ class HeadsStage(LatentStage):
         names = ["end", "end_over_constant", "reward_absolute_error", "reward_over_constant"]
         return names + ["signal"] * bool(self.config.signals)
 
-    def batch(self, rng: np.random.Generator, size: int) -> Sequences:
+    def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Sequences:
         """Sequences of ``frames`` transitions, padded at the end."""
         rows = []
-        for _ in range(size):
-            segment = self._segments.draw(rng)
+        for segment in [self._segments.draw(rng) for _ in range(size)][part.rows(size)]:
             episode = self._train.episodes[segment.number]
             parts = _parts(episode, segment.start, segment.stop)
             weight = self._segments.importance(segment)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nfd_env import parts
 from nfd_env.flow.path import sample_levels
 
 _LONGEST = 4  # drafted frames in a row
@@ -53,15 +54,15 @@ class HistoryLevels:
             level_shift: of the training levels, see ``nfd_env.flow.path.sample_levels``.
             device: of the result.
         """
-        levels = torch.rand(shape, device=device) ** self.skew * self.max_level
+        levels = parts.rand(shape, device) ** self.skew * self.max_level
         if not self.draft_share:
             return levels
-        drafted = torch.rand(shape, device=device) < self.draft_share
-        goes_on = torch.rand(shape, device=device) < 0.5
+        drafted = parts.rand(shape, device) < self.draft_share
+        goes_on = parts.rand(shape, device) < 0.5
         begun = drafted
         for _ in range(_LONGEST - 1):
             begun = functional.pad(begun[:, :-1], (1, 0)) & goes_on
             drafted = drafted | begun
         row = sample_levels((shape[0], 1), level_shift, device)
-        row = row.masked_fill(torch.rand((shape[0], 1), device=device) < 0.5, 1.0)
+        row = row.masked_fill(parts.rand((shape[0], 1), device) < 0.5, 1.0)
         return torch.where(drafted, row, levels)

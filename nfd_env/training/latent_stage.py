@@ -19,6 +19,7 @@ from nfd_env.metrics import standing_out
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights
+from nfd_env.parts import Part
 from nfd_env.training.encode import check_encoded
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
@@ -86,10 +87,10 @@ class WindowTrainingConfig(LatentTrainingConfig):
             raise ValueError(f"rollouts must be at least 1, got {self.rollouts}")
 
     def draw(
-        self, data: LatentDataset, rng: np.random.Generator, size: int
+        self, data: LatentDataset, rng: np.random.Generator, size: int, part: Part
     ) -> tuple[Tensor, Tensor]:
-        """``size`` windows of ``data``, see ``LatentDataset.windows``."""
-        return data.windows(rng, size, self.frames, self.ending_share, self.ending_frames)
+        """``part`` of ``size`` windows of ``data``, see ``LatentDataset.windows``."""
+        return data.windows(rng, size, self.frames, self.ending_share, self.ending_frames, part)
 
 
 def check_fit(data: LatentDataset, config: DynamicsConfig, name: str) -> None:
@@ -152,7 +153,7 @@ class LatentStage:
 
     def _hold_out(self, rng: np.random.Generator, count: int) -> None:
         """Choose ``count`` held-out windows to roll out from, as long as there are any."""
-        longest = max(len(e.latents) for e in self._validation.episodes)
+        longest = int(self._validation.episodes.lengths.max()) + 1
         self._horizon = min(HORIZON, longest - CONTEXT)
         self._rollouts = self._validation.windows(rng, count, CONTEXT + self._horizon)
 

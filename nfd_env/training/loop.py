@@ -2,13 +2,17 @@
 
 A stage brings a network, batches and a loss; everything else is here. Batches and noise depend only
 on (seed, step), so a run that is killed and started again computes what it would have computed.
+They do not depend either on how many processes work on a batch, or in how many parts: see
+``nfd_env.parts``.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +25,23 @@ from torch.optim.swa_utils import AveragedModel
 from nfd_env.devices import resolve_device
 from nfd_env.files import owned_folder
 from nfd_env.models.weights import CheckpointError
+from nfd_env.parts import WHOLE, Part, working_on
 from nfd_env.precision import autocast, choose_precision
 from nfd_env.progress import progress_bar
 from nfd_env.stopping import StopRequest, stopping
 from nfd_env.training.checkpoints import Checkpoints, writing
 from nfd_env.training.divergence import LossWatch, TrainingDiverged
 from nfd_env.training.optimiser import OPTIMISERS, Optimiser
+from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.run_log import RunLog, open_log
+from nfd_env.training.sharing import (
+    local,
+    number,
+    own_shares,
+    shared_loss,
+    whole,
+    without_exchange,
+)
 
 _LOG_EVERY = 20  # steps
 
@@ -39,7 +53,11 @@ class TrainConfig:
     Attributes:
         folder: the run's folder: state, logs, sample strips and the finished weights.
         steps: total optimiser steps. Raising it later continues the run.
-        batch_size: samples a step.
+        batch_size: samples a step, those of all processes and parts together.
+        accumulate: parts in which each process works its samples off, one after the other; for
+            batches that memory does not hold.
+        shard_above: where several processes train more parameters than this, each keeps a share of
+            weights, averages and the optimiser's state (FSDP2), and not a copy.
         learning_rate: peak rate.
         optimiser: "adamw", or "muon" for the matrices of a transformer's blocks, see ``Optimiser``.
         warmup_steps: linear warm-up.
@@ -77,6 +95,8 @@ class TrainConfig:
     threads: int = 0
     device: str = "cpu"
     keep_best: str = ""
+    accumulate: int = 1
+    shard_above: int = 200_000_000
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -92,6 +112,8 @@ class TrainConfig:
             )
         for name, fits, range_ in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("shard_above", self.shard_above >= 0, "at least 0"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
@@ -104,6 +126,22 @@ class TrainConfig:
         ):
             if not fits:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
+        self.check_parts()
+
+    def check_parts(self, ranks: Ranks = ALONE) -> None:
+        """Refuse a batch that processes and parts cannot share equally.
+
+        Raises:
+            ValueError: saying what would fit.
+        """
+        parts = ranks.count * self.accumulate
+        if self.batch_size % parts:
+            fits = -(-self.batch_size // parts) * parts
+            raise ValueError(
+                f"batch_size must be a multiple of {parts} ({ranks.count} processes, accumulate="
+                f"{self.accumulate}), got {self.batch_size}: give {fits}, or start another number "
+                "of processes"
+            )
 
 
 class Stage(Protocol):
@@ -119,8 +157,8 @@ class Stage(Protocol):
         """Those of the metrics of ``validate`` that ``keep_best`` may name."""
         ...
 
-    def batch(self, rng: np.random.Generator, size: int) -> Any:
-        """Draw a training batch; all randomness comes from ``rng``."""
+    def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Any:
+        """Draw a training batch, of which ``part`` is read; all randomness comes from ``rng``."""
         ...
 
     def loss(self, network: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -149,6 +187,7 @@ def train(
     settings: TrainConfig,
     progress: bool = True,
     on_step: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train ``stage`` to ``settings.steps``, going on from the folder's last checkpoint.
 
@@ -159,9 +198,10 @@ def train(
         settings: how.
         progress: show a bar and the metrics.
         on_step: called at the beginning and after every step.
+        ranks: the processes that call this together; only the first one validates and writes.
 
     Returns:
-        The last validation metrics.
+        The last validation metrics; nothing where this is not the first process.
 
     Raises:
         TrainingDiverged: when the loss or its gradient becomes NaN or infinite, or the loss
@@ -172,7 +212,9 @@ def train(
         ValueError: when ``keep_best`` names no metric of the stage.
         DeviceError: when the device is not there.
         PrecisionError: when it cannot compute in the precision.
+        RanksError: when another process is lost.
     """
+    settings.check_parts(ranks)
     names = stage.lower_is_better
     if settings.keep_best and settings.keep_best not in names:
         allowed = ", ".join(sorted(names)) or "'', as this stage has no metric of its kind"
@@ -182,18 +224,24 @@ def train(
     folder = Path(settings.folder).expanduser()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    with owned_folder(folder), stopping() as stop:
-        run = _Run(stage, settings, device, folder)
+    with (
+        owned_folder(folder) if ranks.first else nullcontext(),
+        stopping() as stop,
+        ranks.losing_none(stop),
+    ):
+        run = _Run(stage, settings, device, folder, ranks)
         with (
-            open_log(folder, run.step) as log,
+            open_log(folder, run.step) if ranks.first else nullcontext() as log,
             progress_bar(
                 None, folder.name, progress, total=settings.steps, initial=run.step
             ) as bar,
         ):
             run.to_the_end(precision, stop, log, bar, on_step or (lambda step, total: None))
         if not settings.keep_best:
-            with writing(folder):
-                stage.save(run.averaged.module, folder / "model.safetensors")
+            averaged = run.whole_average()
+            if averaged is not None:
+                with writing(folder):
+                    stage.save(averaged, folder / "model.safetensors")
     return run.metrics
 
 
@@ -201,13 +249,25 @@ class _Run:
     """A training between two checkpoints: everything that changes from step to step."""
 
     def __init__(
-        self, stage: Stage, settings: TrainConfig, device: torch.device, folder: Path
+        self,
+        stage: Stage,
+        settings: TrainConfig,
+        device: torch.device,
+        folder: Path,
+        ranks: Ranks,
     ) -> None:
         """Begin, or go on from what ``folder`` holds."""
         self.stage, self.settings, self.device, self.folder = stage, settings, device, folder
+        self.ranks = ranks
         torch.manual_seed(settings.seed)
         self.network = stage.network.to(device)
         self.averaged = AveragedModel(self.network, multi_avg_fn=_ema(settings.ema_decay))
+        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        self.sharded = ranks.count > 1 and trained > settings.shard_above
+        # What the first process puts the shares of the average together in.
+        self._whole = copy.deepcopy(self.network) if self.sharded and ranks.first else None
+        loss = torch.compile(stage.loss, dynamic=False) if settings.compile else stage.loss
+        self.loss = shared_loss(self.network, loss, ranks, self.averaged if self.sharded else None)
         self.optimiser = Optimiser(self.network, settings.optimiser, settings.weight_decay)
         self.watch = LossWatch()
         self.checkpoints = Checkpoints(folder)
@@ -219,12 +279,14 @@ class _Run:
         self._started = self._saved = time.monotonic()
 
     def _load(self) -> None:
-        state = self.checkpoints.read(self.device)
+        # All of it would perhaps not fit beside the share that a process has.
+        where = torch.device("cpu") if self.sharded else self.device
+        state = self.checkpoints.read(where)
         if state is None:
             return
         try:
-            self.network.load_state_dict(state["network"])
-            self.averaged.load_state_dict(state["averaged"])
+            for module, name in ((self.network, "network"), (self.averaged, "averaged")):
+                module.load_state_dict(own_shares(state[name], module.state_dict()))
             self.optimiser.load_state_dict(state["optimiser"])
             self.step, self.elapsed, self.metrics = (
                 state["step"],
@@ -246,11 +308,20 @@ class _Run:
         now = time.monotonic()
         self.elapsed += now - self._started
         self._started = self._saved = now
+        if not (self.ranks.first or self.sharded):
+            return
+        parts = {
+            "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        if self.sharded:
+            parts = whole(parts, self.ranks.first)
+        if not self.ranks.first:
+            return
         self.checkpoints.write(
             {
-                "network": self.network.state_dict(),
-                "averaged": self.averaged.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                **parts,
                 "step": self.step,
                 "elapsed": self.elapsed,
                 "metrics": self.metrics,
@@ -262,53 +333,68 @@ class _Run:
         )
 
     def to_the_end(
-        self, precision: str, stop: StopRequest, log: RunLog, bar: Any, on_step: Progress
+        self, precision: str, stop: StopRequest, log: RunLog | None, bar: Any, on_step: Progress
     ) -> None:
         """Train, validate and store until all steps are done; see ``train``."""
         s = self.settings
-        compiled = torch.compile(self.stage.loss, dynamic=False) if s.compile else self.stage.loss
         on_step(self.step, s.steps)
         while True:
             due = self.step > 0 and (self.step % s.validate_every == 0 or self.step >= s.steps)
+            late = time.monotonic() - self._saved > s.checkpoint_seconds
+            # Everybody stops, or helps to store, at the same step.
+            asked, late = self.ranks.largest(stop.signal, late and self.ranks.first)
+            stop.take(asked)
             if due and self.validated < self.step:
                 # Validation is long, and a stop in it is to cost nothing but itself.
                 self._checkpoint()
                 with stop.at_once():
                     self._validate(log)
-                bar.write(f"step {self.step}: {_short(self.metrics)}")
+                if self.ranks.first:
+                    bar.write(f"step {self.step}: {_short(self.metrics)}")
                 self._checkpoint()
-            elif stop.asked or time.monotonic() - self._saved > s.checkpoint_seconds:
+            elif asked or late:
                 self._checkpoint()
-            stop.obey()
+            if asked:
+                stop.obey()
             if self.step >= s.steps:
                 return
             try:
-                loss, logs = self._train_step(compiled, precision)
+                loss, logs = self._train_step(precision)
             except TrainingDiverged as error:
+                if not self.ranks.first:
+                    raise
                 raise TrainingDiverged(self._go_back(str(error))) from None
             if self.step % _LOG_EVERY == 0:
-                log.scalars("train", {"loss": loss, **logs}, self.step)
+                means = self.ranks.mean([float(value) for value in logs.values()])
+                if log is not None:
+                    values = dict(zip(logs, means, strict=True))
+                    log.scalars("train", {"loss": loss, **values}, self.step)
                 bar.set_postfix({"loss": f"{loss:.4f}", **_short(self.metrics)}, refresh=False)
             bar.update(1)
             on_step(self.step, s.steps)
 
-    def _train_step(
-        self, loss_of: Callable[..., Any], precision: str
-    ) -> tuple[float, dict[str, Any]]:
+    def _train_step(self, precision: str) -> tuple[float, dict[str, Any]]:
         """One step of the optimiser; returns the loss and what to log."""
         s, step, network = self.settings, self.step, self.network
         rate = s.learning_rate * schedule(step, s)
         seed = int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0])
-        torch.manual_seed(seed)
-        batch = self.stage.batch(np.random.default_rng(seed), s.batch_size)
         network.train()
-        with autocast(self.device, precision):
-            loss, logs = loss_of(network, batch)
-        value = loss.item()
-        self.watch.see(value, sorted(logs))
         self.optimiser.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm).item()
+        total, logs = 0.0, {}
+        for turn in range(s.accumulate):
+            processes = self.ranks.count
+            part = Part(turn * processes + self.ranks.rank, s.accumulate * processes, processes)
+            torch.manual_seed(seed)  # each part takes its rows of what is drawn for all
+            batch = self.stage.batch(np.random.default_rng(seed), s.batch_size, part)
+            alone = nullcontext() if part.ends_step else without_exchange(self.loss)
+            with working_on(part), alone:
+                with autocast(self.device, precision):
+                    loss, logs = self.loss(batch)
+                total = total + loss.detach() / s.accumulate
+                (loss / s.accumulate).backward()
+        (value,) = self.ranks.mean([float(total)])
+        self.watch.see(value, sorted(logs))
+        norm = number(nn.utils.clip_grad_norm_(network.parameters(), s.clip_norm))
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient became {norm}")
         self.optimiser.step(rate)
@@ -316,9 +402,21 @@ class _Run:
         self.step += 1
         return value, {**logs, "gradient_norm": norm, "learning_rate": rate}
 
-    def _validate(self, log: RunLog) -> None:
+    def whole_average(self) -> nn.Module | None:
+        """The averaged network for the first process, None for the others; all must ask."""
+        if self.sharded:
+            state = whole(self.averaged.module.state_dict(), self.ranks.first)
+            if self._whole is not None:
+                self._whole.load_state_dict(state)
+            return self._whole
+        return self.averaged.module if self.ranks.first else None
+
+    def _validate(self, log: RunLog | None) -> None:
         """Validate the averaged weights, show them, and keep them where they are the best."""
-        network, s = self.averaged.module, self.settings
+        s, network = self.settings, self.whole_average()
+        self.validated = self.step
+        if network is None or log is None:
+            return
         network.eval()
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
@@ -332,7 +430,7 @@ class _Run:
                 self.stage.save(network, self.folder / "model.safetensors")
             self.best = metrics[s.keep_best]
             self.kept = {"step": self.step, "metrics": metrics}
-        self.metrics, self.validated = metrics, self.step
+        self.metrics = metrics
 
     def _go_back(self, reason: str) -> str:
         """Go back to a sound state; says what happened and what to do."""
@@ -358,7 +456,7 @@ def _ema(decay: float) -> Any:
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor) -> None:
         n = float(count)
         weight = 1 - min(decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(averages), list(values), weight)
+        torch._foreach_lerp_([local(a) for a in averages], [local(v) for v in values], weight)
 
     return update
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nfd_env.training.sharing import own_share
+
 OPTIMISERS = ("adamw", "muon")
 
 
@@ -92,3 +94,7 @@ class Optimiser:
         first = {name: value for name, value in state.items() if name != "others"}
         for part, stored in zip(self._parts, (first, *others), strict=True):
             part.load_state_dict(stored)
+            for parameter, values in part.state.items():
+                for name, value in values.items():
+                    if value.shape == parameter.shape:
+                        values[name] = own_share(value, parameter)

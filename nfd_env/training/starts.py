@@ -73,14 +73,12 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
     """
     dataset = LatentDataset(RecordedDataset(settings.recordings), settings.latents, "train")
     # Places for the first frame, so that margin frames follow the last one.
-    everywhere = Places(
-        (len(e.latents) for e in dataset.episodes), settings.frames + settings.margin
-    )
+    everywhere = Places(dataset.episodes.lengths + 1, settings.frames + settings.margin)
     near = [
         everywhere.number(number, 0)
         + np.arange(max(0, room - settings.ending_frames + settings.margin), room)
         for number, room in enumerate(everywhere.room)
-        if dataset.episodes[number].terminated[-1]
+        if dataset.episodes.ended[number]
     ]
     near_ends = np.concatenate([*near, np.arange(0)])
     dangerous = round(settings.ending_share * settings.count)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.data.shards import EpisodeReference, RecordingError
-from nfd_env.data.windows import Places
+from nfd_env import parts
+from nfd_env.data.episodes import Episodes
+from nfd_env.data.shards import RecordingError
+from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.metrics import gradient_correlation, moving_pixels, psnr, sharpness
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig, float_to_frames, frames_to_float
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.recorded import open_recordings
 
@@ -94,19 +97,20 @@ class TokenizerStage:
                 )
             self.network.load_state_dict(begun.state_dict())
         self._train = self._recordings.split("train")
-        self._places = Places(len(e) + 1 for e in self._train)
+        self._places = Places(self._train.lengths + 1)
         self._before, self._held_out = self._pairs(self._recordings.split("validation"), _HELD_OUT)
 
-    def _pairs(self, episodes: list[EpisodeReference], count: int) -> tuple[Tensor, Tensor]:
+    def _pairs(self, episodes: Episodes, count: int) -> tuple[Tensor, Tensor]:
         """``count`` pairs of consecutive frames, evenly spread: two uint8 (count, H, W, 3)."""
-        places = Places((len(e) + 1 for e in episodes), 2)
+        places = Places(episodes.lengths + 1, 2)
         chosen = [places.find(p) for p in np.linspace(0, len(places) - 1, count).astype(int)]
         pairs = np.stack([episodes[e].frames[f : f + 2] for e, f in chosen])
         return torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])
 
-    def batch(self, rng: np.random.Generator, size: int) -> Tensor:
-        """uint8 (size, H, W, 3): frames drawn uniformly from the training episodes."""
-        return self._frames(rng.integers(0, len(self._places), size))
+    def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Tensor:
+        """uint8 (rows, H, W, 3): frames drawn uniformly from the training episodes."""
+        run = RUN if self._recordings.spec.in_videos else 1
+        return self._frames(self._places.draw(rng, size, run)[part.rows(size)])
 
     def _frames(self, places: np.ndarray) -> Tensor:
         chosen = (self._places.find(int(place)) for place in places)
@@ -140,7 +144,7 @@ class TokenizerStage:
         error = (output - target).abs()
         mean = error.mean()
         smooth = functional.avg_pool2d(error.mean(1, keepdim=True), 3, 1, 1).flatten()
-        hard = smooth.topk(max(1, int(self.settings.hard_fraction * len(smooth)))).values.mean()
+        hard = parts.mean_of_largest(smooth, self.settings.hard_fraction)
         difference = output - target
         edge = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
         loss = mean + self.settings.hard_weight * hard + self.settings.edge_weight * edge

@@ -165,7 +165,7 @@ def test_the_recipe_reads_videos(tmp_path: Path, played: RecordedDataset) -> Non
     seen = look(game)
     assert seen.frame_size == game.source.size and seen.action_width == 3
     Recipe(game, keep_going=True, progress=False).run("record")
-    data = RecordedDataset(game.recordings_folder)
+    data = RecordedDataset(game.recordings_place)
     assert [len(e) for e in data] == [30] * 3
     assert list(data.spec.frame_shape[:2]) == game.source.size
 

@@ -126,7 +126,12 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_text("name: Dots\nsource: {env_id: X-v0}\nfolder: ~/runs\nrecordings: ~/data\n")
     settings = load_game("~/game.yaml")
     assert settings.run_folder == tmp_path / "runs"
-    assert settings.recordings_folder == tmp_path / "data"
+    assert settings.recordings_place == str(tmp_path / "data")
+
+
+def test_rounds_join_what_lies_on_a_disk() -> None:
+    with pytest.raises(ValueError, match="name one folder on a disk"):
+        GameConfig("Dots", SourceConfig("X-v0"), rounds=2, recordings="s3://bucket/game")
 
 
 def test_what_can_be_recorded_passes(tmp_path: Path) -> None:

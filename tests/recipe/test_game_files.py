@@ -9,21 +9,26 @@ from typing import Any
 import pytest
 
 from nfd_env import config
+from nfd_env.data.tables import TableConfig
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.named import import_named
+from nfd_env.recipe.door import Look, check_parts, check_settings
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.gates import FALLBACK, Drawn
 from nfd_env.recipe.measure import GameMeasures
-from nfd_env.recipe.plan import settings
+from nfd_env.recipe.plan import PlanError, choose_grid, settings
 from nfd_env.recipe.run import Recipe, StageRecord
 from nfd_env.sources.source import SourceConfig
+from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig
 from nfd_env.training.flow import FlowTrainingConfig
 from nfd_env.training.heads import HeadsTrainingConfig
+from nfd_env.training.ranks import Ranks
 from nfd_env.training.tokenizer import TokenizerTrainingConfig
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"), key=lambda path: path.stem)
+PAPER = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
 STAGES = {
     "inverse_dynamics": InverseDynamicsTrainingConfig,
     "tokenizer": TokenizerTrainingConfig,
@@ -89,3 +94,26 @@ def test_a_part_of_the_sampling_leaves_the_rest_derived(
 def test_numbers_out_of_range(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GameConfig("A", SourceConfig("A-v0"), **changed)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_sizes_are_games_that_can_be_planned(path: Path) -> None:
+    game = load_game(path, device="cpu")
+    source = config.from_mapping(TableConfig, game.source.kwargs, "kwargs")
+    width = ActionCodec(space_from_dict(source.action_space)).width
+    assert width == len(source.columns) == 25 and not source.copy
+    plan = settings(game, measures([224, 384]), "cpu", width, processes=8)
+    built = check_settings(plan, Look([224, 384], width))
+    check_parts(built, Ranks(0, 8))
+    flow = built["flow"]
+    assert (flow.model.tokens, flow.frames, flow.model.window) == (84, 32, 32)
+    assert built["tokenizer"].model.downsampling == 16
+
+
+def test_a_patch_of_ones_own_lifts_the_bounds_of_tokens() -> None:
+    with pytest.raises(PlanError, match="cannot be cut into 12 to 32"):
+        choose_grid(224, 384, 6.0, (4,))
+    grid = choose_grid(224, 384, 6.0, (4,), patch=2)
+    assert (grid.height, grid.width, grid.tokens) == (14, 24, 84)
+    with pytest.raises(PlanError, match=r"flow\.model\.patch 5 at 16 pixels a latent"):
+        choose_grid(224, 384, 6.0, (4,), patch=5)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nfd_env.devices import DeviceError
 from nfd_env.files import FolderError, FolderInUseError
 from nfd_env.models.weights import CheckpointError
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.divergence import TrainingDiverged
 from nfd_env.training.loop import TrainConfig, schedule, train
 
@@ -47,7 +48,7 @@ class TinyStage:
 
     lower_is_better = ("mse",)
 
-    def batch(self, rng: np.random.Generator, size: int) -> Tensor:
+    def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Tensor:
         values = rng.normal(size=(size, 4))
         self.batches.append(values.tobytes())
         return torch.from_numpy(values).float()
@@ -308,11 +309,11 @@ def test_progress_is_told(tmp_path: Path) -> None:
 
 def test_a_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
     class Greedy(TinyStage):
-        def batch(self, rng: np.random.Generator, size: int) -> Tensor:
+        def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Tensor:
             if not self.batches:
                 with pytest.raises(FolderInUseError, match=f"is being written by .*{os.getpid()}"):
                     train(TinyStage(), settings(tmp_path), progress=False)
-            return super().batch(rng, size)
+            return super().batch(rng, size, part)
 
     train(Greedy(), settings(tmp_path), progress=False)
     assert state(tmp_path)["step"] == 30
