@@ -7,6 +7,7 @@ imported when the command is called, so that ``nfd worlds`` needs no torch and n
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if debug:
             raise
-        print(f"nfd: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            said = f"{os.fspath(error.filename)}: {error.strerror}"  # without "[Errno 2]"
+        print(f"nfd: {said}", file=sys.stderr)
         return 1
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -20,6 +22,23 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def stepping(function: _F) -> _F:
+    """Compute without gradients and in the world's own number format, whatever its user has set.
+
+    Under a caller's autocast a state would keep numbers that no later step can go on with.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return alone  # type: ignore[return-value]
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

@@ -170,3 +170,11 @@ def test_arguments_that_cannot_be(
         status = stopped.code
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert status in (1, 2) and message in shown and "Traceback" not in shown, shown
+
+
+def test_a_file_that_is_not_there_is_said_without_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("aiohttp")
+    assert cli.main(["serve", "--token-file", str(tmp_path / "nope")]) == 1
+    assert capsys.readouterr().err == f"nfd: {tmp_path}/nope: No such file or directory\n"

@@ -13,7 +13,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from nfd_env.envs import checks
 from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
+from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World
 
 
@@ -60,8 +62,11 @@ class NFDEnv(gymnasium.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start a new episode; see ``NFDVectorEnv`` for ``options``."""
-        if isinstance(seed, np.integer | np.ndarray) and seed.ndim == 0:
-            seed = int(seed)
+        # Checked before anything changes: Gymnasium's own check comes last.
+        if seed is not None:
+            if not isinstance(seed, int | np.integer | np.ndarray | Tensor) or np.ndim(seed) > 0:
+                raise ValueError(f"a seed must be a whole number, got {short(seed)}")
+            seed = checks.check_seeds(seed, 1)[0]
         observation, info = self.vector.reset(seed=seed, options=options)
         super().reset(seed=seed)
         return observation[0], _first(info)

@@ -27,12 +27,13 @@ from torch import Tensor
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Transition, WorldState
 from nfd_env.inference.world_model import WorldModel
+from nfd_env.precision import stepping
 
 MEMORY = 16  # frames that the running share of kept actions remembers
 FURTHER_FRAME = 0.4  # cost of one more frame in a pass, over that of a pass of one
 
 
-@torch.inference_mode()
+@stepping
 def advance(
     model: WorldModel,
     state: WorldState,

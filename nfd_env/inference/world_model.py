@@ -26,6 +26,7 @@ from nfd_env.models.cache import FrameCache
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
 from nfd_env.models.tokenizer import Tokenizer
+from nfd_env.precision import stepping
 
 # Share of kept actions taken for granted when an episode begins, see ``speculation``.
 PRIOR_KEPT = 0.9
@@ -86,7 +87,7 @@ class WorldModel:
         """The number format of tokenizer and dynamics, "fp32" or "bf16"."""
         return "bf16" if self.dynamics.embed.weight.dtype == torch.bfloat16 else "fp32"
 
-    @torch.inference_mode()
+    @stepping
     def start(
         self,
         contexts: Sequence[Context],
@@ -201,7 +202,7 @@ class WorldModel:
             self.dynamics.fill(cache, remembered[:, :-1], levels, actions[:, :-1])
         return remembered[:, -1:], cache
 
-    @torch.inference_mode()
+    @stepping
     def step(
         self, state: WorldState, actions: Tensor, sampling: SamplingConfig | None = None
     ) -> Transition:
@@ -217,7 +218,7 @@ class WorldModel:
         state.action = self._encoded(actions)[:, None]
         return state.drawn.transition(0)
 
-    @torch.inference_mode()
+    @stepping
     def draw(
         self,
         state: WorldState,
@@ -385,7 +386,7 @@ class WorldModel:
         """How many numbers ``features`` gives of a frame."""
         return self.heads.config.latent_size + self.heads.config.width
 
-    @torch.inference_mode()
+    @stepping
     def features(self, latents: Tensor, actions: Tensor, memory: Tensor) -> Tensor:
         """A frame, and what the heads make of all that has happened so far.
 
@@ -405,7 +406,7 @@ class WorldModel:
         seen = self.heads.features_after(latents, actions, memory)
         return torch.cat((latents.flatten(1), seen), 1)
 
-    @torch.inference_mode()
+    @stepping
     def remember(self, latents: Tensor, actions: Tensor, memory: Tensor) -> Tensor:
         """The heads' recurrent state (B, width) after a further frame; see ``features``.
 
@@ -416,7 +417,7 @@ class WorldModel:
         """
         return self.heads.step(latents.float(), self._encoded(actions), memory).state
 
-    @torch.inference_mode()
+    @stepping
     def features_along(self, context: Context) -> Tensor:
         """``features`` of each of the K frames of a context, float32 (K, ``feature_size``)."""
         latents, actions = (
@@ -429,17 +430,17 @@ class WorldModel:
         seen, _ = self.heads.features(latents[None, 1:], actions[None, 1:], nothing)
         return torch.cat((first, torch.cat((latents[1:].flatten(1), seen[0]), 1)))
 
-    @torch.inference_mode()
+    @stepping
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> uint8 frames (B, H, W, 3)."""
         return self.tokenizer.decode_frames(latents)
 
-    @torch.inference_mode()
+    @stepping
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, H, W, 3) -> latents (B, C, h, w)."""
         return self.tokenizer.encode_frames(frames.to(self.device))
 
-    @torch.inference_mode()
+    @stepping
     def reencoding_error(self, latents: Tensor, frames: Tensor) -> Tensor:
         """How far latents are from what the tokenizer makes of their picture.
 

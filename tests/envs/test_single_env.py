@@ -128,3 +128,19 @@ def test_a_bad_seed(tiny_world: Path) -> None:
     env = make(tiny_world)
     with pytest.raises(Exception, match="[Ss]eed"):
         env.reset(seed=-1)
+
+
+@pytest.mark.parametrize("seed", [[1], np.array([3]), (1,), 1.0, "1", -1, np.array(1.5)])
+def test_what_is_no_seed_changes_nothing(tiny_world: Path, seed: Any) -> None:
+    env, twin = make(tiny_world), make(tiny_world)
+    env.reset(seed=4), twin.reset(seed=4)
+    with pytest.raises(ValueError, match="seed"):
+        env.reset(seed=seed)
+    assert np.array_equal(env.step(1)[0], twin.step(1)[0])
+
+
+def test_seeds_of_numpy_and_torch_are_seeds(tiny_world: Path) -> None:
+    env = make(tiny_world)
+    first = env.reset(seed=3)[0]
+    for seed in (np.int8(3), np.array(3), torch.tensor(3)):
+        assert np.array_equal(env.reset(seed=seed)[0], first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -77,3 +78,20 @@ def test_training_passes_compute_alike(strange: None, request: pytest.FixtureReq
     change(request)
     for a, b in zip(computed(), expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_under_a_callers_autocast_a_world_steps_alike_and_goes_on_after(tiny_world: Path) -> None:
+    """Its state had taken the other number format, with which no later step could go on."""
+    from nfd_env.envs.vector_env import NFDVectorEnv
+
+    def played() -> list[np.ndarray]:
+        first = env.reset(seed=3)[0]
+        return [first, *(env.step([1, 2])[0] for _ in range(3))]
+
+    env = NFDVectorEnv(tiny_world, 2, "cpu", precision="fp32")
+    wanted = played()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = played()
+        assert torch.is_autocast_enabled("cpu")
+    for frames in within, played():
+        assert all(np.array_equal(a, b) for a, b in zip(frames, wanted, strict=True))

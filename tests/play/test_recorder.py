@@ -13,6 +13,7 @@ import pytest
 from gymnasium import spaces
 
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.files import FolderError  # noqa: E402
 from nfd_env.play import recorder as recorders
 from nfd_env.play.game import EnvGame, Outcome
 from nfd_env.play.keys import Keymap
@@ -226,3 +227,16 @@ def test_a_game_cannot_change_what_was_pressed():
     action = np.ones(2, np.float32)
     game.step({0: action})
     assert action.tolist() == [1, 1]
+
+
+def test_a_server_that_could_save_nothing_does_not_begin(tmp_path):
+    pytest.importorskip("aiohttp")
+    from nfd_env.play.web.saving import Saver
+
+    file = tmp_path / "file"
+    file.write_text("x")
+    for wrong in (file, file / "below"):
+        with pytest.raises(FolderError, match="file.* cannot be made"):
+            Saver(wrong)
+    Saver(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import threading
 from pathlib import Path
 
 from nfd_env import config
+from nfd_env.files import FolderError, make_folder
 from nfd_env.play.game import Game
 from nfd_env.play.recorder import PlayRecorder
 
@@ -21,9 +23,16 @@ class Saver:
         """Of ``folder``, which the data sets lie in, each named after its world.
 
         ``prefix`` of the writers' names keeps several servers apart.
+
+        Raises:
+            FolderError: when it cannot be made or written to.
         """
         self._prefix = prefix
-        self._folder = Path(folder).expanduser()
+        self._folder = make_folder(folder)
+        try:
+            tempfile.TemporaryFile(dir=self._folder).close()
+        except OSError as error:
+            raise FolderError(f"{folder} cannot be written to: {error.strerror}") from None
         self._writing: dict[tuple[str, int], PlayRecorder] = {}
         self._lock = threading.Lock()
 
