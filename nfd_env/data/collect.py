@@ -294,8 +294,9 @@ def _spec(settings: CollectConfig) -> DatasetSpec:
 def _spec_of(settings: CollectConfig, env: Any, probe: Episode) -> DatasetSpec:
     assert probe.signals is not None
     codec = ActionCodec(env.action_space)
+    _, height, width, channels = probe.frames.shape
     return DatasetSpec(
-        frame_shape=probe.frames.shape[1:],
+        frame_shape=(height, width, channels),
         action_shape=codec.shape,
         action_dtype=str(np.dtype(env.action_space.dtype or np.int64)),
         action_space=space_to_dict(env.action_space),

@@ -162,7 +162,7 @@ def read_columns(path: Path, settings: TableConfig) -> dict[str, list[Any]]:
                 raise RecordingError(
                     f"{path} needs pyarrow: pip install 'nfd-env[parquet]'"
                 ) from None
-            return parquet.readread_table(path).to_pydict()
+            return parquet.read_table(path).to_pydict()
         with open(path, encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
                 rows = list(csv.DictReader(file, strict=True))

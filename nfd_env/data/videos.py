@@ -121,6 +121,7 @@ class _Decoder:
                 f"{video} cannot be read ({error}): the recordings refer to it, put it back"
             ) from None
         self._stream.thread_type = "AUTO"
+        self._time_base = float(self._stream.time_base or 1)  # seconds
         self._frames: Iterator[Any] = iter(())
         self._at: int | None = None  # time of the frame that was decoded last
         self._kept: dict[int, np.ndarray] = {}
@@ -131,7 +132,7 @@ class _Decoder:
         missing = [t for t in times if t not in found]
         if missing:
             far = self._at is None or not 0 < (missing[0] - self._at)
-            if far or (missing[0] - (self._at or 0)) * float(self._stream.time_base) > _AHEAD:
+            if far or (missing[0] - (self._at or 0)) * self._time_base > _AHEAD:
                 self._jump(missing[0])
             found |= self._decode(missing)
         self._kept |= found

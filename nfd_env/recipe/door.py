@@ -115,7 +115,7 @@ def look(game: GameConfig) -> Look:
                     env = make_source(game.source, **game.recording_kwargs)
                     continue
                 steps, longest = steps + len(episode), max(longest, len(episode))
-                moves = moves or bool((episode.frames != episode.frames[0]).any())
+                moves = moves or bool(np.any(episode.frames != episode.frames[0]))
                 if steps >= _TRIED:
                     break
             seconds = (time.perf_counter() - begun) / max(1, steps)

@@ -274,7 +274,8 @@ def _names(inner: Any, count: int) -> list[str]:
     told: list[str] = []
     actions = getattr(inner, "actions", None)
     if isinstance(actions, EnumType):  # as MiniGrid has it, and what is built like it
-        told = [str(member.name).lower() for member in sorted(actions, key=_value)]
+        members: list[Any] = sorted(actions, key=_value)
+        told = [str(member.name).lower() for member in members]
     if meanings is not None:
         told = [str(name).lower() for name in meanings()]
     elif hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):  # ViZDoom
