@@ -45,7 +45,6 @@ if __name__ == "__main__":
     )
     config.training(train_batch_size_per_learner=args.batch, minibatch_size=args.batch // 4)
     algorithm = config.build_algo()
-    for iteration in range(args.iterations):
-        decisions = algorithm.train()["num_env_steps_sampled_lifetime"]
-        print(f"iteration {iteration}: {decisions:.0f} decisions")
+    for number in range(args.iterations):
+        print(f"iteration {number}:", algorithm.train()["num_env_steps_sampled_lifetime"])
     algorithm.stop()

@@ -116,7 +116,7 @@ def reading_gates(metrics: Mapping[str, float]) -> list[Gate]:
 
 def tokenizer_gates(metrics: Mapping[str, float], measures: GameMeasures) -> list[Gate]:
     """Of the tokenizer: are the things that move still there."""
-    gain = metrics["moving_psnr"] - measures.frozen_moving_psnr
+    gain = metrics.get("moving_psnr", math.nan) - measures.frozen_moving_psnr
     lost = (
         "small things are lost: give more minutes, lower `small`, or set "
         "tokenizer.model.encoder_channels to fewer levels"

@@ -69,8 +69,17 @@ def write_yaml(path: Path, values: Any) -> None:
 
 
 def write_records(folder: Path, records: dict[str, StageRecord]) -> None:
-    """Write ``run.yaml``; see ``write_yaml``."""
-    write_yaml(folder / "run.yaml", {name: asdict(record) for name, record in records.items()})
+    """Write ``run.yaml``; see ``write_yaml``.
+
+    What could not be measured, NaN, is left out, as of episodes that are too short for it.
+    """
+    write_yaml(folder / "run.yaml", _measured({k: asdict(record) for k, record in records.items()}))
+
+
+def _measured(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _measured(value) for key, value in values.items() if value == value}
 
 
 def recordings_digest(recordings: RecordedDataset) -> str:

@@ -79,12 +79,11 @@ def test_moments_before_ends(
     class SomeTruncated(LatentDataset):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            for episode in self.episodes[::3]:
-                episode.terminated[-1] = False
+            self.episodes.ended[::3] = False
 
     monkeypatch.setattr(module, "LatentDataset", SomeTruncated)
     episodes = SomeTruncated(RecordedDataset(plan.recordings), plan.latents, "train").episodes
-    ended = [bool(e.terminated[-1]) for e in episodes]
+    ended = episodes.ended.tolist()
     assert any(ended) and not all(ended)
     known = {
         latent.tobytes(): (number, len(e.latents) - 1 - place)
