@@ -30,6 +30,7 @@ from nfd_env.stopping import stopping
 from nfd_env.training.loop import train
 from nfd_env.worlds.checksums import write_checksums
 from nfd_env.worlds.format import owned_world
+from nfd_env.worlds.load import find_world
 
 # What each part is to take as long as.
 _RIVAL_OF = {"tokenizer": "tokenizer", "dynamics": "flow"}
@@ -116,6 +117,8 @@ def train_baseline(
     """
     described = load_game(game, overrides, None, device)
     folder = described.run_folder / FOLDER
+    if into_world:
+        find_world(described.world_folder)  # or refuse now, and not after hours
     old = _stored(folder)
     given = minutes.of(described, old.minutes if old else {})
     with stopping() as stop, stop.at_once(), owned_folder(folder):

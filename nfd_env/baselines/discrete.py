@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfd_env.models.tokenizer import ResidualBlock
+from nfd_env.models.tokenizer import ResidualBlock, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,10 @@ def _finite_scalar_quantiser(levels: list[int]) -> Any:
 class Discretised(nn.Module):
     """The world's tokenizer with the discrete one inside, which alone is trained."""
 
-    def __init__(self, tokenizer: nn.Module, discrete: DiscreteTokenizer) -> None:
+    tokenizer: Tokenizer
+    discrete: DiscreteTokenizer
+
+    def __init__(self, tokenizer: Tokenizer, discrete: DiscreteTokenizer) -> None:
         """Freeze ``tokenizer``."""
         super().__init__()
         self.tokenizer, self.discrete = tokenizer.requires_grad_(False), discrete
