@@ -41,7 +41,6 @@ _WITHOUT_EFFECT = (
 )
 _SHORT = 20.0  # seconds that a stage takes in any case
 _ONCE = ("inverse_dynamics", "report")  # stages that a run has once, however many rounds
-_BEGUN_FROM = ("initial", "student")  # settings that name weights of the round before
 
 
 class Ledger:
@@ -205,7 +204,7 @@ class Ledger:
             with self._in_round(self.number - 1):
                 inputs["before"] = self._digest(stage)
         values = getattr(self._plan(), "export" if stage == "world" else stage)
-        left_out = (*planning.PATHS, "discrete_steps", *_BEGUN_FROM * (self.number > 1))
+        left_out = (*planning.PATHS, "discrete_steps", *planning.BEGUN_FROM * (self.number > 1))
         content = {key: value for key, value in values.items() if key not in left_out}
         if stage == "world":
             inputs |= {part: self._digest(part) for part in ("heads", "distill")}

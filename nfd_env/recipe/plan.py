@@ -42,6 +42,8 @@ _MOST = {
 # Settings that say where things lie, and nothing of what they are.
 PATHS = ("recordings", "tokenizer", "latents", "teacher", "dynamics", "heads", "folder")
 
+BEGUN_FROM = ("initial", "student")  # settings that name weights of the round before
+
 _WITH_STEPS = ("steps", "warmup_steps", "validate_every", "discrete_steps")
 
 _LATENTS = 1536  # numbers in a frame's latents that a small transformer can follow
@@ -475,7 +477,7 @@ def with_decisions(plan: Plan, old: Plan, game: GameConfig) -> Plan:
     """``plan`` with the steps that ``old`` decided on for stages that are otherwise the same."""
 
     def content(values: Mapping[str, Any]) -> dict[str, Any]:
-        left_out = {*PATHS, *_WITH_STEPS, "folder"}
+        left_out = {*PATHS, *BEGUN_FROM, *_WITH_STEPS, "folder"}
         train = {k: v for k, v in values["train"].items() if k not in left_out}
         return {**{k: v for k, v in values.items() if k not in left_out}, "train": train}
 
