@@ -125,6 +125,41 @@ def _check_size(text: str) -> None:
             raise ValueError(f"it is nested deeper than {_MOST_LEVELS} levels")
 
 
+def check_ranges(settings: object, prefix: str = "", /, **ranges: str) -> None:
+    """Refuse numbers outside of their ranges.
+
+    Args:
+        settings: has an attribute of each name; None is not set and not looked at.
+        prefix: in front of the names in a message.
+        ranges: intervals such as share="[0, 1)" or seed="[0, 2**63)"; "inf)" is all that is finite.
+
+    Raises:
+        ConfigError: naming the first number that is wrong, its range, and what it is.
+    """
+    for name, interval in ranges.items():
+        value, (low, high) = getattr(settings, name), interval[1:-1].split(", ")
+        if value is None:
+            continue
+        above = value >= _end(low) if interval[0] == "[" else value > _end(low)
+        below = value <= _end(high) if interval[-1] == "]" else value < _end(high)
+        if above and below:
+            continue
+        if interval[0] == "[" and interval[-1] == "]" and high != "inf":
+            told = f"from {low} to {high}"
+        else:
+            told = f"at least {low}" if interval[0] == "[" else f"above {low}"
+            if high != "inf":
+                told += f" and {'at most' if interval[-1] == ']' else 'below'} {high}"
+            elif interval[-1] == ")" and isinstance(value, float):
+                told += " and finite"
+        raise ConfigError(f"{prefix}{name} must be {told}, got {value}")
+
+
+def _end(text: str) -> float:
+    base, _, power = text.partition("**")
+    return float(base) ** float(power or 1)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a config dataclass, as ``from_mapping`` reads them back."""
     return dataclasses.asdict(config)

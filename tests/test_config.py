@@ -187,3 +187,32 @@ def test_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     made = config.load(Outer, "~/a.yaml")
     assert made == Outer(f"{tmp_path}/data", Inner(2, [f"{tmp_path}/x", "a~/b"]))
     assert config.load(Outer, "~/a.yaml", ["title=~/b"]).title == f"{tmp_path}/b"
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "message"),
+    [
+        (0, "[1, inf)", "rate must be at least 1, got 0"),
+        (-0.5, "[0, inf)", "rate must be at least 0 and finite, got -0.5"),
+        (float("inf"), "(0, inf)", "rate must be above 0 and finite, got inf"),
+        (float("nan"), "[0, inf]", "rate must be at least 0, got nan"),
+        (0.0, "(0, 1]", "rate must be above 0 and at most 1, got 0.0"),
+        (1, "[0, 1)", "rate must be at least 0 and below 1, got 1"),
+        (2**63, "[0, 2**63)", f"rate must be at least 0 and below 2**63, got {2**63}"),
+        (2, "[0, 1]", "a.rate must be from 0 to 1, got 2"),
+    ],
+)
+def test_numbers_outside_of_their_range(value: float, interval: str, message: str) -> None:
+    prefix = message[: message.index("rate")]
+    with pytest.raises(ValueError) as error:
+        config.check_ranges(Outer("", Inner(0), value), prefix, rate=interval)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "interval"),
+    [(None, "[1, 2]"), (1, "[1, inf)"), (1e-9, "(0, 1]"), (2**63 - 1, "[0, 2**63)")]
+    + [(float("inf"), "[0, inf]"), (10**400, "[0, inf)")],
+)
+def test_numbers_within_their_range(value: Any, interval: str) -> None:
+    config.check_ranges(Outer("", Inner(0), value), rate=interval)

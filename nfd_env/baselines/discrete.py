@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfd_env.config import check_ranges
 from nfd_env.models.tokenizer import ResidualBlock, Tokenizer
 
 
@@ -53,8 +54,7 @@ class DiscreteTokenizerConfig:
             raise ValueError(
                 f"levels must be at least 3 each and make at most 65,536 tokens, got {self.levels}"
             )
-        if min(self.latent_channels, self.channels) < 1 or self.blocks < 0:
-            raise ValueError("channels must be at least 1, blocks must not be negative")
+        check_ranges(self, latent_channels="[1, inf)", channels="[1, inf)", blocks="[0, inf)")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from nfd_env.baselines.transformer import (
     TokenDynamicsConfig,
     uniform_of,
 )
+from nfd_env.config import check_ranges
 from nfd_env.inference.noise import noise
 from nfd_env.inference.packing import pack_convolutions, pack_linears
 from nfd_env.inference.rollout import new_cache
@@ -59,8 +60,7 @@ class TokenSampling(SamplingConfig):
                 "history_level is noise on past frames, and tokens have none: leave it out, got "
                 f"{self.history_level}"
             )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
+        check_ranges(self, temperature="(0, inf)")
 
 
 class AutoregressiveModel(WorldModel):

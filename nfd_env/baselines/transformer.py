@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env.config import check_ranges
 from nfd_env.models.cache import FrameCache, sees
 from nfd_env.models.layers import Block, FrameRotation, RMSNorm, attend_masked, attend_packed
 
@@ -62,12 +63,9 @@ class TokenDynamicsConfig:
         """Check the ranges."""
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError("width / heads must be a multiple of 4")
-        if self.window < 2:
-            raise ValueError(f"window must be at least 2 frames, got {self.window}")
-        if min(self.rows, self.columns, self.vocabulary, self.action_width, self.layers) < 1:
-            raise ValueError("rows, columns, vocabulary, action_width and layers must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        some = "[1, inf)"
+        check_ranges(self, rows=some, columns=some, vocabulary=some, action_width=some, layers=some)
+        check_ranges(self, window="[2, inf)", top_p="(0, 1]")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import re
 import shutil
@@ -64,10 +63,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.share < math.inf:
-            raise config.ConfigError(f"share > 0 is needed, got {self.share}")
-        if not 0 <= self.mistakes <= 1:
-            raise config.ConfigError(f"mistakes must be a probability, got {self.mistakes}")
+        config.check_ranges(self, share="(0, inf)", mistakes="[0, 1]")
 
 
 @dataclass(frozen=True)
@@ -104,14 +100,14 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.frames < 1 or self.workers < 1 or self.max_episode_steps < 1:
-            raise config.ConfigError("frames, workers and max_episode_steps must be at least 1")
-        if self.workers > MOST_WORKERS:
-            raise config.ConfigError(f"workers must be at most {MOST_WORKERS}, got {self.workers}")
-        if self.validation_every < 2:
-            raise config.ConfigError("validation_every must be at least 2")
-        if self.seed < 0:
-            raise config.ConfigError(f"seed must not be negative, got {self.seed}")
+        config.check_ranges(
+            self,
+            frames="[1, inf)",
+            workers=f"[1, {MOST_WORKERS}]",
+            max_episode_steps="[1, inf)",
+            validation_every="[2, inf)",
+            seed="[0, inf)",
+        )
         if not self.policies:
             raise config.ConfigError("policies must name at least one policy")
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tyro.conf import Fixed, Positional, Suppress
 
+from nfd_env.config import check_ranges
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
@@ -240,12 +241,9 @@ def evaluate_agent(
             the observations; UntrustedError among them.
         SourceError: with ``real_only``, when the real game cannot be made.
     """
-    for name in ("episodes", "num_envs", "real_envs", "frame_skip"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if settings.max_frames < 0:
-        raise ValueError(f"max_frames must be at least 1, or 0, got {settings.max_frames}")
+    some = "[1, inf)"
+    check_ranges(settings, episodes=some, num_envs=some, real_envs=some, frame_skip=some)
+    check_ranges(settings, max_frames="[0, inf)")
     agent = find_agent(settings.agent, settings.world or None)
     spec = read_agent_spec(agent, None, settings.trust)
     world = _world_of(settings, spec)

@@ -22,6 +22,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env.config import check_ranges
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
@@ -57,8 +58,7 @@ class InverseDynamicsConfig:
 
     def __post_init__(self) -> None:
         """Check that there is a frame before the action and one after it."""
-        if self.window < 2 or self.channels < 1:
-            raise ValueError("window must be at least 2, channels at least 1")
+        check_ranges(self, window="[2, inf)", channels="[1, inf)")
 
     @property
     def asked(self) -> int:
@@ -179,10 +179,7 @@ class InverseDynamicsTrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.window < 2 or self.channels < 1 or self.validation_windows < 1:
-            raise ValueError(
-                "window must be at least 2, channels and validation_windows at least 1"
-            )
+        check_ranges(self, window="[2, inf)", channels="[1, inf)", validation_windows="[1, inf)")
 
 
 class InverseDynamicsStage:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from nfd_env.config import check_ranges
 from nfd_env.flow.solvers import (
     Velocity,
     level_grid,
@@ -46,15 +46,11 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.steps < 1:
-            raise ValueError(f"sampling_steps must be at least 1, got {self.steps}")
+        check_ranges(self, "sampling_", steps="[1, inf)")
+        check_ranges(self, history_level="[0, 1)", temperature="(0, inf)")
         known = (*SAMPLERS, CONSISTENCY)
         if self.sampler not in known:
             raise ValueError(f"sampler must be one of {', '.join(known)}, got {self.sampler!r}")
-        if not 0 <= self.history_level < 1:
-            raise ValueError(f"history_level must lie in [0, 1), got {self.history_level}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
 
     @property
     def renoisings(self) -> int:

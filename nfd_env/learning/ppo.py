@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from nfd_env.config import check_ranges
 from nfd_env.players.policy import ActorCritic, new_stack, push
 
 Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -58,10 +59,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not (0 <= self.discount < 1 and 0 <= self.gae_lambda <= 1):
-            raise ValueError("discount must lie in [0, 1) and gae_lambda in [0, 1]")
-        if min(self.rollout_steps, self.epochs, self.minibatch_size) < 1:
-            raise ValueError("rollout_steps, epochs and minibatch_size must be at least 1")
+        check_ranges(self, "ppo.", discount="[0, 1)", gae_lambda="[0, 1]")
+        some = "[1, inf)"
+        check_ranges(self, "ppo.", rollout_steps=some, epochs=some, minibatch_size=some)
 
 
 @dataclass

@@ -58,8 +58,7 @@ class TrainPPOConfig(AgentTrainingConfig):
     def __post_init__(self) -> None:
         """Check that minibatches fill a batch."""
         batch = self.num_envs * self.ppo.rollout_steps
-        if self.decisions < 1 or self.frame_stack < 1:
-            raise ValueError("decisions and frame_stack must be at least 1")
+        config.check_ranges(self, decisions="[1, inf)", frame_stack="[1, inf)")
         if batch % self.ppo.minibatch_size:
             raise ValueError(
                 f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the batch of "

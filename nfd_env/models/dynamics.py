@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env.config import check_ranges
 from nfd_env.models.cache import FillingAttention, FrameCache, RingAttention, in_turn, sees
 from nfd_env.models.layers import (
     Attend,
@@ -69,14 +70,9 @@ class DynamicsConfig:
             raise ValueError("patch must divide latent_height and latent_width")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError("width / heads must be a multiple of 4")
-        if min(self.recent, self.local_blocks) < 0 or self.local_width % 8 or self.local_width < 8:
-            raise ValueError(
-                "recent and local_blocks must not be negative, local_width a multiple of 8"
-            )
-        if self.window < 2:
-            raise ValueError(f"window must be at least 2 frames, got {self.window}")
-        if self.recent >= self.window:
-            raise ValueError(f"recent must be below window, {self.window}, got {self.recent}")
+        if self.local_width % 8 or self.local_width < 8:
+            raise ValueError(f"local_width must be a multiple of 8, got {self.local_width}")
+        check_ranges(self, window="[2, inf)", recent=f"[0, {self.window})", local_blocks="[0, inf)")
 
     @classmethod
     def of_header(cls, stored: Mapping[str, Any]) -> dict[str, Any]:

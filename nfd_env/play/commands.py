@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from nfd_env.config import check_ranges
 from nfd_env.play import PlayError
 
 
@@ -64,10 +65,7 @@ class PlayConfig(Chosen):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.scale is not None and not 0.1 <= self.scale <= 20:
-            raise ValueError(f"scale must be from 0.1 to 20, got {self.scale:g}")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise ValueError(f"max_frames must be at least 1, got {self.max_frames}")
+        check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)")
 
 
 @dataclass(frozen=True)

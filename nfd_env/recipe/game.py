@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -86,20 +85,12 @@ class GameConfig:
         """Check the ranges."""
         if not self.name or not all(c.isalnum() or c in "_-" for c in self.name):
             raise ValueError(f"name must consist of letters, digits, _ and -, got {self.name!r}")
-        if not 0 < self.minutes < 1e6:
-            raise ValueError(f"minutes must be above 0, got {self.minutes}")
-        if not 1 <= self.rounds <= _MOST_ROUNDS:
-            raise ValueError(f"rounds must be from 1 to {_MOST_ROUNDS}, got {self.rounds}")
+        config.check_ranges(self, minutes="(0, 1e6)", rounds=f"[1, {_MOST_ROUNDS}]")
         if self.rounds > 1 and ("," in self.recordings or "://" in self.recordings):
             raise ValueError("later rounds join recordings: with rounds, name one folder on a disk")
-        if self.frames < 0 or self.workers < 0 or self.seed < 0 or self.world_steps < 0:
-            raise ValueError("frames, workers, seed and world_steps must not be negative")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if self.max_episode_steps < 2:
-            raise ValueError(f"max_episode_steps must be at least 2, got {self.max_episode_steps}")
-        if not 0 <= self.small < math.inf:
-            raise ValueError(f"small must not be negative, got {self.small}")
+        some = "[0, inf)"
+        config.check_ranges(self, frames=some, workers=some, world_steps=some, small=some)
+        config.check_ranges(self, seed="[0, 2**63)", max_episode_steps="[2, inf)")
         self.collect_config(1)  # which checks what it takes from here
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env import parts
+from nfd_env.config import check_ranges
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.trigflow import LevelVelocity
 from nfd_env.models.dynamics import Dynamics
@@ -32,8 +33,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.weight < 0 or self.start < 0:
-            raise ValueError("adversarial weight and start must not be negative")
+        check_ranges(self, "adversarial.", weight="[0, inf)", start="[0, inf)")
         if self.weight and not self.layers:
             raise ValueError("the adversarial term needs at least one layer")
 

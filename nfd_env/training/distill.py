@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import parts
+from nfd_env.config import check_ranges
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -99,18 +100,19 @@ class DistillTrainingConfig(WindowTrainingConfig):
         super().__post_init__()
         if self.solver not in ("euler", "midpoint"):
             raise ValueError(f"solver must be euler or midpoint, got {self.solver!r}")
-        if min(self.discrete_steps, self.grid_doublings, self.tangent_warmup) < 0:
-            raise ValueError(
-                "discrete_steps, grid_doublings and tangent_warmup must not be negative"
-            )
-        if self.weight_bound < 1:
-            raise ValueError(f"weight_bound must be at least 1, got {self.weight_bound}")
-        if self.shift <= 0 or self.level_spread <= 0:
-            raise ValueError("shift and level_spread must be above 0")
-        if self.fastest_level < 0 or self.reference_steps < 0:
-            raise ValueError("fastest_level and reference_steps must not be negative")
-        if self.coarsest_grid < 1 or self.rollouts < 3:
-            raise ValueError("coarsest_grid must be at least 1 and rollouts at least 3")
+        check_ranges(
+            self,
+            discrete_steps="[0, inf)",
+            grid_doublings="[0, inf)",
+            tangent_warmup="[0, inf)",
+            weight_bound="[1, inf)",
+            shift="(0, inf)",
+            level_spread="(0, inf)",
+            fastest_level="[0, inf)",
+            reference_steps="[0, inf)",
+            coarsest_grid="[1, inf)",
+            rollouts="[3, inf)",
+        )
 
 
 class Batch(NamedTuple):

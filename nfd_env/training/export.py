@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
+from nfd_env.config import check_ranges
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.inference.sampling import SamplingConfig
@@ -106,8 +107,9 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers of starts and the names of networks."""
-        if self.clip_frames < 1:
-            raise ValueError(f"clip_frames must be at least 1, got {self.clip_frames}")
+        some = "[1, inf)"
+        check_ranges(self, clip_frames=some, starts=some, start_frames=some, start_margin=some)
+        check_ranges(self, hazard_odds="(0, inf)", beginnings=f"[0, {self.starts}]")
         others = set(self.presentation) - set(PRESENTATION)
         if others:
             raise ValueError(
@@ -118,12 +120,6 @@ class ExportConfig:
             raise ValueError(f"int8 knows {', '.join(NETWORKS)}, got {sorted(unknown)[0]!r}")
         if "teacher" in self.int8 and not self.teacher:
             raise ValueError("int8 names the teacher, but there is none")
-        if not 0 < self.hazard_odds < math.inf:
-            raise ValueError(f"hazard_odds must be above 0 and finite, got {self.hazard_odds}")
-        if self.starts < 1 or self.start_frames < 1 or self.start_margin < 1:
-            raise ValueError("starts, start_frames and start_margin must be at least 1")
-        if not 0 <= self.beginnings <= self.starts:
-            raise ValueError(f"beginnings must be from 0 to {self.starts}, got {self.beginnings}")
 
 
 def export(settings: ExportConfig) -> Path:

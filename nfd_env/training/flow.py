@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import parts
+from nfd_env.config import check_ranges
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
@@ -54,8 +55,7 @@ class FlowTrainingConfig(WindowTrainingConfig):
     def __post_init__(self) -> None:
         """Check the choices."""
         super().__post_init__()
-        if self.level_shift <= 0:
-            raise ValueError(f"level_shift must be above 0, got {self.level_shift}")
+        check_ranges(self, level_shift="(0, inf)")
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env.config import check_ranges
 from nfd_env.data.latents import LatentEpisode
 from nfd_env.data.shards import RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -60,18 +61,11 @@ class HeadsTrainingConfig(LatentTrainingConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if min(self.width, self.frames, self.reward_bins) < 1:
-            raise ValueError("width, frames and reward_bins must be at least 1")
-        if not 0 <= self.end_share < 1:
-            raise ValueError(f"end_share must be at least 0 and below 1, got {self.end_share}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_ranges(self, width="[1, inf)", frames="[1, inf)", reward_bins="[1, inf)")
+        check_ranges(self, end_share="[0, 1)", dropout="[0, 1)")
+        check_ranges(self, latent_noise="[0, inf)", signal_weight="[0, inf)")
         if self.nearby < 0 or self.nearby % 4:
             raise ValueError(f"nearby must be a multiple of 4 and not negative, got {self.nearby}")
-        if self.latent_noise < 0:
-            raise ValueError(f"latent_noise must not be negative, got {self.latent_noise}")
-        if self.signal_weight < 0:
-            raise ValueError(f"signal_weight must not be negative, got {self.signal_weight}")
 
 
 class Sequences(NamedTuple):

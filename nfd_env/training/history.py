@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nfd_env import parts
+from nfd_env.config import check_ranges
 from nfd_env.flow.path import sample_levels
 
 _LONGEST = 4  # drafted frames in a row
@@ -37,12 +38,7 @@ class HistoryLevels:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 <= self.max_level <= 1:
-            raise ValueError(f"max_level must lie in [0, 1], got {self.max_level}")
-        if self.skew <= 0:
-            raise ValueError(f"skew must be above 0, got {self.skew}")
-        if not 0 <= self.draft_share <= 1:
-            raise ValueError(f"draft_share must lie in [0, 1], got {self.draft_share}")
+        check_ranges(self, max_level="[0, 1]", skew="(0, inf)", draft_share="[0, 1]")
 
     def sample(
         self, shape: tuple[int, ...], level_shift: float, device: torch.device | None = None

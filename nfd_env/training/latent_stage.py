@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nfd_env.config import check_ranges
 from nfd_env.data.latents import LatentDataset
 from nfd_env.devices import resolve_device
 from nfd_env.inference.rollout import rollout_latents
@@ -76,15 +77,8 @@ class WindowTrainingConfig(LatentTrainingConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.frames < 2:
-            raise ValueError(f"a window needs at least 2 frames, got {self.frames}")
-        for name in ("history_level", "ending_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.ending_frames < 0:
-            raise ValueError(f"ending_frames must not be negative, got {self.ending_frames}")
-        if self.rollouts < 1:
-            raise ValueError(f"rollouts must be at least 1, got {self.rollouts}")
+        check_ranges(self, frames="[2, inf)", rollouts="[1, inf)", ending_frames="[0, inf)")
+        check_ranges(self, history_level="[0, 1]", ending_share="[0, 1]")
 
     def draw(
         self, data: LatentDataset, rng: np.random.Generator, size: int, part: Part

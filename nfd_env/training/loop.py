@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from nfd_env.config import check_ranges
 from nfd_env.devices import resolve_device
 from nfd_env.files import owned_folder
 from nfd_env.models.weights import CheckpointError
@@ -106,26 +107,23 @@ class TrainConfig:
             raise ValueError(f"optimiser must be adamw or muon, got {self.optimiser!r}")
         if not self.folder:
             raise ValueError("train.folder must name a folder")
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}"
-            )
-        for name, fits, range_ in (
-            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("shard_above", self.shard_above >= 0, "at least 0"),
-            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
-            ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1"),
-            ("clip_norm", 0 < self.clip_norm < math.inf, "above 0 and finite"),
-            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
-            ("validate_every", self.validate_every >= 1, "at least 1"),
-            ("checkpoint_seconds", self.checkpoint_seconds >= 0, "at least 0"),
-            ("threads", self.threads >= 0, "at least 0; 0 leaves torch's default"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
+        check_ranges(
+            self,
+            steps="[1, inf)",
+            batch_size="[1, inf)",
+            learning_rate="(0, inf)",
+            accumulate="[1, inf)",
+            shard_above="[0, inf)",
+            warmup_steps="[0, inf)",
+            decay_fraction="(0, 1]",
+            weight_decay="[0, inf)",
+            ema_decay="[0, 1)",
+            clip_norm="(0, inf)",
+            seed="[0, 2**63)",
+            validate_every="[1, inf)",
+            checkpoint_seconds="[0, inf]",
+            threads="[0, inf)",
+        )
         self.check_parts()
 
     def check_parts(self, ranks: Ranks = ALONE) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nfd_env.config import check_ranges
 from nfd_env.data.latents import LatentDataset, LatentEpisode
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into
@@ -45,10 +46,8 @@ class StartsConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if min(self.count, self.frames, self.margin) < 1:
-            raise ValueError("starts.count, starts.frames and starts.margin must be at least 1")
-        if not 0 <= self.ending_share <= 1:
-            raise ValueError(f"starts.ending_share must lie in [0, 1], got {self.ending_share}")
+        some = "[1, inf)"
+        check_ranges(self, "starts.", count=some, frames=some, margin=some, ending_share="[0, 1]")
         if self.ending_share and self.ending_frames <= self.margin:
             raise ValueError(
                 f"starts.ending_frames must be above starts.margin = {self.margin}, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env import parts
+from nfd_env.config import check_ranges
 from nfd_env.data.episodes import Episodes
 from nfd_env.data.shards import RecordingError
 from nfd_env.data.windows import RUN, Places
@@ -55,10 +56,8 @@ class TokenizerTrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.hard_fraction <= 1:
-            raise ValueError(f"hard_fraction must lie in (0, 1], got {self.hard_fraction}")
-        if self.hard_weight < 0 or self.edge_weight < 0:
-            raise ValueError("hard_weight and edge_weight must not be negative")
+        weight = "[0, inf)"
+        check_ranges(self, hard_fraction="(0, 1]", hard_weight=weight, edge_weight=weight)
 
 
 class TokenizerStage:

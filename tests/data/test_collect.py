@@ -211,11 +211,11 @@ def test_a_source_that_is_not_installed(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"frames": 0}, "at least 1"),
-        ({"workers": 0}, "at least 1"),
+        ({"workers": 0}, "workers must be from 1 to 1024"),
         ({"max_episode_steps": 0}, "at least 1"),
         ({"validation_every": 1}, "at least 2"),
         ({"policies": []}, "at least one policy"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be at least 0"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
@@ -226,8 +226,8 @@ def test_settings_out_of_range(tmp_path: Path, wrong: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"share": 0.0}, "share > 0"),
-        ({"share": np.inf}, "share > 0"),
+        ({"share": 0.0}, "share must be above 0 and finite"),
+        ({"share": np.inf}, "share must be above 0 and finite"),
         ({"mistakes": 2.0}, "must"),
     ],
 )

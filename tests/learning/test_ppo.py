@@ -232,8 +232,8 @@ def test_it_learns(tiny_world: Path, use_hazard: bool) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"discount": 1.0}, "discount must lie in"),
-        ({"gae_lambda": 1.5}, "gae_lambda in"),
+        ({"discount": 1.0}, "discount must be at least 0 and below 1"),
+        ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1"),
         ({"epochs": 0}, "must be at least 1"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"tokenizer": {"hard_wieght": 1.0}}, "tokenizer: hard_wieght.*hard_weight"),
         ({"flow": {"model": {"widht": 32}}}, "flow: model.widht.*width"),
         ({"heads": {"train": {"steps": "many"}}}, "heads: train.steps"),
-        ({"distill": {"frames": 1}}, "distill: a window needs at least 2 frames"),
+        ({"distill": {"frames": 1}}, "distill: frames must be at least 2"),
         ({"inverse_dynamics": {"window": 1}}, "inverse_dynamics: window must be at least 2"),
         ({"export": {"startz": 3}}, "export: startz.*starts"),
         ({"flow": {"train": {"folder": "elsewhere"}}}, "flow.train.folder.*leave it out"),

@@ -86,9 +86,9 @@ def test_a_part_of_the_sampling_leaves_the_rest_derived(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 2**63}, "seed must be below"),
-        ({"small": float("nan")}, "small must not be negative, got nan"),
-        ({"workers": 10**6}, "workers must be at most 1024"),
+        ({"seed": 2**63}, "seed must be at least 0 and below"),
+        ({"small": float("nan")}, "small must be at least 0 and finite, got nan"),
+        ({"workers": 10**6}, "workers must be from 1 to 1024"),
     ],
 )
 def test_numbers_out_of_range(changed: dict[str, Any], message: str) -> None:

@@ -128,15 +128,19 @@ def test_rewards_that_are_no_numbers(tmp_path: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("make", "wrong", "message"),
     [
-        (TokenizerTrainingConfig, {"hard_fraction": 0.0}, "hard_fraction must lie in"),
-        (TokenizerTrainingConfig, {"edge_weight": -1.0}, "must not be negative"),
-        (FlowTrainingConfig, {"frames": 1}, "at least 2 frames"),
-        (FlowTrainingConfig, {"history_level": 1.5}, "history_level must lie in"),
+        (
+            TokenizerTrainingConfig,
+            {"hard_fraction": 0.0},
+            "hard_fraction must be above 0 and at most 1",
+        ),
+        (TokenizerTrainingConfig, {"edge_weight": -1.0}, "edge_weight must be at least 0"),
+        (FlowTrainingConfig, {"frames": 1}, "frames must be at least 2"),
+        (FlowTrainingConfig, {"history_level": 1.5}, "history_level must be from 0 to 1"),
         (FlowTrainingConfig, {"level_shift": 0.0}, "level_shift must be above 0"),
         (HeadsTrainingConfig, {"end_share": 1.0}, "end_share must be"),
         (HeadsTrainingConfig, {"dropout": 1.0}, "dropout must be"),
         (HeadsTrainingConfig, {"frames": 0}, "at least 1"),
-        (HeadsTrainingConfig, {"latent_noise": -0.1}, "latent_noise must not be negative"),
+        (HeadsTrainingConfig, {"latent_noise": -0.1}, "latent_noise must be at least 0"),
     ],
 )
 def test_settings_out_of_range(

@@ -36,10 +36,10 @@ def test_drafted_runs() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_level": 1.1}, "max_level must lie in"),
+        ({"max_level": 1.1}, "max_level must be from 0 to 1"),
         ({"skew": 0.0}, "skew must be above 0"),
-        ({"draft_share": -0.1}, "draft_share must lie in"),
-        ({"draft_share": 1.1}, "draft_share must lie in"),
+        ({"draft_share": -0.1}, "draft_share must be from 0 to 1"),
+        ({"draft_share": 1.1}, "draft_share must be from 0 to 1"),
     ],
 )
 def test_impossible_levels(values: dict[str, float], message: str) -> None:

@@ -250,8 +250,8 @@ def test_schedule_at_its_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps and batch_size must be at least 1"),
-        ({"batch_size": 0}, "steps and batch_size must be at least 1"),
+        ({"steps": 0}, "^steps must be at least 1"),
+        ({"batch_size": 0}, "^batch_size must be at least 1"),
         ({"precision": "fp16"}, "precision must be"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0"),

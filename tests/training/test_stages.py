@@ -414,7 +414,7 @@ def test_heads_tell_signals(folder: Path, told: Path, tokenizer: Trained) -> Non
     assert losses[0] < min(losses[1:])
     with pytest.raises(RecordingError, match="signal_weight=0"):
         HeadsStage(replace(plan, recordings=str(without_signals(told, folder))))
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
+    with pytest.raises(ValueError, match="signal_weight must be at least 0 and finite, got -1"):
         replace(plan, signal_weight=-1.0)
 
 

@@ -139,7 +139,7 @@ def test_bad_numbers(name: str) -> None:
 
 
 def test_bad_endings() -> None:
-    with pytest.raises(ValueError, match="ending_share must lie in"):
+    with pytest.raises(ValueError, match="starts.ending_share must be from 0 to 1"):
         StartsConfig("a", "b", ending_share=1.5)
     with pytest.raises(ValueError, match="ending_frames must be above starts.margin = 35, got 35"):
         StartsConfig("a", "b", ending_share=0.5, ending_frames=35)

@@ -12,6 +12,7 @@ from socket import socket
 
 import torch
 
+from nfd_env.config import check_ranges
 from nfd_env.play.commands import ServeConfig
 from nfd_env.play.web.access import is_loopback, read_token
 from nfd_env.play.web.client import Limits
@@ -37,12 +38,8 @@ def serve(settings: ServeConfig) -> None:
         ValueError: when an argument is out of range.
         OSError: when the token's file cannot be read.
     """
-    if settings.max_clients < 1 or not settings.idle_seconds > 0:
-        raise ValueError("max_clients must be at least 1 and idle_seconds above 0")
-    if not 1 <= settings.workers <= settings.max_clients:
-        raise ValueError(
-            f"workers must be from 1 to max_clients, {settings.max_clients}, got {settings.workers}"
-        )
+    check_ranges(settings, max_clients="[1, inf)", idle_seconds="(0, inf]")
+    check_ranges(settings, workers=f"[1, {settings.max_clients}]")
     secret = read_token(settings.token, settings.token_file)
     made_up = secret is None and not is_loopback(settings.host)
     if made_up:
