@@ -22,7 +22,7 @@ from tqdm import tqdm
 from agents.command import run
 from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.files import atomic_write, owned_folder
+from nfd_env.files import atomic_write, owned_folder, writing
 from nfd_env.learning.judge import Judge, describe
 from nfd_env.learning.settings import AgentTrainingConfig
 from nfd_env.players.load import SPEC_ATTRIBUTE
@@ -30,7 +30,6 @@ from nfd_env.players.player import SB3Player
 from nfd_env.players.policy import AgentError, AgentSpec, Trunk, looked_at
 from nfd_env.sb3 import SB3VecEnv, make_vec_env
 from nfd_env.stopping import StopRequest, stopping
-from nfd_env.training.checkpoints import writing
 
 from stable_baselines3 import PPO  # isort: skip  # after nfd_env.sb3, which says what to install
 from stable_baselines3.common.callbacks import BaseCallback  # isort: skip

@@ -43,6 +43,32 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say in one line what a failed write into ``folder`` means.
+
+    Raises:
+        FolderError: for any failed write.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"{folder} cannot be written to ({_reason(error)}): make room or choose another "
+            "folder, then run the same command again; what was stored before is whole"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, all or nothing.
+
+    Raises:
+        FolderError: when it cannot be written.
+    """
+    with writing(path.parent), atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 class Ownership:
     """The only right to write something in a folder, of one holder among all processes.
 
@@ -84,21 +110,16 @@ class Ownership:
                 ) from None
         self._lock = lock
         try:
-            with atomic_write(self._owner) as temporary:
-                temporary.write_text(
-                    json.dumps(
-                        {
-                            "pid": os.getpid(),
-                            "started": _started(os.getpid()),
-                            "host": socket.gethostname(),
-                            "command": " ".join(sys.argv)[:_OWNER_LENGTH],
-                        }
-                    ),
-                    encoding="utf-8",
-                )
-        except OSError as error:
+            owner = {
+                "pid": os.getpid(),
+                "started": _started(os.getpid()),
+                "host": socket.gethostname(),
+                "command": " ".join(sys.argv)[:_OWNER_LENGTH],
+            }
+            write_text(self._owner, json.dumps(owner))
+        except FolderError:
             self.release()
-            raise FolderError(f"{folder} cannot be written to: {_reason(error)}") from None
+            raise
 
     @property
     def held(self) -> bool:

@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_error_and_gives_the_folder_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(FolderError, match="cannot be written to: No space left on device"):
+        with pytest.raises(FolderError, match="cannot be written to .No space left on device"):
             Ownership(tmp_path)
     Ownership(tmp_path).release()
 

@@ -53,7 +53,7 @@ from nfd_env.data.lazy_frames import Frames
 from nfd_env.data.reading import folders_of
 from nfd_env.data.videos import VideoFrames
 from nfd_env.data.windows import shown_lengths
-from nfd_env.files import FolderError, Ownership
+from nfd_env.files import Ownership, writing
 
 __all__ = ["DatasetSpec", "EpisodeReference", "RecordedDataset", "RecordingError", "ShardWriter"]
 
@@ -112,7 +112,7 @@ class ShardWriter:
     def _open(self) -> None:
         self._is_open = False
         self.shard = self.folder / f"shard-{self.writer}-{self._number:05d}"
-        try:
+        with writing(self.shard):
             self.shard.mkdir(parents=True, exist_ok=True)
             records = read_records(self.shard, repair=True)
             self._frames = sum(r["length"] + 1 for r in records)
@@ -123,8 +123,6 @@ class ShardWriter:
                 path.touch()
                 check_size(path, count * size)
                 os.truncate(path, count * size)
-        except OSError as error:
-            raise FolderError(f"{self.shard} cannot be written to: {error.strerror}") from None
         self._is_open = True
 
     def _item_sizes(self) -> dict[str, int]:
@@ -226,18 +224,13 @@ class ShardWriter:
     def _commit(self, arrays: dict[str, np.ndarray], write_record: Callable[[], None]) -> None:
         self._is_open = False
         try:
-            for name, array in arrays.items():
-                with open(self.shard / name, "ab") as file:
-                    file.write(np.ascontiguousarray(array).tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())
-            write_record()
-        except OSError as error:
-            self._open()
-            raise FolderError(
-                f"{self.shard} cannot be written to: {error.strerror or error}; what was recorded "
-                "before is whole, and the same command goes on from there"
-            ) from None
+            with writing(self.shard):
+                for name, array in arrays.items():
+                    with open(self.shard / name, "ab") as file:
+                        file.write(np.ascontiguousarray(array).tobytes())
+                        file.flush()
+                        os.fsync(file.fileno())
+                write_record()
         except BaseException:
             self._open()
             raise
@@ -258,10 +251,8 @@ class ShardWriter:
         return 1 + sum(record["number"] == number for record in before)
 
     def _note(self, name: str, record: dict[str, Any]) -> None:
-        try:
+        with writing(self.folder):
             append_line(self.folder / name, record)
-        except OSError as error:
-            raise FolderError(f"{self.folder} cannot be written to: {error.strerror}") from None
 
 
 class RecordedDataset:

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from nfd_env.data.episode import SPLITS
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
-from nfd_env.files import FolderError
+from nfd_env.files import writing
 from nfd_env.spaces import space_from_dict
 from nfd_env.video import enlarge, write_png
 
@@ -111,8 +111,5 @@ def save_contact_sheet(data: RecordedDataset) -> Path | None:
     """
     if not len(data):
         return None
-    path = data.folder / CONTACT_SHEET
-    try:
-        return write_png(path, contact_sheet(data))
-    except OSError as error:
-        raise FolderError(f"{path} cannot be written: {error.strerror}") from None
+    with writing(data.folder):
+        return write_png(data.folder / CONTACT_SHEET, contact_sheet(data))

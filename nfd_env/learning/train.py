@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nfd_env import config
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.files import owned_folder
+from nfd_env.files import owned_folder, writing
 from nfd_env.learning.judge import Judge, describe
 from nfd_env.learning.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env.learning.settings import AgentTrainingConfig
@@ -25,7 +25,7 @@ from nfd_env.players.load import find_agent, load_network
 from nfd_env.players.player import NetworkPlayer
 from nfd_env.players.policy import ActorCritic, AgentError, AgentSpec, PolicyConfig
 from nfd_env.stopping import StopRequest, stopping
-from nfd_env.training.checkpoints import read_state, write_state, writing
+from nfd_env.training.checkpoints import read_state, write_state
 from nfd_env.training.loop import Progress
 
 _STATE = "config", "policy", "optimiser", "rng", "decisions", "elapsed", "evaluated", "metrics"

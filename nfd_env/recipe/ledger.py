@@ -18,12 +18,7 @@ from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures, measure
 from nfd_env.recipe.plan import Plan
-from nfd_env.recipe.records import (
-    StageRecord,
-    recordings_digest,
-    write_records,
-    write_yaml,
-)
+from nfd_env.recipe.records import StageRecord, recordings_digest, write_records, write_yaml
 from nfd_env.sources.spec import PRESENTATION
 
 # What may change without making a stage's result another one.

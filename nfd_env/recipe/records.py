@@ -16,8 +16,7 @@ import yaml
 
 from nfd_env import config
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.files import atomic_write
-from nfd_env.training.checkpoints import writing
+from nfd_env.files import write_text
 
 
 @dataclass
@@ -64,8 +63,7 @@ def write_yaml(path: Path, values: Any) -> None:
     Raises:
         FolderError: when it cannot be written.
     """
-    with writing(path.parent), atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def write_records(folder: Path, records: dict[str, StageRecord]) -> None:

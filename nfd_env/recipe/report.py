@@ -16,7 +16,7 @@ from PIL import Image
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
 from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actions_sentence
-from nfd_env.files import atomic_write
+from nfd_env.files import write_text
 from nfd_env.metrics import bright_share, luminance, standing_out
 from nfd_env.recipe.records import StageRecord, write_yaml
 from nfd_env.recipe.replay import moments, replay
@@ -82,9 +82,7 @@ def write_report(recipe: Recipe) -> Path:
         f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.here.run_folder)}</pre></details>",
     ]
     path = recipe.folder / "report.html"
-    with atomic_write(path) as temporary:
-        page = _PAGE.format(title=html.escape(game.name), body="\n".join(parts))
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, _PAGE.format(title=html.escape(game.name), body="\n".join(parts)))
     numbers = [{"horizon": horizon, **asdict(row)} for horizon, row in rows.items()]
     write_yaml(recipe.folder / "report.yaml", {"comparisons": numbers})
     return path

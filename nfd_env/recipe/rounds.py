@@ -20,13 +20,12 @@ import numpy as np
 from nfd_env import config
 from nfd_env.data.collect import PolicyConfig
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
-from nfd_env.files import atomic_write
+from nfd_env.files import atomic_write, writing
 from nfd_env.learning.ppo import Position, rollout, update
 from nfd_env.learning.train import TrainPPOConfig, make_env, make_policy
 from nfd_env.models.weights import fingerprint_of, fingerprint_values
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.plan import Plan, as_begun, merged
-from nfd_env.training.checkpoints import writing
 from nfd_env.training.encode import STAMP
 
 STAGES = (

@@ -24,7 +24,7 @@ from nfd_env.evaluation.inverse_dynamics import (
     load_inverse_dynamics,
     measure_actions,
 )
-from nfd_env.files import atomic_write, owned_folder
+from nfd_env.files import atomic_write, owned_folder, writing
 from nfd_env.learning.train import train as learn
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -38,15 +38,10 @@ from nfd_env.recipe.ledger import Ledger
 from nfd_env.recipe.measure import measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.progress import Progress
-from nfd_env.recipe.records import (
-    StageRecord,
-    latent_statistics,
-    read_records,
-)
+from nfd_env.recipe.records import StageRecord, latent_statistics, read_records
 from nfd_env.recipe.timing import judge, timed
 from nfd_env.sources.spec import is_imported
 from nfd_env.stopping import stopping
-from nfd_env.training.checkpoints import writing
 from nfd_env.training.distill import DistillStage
 from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.export import export

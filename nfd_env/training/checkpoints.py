@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nfd_env.files import FolderError, atomic_write
+from nfd_env.files import atomic_write, writing
 from nfd_env.models.weights import CheckpointError
 from nfd_env.training.divergence import RECENT
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Say in one line what a failed write into ``folder`` means.
-
-    Raises:
-        FolderError: for any failed write.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FolderError(
-            f"{folder} cannot be written to ({reason}): make room or choose another folder, "
-            "then run the same command again; what was stored before is whole"
-        ) from None
 
 
 def read_state(path: Path, device: torch.device, keys: Collection[str]) -> dict[str, Any]:

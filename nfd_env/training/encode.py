@@ -11,13 +11,12 @@ import torch
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import atomic_write, owned_folder
+from nfd_env.files import atomic_write, owned_folder, write_text, writing
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights
 from nfd_env.precision import autocast, choose_precision
 from nfd_env.progress import progress_bar
 from nfd_env.stopping import stopping
-from nfd_env.training.checkpoints import writing
 from nfd_env.training.loop import Progress
 from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.recorded import open_recordings
@@ -120,8 +119,7 @@ def _clear(folder: Path, identity: str) -> None:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
         for old in folder.glob("*.npy"):
             old.unlink()
-        with writing(folder), atomic_write(stamp) as temporary:
-            temporary.write_text(identity, encoding="utf-8")
+        write_text(stamp, identity)
 
 
 def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: str | Path) -> None:

@@ -24,13 +24,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from nfd_env.config import check_ranges
 from nfd_env.devices import resolve_device
-from nfd_env.files import owned_folder
+from nfd_env.files import owned_folder, writing
 from nfd_env.models.weights import CheckpointError
 from nfd_env.parts import WHOLE, Part, working_on
 from nfd_env.precision import autocast, choose_precision
 from nfd_env.progress import progress_bar
 from nfd_env.stopping import StopRequest, stopping
-from nfd_env.training.checkpoints import Checkpoints, writing
+from nfd_env.training.checkpoints import Checkpoints
 from nfd_env.training.divergence import LossWatch, TrainingDiverged
 from nfd_env.training.optimiser import OPTIMISERS, Optimiser
 from nfd_env.training.ranks import ALONE, Ranks

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nfd_env.files import atomic_write
-from nfd_env.training.checkpoints import writing
+from nfd_env.files import atomic_write, writing
 
 
 class RunLog:

@@ -220,9 +220,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     full = start(folder, 400, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2))
     errors = full.communicate(timeout=PATIENCE)[1].strip().splitlines()
     assert full.returncode == 1
-    assert (
-        "cannot be written to" in errors[-1] and "what was recorded before is whole" in errors[-1]
-    )
+    assert "cannot be written to" in errors[-1] and "what was stored before is whole" in errors[-1]
     assert len(assert_whole(folder)) >= 2
     again = start(folder, 400)
     assert again.communicate(timeout=PATIENCE) and again.returncode == 0
