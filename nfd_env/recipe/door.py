@@ -163,7 +163,7 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
         PlanError: when frames cannot be cut into tokens, or the budget is too small.
         FolderError: when the disk is too full.
     """
-    first = rounds.of_round(game, 1)
+    first = rounds.Round(game).here
     measures = GameMeasures(
         frame_size=seen.frame_size,
         small=4.0,

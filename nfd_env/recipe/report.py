@@ -20,7 +20,7 @@ from nfd_env.files import write_text
 from nfd_env.metrics import bright_share, luminance, standing_out
 from nfd_env.recipe.records import StageRecord, write_yaml
 from nfd_env.recipe.replay import moments, replay
-from nfd_env.recipe.rounds import Played, of_round, split
+from nfd_env.recipe.rounds import Played, split
 from nfd_env.worlds.load import World, load_world
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def write_report(recipe: Recipe) -> Path:
         CheckpointError: when the world cannot be loaded.
     """
     game = recipe.game
-    recordings = RecordedDataset(recipe.here.recordings_place)
+    recordings = recipe.round.recordings
     real, made = play_held_out(load_world(game.world_folder, recipe.device), recordings)
     rows = compare(real, made)
     parts = [
@@ -79,7 +79,7 @@ def write_report(recipe: Recipe) -> Path:
         f'env = gymnasium.make("NFD/World-v0", world="{html.escape(str(game.world_folder))}")'
         "</pre>",
         "<h2>Settings</h2>",
-        f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.here.run_folder)}</pre></details>",
+        f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.round.plan)}</pre></details>",
     ]
     path = recipe.folder / "report.html"
     write_text(path, _PAGE.format(title=html.escape(game.name), body="\n".join(parts)))
@@ -257,8 +257,7 @@ def _times(recipe: Recipe) -> str:
     return f"<table><tr><th>stage<th>time<th>steps</tr>{''.join(lines)}</table>"
 
 
-def _plan(folder: Path) -> str:
-    path = folder / "plan.yaml"
+def _plan(path: Path) -> str:
     return html.escape(path.read_text(encoding="utf-8")) if path.exists() else ""
 
 
@@ -269,8 +268,7 @@ def _curves(recipe: Recipe) -> list[str]:
     parts = []
     for name in recipe.stages:
         stage, number = split(name)
-        folder = of_round(recipe.game, number).run_folder
-        logs = folder / stage / "tensorboard"
+        logs = recipe.round.at(number).weights(stage).with_name("tensorboard")
         if not logs.is_dir():
             continue
         events = EventAccumulator(str(logs), size_guidance={"scalars": 500})

@@ -42,6 +42,7 @@ STAGES = (
 LATER = ("agent", "record", "tokenizer", "encode", "flow", "heads", "distill", "world")
 """Stages of a later round; with its number behind their names, as in "flow_2"."""
 
+_ONCE = ("inverse_dynamics", "report")  # stages that a run has once, however many rounds
 _LATER_MINUTES = 2 / 3  # of a later round, to one of the first: it begins from trained weights
 _LATER_RATE = 0.5  # of the flow model's learning rate: what it knows is to be kept
 
@@ -70,44 +71,97 @@ def split(name: str) -> tuple[str, int]:
     return (stage, int(number)) if stage and number.isdigit() else (name, 1)
 
 
-def minutes_of(game: GameConfig, number: int) -> float:
-    """The part of the budget that is a round's."""
-    shares = [1.0] + [_LATER_MINUTES] * (game.rounds - 1)
-    return game.minutes * shares[number - 1] / sum(shares)
+@dataclass(frozen=True)
+class Round:
+    """One round of a game's training: where its parts lie, and its share of the budget.
 
+    Attributes:
+        game: the game file.
+        number: of the round, from 1 on.
+    """
 
-def of_round(game: GameConfig, number: int) -> GameConfig:
-    """``game`` as the trainings of a round take it: their folder, recordings and minutes."""
-    if game.rounds == 1:
-        return game
-    minutes = minutes_of(game, number)
-    if number == 1:
-        return replace(game, folder=str(game.run_folder), minutes=minutes)
-    folder = game.run_folder / f"round_{number}"
-    data = str(folder / "all_recordings")
-    return replace(game, folder=str(folder), recordings=data, minutes=minutes)
+    game: GameConfig
+    number: int = 1
 
+    def at(self, number: int) -> Round:
+        """Another round of the same game."""
+        return replace(self, number=number)
 
-def played_by_agent(game: GameConfig, number: int, agent: Path, world: Path) -> GameConfig:
-    """``game`` as a later round records it."""
-    kwargs = {"agent": str(agent), "world": str(world)}
-    return replace(
-        of_round(game, number),
-        recordings="",
-        seed=(game.seed + number - 1) % 2**63,  # other episodes than before
-        policies=[
-            PolicyConfig(_AGENT_POLICY, _SHARES["mistakes"], kwargs, _MISTAKES),
-            PolicyConfig(_AGENT_POLICY, _SHARES["agent"], kwargs),
-            PolicyConfig("random_held", _SHARES["random"], {"low": 1, "high": 12}),
-        ],
-    )
+    @property
+    def before(self) -> Round:
+        """The one before."""
+        return self.at(self.number - 1)
 
+    @property
+    def minutes(self) -> float:
+        """The part of the budget that is its own."""
+        shares = [1.0] + [_LATER_MINUTES] * (self.game.rounds - 1)
+        return self.game.minutes * shares[self.number - 1] / sum(shares)
 
-def own_recordings(game: GameConfig, number: int) -> Path:
-    """What was recorded in a round."""
-    if number == 1:
-        return Path(game.recordings_place).expanduser()
-    return game.run_folder / f"round_{number}" / "recordings"
+    @property
+    def here(self) -> GameConfig:
+        """The game file as its trainings take it: their folder, recordings and minutes."""
+        if self.game.rounds == 1:
+            return self.game
+        folder, recordings = self.game.run_folder, self.game.recordings
+        if self.number > 1:
+            folder = folder / f"round_{self.number}"
+            recordings = str(folder / "all_recordings")
+        return replace(self.game, folder=str(folder), recordings=recordings, minutes=self.minutes)
+
+    @property
+    def recordings(self) -> RecordedDataset:
+        """What its trainings take."""
+        return RecordedDataset(self.here.recordings_place)
+
+    @property
+    def own_recordings(self) -> Path:
+        """What is recorded in it."""
+        if self.number == 1:
+            return Path(self.game.recordings_place).expanduser()
+        return self.game.run_folder / f"round_{self.number}" / "recordings"
+
+    @property
+    def plan(self) -> Path:
+        """Where its plan is stored."""
+        return self.here.run_folder / "plan.yaml"
+
+    @property
+    def world(self) -> Path:
+        """Where its world goes: that of the last one is the run's."""
+        if self.number == self.game.rounds:
+            return self.game.world_folder
+        return self.game.run_folder / f"round_{self.number}" / "world"
+
+    def key(self, stage: str) -> str:
+        """The name of one of its stages."""
+        return stage if self.number == 1 or stage in _ONCE else f"{stage}_{self.number}"
+
+    def weights(self, stage: str) -> Path:
+        """The file that one of its stages leaves."""
+        folder = self.game.run_folder if stage in _ONCE else self.here.run_folder
+        return folder / stage / f"{'agent' if stage == 'agent' else 'model'}.safetensors"
+
+    def digest(self, stage: str) -> str:
+        """The identity of these weights; not of the file: equal ones may differ in its header."""
+        path = self.weights(stage)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such weights; run stage {self.key(stage)} first")
+        return fingerprint_of(path)
+
+    def played_by_agent(self) -> GameConfig:
+        """The game file as a later one records it."""
+        kwargs = {"agent": str(self.weights("agent")), "world": str(self.before.world)}
+        return replace(
+            self.here,
+            recordings="",
+            seed=(self.game.seed + self.number - 1) % 2**63,  # other episodes than before
+            policies=[
+                PolicyConfig(_AGENT_POLICY, _SHARES["mistakes"], kwargs, _MISTAKES),
+                PolicyConfig(_AGENT_POLICY, _SHARES["agent"], kwargs),
+                PolicyConfig("random_held", _SHARES["random"], {"low": 1, "high": 12}),
+            ],
+        )
 
 
 def take_over(latents: Path, place: Path) -> None:
@@ -145,20 +199,16 @@ def link(target: Path, place: Path) -> None:
     place.symlink_to(where, target_is_directory=target.is_dir())
 
 
-def later_plan(before: Plan, game: GameConfig, here: GameConfig, number: int, world: Path) -> Plan:
-    """The plan of a later round: the sizes of the one before, whose weights it begins with.
+def later_plan(before: Plan, round: Round) -> Plan:
+    """The plan of a later ``round``: the sizes of the one ``before``, whose weights it begins with.
 
-    Args:
-        before: the plan of the round before, decided.
-        game: the game file.
-        here: what ``of_round`` makes of it.
-        number: of the round.
-        world: where the round's world goes.
+    That one must be decided.
     """
-    folder, data = here.run_folder, here.recordings_place
+    game = round.game
+    folder, data = round.here.run_folder, round.here.recordings_place
 
     def weights(name: str) -> str:
-        return str(folder / name / "model.safetensors")
+        return str(round.weights(name))
 
     def earlier(name: str) -> str:
         return str(Path(getattr(before, name)["train"]["folder"]) / "model.safetensors")
@@ -170,7 +220,7 @@ def later_plan(before: Plan, game: GameConfig, here: GameConfig, number: int, wo
 
     latents = {"tokenizer": weights("tokenizer"), "latents": str(folder / "latents")}
     rate = before.flow["train"]["learning_rate"]
-    if number == 2 and "learning_rate" not in game.flow.get("train", {}):
+    if round.number == 2 and "learning_rate" not in game.flow.get("train", {}):
         rate *= _LATER_RATE
     return Plan(
         {},
@@ -184,7 +234,7 @@ def later_plan(before: Plan, game: GameConfig, here: GameConfig, number: int, wo
         begun("distill", **latents, teacher=weights("flow"), student=earlier("distill")),
         {
             **before.export,
-            "folder": str(world),
+            "folder": str(round.world),
             "recordings": data,
             "tokenizer": str(folder / "tokenizer"),
             "dynamics": str(folder / "distill"),

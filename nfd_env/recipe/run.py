@@ -38,7 +38,7 @@ from nfd_env.recipe.ledger import Ledger
 from nfd_env.recipe.measure import measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.progress import Progress
-from nfd_env.recipe.records import StageRecord, latent_statistics, read_records
+from nfd_env.recipe.records import StageRecord, latent_statistics, read_records, write_yaml
 from nfd_env.recipe.timing import judge, timed
 from nfd_env.sources.spec import is_imported
 from nfd_env.stopping import stopping
@@ -105,7 +105,7 @@ class Recipe(Ledger):
         """
         if only is not None and only not in self.stages:
             raise ValueError(f"stage must be one of {', '.join(self.stages)}, got {only!r}")
-        made, self.number = not self.folder.exists(), 1
+        made, self.round = not self.folder.exists(), rounds.Round(self.game)
         with stopping() as stop, stop.at_once(), owned_folder(self.folder):
             self.records = read_records(self.folder)
             try:
@@ -117,9 +117,8 @@ class Recipe(Ledger):
             name = self.stages[0]
             try:
                 for name in self.stages:
-                    stage, self.number = rounds.split(name)
-                    if stage == "report":
-                        self.number = self.game.rounds
+                    stage, number = rounds.split(name)
+                    self.round = self.round.at(self.game.rounds if stage == "report" else number)
                     if only is not None and name != only:
                         # The report alone asks the net that reads actions.
                         if name != "inverse_dynamics" or only == "report":
@@ -156,14 +155,14 @@ class Recipe(Ledger):
         record, values = self._begin("agent"), self._agent_settings()
         with self._timed(record):
             if not record.extra:  # decided once, so that going on is exact
-                seconds = planning.AGENT_SHARE * max(1.0, self.time_left())
+                seconds = planning.AGENT_SHARE * max(1.0, self.time_left(self.round))
                 decided = rounds.decide_agent(values, self.game.agent, seconds)
                 record.extra = {"seconds": seconds, "settings": decided}
                 self._save()
             # Where things lie is not what was decided.
             placed = {key: values[key] for key in ("folder", "world", "device")}
             settings = rounds.built_agent({**record.extra["settings"], **placed})
-            if not record.finished or not self.weights("agent").is_file():
+            if not record.finished or not self.round.weights("agent").is_file():
                 metrics = learn(settings, False, self._progress)
                 record.metrics = {name: float(value) for name, value in metrics.items()}
         record.steps = settings.decisions
@@ -171,12 +170,8 @@ class Recipe(Ledger):
 
     def _record(self) -> None:
         record = self._begin("record")
-        game, imported = self.here, is_imported(self.game.source.env_id)
-        if self.number > 1:
-            agent = self.weights("agent")
-            with self._in_round(self.number - 1):
-                world = self.world_folder
-            game = rounds.played_by_agent(self.game, self.number, agent, world)
+        number, imported = self.round.number, is_imported(self.game.source.env_id)
+        game = self.round.played_by_agent() if number > 1 else self.round.here
         if game.recordings:
             recordings = RecordedDataset(game.recordings_place)
         elif imported:
@@ -188,7 +183,7 @@ class Recipe(Ledger):
                     record.extra = {"frames": game.frames or self._frames(game)}
                     self._save()
                 frames = game.frames or int(record.extra["frames"])
-                if record.finished and self.number > 1:  # its players take long to be loaded
+                if record.finished and number > 1:  # its players take long to be loaded
                     recordings = RecordedDataset(game.recordings_place)
                 else:
                     short = door.with_short_episodes(game, frames)
@@ -203,10 +198,10 @@ class Recipe(Ledger):
         failed = skipped / (skipped + len(recordings))
         shift = measure_alignment(recordings).best
         found = gates.recording_gates(measures, shift, failed, bool(game.recordings) or imported)
-        if self.number > 1:
+        if number > 1:
             # Everything before, as the round before took it, and what was recorded now.
-            earlier = [rounds.own_recordings(self.game, n) for n in range(1, self.number + 1)]
-            rounds.join(earlier, Path(self.here.recordings_place))
+            earlier = [self.round.at(n).own_recordings for n in range(1, number + 1)]
+            rounds.join(earlier, Path(self.round.here.recordings_place))
             played = rounds.returns(recordings)
             told = {name: asdict(scored) for name, scored in played.items()}
             record.extra = {**(record.extra or {}), "returns": told}
@@ -215,33 +210,32 @@ class Recipe(Ledger):
 
     def _frames(self, game: GameConfig) -> int:
         """How many to record, by how fast the game and its players are."""
-        if self.number == 1:
+        if self.round.number == 1:
             assert self._seen is not None
             rate, encoding = self._seen.rate, self._encoding
         else:
             rate = door.look(game).rate
-            with self._in_round(1):
-                recorded = RecordedDataset(self.here.recordings_place).frame_count
-            encoding = self.records["encode"].seconds / recorded
+            encoding = self.records["encode"].seconds / self.round.at(1).recordings.frame_count
         return planning.frames_to_record(game, rate, encoding)
 
     def _inverse_dynamics(self) -> None:
         self._train("inverse_dynamics", InverseDynamicsStage, gates.reading_gates)
 
     def _tokenizer(self) -> None:
-        if self.number > 1 and self._keep_tokenizer():
+        if self.round.number > 1 and self._keep_tokenizer():
             return
         self._train(
-            "tokenizer", TokenizerStage, lambda m: gates.tokenizer_gates(m, self._measures())
+            "tokenizer",
+            TokenizerStage,
+            lambda m: gates.tokenizer_gates(m, self._measures(self.round)),
         )
 
     def _keep_tokenizer(self) -> bool:
         """Take over that of the round before, if it is good enough for where the agent goes."""
         record = self._begin("tokenizer")
-        with self._in_round(self.number - 1):
-            before = self.weights("tokenizer")
+        before, here = self.round.before.weights("tokenizer"), self.round.weights("tokenizer")
         if not record.extra:
-            own = RecordedDataset(rounds.own_recordings(self.game, self.number))
+            own = RecordedDataset(self.round.own_recordings)
             values = {**self._plan().tokenizer, "recordings": str(own.folder)}
             with self._timed(record):
                 stage = TokenizerStage(door.built_from("tokenizer", values))
@@ -255,14 +249,13 @@ class Recipe(Ledger):
                     "  the tokenizer is not good enough where the agent goes: it is trained on"
                 )
             return False
-        if record.finished and self.weights("tokenizer").is_file():
+        if record.finished and here.is_file():
             return True
-        folder = self.weights("tokenizer").parent
-        for name in ("state.pt", "model.safetensors"):
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                with atomic_write(folder / name) as temporary:
-                    shutil.copyfile(before.parent / name, temporary)
+        for name in ("state.pt", here.name):
+            with writing(here.parent):
+                here.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(here.with_name(name)) as temporary:
+                    shutil.copyfile(before.with_name(name), temporary)
         record.finished = True
         self._save()
         for line in record.gates or []:
@@ -277,15 +270,16 @@ class Recipe(Ledger):
             plan.flow["recordings"], plan.flow["tokenizer"], str(latents), self.device
         )
         with self._timed(record):
-            if self.number > 1 and self.record("tokenizer").extra == {"kept": True}:
-                with self._in_round(self.number - 1):
-                    rounds.take_over(Path(self._plan().flow["latents"]), latents)
+            if self.round.number > 1 and self.record("tokenizer").extra == {"kept": True}:
+                rounds.take_over(self.round.before.here.run_folder / "latents", latents)
             self._ranks.tell({"stage": "encode", "settings": asdict(settings)})
             encode(settings, False, self._progress, self._ranks)
         mean, deviation = latent_statistics(latents)
         record.metrics = {"mean": mean, "deviation": deviation}
         found = gates.latent_gates(mean, deviation)
-        if self.number > 1:  # they may be of a world that the tokenizer's statistics did not see
+        if (
+            self.round.number > 1
+        ):  # they may be of a world that the tokenizer's statistics did not see
             found = [replace(gate, stops=False) for gate in found]
         self._finish("encode", record, found)
 
@@ -293,7 +287,7 @@ class Recipe(Ledger):
         self._train("flow", FlowStage, gates.flow_gates)
 
     def _heads(self) -> None:
-        self._train("heads", HeadsStage, lambda m: gates.heads_gates(m, self._measures()))
+        self._train("heads", HeadsStage, lambda m: gates.heads_gates(m, self._measures(self.round)))
 
     def _distill(self) -> None:
         def judged(metrics: Metrics) -> list[Gate]:
@@ -306,19 +300,19 @@ class Recipe(Ledger):
     def _world(self) -> None:
         plan = self._plan()
         record = self._begin("world")
-        if record.finished and (self.world_folder / "world.yaml").is_file():
+        folder = self.round.world
+        if record.finished and (folder / "world.yaml").is_file():
             return
         with self._timed(record):
-            values = {**plan.export, **self._sampling(plan), "folder": str(self.world_folder)}
+            values = {**plan.export, **self._sampling(plan), "folder": str(folder)}
             configs = values.get("configs", [])
-            values["configs"] = [str(self.here.run_folder / "plan.yaml"), *configs]
+            values["configs"] = [str(self.round.plan), *configs]
             if not values["teacher"]:  # shipped itself where the student is not near it
                 values["int8"] = [n for n in values.get("int8", []) if n != "teacher"]
             made = export(door.built_from("export", values))
-            recordings = RecordedDataset(self.here.recordings_place)
             world = load_world(made, self.device, "fp32")
-            windows = int(min(192, 32 + 4 * self.here.minutes))
-            found = calibrate(world, recordings, windows, seed=self.game.seed)
+            windows = int(min(192, 32 + 4 * self.round.here.minutes))
+            found = calibrate(world, self.round.recordings, windows, seed=self.game.seed)
             if "hazard_odds" not in plan.export and found.hazard_odds != 1.0:
                 values["hazard_odds"] = found.hazard_odds
                 export(door.built_from("export", values))
@@ -340,7 +334,7 @@ class Recipe(Ledger):
 
     def _read_actions(self) -> ActionReport:
         world = load_world(self.game.world_folder, self.device)
-        network = load_inverse_dynamics(self.weights("inverse_dynamics"), world)
+        network = load_inverse_dynamics(self.round.weights("inverse_dynamics"), world)
         # Those that the net has learned on: agents have habits, by which actions could be guessed.
         recordings = RecordedDataset(self.game.recordings_place)
         rollouts = int(min(32, max(8, self.game.minutes)))
@@ -368,8 +362,8 @@ class Recipe(Ledger):
             if not decided:
                 values = getattr(self._decide(plan, name, stage), name)
                 stage.settings = door.built_from(name, values)
-            self._progress.expect(self.key(name), self.expected())
-            if self.number > 1 and name in ("flow", "heads"):
+            self._progress.expect(self.round.key(name), self.expected())
+            if self.round.number > 1 and name in ("flow", "heads"):
                 self._judge_before(name, stage, judged)
             settings = stage.settings.train
             ranks = self._ranks_of(name)
@@ -388,11 +382,12 @@ class Recipe(Ledger):
 
     def _decide(self, plan: Plan, name: str, stage: Any) -> Plan:
         """How many steps a stage gets, from its speed and the time that is left."""
-        left = 60 * self.here.minutes
+        here = self.round.here
+        left = 60 * here.minutes
         if name != "inverse_dynamics":  # which is to judge all worlds alike
-            left = max(1.0, self.time_left())
-        plan = timed(plan, self.here, name, stage, left, self._ranks_of(name).count)
-        self._store(plan)
+            left = max(1.0, self.time_left(self.round))
+        plan = timed(plan, here, name, stage, left, self._ranks_of(name).count)
+        write_yaml(self.round.plan, asdict(plan))
         steps = getattr(plan, name)["train"]["steps"]
         self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")
         return plan
@@ -403,25 +398,24 @@ class Recipe(Ledger):
         if record.extra and "before" in record.extra:
             return
         if self.record("tokenizer").extra == {"kept": True}:  # else they are for other latents
-            with self._in_round(self.number - 1):
-                network = load_weights(self.weights(name), *_NETWORKS[name])
+            network = load_weights(self.round.before.weights(name), *_NETWORKS[name])
             found = judged(judge(stage, self.device, network))
             record.extra = {"before": {gate.name: gate.value for gate in found}}
             self._save()
 
     def _begin(self, stage: str) -> StageRecord:
         """The record of a stage; what was made from something else is taken away."""
-        name = self.key(stage)
+        name = self.round.key(stage)
         record, made_from = self.records.get(name), self._made_from(stage)
         if record is not None and record.made_from != made_from:
             self._say(f"  {name} is made anew: its settings or what it is made from have changed")
             record = None
         if record is None:
             # What lies there was made from something else, or from what nobody knows.
-            if stage == "record" and self.number > 1:
-                shutil.rmtree(rounds.own_recordings(self.game, self.number), ignore_errors=True)
+            if stage == "record" and self.round.number > 1:
+                shutil.rmtree(self.round.own_recordings, ignore_errors=True)
             elif stage not in ("record", "world", "report"):
-                folder = self.weights(stage).parent
+                folder = self.round.weights(stage).parent
                 folder = folder.with_name("latents") if stage == "encode" else folder
                 shutil.rmtree(folder, ignore_errors=True)
             record = self.records[name] = StageRecord(made_from)
@@ -439,7 +433,7 @@ class Recipe(Ledger):
             self._say(f"  {line}")
         if failed and not self._keep_going:
             raise GateError(
-                f"{self.key(stage)}: {failed[0].name} is {failed[0].value:.3g}, wanted "
+                f"{self.round.key(stage)}: {failed[0].name} is {failed[0].value:.3g}, wanted "
                 f"{failed[0].bounds()}: {failed[0].advice} (--keep-going goes on regardless)"
             )
 
@@ -454,7 +448,7 @@ class Recipe(Ledger):
             self._save()
 
     def _require(self, stage: str) -> None:
-        name = self.key(stage)
+        name = self.round.key(stage)
         record = self.records.get(name)
         if record is None or not record.finished:
             raise ValueError(f"stage {name} has not been finished: run it first")

@@ -183,9 +183,9 @@ def test_a_tokenizer_that_is_lost_where_the_agent_goes_is_trained_on(
 
 def test_who_has_how_much_of_the_budget(tmp_path: Path) -> None:
     settings = twice(tmp_path, minutes=100.0, rounds=3)
-    minutes = [rounds.minutes_of(settings, number) for number in (1, 2, 3)]
+    minutes = [rounds.Round(settings, number).minutes for number in (1, 2, 3)]
     assert sum(minutes) == pytest.approx(100) and minutes[0] > minutes[1] == minutes[2]
-    assert rounds.of_round(replace(settings, rounds=1), 1) == replace(settings, rounds=1)
+    assert rounds.Round(replace(settings, rounds=1)).here == replace(settings, rounds=1)
     names = rounds.stages(3)
     assert names[-1] == "report" and names[8:16] == LAST
     assert [rounds.split(name) for name in ("flow_2", "inverse_dynamics")] == [
