@@ -17,16 +17,11 @@ from nfd_env.baselines.transformer import (
     TokenDynamicsConfig,
     token_loss,
 )
+from nfd_env.config import check_ranges
 from nfd_env.inference.rollout import new_cache
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights, save_weights
-from nfd_env.parts import WHOLE, Part
-from nfd_env.training.latent_stage import (
-    CONTEXT,
-    LEAST_HORIZON,
-    LatentStage,
-    LatentTrainingConfig,
-)
+from nfd_env.training.latent_stage import CONTEXT, WindowStage, WindowTrainingConfig
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
 
@@ -114,8 +109,8 @@ class DiscreteTokenizerStage(TokenizerStage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenDynamicsTrainingConfig(LatentTrainingConfig):
-    """What to train the transformer on, and how; see also ``LatentTrainingConfig``.
+class TokenDynamicsTrainingConfig(WindowTrainingConfig):
+    """What to train the transformer on, and how; see also ``WindowTrainingConfig``.
 
     Attributes:
         discrete: the finished discrete tokenizer's weights.
@@ -124,10 +119,7 @@ class TokenDynamicsTrainingConfig(LatentTrainingConfig):
         heads: see there.
         window: see there.
         top_p: see there.
-        frames: frames a training window.
         diagonal_share: share of the windows that are learned in the parallel order.
-        ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
-        rollouts: held-out windows that a validation continues.
     """
 
     discrete: str
@@ -136,22 +128,18 @@ class TokenDynamicsTrainingConfig(LatentTrainingConfig):
     heads: int = 4
     window: int = 12
     top_p: float = 0.8
-    frames: int = 12
     diagonal_share: float = 0.5
-    ending_share: float = 0.0
-    rollouts: int = 8
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.frames < 2 or self.rollouts < 1:
-            raise ValueError("frames must be at least 2, rollouts at least 1")
-        for name in ("diagonal_share", "ending_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        super().__post_init__()
+        check_ranges(self, diagonal_share="[0, 1]")
 
 
-class TokenDynamicsStage(LatentStage):
+class TokenDynamicsStage(WindowStage):
     """See ``nfd_env.training.loop.Stage``."""
+
+    settings: TokenDynamicsTrainingConfig
 
     def __init__(self, settings: TokenDynamicsTrainingConfig) -> None:
         """Load the data and build the network.
@@ -159,8 +147,7 @@ class TokenDynamicsStage(LatentStage):
         Raises:
             CheckpointError: when there is no such tokenizer; see also ``LatentStage``.
         """
-        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + LEAST_HORIZON))
-        self.settings = settings
+        super().__init__(settings)
         path = Path(settings.discrete).expanduser()
         discrete = load_weights(path, DiscreteTokenizer, DiscreteTokenizerConfig)
         self._discrete = discrete.to(self._device).requires_grad_(False)
@@ -189,14 +176,6 @@ class TokenDynamicsStage(LatentStage):
     def lower_is_better(self) -> list[str]:
         """The losses and the errors of rollouts."""
         return ["nats", "nats_parallel", *self._rollout_losses]
-
-    def batch(
-        self, rng: np.random.Generator, size: int, part: Part = WHOLE
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (rows, frames, C, h, w) and the actions leading into them."""
-        settings = self.settings
-        share = settings.ending_share
-        return self._train.windows(rng, size, settings.frames, share, part=part)
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]

@@ -41,18 +41,12 @@ from nfd_env.training.distill_validation import (
     many_steps,
     texture,
 )
-from nfd_env.training.latent_stage import (
-    CONTEXT,
-    LEAST_HORIZON,
-    LatentStage,
-    WindowTrainingConfig,
-    check_fit,
-)
+from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 
 
 @dataclass(frozen=True)
-class DistillTrainingConfig(WindowTrainingConfig):
-    """What to train the student on, and how; see also ``WindowTrainingConfig``.
+class DistillTrainingConfig(HistoryTrainingConfig):
+    """What to train the student on, and how; see also ``HistoryTrainingConfig``.
 
     Where ``history_levels`` have a ``draft_share``, the teacher must have been trained with one.
 
@@ -138,13 +132,15 @@ class Distiller(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
-class DistillStage(LatentStage):
+class DistillStage(WindowStage):
     """See ``nfd_env.training.loop.Stage``.
 
     The student is a ``Dynamics`` like its teacher, with the same velocity as its output: TrigFlow's
     consistency function is x_s - s v (see ``nfd_env.flow.trigflow``), so a distilled network goes
     into a world wherever a flow model goes, with the sampler "consistency".
     """
+
+    settings: DistillTrainingConfig
 
     def __init__(self, settings: DistillTrainingConfig) -> None:
         """Load teacher and data, and make the student a copy of the teacher.
@@ -154,8 +150,7 @@ class DistillStage(LatentStage):
                 ``LatentStage``.
         """
         self._teacher = load_teacher(settings.teacher)
-        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + LEAST_HORIZON))
-        self.settings = settings
+        super().__init__(settings)
         self._made_from["teacher"] = fingerprint_of(Path(settings.teacher).expanduser())
         student = self._teacher
         check_fit(self._train, self._teacher.config, settings.teacher)
@@ -220,7 +215,7 @@ class DistillStage(LatentStage):
         if network.training and batch.ends_step:
             network.steps += 1
         kind = self._discrete if batch.discrete else self._continuous
-        error, made, logs = kind(network, teacher, student, latents, step)
+        error, made, logs = kind(teacher, student, latents, step)
         # The first frame of a window has no history to follow from.
         loss = error[:, 1:].mean()
         if batch.adversarial:
@@ -231,12 +226,7 @@ class DistillStage(LatentStage):
         return loss, logs
 
     def _discrete(
-        self,
-        network: Distiller,
-        teacher: LevelVelocity,
-        student: LevelVelocity,
-        latents: Tensor,
-        step: Tensor,
+        self, teacher: LevelVelocity, student: LevelVelocity, latents: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         s = self.settings
         count = grid_size(step / max(1, s.discrete_steps), s.coarsest_grid, s.grid_doublings)
@@ -249,12 +239,7 @@ class DistillStage(LatentStage):
         return error, data_from_velocity(x, velocity, now), {"grid": count}
 
     def _continuous(
-        self,
-        network: Distiller,
-        teacher: LevelVelocity,
-        student: LevelVelocity,
-        latents: Tensor,
-        step: Tensor,
+        self, teacher: LevelVelocity, student: LevelVelocity, latents: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         s = self.settings
         angle = sample_angles(latents.shape[:2], s.level_mean, s.level_spread, self._device)

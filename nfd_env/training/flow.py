@@ -17,14 +17,7 @@ from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.parts import WHOLE, Part
-from nfd_env.training.latent_stage import (
-    CONTEXT,
-    LEAST_HORIZON,
-    LatentStage,
-    WindowTrainingConfig,
-    check_fit,
-)
+from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
 _FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
@@ -34,8 +27,8 @@ _STEPS = 4  # Euler steps of its rollouts
 
 
 @dataclass(frozen=True)
-class FlowTrainingConfig(WindowTrainingConfig):
-    """What to train the flow model on, and how; see also ``WindowTrainingConfig``.
+class FlowTrainingConfig(HistoryTrainingConfig):
+    """What to train the flow model on, and how; see also ``HistoryTrainingConfig``.
 
     Attributes:
         model: the network's sizes; latent shape and action width are those of the recordings.
@@ -60,8 +53,10 @@ class FlowTrainingConfig(WindowTrainingConfig):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
 
 
-class FlowStage(LatentStage):
+class FlowStage(WindowStage):
     """See ``nfd_env.training.loop.Stage``."""
+
+    settings: FlowTrainingConfig
 
     def __init__(self, settings: FlowTrainingConfig) -> None:
         """Load the data and build the network.
@@ -70,8 +65,7 @@ class FlowStage(LatentStage):
             CheckpointError: when the config or the weights to begin with do not fit the data; see
                 also ``LatentStage``.
         """
-        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + LEAST_HORIZON))
-        self.settings = settings
+        super().__init__(settings)
         check_fit(self._train, settings.model, "the config's model")
         torch.manual_seed(settings.train.seed)
         self.network = Dynamics(settings.model)
@@ -106,12 +100,6 @@ class FlowStage(LatentStage):
         first = [torch.from_numpy(e.actions[:256]) for e in self._train.episodes[:64]]
         distinct = torch.unique(torch.cat(first), dim=0)
         return torch.cat((distinct[:256], torch.zeros(1, distinct.shape[1])))
-
-    def batch(
-        self, rng: np.random.Generator, size: int, part: Part = WHOLE
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (rows, frames, C, h, w) and the actions leading into them."""
-        return self.settings.draw(self._train, rng, size, part)
 
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor]

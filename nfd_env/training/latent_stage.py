@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from nfd_env.metrics import standing_out
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, fingerprint_of, load_weights
-from nfd_env.parts import Part
+from nfd_env.parts import WHOLE, Part
 from nfd_env.training.encode import check_encoded
 from nfd_env.training.history import HistoryLevels
 from nfd_env.training.loop import TrainConfig
@@ -61,16 +62,12 @@ class WindowTrainingConfig(LatentTrainingConfig):
 
     Attributes:
         frames: frames a training window.
-        history_levels: levels of the clean copy of the frames before, in training.
-        history_level: the history's level in validation's rollouts; give the world the same.
         ending_share: share of the windows at the end of episodes, see ``LatentDataset.windows``.
         ending_frames: see there.
         rollouts: held-out windows that a validation continues.
     """
 
     frames: int = 16
-    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
-    history_level: float = 0.15
     ending_share: float = 0.0
     ending_frames: int = 0
     rollouts: int = 8
@@ -78,13 +75,31 @@ class WindowTrainingConfig(LatentTrainingConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_ranges(self, frames="[2, inf)", rollouts="[1, inf)", ending_frames="[0, inf)")
-        check_ranges(self, history_level="[0, 1]", ending_share="[0, 1]")
+        check_ranges(self, ending_share="[0, 1]")
 
     def draw(
         self, data: LatentDataset, rng: np.random.Generator, size: int, part: Part
     ) -> tuple[Tensor, Tensor]:
         """``part`` of ``size`` windows of ``data``, see ``LatentDataset.windows``."""
         return data.windows(rng, size, self.frames, self.ending_share, self.ending_frames, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryTrainingConfig(WindowTrainingConfig):
+    """What flow and distillation add: frames follow from a noisy copy of those before.
+
+    Attributes:
+        history_levels: levels of that copy, in training.
+        history_level: its level in validation's rollouts; give the world the same.
+    """
+
+    history_levels: HistoryLevels = field(default_factory=HistoryLevels)
+    history_level: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_ranges(self, history_level="[0, 1]")
 
 
 def check_fit(data: LatentDataset, config: DynamicsConfig, name: str) -> None:
@@ -225,3 +240,18 @@ class LatentStage:
             for latents in rollouts
         ]
         return np.concatenate(rows, 0)
+
+
+class WindowStage(LatentStage):
+    """Base of the stages on windows of frames."""
+
+    settings: Any
+
+    def __init__(self, settings: WindowTrainingConfig) -> None:
+        """Check and load the data, see ``LatentStage``."""
+        super().__init__(settings, settings.frames, max(settings.frames, CONTEXT + LEAST_HORIZON))
+        self.settings = settings
+
+    def batch(self, rng: np.random.Generator, size: int, part: Part = WHOLE) -> Any:
+        """Latents (rows, frames, C, h, w) and the actions leading into them."""
+        return self.settings.draw(self._train, rng, size, part)
