@@ -28,8 +28,9 @@ from nfd_env.players.actions import action_head
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe import rounds
 from nfd_env.recipe.game import GameConfig
+from nfd_env.recipe.grid import PlanError, fitting_size
 from nfd_env.recipe.measure import GameMeasures
-from nfd_env.recipe.plan import Plan, PlanError
+from nfd_env.recipe.plan import Plan
 from nfd_env.sources.source import make_source
 from nfd_env.sources.spec import is_imported
 from nfd_env.spaces import ActionCodec
@@ -257,7 +258,7 @@ def _check_fit(built: dict[str, Any], seen: Look) -> None:
     down = tokenizer.downsampling
     height, width = seen.frame_size
     if height % down or width % down:
-        size = planning.fitting_size(height, width)
+        size = fitting_size(height, width)
         raise PlanError(
             f"frames of {height}x{width} do not divide by {down}, as "
             f"{len(tokenizer.encoder_channels)} tokenizer.model.encoder_channels ask for: set "

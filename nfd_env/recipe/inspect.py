@@ -21,7 +21,7 @@ from nfd_env.data.worker import close
 from nfd_env.files import write_text
 from nfd_env.named import described
 from nfd_env.recipe.game import snake_case
-from nfd_env.recipe.plan import choose_grid, fitting_size
+from nfd_env.recipe.grid import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
 from nfd_env.sources.frames import frame_rate
 from nfd_env.sources.keys import default_controls

@@ -15,8 +15,9 @@ from nfd_env.named import import_named
 from nfd_env.recipe.door import Look, check_parts, check_settings
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.gates import FALLBACK, Drawn
+from nfd_env.recipe.grid import PlanError, choose_grid
 from nfd_env.recipe.measure import GameMeasures
-from nfd_env.recipe.plan import PlanError, choose_grid, settings
+from nfd_env.recipe.plan import settings
 from nfd_env.recipe.run import Recipe, StageRecord
 from nfd_env.sources.source import SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict

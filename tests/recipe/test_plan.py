@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfd_env.recipe.plan import SHARES, PlanError, choose_grid, fitting_size, merged, share_of
+from nfd_env.recipe.grid import PlanError, choose_grid, fitting_size
+from nfd_env.recipe.plan import SHARES, merged, share_of
 
 
 @pytest.mark.parametrize(
