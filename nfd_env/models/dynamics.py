@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from nfd_env.models.layers import (
     sinusoid,
 )
 from nfd_env.models.local import GroupNorm, LocalMotion
+from nfd_env.models.two_copies import attend_two_copies
 
 CONTEXT = 32  # channels of the map that the transformer makes for the convolutions
 
@@ -41,7 +42,8 @@ class DynamicsConfig:
         heads: attention heads.
         window: a frame attends to itself and to at most ``window`` - 1 frames right before it.
         qk_norm: normalise queries and keys.
-        modulation_rank: rank of the adaLN projection; 0 for a full matrix. See ``with_low_rank``.
+        modulation_rank: rank of the adaLN projection; 0 for a full matrix. See
+            ``nfd_env.models.low_rank``.
         recent: so many frames before each are inputs of convolutions behind the transformer, which
             put out how far the velocity is from what the frame before lets one guess, see
             ``nfd_env.models.local`` and ``nfd_env.flow.persistence``; 0 for the transformer alone.
@@ -233,7 +235,7 @@ class Dynamics(nn.Module):
             torch.cat((actions, actions), 1),
             frames_before(history, history_levels, self.config.recent),
             self.rotation(torch.cat((frames, frames))[None]).unsqueeze(-4),
-            self._two_copies(frames),
+            attend_two_copies(frames, self.config.tokens, self.config.window),
             skip=count,
         )
 
@@ -302,58 +304,6 @@ class Dynamics(nn.Module):
     def _masked(self, mask: Tensor) -> Attend:
         full = by_token(mask, self.config.tokens)
         return lambda layer, q, k, v: attend_masked(q, k, v, full)
-
-    def _two_copies(self, frames: Tensor) -> Attend:
-        """Attention of [history | noisy] frames without the parts of the mask that are empty.
-
-        Frames are cut into chunks as long as the window, so that the latest frames of any frame are
-        in its own chunk and the one before. Written with plain softmax: forward-mode
-        differentiation has no rule for fused kernels.
-        """
-        count, tokens, window = len(frames), self.config.tokens, self.config.window
-        chunk = min(count, window)
-        missing = -count % chunk
-        # Queries in chunks (n, chunk), and the numbers of the keys that each chunk may see.
-        numbers = functional.pad(frames, (0, missing), value=-1).unflatten(0, (-1, chunk))
-        close = _and_before(numbers, -1)
-        query = numbers[..., None]
-        near = sees(query, close[:, None], window) & (close >= 0)[:, None]
-        new_mask = near & (close[:, None] != query)
-        # What pads the last chunk sees something, so that its softmax is finite; it is cut off.
-        old_mask = near | (query < 0)
-        old_mask, new_mask = by_token(old_mask, tokens), by_token(new_mask, tokens)
-        new_mask = torch.cat((new_mask, new_mask.new_ones((*new_mask.shape[:2], tokens))), -1)
-
-        def chunks(x: Tensor) -> Tensor:
-            """(B, T, P, heads, c) -> (B, heads, n, chunk * P, c)."""
-            x = functional.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)).unflatten(1, (-1, chunk))
-            return x.permute(0, 4, 1, 2, 3, 5).flatten(3, 4)
-
-        def seen(x: Tensor) -> Tensor:
-            """History (B, T, P, heads, c) -> what each chunk sees (B, heads, n, keys, c)."""
-            return _and_before(chunks(x), 0, 2, 3)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = q.to(v.dtype) * q.shape[-1] ** -0.5, k.to(v.dtype)
-            keys, values = seen(k[:, :count]), seen(v[:, :count])
-            made = []
-            if q.shape[1] > count:
-                made.append(_softmax(chunks(q[:, :count]) @ keys.mT, old_mask) @ values)
-            # Each noisy frame's own tokens: (B, heads, n, chunk, P, P) scores.
-            noisy_q, frame_k, frame_v = (
-                chunks(x[:, -count:]).unflatten(3, (chunk, tokens)) for x in (q, k, v)
-            )
-            own = (noisy_q @ frame_k.mT).flatten(3, 4)
-            scores = torch.cat((noisy_q.flatten(3, 4) @ keys.mT, own), -1)
-            weights = _softmax(scores, new_mask)
-            noisy = weights[..., :-tokens] @ values
-            own_weights = weights[..., -tokens:].unflatten(3, (chunk, tokens))
-            noisy = noisy + (own_weights @ frame_v).flatten(3, 4)
-            made.append(noisy)
-            out = torch.cat([x.flatten(2, 3)[:, :, : count * tokens] for x in made], 2)
-            return out.transpose(1, 2).unflatten(1, (-1, tokens)).flatten(-2)
-
-        return attend
 
     def _run(
         self,
@@ -434,15 +384,6 @@ def frames_before(frames: Tensor, levels: Tensor, count: int) -> tuple[Tensor, T
     )
 
 
-def _and_before(chunks: Tensor, fill: int, dim: int = 0, along: int = 1) -> Tensor:
-    """Each chunk behind the one before it, joined ``along`` an axis; ``fill`` before the first."""
-    if chunks.shape[dim] == 1:
-        return chunks
-    first = torch.full_like(chunks.narrow(dim, 0, 1), fill)
-    before = torch.cat((first, chunks.narrow(dim, 0, chunks.shape[dim] - 1)), dim)
-    return torch.cat((before, chunks), along)
-
-
 def _modulation(width: int, outputs: int, rank: int) -> nn.Module:
     if not rank:
         return _zero(nn.Linear(width, outputs))
@@ -454,46 +395,3 @@ def _zero(linear: nn.Linear) -> nn.Linear:
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
     return linear
-
-
-@torch.no_grad()
-def with_low_rank(network: Dynamics, actions: Tensor, rank: int) -> tuple[Dynamics, float]:
-    """A copy of ``network`` whose adaLN projection has the given rank.
-
-    The projection only ever sees conditions made of one noise level and one action, which span few
-    dimensions, so most of its parameters (a third of a small model's) do nothing.
-
-    Args:
-        network: with a full projection.
-        actions: (n, action_width), encoded actions that the world can meet.
-        rank: of the new projection.
-
-    Returns:
-        The copy, and the relative error (root mean square) of the modulation it gives.
-    """
-    full = network.modulation
-    assert isinstance(full, nn.Linear) and full.bias is not None
-    levels = torch.linspace(0, 1, 129, dtype=torch.float32, device=full.weight.device)
-    condition = network.embed_level(sinusoid(levels))[:, None] + network.embed_action(actions)
-    inputs = functional.silu(condition).flatten(0, 1)
-    outputs = (inputs @ full.weight.T).double()
-    # Leading left singular vectors of weight @ inputs^T, through the small Gram matrix.
-    basis = torch.linalg.svd(full.weight.double() @ _root(inputs), full_matrices=False).U[:, :rank]
-    copy = Dynamics(replace(network.config, modulation_rank=rank))
-    state = {k: v for k, v in network.state_dict().items() if not k.startswith("modulation.")}
-    state["modulation.0.weight"] = (basis.T @ full.weight.double()).float()
-    state["modulation.1.weight"] = basis.float()
-    state["modulation.1.bias"] = full.bias
-    copy.load_state_dict(state)
-    error = (outputs @ basis @ basis.T - outputs).norm() / outputs.norm()
-    return copy.eval(), float(error)
-
-
-def _root(inputs: Tensor) -> Tensor:
-    """(X^T X)^(1/2), in float64."""
-    values, vectors = torch.linalg.eigh((inputs.T @ inputs).double())
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
-
-
-def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(scores.dtype)

@@ -20,8 +20,9 @@ from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingErro
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Context
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.low_rank import with_low_rank
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import (
     CheckpointError,
@@ -50,7 +51,7 @@ class ExportConfig:
 
     Attributes:
         name: the world's name.
-        modulation_rank: see ``nfd_env.models.dynamics.with_low_rank``; 0 keeps the full matrix.
+        modulation_rank: see ``nfd_env.models.low_rank.with_low_rank``; 0 keeps the full matrix.
         folder: the world folder to write.
         recordings: the data-set folder.
         tokenizer: run folder of the tokenizer.

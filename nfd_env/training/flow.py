@@ -15,7 +15,8 @@ from nfd_env.config import check_ranges
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.low_rank import with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 

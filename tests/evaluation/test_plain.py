@@ -10,7 +10,8 @@ from nfd_env.evaluation.plain import PlainDynamics, PlainModel
 from nfd_env.evaluation.refilled import RefilledModel
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Context
-from nfd_env.models.dynamics import Dynamics, with_low_rank
+from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.low_rank import with_low_rank
 from nfd_env.worlds.load import load_world
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
