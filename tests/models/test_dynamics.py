@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from nfd_env.inference.rollout import new_cache
-from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.layers import FrameRotation, rope_split, rotate
+from nfd_env.models.low_rank import with_low_rank
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
