@@ -140,23 +140,30 @@ class EpisodeReference:
         )
 
 
+_INDEX = np.dtype(
+    [
+        ("shard", np.int32),
+        ("transition", np.int64),
+        ("frame", np.int64),
+        ("length", np.int64),
+        ("policy", np.int32),
+        ("split", np.int8),
+        ("total", np.float64),
+        ("number", np.int64),
+        ("video", np.int32),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class _Columns:
-    """One entry an episode, but for the lists of names and shards that some refer to."""
+    """``index``, of the type ``_INDEX``, has one entry an episode; the lists are what it names."""
 
     shards: list[tuple[int, Path]]
     policies: list[str]
     videos: list[str]
     seeds: list[int]
-    shard: np.ndarray
-    frame: np.ndarray
-    transition: np.ndarray
-    length: np.ndarray
-    policy: np.ndarray
-    split: np.ndarray
-    total: np.ndarray
-    number: np.ndarray
-    video: np.ndarray
+    index: np.ndarray
 
 
 def read_columns(shards: Sequence[tuple[int, Path]]) -> _Columns:
@@ -168,32 +175,20 @@ def read_columns(shards: Sequence[tuple[int, Path]]) -> _Columns:
     policies: dict[str, int] = {}
     videos: dict[str, int] = {}
     seeds: list[int] = []
-    columns: list[list[np.ndarray]] = []
-    for index, (_, shard) in enumerate(shards):
+    index = [np.zeros(0, _INDEX)]
+    for number, (_, shard) in enumerate(shards):
         records = read_records(shard)
-        length = np.array([r["length"] for r in records], np.int64)
-        before = np.cumsum(length) - length
         seeds += [r["seed"] for r in records]
-        columns.append(
-            [
-                np.full(len(records), index, np.int32),
-                before + np.arange(len(records)),
-                before,
-                length,
-                np.array([policies.setdefault(r["policy"], len(policies)) for r in records], int),
-                np.array([SPLITS.index(r["split"]) for r in records], np.int8),
-                np.array([r["return"] for r in records], np.float64),
-                np.array([r.get("number", -1) for r in records], np.int64),
-                np.array(
-                    [videos.setdefault(r.get("video", ""), len(videos)) for r in records], int
-                ),
-            ]
-        )
-    joined = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [_NONE] * 9
-    return _Columns(list(shards), list(policies), list(videos), seeds, *joined)
-
-
-_NONE = np.zeros(0, np.int64)
+        entries, before = [], 0
+        for place, r in enumerate(records):
+            policy = policies.setdefault(r["policy"], len(policies))
+            video = videos.setdefault(r.get("video", ""), len(videos))
+            split, total = SPLITS.index(r["split"]), r["return"]
+            where = number, before, before + place, r["length"]
+            entries.append((*where, policy, split, total, r.get("number", -1), video))
+            before += r["length"]
+        index.append(np.array(entries, _INDEX))
+    return _Columns(list(shards), list(policies), list(videos), seeds, np.concatenate(index))
 
 
 class Episodes(Sequence[EpisodeReference]):
@@ -202,32 +197,37 @@ class Episodes(Sequence[EpisodeReference]):
     def __init__(self, columns: _Columns, spec: DatasetSpec) -> None:
         """All that ``columns`` tell of."""
         self._columns, self._spec = columns, spec
-        self._chosen = np.arange(len(columns.length))
+        self._chosen = np.arange(len(columns.index))
         self._reference: Callable[[int], EpisodeReference] = lru_cache(_KEPT)(self._made)
 
     def _made(self, index: int) -> EpisodeReference:
         c = self._columns
-        folder, shard = c.shards[c.shard[index]]
-        number = int(c.number[index])
+        shard, transition, frame, length, policy, split, total, number, video = c.index[
+            index
+        ].item()
+        folder, path = c.shards[shard]
         return EpisodeReference(
-            shard,
+            path,
             self._spec,
-            int(c.frame[index]),
-            int(c.transition[index]),
-            int(c.length[index]),
+            frame,
+            transition,
+            length,
             c.seeds[index],
-            c.policies[c.policy[index]],
-            SPLITS[c.split[index]],
-            float(c.total[index]),
+            c.policies[policy],
+            SPLITS[split],
+            total,
             None if number < 0 else number,
             folder,
-            c.videos[c.video[index]],
+            c.videos[video],
         )
+
+    def _column(self, name: str) -> np.ndarray:
+        return self._columns.index[name][self._chosen]
 
     def of_split(self, name: str) -> Episodes:
         """Those of the split "train" or "validation"."""
         codes = [code for code, split in enumerate(SPLITS) if split == name]
-        return self._some(self._chosen[np.isin(self._columns.split[self._chosen], codes)])
+        return self._some(self._chosen[np.isin(self._column("split"), codes)])
 
     def _some(self, chosen: np.ndarray) -> Episodes:
         part = object.__new__(Episodes)
@@ -256,12 +256,12 @@ class Episodes(Sequence[EpisodeReference]):
     @property
     def lengths(self) -> np.ndarray:
         """Transitions of each, int64."""
-        return self._columns.length[self._chosen]
+        return self._column("length")
 
     @property
     def returns(self) -> np.ndarray:
         """Sum of the rewards of each, float64."""
-        return self._columns.total[self._chosen]
+        return self._column("total")
 
     def terminated(self) -> np.ndarray:
         """Whether each ended by itself, boolean; read from the shards.
@@ -269,19 +269,19 @@ class Episodes(Sequence[EpisodeReference]):
         Raises:
             RecordingError: when a file is missing or too short.
         """
-        c, result = self._columns, np.zeros(len(self), bool)
-        shards = c.shard[self._chosen]
+        result, shards = np.zeros(len(self), bool), self._column("shard")
+        lasts = self._column("transition") + self._column("length") - 1
         for index in np.unique(shards):
             mine = np.flatnonzero(shards == index)
-            last = (c.transition + c.length)[self._chosen[mine]] - 1
-            path = c.shards[index][1] / "ends.bin"
+            last = lasts[mine]
+            path = self._columns.shards[index][1] / "ends.bin"
             ends = stored_values(path, "uint8", (), 0, int(last.max()) + 1)
             result[mine] = (ends[last] & TERMINATED) > 0
         return result
 
     def by_shard(self) -> dict[str, Episodes]:
         """Those of each shard, by the shard's name."""
-        shards = self._columns.shard[self._chosen]
+        shards = self._column("shard")
         parts = [self._some(self._chosen[shards == index]) for index in np.unique(shards)]
         return {part[-1].shard_name: part for part in parts}
 
