@@ -17,9 +17,10 @@ from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.demo import demo
 from nfd_env.evaluation.inverse_dynamics import ActionReport, actions_sentence
+from nfd_env.evaluation.tables import table
 from nfd_env.models.weights import CheckpointError
 from nfd_env.recipe.records import read_records
-from nfd_env.recipe.report import COLUMNS, verdict
+from nfd_env.recipe.report import COLUMNS, told, verdict
 from nfd_env.video import enlarge, write_png
 from nfd_env.worlds.hub import Address
 from nfd_env.worlds.load import World, load_world
@@ -160,7 +161,7 @@ def _metrics(scores: Mapping[str, float], run: Path | None) -> list[str]:
         parts.append(
             _table(
                 ("frames ahead", *COLUMNS.values()),
-                [(row["horizon"], *(_number(row.get(c)) for c in COLUMNS)) for row in rows],
+                [(row["horizon"], *(told(row.get(c)) for c in COLUMNS)) for row in rows],
             )
         )
         parts.append(
@@ -210,17 +211,11 @@ def _provenance(values: Mapping[str, Any], steps: int) -> list[str]:
 
 
 def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_cell(c) for c in line)} |" for line in lines) if rows else ""
+    return table(header, (map(_cell, row) for row in rows)) if rows else ""
 
 
 def _cell(value: Any) -> str:
     return re.sub(r"[|\s]+", " ", str(value))
-
-
-def _number(value: Any) -> str:
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return f"{value:.2f}" if known else "–"
 
 
 def _art_of(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from PIL import Image
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
 from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actions_sentence
-from nfd_env.files import write_text
+from nfd_env.files import save_text
 from nfd_env.metrics import bright_share, luminance, standing_out
 from nfd_env.recipe.records import StageRecord, write_yaml
 from nfd_env.recipe.replay import moments, replay
@@ -31,6 +31,11 @@ _FRAMES = 96  # that it then draws
 _HORIZONS = (1, 8, 32, 64, 96)
 _WINDOWS = 6
 _NEAR = 4  # frames that things are counted in
+_WHO = {
+    "agent": "the agent, in the game",
+    "mistakes": "the agent with mistakes",
+    "random": "random play",
+}
 COLUMNS = {
     "psnr": "PSNR, dB",
     "psnr_frozen": "frozen picture's",
@@ -59,7 +64,10 @@ def write_report(recipe: Recipe) -> Path:
         f"<p><strong>{verdict(_made(recipe))}</strong></p>",
         _film(real, made, recordings.spec.fps),
         "<h2>How good</h2>",
-        _table(rows),
+        _table(
+            ("frames ahead", *COLUMNS.values()),
+            [(h, *(told(getattr(row, name)) for name in COLUMNS)) for h, row in rows.items()],
+        ),
         "<p>PSNR: the higher the nearer to the recording; a world has to guess what it cannot "
         "know, so it falls with time, but should stay above the frozen picture's. Sharpness: 1 is "
         "as sharp as the game. Gradients: 1 is with edges where the game has them. Things that "
@@ -82,7 +90,7 @@ def write_report(recipe: Recipe) -> Path:
         f"<details><summary>plan.yaml</summary><pre>{_plan(recipe.round.plan)}</pre></details>",
     ]
     path = recipe.folder / "report.html"
-    write_text(path, _PAGE.format(title=html.escape(game.name), body="\n".join(parts)))
+    save_text(path, _PAGE.format(title=html.escape(game.name), body="\n".join(parts)))
     numbers = [{"horizon": horizon, **asdict(row)} for horizon, row in rows.items()]
     write_yaml(recipe.folder / "report.yaml", {"comparisons": numbers})
     return path
@@ -161,13 +169,10 @@ def _strips(real: np.ndarray, made: np.ndarray) -> list[str]:
     return strips
 
 
-def _table(rows: Mapping[int, HorizonErrors]) -> str:
-    head = "".join(f"<th>{title}" for title in ("frames ahead", *COLUMNS.values()))
-    lines = [
-        f"<tr><td>{horizon}" + "".join(f"<td>{_number(getattr(row, name))}" for name in COLUMNS)
-        for horizon, row in rows.items()
-    ]
-    return f"<table><tr>{head}{''.join(lines)}</table>"
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    head = "".join(f"<th>{html.escape(str(title))}" for title in header)
+    lines = ("".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
+    return f"<table><tr>{head}<tr>{'<tr>'.join(lines)}</table>"
 
 
 def _actions(recipe: Recipe) -> list[str]:
@@ -176,12 +181,9 @@ def _actions(recipe: Recipe) -> list[str]:
     if not found:
         return []
     report = ActionReport(**found)
-    header, rows = action_rows(report)
-    lines = ["".join(f"<td>{cell}" for cell in row) for row in rows]
-    head = "".join(f"<th>{title}" for title in header)
     return [
         "<h2>Do keys do what they say?</h2>",
-        f"<table><tr>{head}<tr>{'<tr>'.join(lines)}</table>",
+        _table(*action_rows(report)),
         f"<p>{actions_sentence(report)}</p>",
     ]
 
@@ -190,32 +192,25 @@ def _rounds(recipe: Recipe) -> list[str]:
     """What each later round's agent scored, and what training on its play has changed."""
     parts = []
     for number in range(2, recipe.game.rounds + 1):
-        record = recipe.records[f"record_{number}"]
-        who = {
-            "agent": "the agent, in the game",
-            "mistakes": "the agent with mistakes",
-            "random": "random play",
-        }
-        lines = [
-            f"<tr><td>{who[name]}<td>{Played(**scored)}"
-            for name, scored in (record.extra or {})["returns"].items()
-        ]
+        returns = (recipe.records[f"record_{number}"].extra or {})["returns"]
         parts += [
             f"<h2>Round {number}</h2>",
             "<p>An agent was trained in the world of the round before, and played the game while "
             "it was recorded; the world was trained on, on all recordings.</p>",
-            f"<table><tr><th>who<th>return of an episode{''.join(lines)}</table>",
+            _table(
+                ("who", "return of an episode"),
+                [(_WHO[name], Played(**scored)) for name, scored in returns.items()],
+            ),
         ]
         for stage in ("flow", "heads"):
             extra = recipe.records[f"{stage}_{number}"].extra or {}
-            lines = [
-                f"<tr><td>{html.escape(name)}<td>{_number(value)}"
-                f"<td>{_number(extra['after'].get(name, np.nan))}"
-                for name, value in extra.get("before", {}).items()
-            ]
-            if lines:
-                head = f"<tr><th>{stage}, on all held-out episodes<th>before<th>after"
-                parts.append(f"<table>{head}{''.join(lines)}</table>")
+            if extra.get("before"):
+                lines = [
+                    (name, told(value), told(extra["after"].get(name, np.nan)))
+                    for name, value in extra["before"].items()
+                ]
+                header = (f"{stage}, on all held-out episodes", "before", "after")
+                parts.append(_table(header, lines))
     return parts
 
 
@@ -235,9 +230,9 @@ def verdict(records: Mapping[str, StageRecord]) -> str:
     return f"All {len(lines)} gates passed."
 
 
-def _number(value: float, form: str = ".2f") -> str:
-    """``value``, or a dash where there is nothing to measure."""
-    return format(value, form) if np.isfinite(value) else "–"
+def told(value: float | None) -> str:
+    """A measurement, or a dash where there is none."""
+    return f"{value:.2f}" if value is not None and np.isfinite(value) else "–"
 
 
 def _gates(recipe: Recipe) -> list[str]:
@@ -250,11 +245,13 @@ def _gates(recipe: Recipe) -> list[str]:
 
 
 def _times(recipe: Recipe) -> str:
-    lines = [
-        f"<tr><td>{name}<td>{record.seconds / 60:.1f} min<td>{record.steps or ''}</tr>"
-        for name, record in _made(recipe).items()
-    ]
-    return f"<table><tr><th>stage<th>time<th>steps</tr>{''.join(lines)}</table>"
+    return _table(
+        ("stage", "time", "steps"),
+        [
+            (name, f"{record.seconds / 60:.1f} min", record.steps or "")
+            for name, record in _made(recipe).items()
+        ],
+    )
 
 
 def _plan(path: Path) -> str:
