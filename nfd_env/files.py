@@ -59,7 +59,7 @@ def writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def write_text(path: Path, text: str) -> None:
+def save_text(path: Path, text: str) -> None:
     """Write a file in UTF-8, all or nothing.
 
     Raises:
@@ -116,7 +116,7 @@ class Ownership:
                 "host": socket.gethostname(),
                 "command": " ".join(sys.argv)[:_OWNER_LENGTH],
             }
-            write_text(self._owner, json.dumps(owner))
+            save_text(self._owner, json.dumps(owner))
         except FolderError:
             self.release()
             raise

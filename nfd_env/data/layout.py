@@ -14,7 +14,7 @@ import yaml
 
 from nfd_env import config
 from nfd_env.data.episode import SPLITS
-from nfd_env.files import make_folder, write_text
+from nfd_env.files import make_folder, save_text
 from nfd_env.models.weights import fingerprint_values
 from nfd_env.sources.spec import PRESENTATION, check_fps
 from nfd_env.spaces import ActionCodec, space_from_dict
@@ -108,7 +108,7 @@ class DatasetSpec:
         if path.exists():
             _check_same(_read_spec(path), values, folder, "collect into an empty folder")
             return
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        save_text(path, yaml.safe_dump(values, sort_keys=False))
 
     def check_same(self, other: DatasetSpec, folder: Path) -> None:
         """Refuse to read ``folder``, whose spec this is, together with that of ``other``.
@@ -233,4 +233,4 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def rewrite_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Replace a file of records, whole or not at all."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    save_text(path, "".join(json.dumps(record) + "\n" for record in records))

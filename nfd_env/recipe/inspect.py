@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from nfd_env.data.importers import open_foreign
 from nfd_env.data.worker import close
-from nfd_env.files import write_text
+from nfd_env.files import save_text
 from nfd_env.named import described
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.grid import choose_grid, fitting_size
@@ -136,7 +136,7 @@ def write_game(
     _, text, preview = inspect_game(env_id, kwargs, imports)
     picture = path.with_suffix(".png")
     write_png(picture, preview)
-    write_text(path, text)
+    save_text(path, text)
     return path, picture
 
 

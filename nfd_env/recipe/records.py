@@ -16,7 +16,7 @@ import yaml
 
 from nfd_env import config
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.files import write_text
+from nfd_env.files import save_text
 
 
 @dataclass
@@ -63,7 +63,7 @@ def write_yaml(path: Path, values: Any) -> None:
     Raises:
         FolderError: when it cannot be written.
     """
-    write_text(path, yaml.safe_dump(values, sort_keys=False))
+    save_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def write_records(folder: Path, records: dict[str, StageRecord]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import atomic_write, owned_folder, write_text, writing
+from nfd_env.files import atomic_write, owned_folder, save_text, writing
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights
 from nfd_env.precision import autocast, choose_precision
@@ -119,7 +119,7 @@ def _clear(folder: Path, identity: str) -> None:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
         for old in folder.glob("*.npy"):
             old.unlink()
-        write_text(stamp, identity)
+        save_text(stamp, identity)
 
 
 def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: str | Path) -> None:
