@@ -23,7 +23,7 @@ from nfd_env.baselines.transformer import (
 from nfd_env.config import check_ranges
 from nfd_env.inference.noise import noise
 from nfd_env.inference.packing import pack_convolutions, pack_linears
-from nfd_env.inference.rollout import new_cache
+from nfd_env.inference.rollout import Ahead, new_cache
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import WorldState
 from nfd_env.inference.world_model import WorldModel
@@ -107,22 +107,14 @@ class AutoregressiveModel(WorldModel):
         return tokens[:, -1:], cache
 
     def _frames(
-        self,
-        cache: FrameCache,
-        counts: object,
-        sampling: SamplingConfig,
-        first: Tensor,
-        pending: Tensor,
-        pending_actions: Tensor,
-        actions: Tensor,
-        keys: Tensor,
+        self, ahead: Ahead, first: Tensor, keys: Tensor, sampling: SamplingConfig
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(sampling, TokenSampling)
         normal, ends = noise(keys[:, None], first, self.dynamics.config.drawn)
         tokens = self.dynamics.draw(
-            cache,
-            pending[:, 0],
-            actions[:, 0],
+            ahead.cache,
+            ahead.pending[:, 0],
+            ahead.actions[:, 0],
             uniform_of(normal[:, 0]),
             self.schedule,
             sampling.temperature,

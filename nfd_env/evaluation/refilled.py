@@ -8,17 +8,15 @@ denoising step over the new frame alone. Everything else is ``WorldModel``'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nfd_env.flow.solvers import Velocity
-from nfd_env.inference.rollout import new_cache
+from nfd_env.inference.rollout import Ahead, new_cache
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Context, Drawn, Transition, WorldState
 from nfd_env.inference.world_model import WorldModel
-from nfd_env.models.cache import FrameCache
 
 Following = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Velocities of frames behind a filled cache, of (latents, levels, actions)."""
@@ -101,23 +99,16 @@ class RefilledModel(WorldModel):
         cache.length = made[0]
         return Drawn(*made[3:])
 
-    def _velocity(
-        self,
-        cache: FrameCache,
-        pending: Tensor,
-        pending_actions: Tensor,
-        actions: Tensor,
-        sampling: SamplingConfig,
-        counts: Any,
-    ) -> Velocity:
+    def _velocity(self, ahead: Ahead, history_level: float) -> Velocity:
         """Rows that see other numbers of frames have passes of their own."""
+        cache, pending, pending_actions, actions, _ = ahead
         cache.length = cache.length + 1
         seen = cache.length.clamp(max=self._kept).tolist()
         groups = []
         for count in sorted(set(seen)):
             rows = [row for row, mine in enumerate(seen) if mine == count]
             past, into = pending[rows, -count:], pending_actions[rows, -count:]
-            levels = past.new_full(past.shape[:2], sampling.history_level)
+            levels = past.new_full(past.shape[:2], history_level)
             groups.append((rows, actions[rows], self._filled(past, levels, into)))
 
         def velocity(x: Tensor, level: float) -> Tensor:

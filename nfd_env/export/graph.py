@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nfd_env.inference.rollout import FusedVelocity
+from nfd_env.inference.rollout import Ahead, FusedVelocity
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.cache import in_turn, sees
 from nfd_env.models.dynamics import Dynamics
@@ -126,14 +126,8 @@ class NextFrame(nn.Module):
         level = self._sampling.history_level
         none = before.new_zeros(1, 0, *before.shape[1:])
         cache = OpenCache(keys, values, frame, recent[0] if recent else none, level)
-        velocity = FusedVelocity(
-            self.dynamics,
-            cache,  # type: ignore[arg-type]
-            before[None],
-            action_before[None],
-            action[None],
-            level,
-        )
+        ahead = Ahead(cache, before[None], action_before[None], action[None])  # type: ignore[arg-type]
+        velocity = FusedVelocity(self.dynamics, ahead, level)
         scaled = (self._sampling.temperature * noise)[:, None, None].unbind(0)
         made = self._sampling.sample(velocity, scaled[0], scaled[1:])
         return made[0], cache.keys, cache.values

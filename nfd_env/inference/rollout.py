@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,53 +22,50 @@ def new_cache(network: Dynamics, batch: int, room: int = 1) -> FrameCache:
     return FrameCache.empty(batch, *sizes, weight.device, weight.dtype)
 
 
+class Ahead(NamedTuple):
+    """What is to be drawn next, and what has been drawn before it.
+
+    Attributes:
+        cache: everything before ``pending``.
+        pending: (B, c, C, h, w), finished frames already at the history level.
+        pending_actions: (B, c, action_width), the actions that led into them.
+        actions: (B, n, action_width), the actions leading into the new frames.
+        counts: how many of its ``pending`` frames each row has, 1 to c; None for all.
+    """
+
+    cache: FrameCache
+    pending: Tensor
+    pending_actions: Tensor
+    actions: Tensor
+    counts: Sequence[int] | None = None
+
+
 class FusedVelocity:
-    """Velocities of the frames that follow ``pending``, which the first pass commits to the cache.
+    """Velocities of new frames; the first pass also commits the pending ones to the cache.
 
     Rows with different numbers of pending frames share that pass: each row's frames stand without a
     gap, its new ones right behind its pending ones, and what is left over behind them is not seen
     by anything.
     """
 
-    def __init__(
-        self,
-        network: Dynamics,
-        cache: FrameCache,
-        pending: Tensor,
-        pending_actions: Tensor,
-        actions: Tensor,
-        history_level: float,
-        counts: Sequence[int] | None = None,
-    ) -> None:
-        """Of one way of sampling; the first call commits.
-
-        Args:
-            network: the dynamics.
-            cache: everything before ``pending``.
-            pending: (B, c, C, h, w), finished frames already at the history level.
-            pending_actions: (B, c, action_width), the actions that led into them.
-            actions: (B, n, action_width), the actions leading into the new frames.
-            history_level: the level of ``pending``.
-            counts: how many of its ``pending`` frames each row has, 1 to c; None for all.
-        """
-        self._network, self._cache, self._actions = network, cache, actions
-        self._pending, self._pending_actions = pending, pending_actions
-        self._level, self._counts = history_level, counts
+    def __init__(self, network: Dynamics, ahead: Ahead, history_level: float) -> None:
+        """Of frames ``ahead``, the pending ones at ``history_level``; the first call commits."""
+        self._network, self._ahead, self._level = network, ahead, history_level
         self._committed = False
 
     def __call__(self, x: Tensor, level: float) -> Tensor:
         """See ``nfd_env.flow.solvers.Velocity``: x (B, n, C, h, w) -> the same shape."""
+        cache, pending, into, actions, all_counts = self._ahead
         levels = x.new_full(x.shape[:2], level)
         if self._committed:
-            return self._network.stream(self._cache, x, levels, self._actions, commit=0)
+            return self._network.stream(cache, x, levels, actions, commit=0)
         self._committed = True
-        pending = self._pending
         held = x.new_full(pending.shape[:2], self._level)
-        parts = [(pending, x), (held, levels), (self._pending_actions, self._actions)]
-        if self._counts is None:
+        parts = [(pending, x), (held, levels), (into, actions)]
+        if all_counts is None:
             both = (torch.cat(part, 1) for part in parts)
-            return self._network.stream(self._cache, *both, commit=pending.shape[1])
-        counts = torch.tensor(self._counts, device=x.device)
+            return self._network.stream(cache, *both, commit=pending.shape[1])
+        counts = torch.tensor(all_counts, device=x.device)
         rows = torch.arange(len(x), device=x.device)[:, None]
         places = counts[:, None] + torch.arange(x.shape[1], device=x.device)
         packed = []
@@ -75,8 +73,8 @@ class FusedVelocity:
             frames = torch.cat((finished, torch.zeros_like(unfinished)), 1)
             frames[rows, places] = unfinished
             packed.append(frames)
-        out = self._network.stream(self._cache, *packed, commit=self._counts)
-        return out[rows, places - min(self._counts)]
+        out = self._network.stream(cache, *packed, commit=all_counts)
+        return out[rows, places - min(all_counts)]
 
 
 @torch.inference_mode()
@@ -118,8 +116,8 @@ def rollout_latents(
     frame, made = context[:, -1:], []
     for t in range(known, actions.shape[1]):
         into, action = actions[:, t - 1 : t], actions[:, t : t + 1]
-        pending = remember(frame)
-        velocity = FusedVelocity(network, cache, pending, into, action, history_level)
+        ahead = Ahead(cache, remember(frame), into, action)
+        velocity = FusedVelocity(network, ahead, history_level)
         frame = sampler(velocity, randn())
         made.append(frame)
     return torch.cat(made, 1)

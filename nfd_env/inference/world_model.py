@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nfd_env.flow.solvers import Velocity
 from nfd_env.inference.cuda_graph import CapturedCalls
 from nfd_env.inference.noise import mix, noise
-from nfd_env.inference.rollout import FusedVelocity, new_cache
+from nfd_env.inference.rollout import Ahead, FusedVelocity, new_cache
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Context, Drawn, Transition, WorldState
 from nfd_env.models.cache import FrameCache
@@ -146,34 +146,23 @@ class WorldModel:
         else:
             made = begin(*inputs)
         remembered, memory, *parts = made
-        ring_keys, ring_values, length, last, last_level = parts
-        cache = FrameCache(
-            ring_keys[:, :batch],
-            ring_values[:, :batch],
-            length[:batch],
-            last[:batch],
-            last_level[:batch],
-            self.dynamics.config.window,
-            frames,
-        )
-        latents, actions, keys = (part[:batch] for part in inputs)
-        nothing = latents.new_zeros(batch, 1)
-        drawn = Drawn(
-            latents[:, -1:], nothing, nothing.bool(), nothing, remembered[:batch], memory[:batch]
-        )
-        ones = np.ones(batch, np.int64)
-        return WorldState(
+        cache = FrameCache(*parts, window=self.dynamics.config.window, room=frames)
+        latents, actions, keys = inputs
+        nothing, ones = latents.new_zeros(len(keys), 1), np.ones(len(keys), np.int64)
+        drawn = Drawn(latents[:, -1:], nothing, nothing.bool(), nothing, remembered, memory)
+        state = WorldState(
             cache,
             drawn.padded(frames),
             actions[:, -1:],
             keys,
             ones,
             ones.copy(),
-            np.full(batch, PRIOR_KEPT),
-            np.zeros((batch, 3), np.int64),
+            np.full(len(keys), PRIOR_KEPT),
+            np.zeros((len(keys), 3), np.int64),
             frames,
             self.world_id,
         )
+        return state.take(range(batch)) if padding else state
 
     def _begun(
         self, frames: int, sampling: SamplingConfig, latents: Tensor, actions: Tensor, keys: Tensor
@@ -279,22 +268,21 @@ class WorldModel:
 
         Args:
             cache: whose memory is used, and written to.
-            counts: see ``FusedVelocity``.
+            counts: see ``Ahead``.
             sampling: how to draw.
             length: see ``FrameCache``.
             last: likewise.
             last_level: likewise.
             first: int64 (B,), numbers of the first new frames.
-            pending: see ``FusedVelocity``.
+            pending: see ``Ahead``.
             pending_actions: likewise.
             memory: (B, width), the heads' state before the new frames.
             actions: (B, n, action_width), into the new frames.
             keys: int64 (B,), of the noise.
         """
         cache.ends = length, last, last_level
-        made, remembered, uniform = self._frames(
-            cache, counts, sampling, first[:, None], pending, pending_actions, actions, keys
-        )
+        ahead = Ahead(cache, pending, pending_actions, actions, counts)
+        made, remembered, uniform = self._frames(ahead, first[:, None], keys, sampling)
         seen = []
         for k in range(actions.shape[1]):
             seen.append(self.heads.step(made[:, k], actions[:, k], memory))
@@ -311,15 +299,7 @@ class WorldModel:
         )
 
     def _frames(
-        self,
-        cache: FrameCache,
-        counts: Sequence[int] | None,
-        sampling: SamplingConfig,
-        first: Tensor,
-        pending: Tensor,
-        pending_actions: Tensor,
-        actions: Tensor,
-        keys: Tensor,
+        self, ahead: Ahead, first: Tensor, keys: Tensor, sampling: SamplingConfig
     ) -> tuple[Tensor, Tensor, Tensor]:
         """New frames: see ``_drawn``, but with ``first`` (B, 1).
 
@@ -327,24 +307,15 @@ class WorldModel:
             (B, n, C, h, w), what is remembered of them, (B, n, ...), and uniform numbers (B, n) for
             their ends.
         """
-        normal, uniform = self._noise(keys, first, actions.shape[1], sampling)
-        velocity = self._velocity(cache, pending, pending_actions, actions, sampling, counts)
+        normal, uniform = self._noise(keys, first, ahead.actions.shape[1], sampling)
+        velocity = self._velocity(ahead, sampling.history_level)
         scaled = (sampling.temperature * normal).unbind(2)
         made = sampling.sample(velocity, scaled[0], scaled[2:])
         return made, torch.lerp(made, normal[:, :, 1], sampling.history_level), uniform
 
-    def _velocity(
-        self,
-        cache: FrameCache,
-        pending: Tensor,
-        pending_actions: Tensor,
-        actions: Tensor,
-        sampling: SamplingConfig,
-        counts: Sequence[int] | None,
-    ) -> Velocity:
+    def _velocity(self, ahead: Ahead, history_level: float) -> Velocity:
         """The velocity that new frames are drawn by."""
-        level = sampling.history_level
-        return FusedVelocity(self.dynamics, cache, pending, pending_actions, actions, level, counts)
+        return FusedVelocity(self.dynamics, ahead, history_level)
 
     def check_fits(self, state: WorldState, frames: int) -> None:
         """Check that ``state`` can be stepped by this model, with passes of ``frames`` frames.

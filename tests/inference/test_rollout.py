@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nfd_env.flow.solvers import Velocity, level_grid, sample_euler
-from nfd_env.inference.rollout import FusedVelocity, new_cache, rollout_latents
+from nfd_env.inference.rollout import Ahead, FusedVelocity, new_cache, rollout_latents
 from tests.models.small import WINDOW, random_frames, small_dynamics
 
 
@@ -54,9 +54,8 @@ def test_a_frame_costs_one_pass_a_step(steps: int, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(network, "stream", counted)
     latents, _, actions = inputs
-    velocity = FusedVelocity(
-        network, cache, latents[:, :1], actions[:, :1], actions[:, 1:2], history_level=0.2
-    )
+    ahead = Ahead(cache, latents[:, :1], actions[:, :1], actions[:, 1:2])
+    velocity = FusedVelocity(network, ahead, history_level=0.2)
     sample_euler(velocity, latents[:, 1:2], level_grid(steps))
     assert passes == [(2, 1)] + [(1, 0)] * (steps - 1)
     assert cache.length.tolist() == [1]
@@ -78,6 +77,7 @@ def test_the_fused_pass_equals_the_windowed_forward() -> None:
 
     all_actions = random_frames(2, 4, 2)[2]
     all_actions[:, :3] = actions
-    fused = FusedVelocity(network, cache, latents[:, 2:], actions[:, 2:], all_actions[:, 3:], level)
+    ahead = Ahead(cache, latents[:, 2:], actions[:, 2:], all_actions[:, 3:])
+    fused = FusedVelocity(network, ahead, level)
     made = sampler(fused, noise)
     torch.testing.assert_close(made, sampler(velocity, noise), rtol=1e-4, atol=2e-5)
