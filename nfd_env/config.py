@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +23,54 @@ _MOST_BYTES, _MOST_LEVELS = 2**20, 64
 
 class ConfigError(ValueError):
     """A config file or value cannot be used; the message names the key and says what to do."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def config_class(cls: type[T]) -> type[T]:
+    """A frozen dataclass of settings, whose numbers are numbers however it is made.
+
+    In Python True is 1, so that a seed or a number of steps that was mistaken for a switch would
+    count as one. Making it raises ValueError then.
+    """
+    check = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:
+        for name, whole, optional in _numbers_of(type(self)):
+            for part in _parts(getattr(self, name)):
+                if not (is_number(part, whole) or (optional and part is None)):
+                    kind = "a whole number" if whole else "a number"
+                    raise ValueError(f"{name} must be {kind}, got {str(part)[:80]!r}")
+        if check is not None:
+            check(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def is_number(value: Any, whole: bool = False) -> bool:
+    """Whether ``value`` is a real (or ``whole``) number, of Python's or NumPy's; a bool is none."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(
+        value, bool
+    )
+
+
+@functools.cache
+def _numbers_of(cls: Any) -> list[tuple[str, bool, bool]]:
+    """Names of the fields that hold numbers; whether they are whole, and whether None will do."""
+    kinds = ((f.name, str(f.type)) for f in dataclasses.fields(cls))
+    return [
+        (name, "float" not in kind, "None" in kind)
+        for name, kind in kinds
+        if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|str|Any)\b", kind)
+    ]
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
 
 
 def from_mapping(

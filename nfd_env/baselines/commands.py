@@ -62,7 +62,7 @@ class BaselinePlan:
     dynamics: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@config.config_class
 class Minutes:
     """How long each part is trained.
 

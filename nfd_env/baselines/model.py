@@ -7,7 +7,6 @@ heads read rewards and ends, as from those that its own dynamics draw.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from nfd_env.baselines.transformer import (
     TokenDynamicsConfig,
     uniform_of,
 )
+from nfd_env.config import config_class
 from nfd_env.inference.noise import noise
 from nfd_env.inference.packing import pack_convolutions, pack_linears
 from nfd_env.inference.rollout import new_cache
@@ -35,7 +35,7 @@ FOLDER = "autoregressive"
 PARTS = ("tokenizer", "dynamics")
 
 
-@dataclass(frozen=True)
+@config_class
 class TokenSampling(SamplingConfig):
     """How a frame's tokens are drawn; of the attributes of its base only ``temperature`` is free.
 

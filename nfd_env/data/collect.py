@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ _HEARD = 1.0  # seconds within which a signal to a whole group has reached all o
 _KILLS = 3  # in one episode; out of memory every time, it would block the data set for ever
 
 
-@dataclass(frozen=True)
+@config.config_class
 class PolicyConfig:
     """One behaviour policy of the mixture.
 
@@ -70,7 +70,7 @@ class PolicyConfig:
             raise config.ConfigError(f"mistakes must be a probability, got {self.mistakes}")
 
 
-@dataclass(frozen=True)
+@config.config_class
 class CollectConfig:
     """What to record, and how much of it.
 

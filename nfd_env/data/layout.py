@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class RecordingError(ValueError):
     """A data set on disk (or an episode to be added to it) cannot be used."""
 
 
-@dataclass(frozen=True)
+@config.config_class
 class DatasetSpec:
     """What every shard of a data set shares.
 

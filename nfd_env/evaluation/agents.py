@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tyro.conf import Fixed, Positional, Suppress
 
+from nfd_env.config import config_class
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
@@ -32,7 +33,7 @@ _LABELS = {"real": "real game", "learned": "learned world"}
 _FILM_SECONDS = 60
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Scoring:
     """Where agents are scored, and for how long; also arguments of commands.
 
@@ -67,7 +68,7 @@ class Scoring:
     precision: str = "auto"
 
 
-@dataclass(frozen=True)
+@config_class
 class AgentEvaluation(Scoring):
     """Which agent is played, and how; see also ``Scoring``.
 

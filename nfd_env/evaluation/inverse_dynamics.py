@@ -22,6 +22,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env.config import config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
@@ -38,7 +39,7 @@ _CHUNK = 256  # windows that are read together
 _SHOWN = 4  # frames that a world is shown first, at least
 
 
-@dataclass(frozen=True)
+@config_class
 class InverseDynamicsConfig:
     """Sizes of the net.
 
@@ -159,7 +160,7 @@ def _f1(taken: Tensor, read: Tensor) -> float:
 # ------------------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
+@config_class
 class InverseDynamicsTrainingConfig:
     """A training of the net.
 

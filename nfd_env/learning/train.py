@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from nfd_env.training.loop import Progress
 _STATE = "config", "policy", "optimiser", "rng", "decisions", "elapsed", "evaluated", "metrics"
 
 
-@dataclass(frozen=True)
+@config.config_class
 class TrainPPOConfig(AgentTrainingConfig):
     """A training of the native PPO; see also ``AgentTrainingConfig``.
 

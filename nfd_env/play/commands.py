@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from nfd_env.config import config_class
 from nfd_env.play import PlayError
 
 
@@ -40,7 +41,7 @@ class Chosen:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
+@config_class
 class PlayConfig(Chosen):
     """A play in a window; see also ``Chosen``.
 
@@ -70,7 +71,7 @@ class PlayConfig(Chosen):
             raise ValueError(f"max_frames must be at least 1, got {self.max_frames}")
 
 
-@dataclass(frozen=True)
+@config_class
 class ServeConfig(Chosen):
     """A server of the browser player; see also ``Chosen``.
 

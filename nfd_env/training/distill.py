@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import parts
+from nfd_env.config import config_class
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -49,7 +50,7 @@ from nfd_env.training.latent_stage import (
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class DistillTrainingConfig(WindowTrainingConfig):
     """What to train the student on, and how; see also ``WindowTrainingConfig``.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from nfd_env.config import config_class
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
 from nfd_env.files import atomic_write, owned_folder
@@ -30,7 +30,7 @@ class NotEncodedError(ValueError):
     """There are no latents of these recordings by this tokenizer."""
 
 
-@dataclass(frozen=True)
+@config_class
 class EncodeConfig:
     """What to encode.
 

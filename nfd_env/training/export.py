@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
+from nfd_env.config import config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.inference.sampling import SamplingConfig
@@ -43,7 +44,7 @@ from nfd_env.worlds.format import (
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class ExportConfig:
     """Which finished networks become a world, and what it says of itself.
 

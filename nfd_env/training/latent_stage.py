@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nfd_env.config import config_class
 from nfd_env.data.latents import LatentDataset
 from nfd_env.devices import resolve_device
 from nfd_env.inference.rollout import rollout_latents
@@ -37,7 +38,7 @@ _SHOWN = (1, 4, 8, 16, 24, 32)  # frames of a strip, as far as rollouts go
 _CHUNK = 64  # frames decoded at a time
 
 
-@dataclass(frozen=True)
+@config_class
 class LatentTrainingConfig:
     """What the configs of all stages on latents begin with.
 
@@ -54,7 +55,7 @@ class LatentTrainingConfig:
     train: TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class WindowTrainingConfig(LatentTrainingConfig):
     """What the configs of stages on windows of frames have in common.
 

@@ -54,7 +54,9 @@ class UnknownWorldError(CheckpointError):
 
 @dataclass(frozen=True)
 class World:
-    """A loaded world.
+    """A loaded world. Nothing of it changes, so that copies within a process are the world itself.
+
+    A pickle holds its folder and its fingerprint instead of its weights, see ``load_again``.
 
     Attributes:
         folder: where it was loaded from.
@@ -77,6 +79,49 @@ class World:
     starts: list[Context]
     dynamics: str
     fingerprint: str
+
+    @property
+    def loaded(self) -> tuple[Any, ...]:
+        """Arguments of ``load_again``."""
+        model = self.model
+        # As it was decided here: elsewhere "auto" could mean something else.
+        how = str(model.device), model.precision, self.dynamics
+        return self.folder, *how, self.fingerprint
+
+    def __copy__(self) -> World:
+        """See the class."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> World:
+        """See the class."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """See the class; what ``dataclasses.replace`` has put into it goes along as it is."""
+        there = load_again(*self.loaded)
+        own = {n: v for n, v in vars(self).items() if v is not getattr(there, n)}
+        own = {n: v for n, v in own.items() if n not in ("folder", "dynamics", "fingerprint")}
+        return _unpickled, (own, *self.loaded)
+
+
+def load_again(folder: Path, device: str, precision: str, dynamics: str, wanted: str) -> World:
+    """The world that was loaded from ``folder`` before, perhaps by another process.
+
+    Raises:
+        CheckpointError: when another one lies there now; else see ``load_world``.
+    """
+    world = load_world(folder, device, precision, dynamics)
+    if world.fingerprint != wanted:
+        raise CheckpointError(
+            f"{folder}: another world lies there than when this was copied or pickled, which "
+            "keeps a world's folder and not its weights; make the env or world anew"
+        )
+    return world
+
+
+def _unpickled(own: dict[str, Any], *loaded: Any) -> World:
+    world = load_again(*loaded)
+    return replace(world, **own) if own else world
 
 
 def shipped_worlds() -> list[str]:
