@@ -15,6 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nfd_env.files import found_file
+
 T = TypeVar("T")
 
 # Far above what any config needs, far below what ends the interpreter.
@@ -129,7 +131,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: if the file is missing, is not YAML, or is too large or too deep.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not found_file(path, ConfigError):
         raise ConfigError(f"{path}: no such config file")
     try:
         with open(path, "rb") as file:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _OWNER_LENGTH = 200  # characters of the owner's command that are worth showing
+
+
+_KINDS = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
 
 
 class FolderInUseError(RuntimeError):
@@ -41,6 +50,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def found_file(path: str | os.PathLike[str], error: type[Exception]) -> bool:
+    """Whether there is a file, or a link to one, at ``path``; False where there is nothing.
+
+    To be asked before it is opened: reading a pipe waits for ever.
+
+    Raises:
+        Exception: ``error``, when something else is there; says what.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise error(f"{path}: is a link to nothing; put the file in its place") from None
+        return False
+    except (OSError, ValueError) as reason:
+        raise error(f"{path}: {_reason(reason)}") from None
+    if stat.S_ISREG(mode):
+        return True
+    kind = next((kind for kind, is_it in _KINDS.items() if is_it(mode)), "something else")
+    raise error(f"{path}: is {kind}, not a file; put the file in its place, or take it away")
 
 
 class Ownership:
@@ -150,6 +182,7 @@ def _reason(error: Exception) -> str:
 def _described(owner: Path, lock: str) -> str:
     """Who holds ``lock`` according to ``owner``, a file, and what to do about it."""
     try:
+        found_file(owner, ValueError)
         told = json.loads(owner.read_text(encoding="utf-8"))
         pid = int(told["pid"])
         who = f"process {pid} on {told['host']} ({told['command']})"

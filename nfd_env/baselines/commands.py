@@ -20,7 +20,7 @@ from nfd_env.baselines.stages import (
 )
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import owned_folder
+from nfd_env.files import found_file, owned_folder
 from nfd_env.models.weights import fingerprint_of
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.plan import Plan
@@ -214,7 +214,7 @@ def _plan(game: GameConfig, folder: Path, minutes: dict[str, float]) -> Baseline
 
 def _stored(folder: Path) -> BaselinePlan | None:
     path = folder / "plan.yaml"
-    if not path.exists():
+    if not found_file(path, config.ConfigError):
         return None
     return config.from_mapping(BaselinePlan, config.read(path), str(path))
 

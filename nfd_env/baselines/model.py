@@ -20,6 +20,7 @@ from nfd_env.baselines.transformer import (
     uniform_of,
 )
 from nfd_env.config import config_class
+from nfd_env.files import found_file
 from nfd_env.inference.noise import noise
 from nfd_env.inference.packing import pack_convolutions, pack_linears
 from nfd_env.inference.rollout import new_cache
@@ -135,7 +136,11 @@ def find(folder: Path) -> list[Path]:
     """The files of ``PARTS`` in a world's folder, or in the run that it is of; none without."""
     inside = [folder / FOLDER / f"{part}.safetensors" for part in PARTS]
     beside = [folder.parent / FOLDER / part / "model.safetensors" for part in PARTS]
-    whole = (files for files in (inside, beside) if all(file.is_file() for file in files))
+    whole = (
+        files
+        for files in (inside, beside)
+        if all(found_file(file, CheckpointError) for file in files)
+    )
     return next(whole, [])
 
 

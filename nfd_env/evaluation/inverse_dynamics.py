@@ -28,6 +28,7 @@ from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.evaluation.tables import table
+from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.parts import WHOLE, Part
 from nfd_env.progress import progress_bar
@@ -324,7 +325,7 @@ def load_inverse_dynamics(path: str | Path, world: World) -> InverseDynamics:
 def find_inverse_dynamics(world: World) -> Path | None:
     """The net in the run that the world is of: ``inverse_dynamics/model.safetensors`` beside it."""
     path = world.folder.parent / "inverse_dynamics" / "model.safetensors"
-    return path if path.is_file() else None
+    return path if found_file(path, CheckpointError) else None
 
 
 def measure_actions(

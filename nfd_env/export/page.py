@@ -21,7 +21,7 @@ from gymnasium import spaces
 
 from nfd_env.envs.vector_env import START_SALT
 from nfd_env.export.onnx import ExportError, ring_shape, to_onnx
-from nfd_env.files import make_folder
+from nfd_env.files import found_file, make_folder
 from nfd_env.play.keys import Keymap
 from nfd_env.play.session import RESTART_AFTER
 from nfd_env.play.web import STATIC
@@ -156,7 +156,7 @@ def keymap_values(keymap: Keymap) -> dict[str, Any]:
 def _of_package(package: str, name: str) -> bytes:
     """A file of an npm package onnxruntime-web."""
     path = Path(package).expanduser() / "dist" / name
-    if not path.is_file():
+    if not found_file(path, ExportError):
         raise ExportError(
             f"{package} has no dist/{name}: run npm install onnxruntime-web@{RUNTIME}, and give "
             "node_modules/onnxruntime-web"

@@ -11,8 +11,9 @@ from typing import Any
 from nfd_env import config
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
+from nfd_env.files import found_file
 from nfd_env.inference.sampling import CONSISTENCY
-from nfd_env.models.weights import fingerprint_of, fingerprint_values
+from nfd_env.models.weights import CheckpointError, fingerprint_of, fingerprint_values
 from nfd_env.recipe import gates, rounds
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig
@@ -105,9 +106,12 @@ class Ledger:
         folder = self.folder if stage in _ONCE else self.here.run_folder
         return folder / stage / f"{'agent' if stage == 'agent' else 'model'}.safetensors"
 
+    def _has_weights(self, stage: str) -> bool:
+        return found_file(self.weights(stage), CheckpointError)
+
     def _digest(self, stage: str) -> str:
         path = self.weights(stage)
-        if not path.is_file():
+        if not found_file(path, CheckpointError):
             raise ValueError(f"{path}: no such weights; run stage {self.key(stage)} first")
         return fingerprint_of(path)  # not of the file: equal weights may differ in its header
 
@@ -167,7 +171,8 @@ class Ledger:
         if stage == "agent":
             return record.extra["seconds"] if record and record.extra else None
         path = self.here.run_folder / "plan.yaml"
-        return config.read(path)["seconds"].get(stage) if path.exists() else None
+        there = found_file(path, config.ConfigError)
+        return config.read(path)["seconds"].get(stage) if there else None
 
     # What stages are made from.
 
@@ -247,7 +252,7 @@ class Ledger:
             measures = self._measures()
             made_for["frame_size"] = measures.frame_size
         old = None
-        if path.exists():
+        if found_file(path, config.ConfigError):
             old = config.from_mapping(Plan, config.read(path), str(path))
             if old.made_for == made_for:
                 return old

@@ -24,11 +24,11 @@ from nfd_env.evaluation.inverse_dynamics import (
     load_inverse_dynamics,
     measure_actions,
 )
-from nfd_env.files import atomic_write, owned_folder
+from nfd_env.files import atomic_write, found_file, owned_folder
 from nfd_env.learning.train import train as learn
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.weights import load_weights
+from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.recipe import door, gates, rounds
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.calibration import calibrate
@@ -168,7 +168,7 @@ class Recipe(Ledger):
             # Where things lie is not what was decided.
             placed = {key: values[key] for key in ("folder", "world", "device")}
             settings = rounds.built_agent({**record.extra["settings"], **placed})
-            if not record.finished or not self.weights("agent").is_file():
+            if not record.finished or not self._has_weights("agent"):
                 metrics = learn(settings, False, self._progress)
                 record.metrics = {name: float(value) for name, value in metrics.items()}
         record.steps = settings.decisions
@@ -260,7 +260,7 @@ class Recipe(Ledger):
                     "  the tokenizer is not good enough where the agent goes: it is trained on"
                 )
             return False
-        if record.finished and self.weights("tokenizer").is_file():
+        if record.finished and self._has_weights("tokenizer"):
             return True
         folder = self.weights("tokenizer").parent
         for name in ("state.pt", "model.safetensors"):
@@ -311,7 +311,7 @@ class Recipe(Ledger):
     def _world(self) -> None:
         plan = self._plan()
         record = self._begin("world")
-        if record.finished and (self.world_folder / "world.yaml").is_file():
+        if record.finished and found_file(self.world_folder / "world.yaml", CheckpointError):
             return
         with self._timed(record):
             values = {**plan.export, **self._sampling(plan), "folder": str(self.world_folder)}
@@ -364,7 +364,7 @@ class Recipe(Ledger):
         record = self._begin(name)
         folder = Path(values["train"]["folder"])
         decided = name in plan.seconds
-        done = record.finished and (folder / "model.safetensors").is_file()
+        done = record.finished and found_file(folder / "model.safetensors", CheckpointError)
         if decided and done and record.steps >= values["train"]["steps"]:
             return
         record.finished = False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nfd_env import parts
 from nfd_env.config import config_class
+from nfd_env.files import found_file
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -327,7 +328,7 @@ def load_teacher(path: str) -> Dynamics:
     Raises:
         CheckpointError: when it is missing, saying how to make one; see also ``load_weights``.
     """
-    if not path or not Path(path).expanduser().is_file():
+    if not path or not found_file(Path(path).expanduser(), CheckpointError):
         raise CheckpointError(
             f"{path or 'teacher'}: no such checkpoint; distilling needs a trained flow model, "
             "so train the flow stage first, or name another one as teacher"

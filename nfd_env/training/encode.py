@@ -11,7 +11,7 @@ import torch
 from nfd_env.config import config_class
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import atomic_write, owned_folder
+from nfd_env.files import atomic_write, found_file, owned_folder
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights
 from nfd_env.precision import autocast, choose_precision
@@ -117,7 +117,7 @@ def _clear(folder: Path, identity: str) -> None:
     for left in folder.glob(".*.tmp.npy"):
         left.unlink(missing_ok=True)
     stamp = folder / STAMP
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
+    if not found_file(stamp, NotEncodedError) or stamp.read_text(encoding="utf-8") != identity:
         for old in folder.glob("*.npy"):
             old.unlink()
         with writing(folder), atomic_write(stamp) as temporary:
@@ -135,7 +135,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
     identity = fingerprint_of(tokenizer)
     shards = recordings.shard_frames()
     missing = sum(_stored(folder, shard) != len(frames) for shard, frames in shards.items())
-    if not stamp.exists():
+    if not found_file(stamp, NotEncodedError):
         reason = "holds no latents"
     elif stamp.read_text(encoding="utf-8") != identity:
         reason = f"holds the latents of another tokenizer than {tokenizer}"
@@ -148,6 +148,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
 
 def _stored(folder: Path, shard: str) -> int:
     """Latents on disk of a shard; 0 where the file is missing or damaged."""
+    found_file(folder / f"{shard}.npy", NotEncodedError)
     try:
         return len(np.load(folder / f"{shard}.npy", mmap_mode="r"))
     except (OSError, EOFError, ValueError, TypeError):

@@ -18,6 +18,7 @@ from nfd_env import __version__, config
 from nfd_env.config import config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
+from nfd_env.files import found_file
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig, with_low_rank
@@ -310,7 +311,7 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         if not getattr(settings, stage):
             continue
         path = Path(getattr(settings, stage)).expanduser() / "state.pt"
-        if not path.is_file():
+        if not found_file(path, CheckpointError):
             raise CheckpointError(f"{path}: missing, so nothing is known of this stage's training")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -16,7 +16,7 @@ import torch
 from gymnasium import spaces
 
 from nfd_env.devices import resolve_device
-from nfd_env.files import FolderError
+from nfd_env.files import FolderError, found_file
 from nfd_env.inference.packing import keep_freed_memory, pack_convolutions, pack_linears
 from nfd_env.inference.state import Context
 from nfd_env.inference.world_model import WorldModel
@@ -148,9 +148,9 @@ def find_world(world: str | os.PathLike[str]) -> Path:
     try:
         if was_replaced(path):
             _recover(path)
-        if (path / "world.yaml").is_file():
-            return path
         folder = path.is_dir()
+        if folder and found_file(path / "world.yaml", UnknownWorldError):
+            return path
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UnknownWorldError(f"unknown world {text!r}: {error.strerror}") from None
     known = shipped_worlds()
@@ -236,7 +236,7 @@ class _Loaded:
     def _load_teacher(self) -> World:
         world, spec = self._world, self._world.spec
         path = world.folder / "teacher.safetensors"
-        if not path.is_file():
+        if not found_file(path, CheckpointError):
             raise CheckpointError(f"{path}: this copy of the world has no teacher")
         verify(world.folder, path.name)
         teacher = load_weights(path, Dynamics, DynamicsConfig)
