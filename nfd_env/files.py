@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import socket
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,6 +52,28 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Refuse files now that could not be written once the work is done; nothing is made.
+
+    Args:
+        paths: files, in folders that are there or not yet; None for none.
+
+    Raises:
+        FolderError: says which, and why.
+    """
+    for path in (Path(path).expanduser() for path in paths if path is not None):
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
+            folder = path.parent
+            while not os.path.lexists(folder):
+                folder = folder.parent
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise FolderError(f"{path} cannot be written: {_reason(error)}") from None
 
 
 def found_file(path: str | os.PathLike[str], error: type[Exception]) -> bool:

@@ -114,7 +114,7 @@ class DiscreteTokenizerStage(TokenizerStage):
         save_weights(path, network.discrete, self.config)
 
 
-@config_class
+@config_class(kw_only=True)
 class TokenDynamicsTrainingConfig(LatentTrainingConfig):
     """What to train the transformer on, and how; see also ``LatentTrainingConfig``.
 

@@ -20,7 +20,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.evaluation.film import beside
 from nfd_env.evaluation.tables import table
-from nfd_env.files import atomic_write, make_folder
+from nfd_env.files import atomic_write, check_writable, make_folder
 from nfd_env.players.load import behaviour_policy, find_agent, load_player, read_agent_spec
 from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
@@ -33,7 +33,7 @@ _LABELS = {"real": "real game", "learned": "learned world"}
 _FILM_SECONDS = 60
 
 
-@config_class
+@config_class(kw_only=True)
 class Scoring:
     """Where agents are scored, and for how long; also arguments of commands.
 
@@ -240,6 +240,7 @@ def evaluate_agent(
         ValueError: when the agent cannot be loaded, was trained for something else, or cannot take
             the observations; UntrustedError among them.
         SourceError: with ``real_only``, when the real game cannot be made.
+        FolderError: when there cannot be written to ``folder``.
     """
     for name in ("episodes", "num_envs", "real_envs", "frame_skip"):
         value = getattr(settings, name)
@@ -247,6 +248,8 @@ def evaluate_agent(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if settings.max_frames < 0:
         raise ValueError(f"max_frames must be at least 1, or 0, got {settings.max_frames}")
+    if folder is not None:
+        check_writable(*(Path(folder) / f"eval_agent.{kind}" for kind in ("json", "mp4")))
     agent = find_agent(settings.agent, settings.world or None)
     spec = read_agent_spec(agent, None, settings.trust)
     world = _world_of(settings, spec)

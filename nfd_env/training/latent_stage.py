@@ -55,7 +55,7 @@ class LatentTrainingConfig:
     train: TrainConfig
 
 
-@config_class
+@config_class(kw_only=True)
 class WindowTrainingConfig(LatentTrainingConfig):
     """What the configs of stages on windows of frames have in common.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ from nfd_env.worlds.starts import load_starts
 from nfd_env.worlds.trust import check_trusted
 
 SHIPPED = Path(__file__).parent
+
+_ID = re.compile(r"(?:nfd_env:)?NFD/(\w+)-v0")  # of the env of a shipped world
 
 _MOST_LOADED = 8  # worlds kept in memory
 _PATIENCE = 10.0  # seconds to wait for another process to put a world into its place
@@ -131,7 +134,7 @@ def shipped_worlds() -> list[str]:
 
 
 def find_world(world: str | os.PathLike[str]) -> Path:
-    """The folder of a world given by path (``~`` too), shipped name or ``hf://owner/name``.
+    """The folder of a world given by path (``~`` too), shipped name or id, or ``hf://owner/name``.
 
     A world whose writer was killed in the middle of replacing it is put back first. One on the
     hub is fetched when it has not been yet.
@@ -153,9 +156,12 @@ def find_world(world: str | os.PathLike[str]) -> Path:
             return path
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UnknownWorldError(f"unknown world {text!r}: {error.strerror}") from None
-    known = shipped_worlds()
-    if _folder_name(text) in known:
-        return SHIPPED / _folder_name(text)
+    known, env_id = shipped_worlds(), _ID.fullmatch(text)
+    name = _folder_name(env_id[1] if env_id else text)
+    if name in known:
+        return SHIPPED / name
+    if env_id and name == "world":
+        raise UnknownWorldError(f"{text} is an env of any world: name the world or its folder here")
     if folder:
         raise UnknownWorldError(f"{path} is no world folder: it has no world.yaml")
     raise UnknownWorldError(
