@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,3 +144,22 @@ def test_what_can_be_recorded_passes(tmp_path: Path) -> None:
         assert seen.frame_size == [48, 48] and seen.rate > 0
         door.check(settings, "cpu", seen)
     assert TINY
+
+
+def test_a_games_speed_is_that_of_the_fastest_of_several_timings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is busy for a moment must not lead to a refused budget."""
+    clock = iter(range(10**9))
+
+    def ticking(busy: Callable[[int], bool]) -> Callable[[], float]:
+        times = itertools.accumulate(1.0 if busy(n) else 0.001 for n in clock)
+        return lambda: next(times)
+
+    rates = []
+    for busy in (lambda n: False, lambda n: n % 90 < 30):
+        clock = iter(range(10**9))
+        monkeypatch.setattr(door, "time", SimpleNamespace(perf_counter=ticking(busy)))
+        rates.append(door.look(hostile(tmp_path / "run", "")).rate)
+    assert rates[0] == pytest.approx(1000, rel=0.1)
+    assert rates[1] == pytest.approx(rates[0], rel=0.1)
