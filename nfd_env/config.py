@@ -108,7 +108,7 @@ def from_mapping(
         ConfigError: on an unknown key, a missing value or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {_mistake(schema, values)}")
+        raise ConfigError(f"{where}: {mistake(schema, values)}")
     _check(values, where, foreign)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
@@ -120,7 +120,7 @@ def from_mapping(
         said = (str(error).splitlines() or [""])[0]
         said = re.sub(r"^Key '.*' not in '\w+'\.?", "unknown key.", said).removesuffix(".")
         reason = f"{key}: {said}" if key else said
-        raise ConfigError(f"{where}: {_mistake(schema, values) or reason}") from None
+        raise ConfigError(f"{where}: {mistake(schema, values) or reason}") from None
     if missing:
         raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
     assert isinstance(result, schema)
@@ -219,7 +219,7 @@ _SCALARS = {
 }
 
 
-def _mistake(hint: Any, value: Any, at: str = "") -> str:
+def mistake(hint: Any, value: Any, at: str = "") -> str:
     """The first part of ``value`` that is not of the kind that ``hint``, a type, asks for.
 
     Returns:
@@ -253,7 +253,7 @@ def _mistake(hint: Any, value: Any, at: str = "") -> str:
     else:
         return ""
     if parts is not None:
-        found = (_mistake(*of, f"{at}{key}".lstrip(".")) for key, of in parts.items())
+        found = (mistake(*of, f"{at}{key}".lstrip(".")) for key, of in parts.items())
         return next(filter(None, found), "")
     shown = "nothing" if value is None else repr(" ".join(str(value).split())[:60])
     return f"{at}{': ' * bool(at)}must be {wanted}, got {shown}"

@@ -54,18 +54,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+def check_writable(*paths: str | os.PathLike[str] | None, folders: bool = False) -> None:
     """Refuse files now that could not be written once the work is done; nothing is made.
 
     Args:
         paths: files, in folders that are there or not yet; None for none.
+        folders: they are folders, which may be there.
 
     Raises:
         FolderError: says which, and why.
     """
     for path in (Path(path).expanduser() for path in paths if path is not None):
         try:
-            if path.is_dir():
+            if path.is_dir() and not folders:
                 raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
             folder = path.parent
             while not os.path.lexists(folder):

@@ -60,6 +60,12 @@ class WorldVectorEnv(VectorEnv):
         """
         super().__setattr__(name, self._settable(name, value) if self._made else value)
 
+    def __delattr__(self, name: str) -> None:
+        """Refuse to forget what cannot be set."""
+        if self._made and name in self._FIXED:
+            raise AttributeError(f"{name} of an env cannot be deleted")
+        super().__delattr__(name)
+
     def _settable(self, name: str, value: Any) -> Any:
         """``value`` as attribute ``name`` takes it; raises what ``__setattr__`` does."""
         if name in self._FIXED:

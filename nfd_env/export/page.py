@@ -185,7 +185,7 @@ def _new_folder(output: str) -> Path:
     if not output:
         raise ExportError("name a new folder with -o")
     folder = Path(output).expanduser().resolve()  # a link stays what it is
-    check_writable(folder.parent / f".{folder.name}.tmp")  # before a minute's work
+    check_writable(folder, folders=True)  # before a minute's work
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ExportError(f"{folder} is there already: name a new or an empty folder with -o")
     return folder

@@ -21,6 +21,7 @@ from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.data.worker import close
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.files import FolderError
+from nfd_env.learning.train import TrainPPOConfig
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
 from nfd_env.named import described
@@ -187,6 +188,18 @@ def look_at_recordings(game: GameConfig) -> Look:
         )
     codec = recordings.spec.codec
     return Look(list(recordings.spec.frame_shape[:2]), codec.width)
+
+
+def check_kinds(game: GameConfig) -> None:
+    """Refuse stages' settings that are not of the right kind, before anything looks into them.
+
+    Raises:
+        ConfigError: naming the stage and the setting, and what is to be written there.
+    """
+    for name, schema in {**SCHEMAS, "agent": TrainPPOConfig}.items():
+        wrong = config.mistake(schema, getattr(game, name))
+        if wrong:
+            raise config.ConfigError(f"{name}: {wrong}")
 
 
 def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> float:

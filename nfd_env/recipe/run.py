@@ -143,6 +143,7 @@ class Recipe(Ledger):
 
     def _pass_door(self) -> None:
         """Refuse at once what can be known before anything is made."""
+        door.check_kinds(self.game)
         last = self.records.get(self.stages[-2])  # the world's
         if self.game.rounds > 1 and (last is None or not last.finished):
             door.check_rounds(self.game, self.device)

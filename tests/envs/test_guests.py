@@ -398,6 +398,8 @@ def test_the_real_games_attributes_are_guarded_too(counter_world: Path) -> None:
     for name in ("num_envs", "action_space", "frame_skip"):
         with pytest.raises(AttributeError, match="make another env"):
             env.set_attr(name, 3)
+        with pytest.raises(AttributeError, match="cannot be deleted"):
+            delattr(env, name)
     with pytest.raises(ValueError, match="one value, or 2 equal ones"):
         env.set_attr("mine", [torch.zeros(2), torch.ones(3)])
     env.close()
