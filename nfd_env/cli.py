@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         said = str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            said = f"{os.fspath(error.filename)}: {error.strerror}"  # without "[Errno 2]"
+            # Without "[Errno 2]"; the second file of a replacement is the one that was asked for.
+            said = f"{os.fspath(error.filename2 or error.filename)}: {error.strerror}"
         print(f"nfd: {said}", file=sys.stderr)
         return 1
 

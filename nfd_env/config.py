@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
+
+from nfd_env.files import found_file
 
 T = TypeVar("T")
 
@@ -20,6 +36,60 @@ _MOST_BYTES, _MOST_LEVELS = 2**20, 64
 
 class ConfigError(ValueError):
     """A config file or value cannot be used; the message names the key and says what to do."""
+
+
+@overload
+def config_class(cls: type[T]) -> type[T]: ...
+@overload
+def config_class(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def config_class(cls: type[Any] | None = None, *, kw_only: bool = False) -> Any:
+    """A frozen dataclass of settings, whose numbers are numbers however it is made.
+
+    In Python True is 1, so that a seed or a number of steps that was mistaken for a switch would
+    count as one. Making it raises ValueError then.
+    """
+    if cls is None:
+        return functools.partial(config_class, kw_only=kw_only)
+    check = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:
+        for name, whole, optional in _numbers_of(type(self)):
+            for part in _parts(getattr(self, name)):
+                if not (is_number(part, whole) or (optional and part is None)):
+                    kind = "a whole number" if whole else "a number"
+                    raise ValueError(f"{name} must be {kind}, got {str(part)[:80]!r}")
+        if check is not None:
+            check(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
+
+
+def is_number(value: Any, whole: bool = False) -> bool:
+    """Whether ``value`` is a real (or ``whole``) number, of Python's or NumPy's; a bool is none."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(
+        value, bool
+    )
+
+
+@functools.cache
+def _numbers_of(cls: Any) -> list[tuple[str, bool, bool]]:
+    """Names of the fields that hold numbers; whether they are whole, and whether None will do."""
+    kinds = ((f.name, str(f.type)) for f in dataclasses.fields(cls))
+    return [
+        (name, "float" not in kind, "None" in kind)
+        for name, kind in kinds
+        if re.search(r"\b(int|float)\b", kind) and not re.search(r"\b(bool|str|Any)\b", kind)
+    ]
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
 
 
 def from_mapping(
@@ -37,18 +107,20 @@ def from_mapping(
     Raises:
         ConfigError: on an unknown key, a missing value or a value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {mistake(schema, values)}")
     _check(values, where, foreign)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
         missing = OmegaConf.missing_keys(merged)
         result = None if missing else OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
-        at = f"{where}: {key}: " if key else f"{where}: "
-        raise ConfigError(f"{at}{reason}") from None
-    except (ValueError, TypeError, ArithmeticError) as error:  # the dataclass's own check
-        raise ConfigError(f"{where}: {error}") from None
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError) as error:
+        # The last three are also the dataclass's own check.
+        key = getattr(error, "full_key", None) or ""
+        said = (str(error).splitlines() or [""])[0]
+        said = re.sub(r"^Key '.*' not in '\w+'\.?", "unknown key.", said).removesuffix(".")
+        reason = f"{key}: {said}" if key else said
+        raise ConfigError(f"{where}: {mistake(schema, values) or reason}") from None
     if missing:
         raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
     assert isinstance(result, schema)
@@ -78,23 +150,37 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: if the file is missing, is not YAML, or is too large or too deep.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not found_file(path, ConfigError):
         raise ConfigError(f"{path}: no such config file")
     try:
         with open(path, "rb") as file:
             text = file.read(_MOST_BYTES + 1).decode()
         _check_size(text)
+        _check_root(text)
         values = OmegaConf.create(text)
         if overrides:
             values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(values)
+        plain: Any = OmegaConf.to_container(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or "it holds no key: value pairs"
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
-    # OmegaConf makes {text: None} of a lone word.
-    if not isinstance(plain, dict) or plain == {text.strip(): None}:
-        raise ConfigError(f"{path}: must hold key: value pairs, got {type(plain).__name__}")
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_root(text: str) -> None:
+    """Refuse a file that is no mapping."""
+    events = yaml.parse(text, yaml.SafeLoader)
+    root = next((event for event in events if isinstance(event, yaml.NodeEvent)), None)
+    if root is not None and not isinstance(root, yaml.MappingStartEvent):
+        got = "a list (lines that begin with -)"
+        if isinstance(root, yaml.ScalarEvent):
+            got = f"the text {' '.join(root.value.split())[:60]!r}"
+        raise ConfigError(
+            "must hold key: value pairs, one a line, such as name: MyGame (with a space behind "
+            f"the colon); it holds {got}"
+        )
 
 
 def value(text: str, where: str) -> Any:
@@ -158,6 +244,54 @@ def check_ranges(settings: object, prefix: str = "", /, **ranges: str) -> None:
 def _end(text: str) -> float:
     base, _, power = text.partition("**")
     return float(base) ** float(power or 1)
+
+
+_SCALARS = {
+    int: (IntegerNode, "a whole number"),
+    float: (FloatNode, "a number"),
+    bool: (BooleanNode, "true or false"),
+    str: (StringNode, "text"),
+}
+
+
+def mistake(hint: Any, value: Any, at: str = "") -> str:
+    """The first part of ``value`` that is not of the kind that ``hint``, a type, asks for.
+
+    Returns:
+        Where it is, what is to be written there, and what is; "" where all kinds are right.
+    """
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and len(kinds) < len(get_args(hint)):
+            return ""
+        hint = kinds[0]
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    parts: dict[str, tuple[Any, Any]] | None = None  # of a value of the right kind
+    if kind in _SCALARS:
+        node, wanted = _SCALARS[kind]
+        with suppress(OmegaConfBaseException):
+            node(value, is_optional=False)
+            return ""
+    elif dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        wanted = f"key: value pairs, such as {next(iter(hints))}: ..."
+        if isinstance(value, Mapping):
+            parts = {f".{key}": (hints[key], part) for key, part in value.items() if key in hints}
+    elif kind is dict:
+        wanted = "key: value pairs"
+        if isinstance(value, Mapping):
+            parts = {f".{key}": (inner[1], part) for key, part in value.items() if inner}
+    elif kind in (list, tuple):
+        wanted = "a list, such as [a, b]"
+        if isinstance(value, list | tuple):
+            parts = {f"[{i}]": (inner[0], part) for i, part in enumerate(value) if inner}
+    else:
+        return ""
+    if parts is not None:
+        found = (mistake(*of, f"{at}{key}".lstrip(".")) for key, of in parts.items())
+        return next(filter(None, found), "")
+    shown = "nothing" if value is None else repr(" ".join(str(value).split())[:60])
+    return f"{at}{': ' * bool(at)}must be {wanted}, got {shown}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import socket
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +18,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _OWNER_LENGTH = 200  # characters of the owner's command that are worth showing
+
+
+_KINDS = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
 
 
 class FolderInUseError(RuntimeError):
@@ -67,6 +78,52 @@ def save_text(path: Path, text: str) -> None:
     """
     with writing(path.parent), atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(*paths: str | os.PathLike[str] | None, folders: bool = False) -> None:
+    """Refuse files now that could not be written once the work is done; nothing is made.
+
+    Args:
+        paths: files, in folders that are there or not yet; None for none.
+        folders: they are folders, which may be there.
+
+    Raises:
+        FolderError: says which, and why.
+    """
+    for path in (Path(path).expanduser() for path in paths if path is not None):
+        try:
+            if path.is_dir() and not folders:
+                raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
+            folder = path.parent
+            while not os.path.lexists(folder):
+                folder = folder.parent
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise FolderError(f"{path} cannot be written: {_reason(error)}") from None
+
+
+def found_file(path: str | os.PathLike[str], error: type[Exception]) -> bool:
+    """Whether there is a file, or a link to one, at ``path``; False where there is nothing.
+
+    To be asked before it is opened: reading a pipe waits for ever.
+
+    Raises:
+        Exception: ``error``, when something else is there; says what.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise error(f"{path}: is a link to nothing; put the file in its place") from None
+        return False
+    except (OSError, ValueError) as reason:
+        raise error(f"{path}: {_reason(reason)}") from None
+    if stat.S_ISREG(mode):
+        return True
+    kind = next((kind for kind, is_it in _KINDS.items() if is_it(mode)), "something else")
+    raise error(f"{path}: is {kind}, not a file; put the file in its place, or take it away")
 
 
 class Ownership:
@@ -171,6 +228,7 @@ def _reason(error: Exception) -> str:
 def _described(owner: Path, lock: str) -> str:
     """Who holds ``lock`` according to ``owner``, a file, and what to do about it."""
     try:
+        found_file(owner, ValueError)
         told = json.loads(owner.read_text(encoding="utf-8"))
         pid = int(told["pid"])
         who = f"process {pid} on {told['host']} ({told['command']})"

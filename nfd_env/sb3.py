@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from nfd_env.config import is_number
 from nfd_env.spaces import CountedFromZero
 
 try:
@@ -88,6 +89,12 @@ class SB3VecEnv(VecEnv):
             )
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         return observation
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Environment i gets ``seed`` + i at the next reset; see the base class."""
+        if seed is not None and not is_number(seed, whole=True):
+            raise ValueError(f"a seed must be a whole number, got {seed!r}")
+        return super().seed(seed)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep ``actions``, counted from 0, for ``step_wait``."""

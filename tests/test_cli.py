@@ -11,6 +11,7 @@ import pytest
 
 import nfd_env
 from nfd_env import cli
+from nfd_env.worlds.load import UnknownWorldError, find_world
 
 SCRIPT = Path(sys.executable).with_name("nfd")
 
@@ -178,3 +179,64 @@ def test_a_file_that_is_not_there_is_said_without_numbers(
     pytest.importorskip("aiohttp")
     assert cli.main(["serve", "--token-file", str(tmp_path / "nope")]) == 1
     assert capsys.readouterr().err == f"nfd: {tmp_path}/nope: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export-onnx", "WORLD", "-o", "OUT"],
+        ["export-web", "WORLD", "-o", "OUT"],
+        ["init", "CartPole-v1", "-o", "OUT.yaml"],
+        ["push", "WORLD", "me/world", "--preview", "OUT"],
+        ["demo", "WORLD", "--out", "OUT"],
+        ["demo", "WORLD", "--gif", "OUT.gif"],
+        ["eval-agent", "random", "--world", "WORLD", "--out", "OUT"],
+        ["rank", "random", "random", "random", "--world", "WORLD", "--out", "OUT"],
+        ["bench", "WORLD", "--markdown-into", "/proc/self/status"],
+        ["collect", "GAME", "folder=OUT"],
+        ["train", "GAME", "folder=OUT"],
+        ["serve", "WORLD", "--save", "OUT", "--port", "0"],
+    ],
+    ids=lambda command: " ".join(command[:2] + command[-2:-1]),
+)
+def test_what_cannot_be_written_is_told_before_the_work(
+    command: list[str],
+    tiny_world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def worked(*arguments: object, **others: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for name in (
+        *("nfd_env.export.page.load_world", "nfd_env.recipe.inspect.inspect_game"),
+        *("nfd_env.recipe.card.make_card", "nfd_env.evaluation.demo.load_world"),
+        *("nfd_env.evaluation.agents.find_agent", "nfd_env.evaluation.ranking.find_agent"),
+        *("nfd_env.evaluation.commands.load_world", "nfd_env.data.worker.record_episode"),
+        *("nfd_env.recipe.run.collect", "nfd_env.play.slots.load_world"),
+    ):
+        monkeypatch.setattr(name, worked, raising=False)
+    monkeypatch.chdir(tmp_path)
+    game = tmp_path / "game.yaml"
+    game.write_text("name: Pole\nsource: {env_id: CartPole-v1, frames: render, size: [32, 48]}\n")
+    (tmp_path / "file").touch()
+    names = {"WORLD": str(tiny_world), "OUT": str(tmp_path / "file" / "x"), "GAME": str(game)}
+    for name, value in names.items():
+        command = [argument.replace(name, value) for argument in command]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("file" in said or "/proc" in said), said
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "game.yaml"}
+
+
+def test_a_world_goes_by_its_env_id_too() -> None:
+    for name in ("NFD/BigFish-v0", "nfd_env:NFD/BigFish-v0", "BigFish", "big_fish"):
+        assert find_world(name) == find_world("BigFish")
+    for name, said in (
+        ("NFD/World-v0", "an env of any world: name the world"),
+        ("NFD/Nothing-v0", "unknown world .*big_fish"),
+        ("NFD/BigFish-v1", "unknown world"),
+    ):
+        with pytest.raises(UnknownWorldError, match=said):
+            find_world(name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,34 @@ import torch
 
 from nfd_env import config
 from nfd_env.config import ConfigError
+from nfd_env.data.collect import CollectConfig, PolicyConfig
+from nfd_env.evaluation.agents import AgentEvaluation
+from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.untrained import read_sizes
+from nfd_env.inference.sampling import SamplingConfig
+from nfd_env.learning.ppo import PPOConfig
 from nfd_env.models.dynamics import Dynamics
+from nfd_env.models.tokenizer import TokenizerConfig
+from nfd_env.play.commands import PlayConfig, ServeConfig
+from nfd_env.recipe.game import GameConfig
+from nfd_env.sources.spec import SourceConfig
 from nfd_env.training.loop import TrainConfig
 
+GAME = SourceConfig("CartPole-v1", size=[64, 64])
+TRAIN = TrainConfig("runs/x", 10, 2, 1e-3)
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "sampling": SamplingConfig,
+    "tokenizer": TokenizerConfig,
+    "train": lambda: TRAIN,
+    "game": lambda: GameConfig("Game", GAME),
+    "source": lambda: GAME,
+    "collect": lambda: CollectConfig(GAME, "runs/x", 100, [PolicyConfig("random_held")]),
+    "evaluation": EvaluationConfig,
+    "agent": lambda: AgentEvaluation(agent="random"),
+    "ppo": PPOConfig,
+    "play": PlayConfig,
+    "serve": ServeConfig,
+}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -216,3 +241,86 @@ def test_numbers_outside_of_their_range(value: float, interval: str, message: st
 )
 def test_numbers_within_their_range(value: Any, interval: str) -> None:
     config.check_ranges(Outer("", Inner(0), value), rate=interval)
+
+
+@dataclass(frozen=True)
+class Player:
+    policy: str
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Kinds:
+    name: str
+    size: list[int] = field(default_factory=list)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    players: list[Player] = field(default_factory=list)
+    best: Player | None = None
+    steps: int | None = None
+    fast: bool = False
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"best": "random"}, "best: must be key: value pairs, such as policy: ..., got 'random'"),
+        ({"players": "random"}, "players: must be a list, such as [a, b], got 'random'"),
+        ({"players": {"policy": "x"}}, "players: must be a list, such as [a, b], got"),
+        ({"players": ["random"]}, "players[0]: must be key: value pairs, such as policy: ..."),
+        ({"players": [{"policy": "x", "share": "all"}]}, "players[0].share: must be a number"),
+        ({"size": 64}, "size: must be a list, such as [a, b], got '64'"),
+        ({"size": {"h": 64}}, "size: must be a list, such as [a, b], got \"{'h': 64}\""),
+        ({"size": [64, "x"]}, "size[1]: must be a whole number, got 'x'"),
+        ({"keys": ["up"]}, "keys: must be key: value pairs, got \"['up']\""),
+        ({"keys": {"up": "w"}}, "keys.up: must be a list, such as [a, b], got 'w'"),
+        ({"steps": True}, "steps: must be a whole number, got 'True'"),
+        ({"steps": {"a": 1}}, "steps: must be a whole number, got"),
+        ({"fast": "maybe"}, "fast: must be true or false, got 'maybe'"),
+        ({"name": ["x"]}, "name: must be text, got"),
+        ({"name": None}, "name: must be text, got nothing"),
+        ({"best": {"policy": "x", "shar": 1}}, "best.shar: unknown key. Did you mean: 'share'?"),
+    ],
+)
+def test_a_mistake_in_the_structure_is_told_by_what_to_write(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.from_mapping(Kinds, {"name": "x", **values}, "game.yaml")
+    assert str(caught.value).startswith(f"game.yaml: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("BigFish", "the text 'BigFish'"),
+        ("name:BigFish", "the text 'name:BigFish'"),
+        ("name BigFish\nfps 15", "the text 'name BigFish fps 15'"),
+        ("- a\n- b", "a list (lines that begin with -)"),
+        ("5", "the text '5'"),
+    ],
+)
+def test_a_file_without_pairs_is_told_what_they_are(tmp_path: Path, text: str, found: str) -> None:
+    path = tmp_path / "game.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.read(path)
+    assert str(caught.value) == (
+        f"{path}: must hold key: value pairs, one a line, such as name: MyGame (with a space "
+        f"behind the colon); it holds {found}"
+    )
+
+
+@pytest.mark.parametrize("make", SETTINGS.values(), ids=SETTINGS)
+def test_settings_take_no_bool_for_a_number(make: Callable[..., Any]) -> None:
+    made = make()
+    names = [name for name, *_ in config._numbers_of(type(made))]
+    assert names
+    for name in names:
+        value = [True] if isinstance(getattr(made, name), list | tuple) else True
+        with pytest.raises(ValueError, match=f"{name} must be a (whole )?number, got"):
+            replace(made, **{name: value})
+    for name, whole, _ in config._numbers_of(type(made)):
+        if whole and isinstance(getattr(made, name), int):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number, got '2.5'"):
+                replace(made, **{name: 2.5})

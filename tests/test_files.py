@@ -6,24 +6,39 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import numpy as np
 import pytest
+import torch
 
+from nfd_env.data.shards import RecordedDataset
+from nfd_env.evaluation.tables import check_markers
 from nfd_env.files import (
     FolderError,
     FolderInUseError,
     Ownership,
     atomic_write,
+    check_writable,
     make_folder,
     owned_folder,
 )
+from nfd_env.players.load import read_agent_spec
+from nfd_env.recipe.game import load_game
+from nfd_env.recipe.records import read_records
+from nfd_env.training.checkpoints import Checkpoints
+from nfd_env.worlds.clip import Clip, load_clip, save_clip
+from nfd_env.worlds.load import load_world
+from nfd_env.worlds.starts import load_starts
 
 HOLD = """
 import sys, time
@@ -245,3 +260,87 @@ def test_text_is_read_and_written_in_utf8() -> None:
 def test_text_without_encoding_is_found(tmp_path: Path, line: str, found: bool) -> None:
     (tmp_path / "m.py").write_text(line, encoding="utf-8")
     assert bool(list(text_without_encoding(tmp_path / "m.py"))) == found
+
+
+@contextmanager
+def put(path: Path, kind: str) -> Iterator[str]:
+    """Something that is no file at ``path``, and what it is called."""
+    if path.exists():
+        path.unlink()
+    names = {"link": "a link to nothing", "folder": "a folder", "pipe": "a pipe"}
+    with ExitStack() as stack:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to("nowhere")
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(os.path.relpath(path))
+        yield names.get(kind, f"a {kind}")
+
+
+KINDS = ["pipe", "folder", "link", "device", "socket"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_in_a_files_place_is_told(
+    kind: str, make_world: Any, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error, never a wait, and never taken for a file that is not there."""
+    monkeypatch.chdir(tmp_path)
+    world = shutil.copytree(make_world(distilled=True), tmp_path / "world")
+    save_clip(world, Clip(np.zeros((3, 32, 48, 3), np.uint8), np.zeros(2, np.int64)), 30)
+    data = shutil.copytree(recordings, tmp_path / "data")
+    agent, state, run = tmp_path / "agent.zip", tmp_path / "state.pt", tmp_path / "run"
+    run.mkdir()
+    shard = next(data.glob("shard-*"))
+    checks: list[tuple[Path, Callable[[], Any]]] = [
+        *(
+            (world / name, lambda: load_world(world, "cpu", "fp32"))
+            for name in ("checksums.json", "world.yaml", "heads.safetensors", "starts.safetensors")
+        ),
+        (world / "teacher.safetensors", lambda: load_world(world, "cpu", "fp32", "teacher")),
+        (world / "clip.mp4", lambda: load_clip(world)),
+        (world / "clip.safetensors", lambda: load_clip(world)),
+        (world / "starts.safetensors", lambda: load_starts(world / "starts.safetensors", (), 1)),
+        (data / "dataset.yaml", lambda: RecordedDataset(data)),
+        (shard / "episodes.jsonl", lambda: RecordedDataset(data)),
+        (shard / "frames.bin", lambda: np.array(RecordedDataset(data).episodes[0].frames)),
+        (run / "run.yaml", lambda: read_records(run)),
+        (tmp_path / "game.yaml", lambda: load_game(tmp_path / "game.yaml")),
+        (agent, lambda: read_agent_spec(agent, None, True)),
+        (state, lambda: Checkpoints(tmp_path).read(torch.device("cpu"))),
+        (tmp_path / "README.md", lambda: check_markers(tmp_path / "README.md", "bench")),
+    ]
+    for path, read in checks:
+        before = path.read_bytes() if path.exists() else None
+        with put(path, kind) as what:
+            with pytest.raises(ValueError) as caught:
+                read()
+            assert f"{path}: is {what}" in str(caught.value)
+        path.rmdir() if kind == "folder" else path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "place, reason",
+    [
+        ("file/x/out.png", "Not a directory"),
+        ("folder", "is a folder"),
+        ("/proc/x/out.png", "No such file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
+    tmp_path: Path, place: str, reason: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    check_writable(tmp_path / "new/folder/out.png", tmp_path / "file", None)
+    with pytest.raises(FolderError, match=f"{place} cannot be written: .*{reason}"):
+        check_writable(tmp_path / "fine.png", tmp_path / place)
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}

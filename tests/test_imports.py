@@ -42,7 +42,7 @@ LEARNING = PLAYERS | TRAINING | {"nfd_env.evaluation", "nfd_env.learning"}
 
 # What each part may import of nfd_env, the most specific name first.
 ALLOWED = {
-    "nfd_env.config": set(),
+    "nfd_env.config": {"nfd_env.files"},
     "nfd_env.files": set(),
     "nfd_env.stopping": set(),
     "nfd_env.named": set(),

@@ -20,7 +20,7 @@ from nfd_env.baselines.stages import (
 )
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import owned_folder
+from nfd_env.files import atomic_write, check_writable, found_file, owned_folder
 from nfd_env.models.weights import fingerprint_of
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.plan import Plan
@@ -62,7 +62,7 @@ class BaselinePlan:
     dynamics: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@config.config_class
 class Minutes:
     """How long each part is trained.
 
@@ -119,6 +119,7 @@ def train_baseline(
     folder = described.run_folder / FOLDER
     if into_world:
         find_world(described.world_folder)  # or refuse now, and not after hours
+        check_writable(described.world_folder / FOLDER / f"{PARTS[0]}.safetensors")
     old = _stored(folder)
     given = minutes.of(described, old.minutes if old else {})
     with stopping() as stop, stop.at_once(), owned_folder(folder):
@@ -214,7 +215,7 @@ def _plan(game: GameConfig, folder: Path, minutes: dict[str, float]) -> Baseline
 
 def _stored(folder: Path) -> BaselinePlan | None:
     path = folder / "plan.yaml"
-    if not path.exists():
+    if not found_file(path, config.ConfigError):
         return None
     return config.from_mapping(BaselinePlan, config.read(path), str(path))
 
@@ -234,6 +235,7 @@ def _copy_into(world: Path) -> None:
     with owned_world(world):
         (world / FOLDER).mkdir(exist_ok=True)
         for part, file in zip(PARTS, beside, strict=True):
-            shutil.copyfile(file, world / FOLDER / f"{part}.safetensors")
+            with atomic_write(world / FOLDER / f"{part}.safetensors") as temporary:
+                shutil.copyfile(file, temporary)
         write_checksums(world)
     assert find(world)

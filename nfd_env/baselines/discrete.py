@@ -8,17 +8,17 @@ how the next one is drawn.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.models.tokenizer import ResidualBlock, Tokenizer
 
 
-@dataclass(frozen=True)
+@config_class
 class DiscreteTokenizerConfig:
     """Sizes of the discrete tokenizer.
 

@@ -7,7 +7,6 @@ heads read rewards and ends, as from those that its own dynamics draw.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +19,8 @@ from nfd_env.baselines.transformer import (
     TokenDynamicsConfig,
     uniform_of,
 )
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
+from nfd_env.files import found_file
 from nfd_env.inference.noise import noise
 from nfd_env.inference.packing import pack_convolutions, pack_linears
 from nfd_env.inference.rollout import Ahead, new_cache
@@ -36,7 +36,7 @@ FOLDER = "autoregressive"
 PARTS = ("tokenizer", "dynamics")
 
 
-@dataclass(frozen=True)
+@config_class
 class TokenSampling(SamplingConfig):
     """How a frame's tokens are drawn; of the attributes of its base only ``temperature`` is free.
 
@@ -127,7 +127,11 @@ def find(folder: Path) -> list[Path]:
     """The files of ``PARTS`` in a world's folder, or in the run that it is of; none without."""
     inside = [folder / FOLDER / f"{part}.safetensors" for part in PARTS]
     beside = [folder.parent / FOLDER / part / "model.safetensors" for part in PARTS]
-    whole = (files for files in (inside, beside) if all(file.is_file() for file in files))
+    whole = (
+        files
+        for files in (inside, beside)
+        if all(found_file(file, CheckpointError) for file in files)
+    )
     return next(whole, [])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from nfd_env.baselines.transformer import (
     TokenDynamicsConfig,
     token_loss,
 )
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.inference.rollout import new_cache
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights, save_weights
@@ -28,7 +28,7 @@ from nfd_env.training.tokenizer import TokenizerStage, TokenizerTrainingConfig
 _WINDOWS = 32  # held-out windows whose loss a validation tells
 
 
-@dataclass(frozen=True)
+@config_class
 class DiscreteTrainingConfig:
     """What to train the discrete tokenizer on, and how.
 
@@ -108,7 +108,7 @@ class DiscreteTokenizerStage(TokenizerStage):
         save_weights(path, network.discrete, self.config)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class(kw_only=True)
 class TokenDynamicsTrainingConfig(WindowTrainingConfig):
     """What to train the transformer on, and how; see also ``WindowTrainingConfig``.
 

@@ -13,18 +13,16 @@ steps, and all slots of earlier frames. Trained half in each order, the same wei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.models.cache import FrameCache, sees
 from nfd_env.models.layers import Block, FrameRotation, RMSNorm, attend_masked, attend_packed
 
 
-@dataclass(frozen=True)
+@config_class
 class TokenDynamicsConfig:
     """Sizes of the transformer.
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ _HEARD = 1.0  # seconds within which a signal to a whole group has reached all o
 _KILLS = 3  # in one episode; out of memory every time, it would block the data set for ever
 
 
-@dataclass(frozen=True)
+@config.config_class
 class PolicyConfig:
     """One behaviour policy of the mixture.
 
@@ -66,7 +66,7 @@ class PolicyConfig:
         config.check_ranges(self, share="(0, inf)", mistakes="[0, 1]")
 
 
-@dataclass(frozen=True)
+@config.config_class
 class CollectConfig:
     """What to record, and how much of it.
 

@@ -15,6 +15,7 @@ from nfd_env.data.layout import DatasetSpec, RecordingError, read_records
 from nfd_env.data.lazy_frames import Frames, LazyFrames
 from nfd_env.data.reading import stored_frames, stored_values
 from nfd_env.data.videos import VideoFrames
+from nfd_env.files import found_file
 
 TERMINATED, TRUNCATED = 1, 2
 _KEPT = 4096  # references, with the actions and rewards that were asked for
@@ -63,7 +64,7 @@ class EpisodeReference:
         if not spec.in_videos:
             return stored_frames(self.shard / "frames.bin", shape, offset, count)
         video, path = Path(self.video), self.shard / "pts.bin"
-        if not video.is_file():
+        if not found_file(video, RecordingError):
             raise RecordingError(f"{video} is missing: the recordings refer to it, put it back")
 
         def times(first: int, stop: int) -> np.ndarray:

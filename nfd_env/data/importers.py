@@ -30,7 +30,7 @@ from nfd_env.data.tables import (
     space_of,
 )
 from nfd_env.data.videos import VideoFrames, fitted, presentation_times
-from nfd_env.files import make_folder, owned_folder
+from nfd_env.files import found_file, make_folder, owned_folder
 from nfd_env.progress import progress_bar
 from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict, space_to_dict
@@ -130,7 +130,9 @@ def _open_videos(source: SourceConfig) -> Foreign:
         raise config.ConfigError("source.kwargs.columns must name a column")
     found = {}
     for video in sorted(folder.glob("*.mp4")):
-        beside = [video.with_suffix(s) for s in SUFFIXES if video.with_suffix(s).is_file()]
+        found_file(video, RecordingError)
+        others = [video.with_suffix(suffix) for suffix in SUFFIXES]
+        beside = [path for path in others if found_file(path, RecordingError)]
         if len(beside) != 1:
             raise RecordingError(
                 f"{video} needs one file of actions beside it: {video.stem} with "

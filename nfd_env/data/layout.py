@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 
 from nfd_env import config
 from nfd_env.data.episode import SPLITS
-from nfd_env.files import make_folder, save_text
+from nfd_env.files import found_file, make_folder, save_text
 from nfd_env.models.weights import fingerprint_values
 from nfd_env.sources.spec import PRESENTATION, check_fps
 from nfd_env.spaces import ActionCodec, space_from_dict
@@ -28,7 +28,7 @@ class RecordingError(ValueError):
     """A data set on disk (or an episode to be added to it) cannot be used."""
 
 
-@dataclass(frozen=True)
+@config.config_class
 class DatasetSpec:
     """What every shard of a data set shares.
 
@@ -105,7 +105,7 @@ class DatasetSpec:
         for name in ("signals", "in_videos"):  # which older versions do not know
             if not values[name]:
                 del values[name]
-        if path.exists():
+        if found_file(path, RecordingError):
             _check_same(_read_spec(path), values, folder, "collect into an empty folder")
             return
         save_text(path, yaml.safe_dump(values, sort_keys=False))
@@ -127,7 +127,7 @@ class DatasetSpec:
             RecordingError: when there is none, or it is damaged.
         """
         path = folder / "dataset.yaml"
-        if not path.is_file():
+        if not found_file(path, RecordingError):
             raise RecordingError(f"{folder} is not a data set: it has no dataset.yaml")
         try:
             return config.from_mapping(cls, _read_spec(path), str(path), foreign=True)
@@ -175,7 +175,7 @@ def shard_folders(folder: Path) -> list[Path]:
 
 def check_size(path: Path, size: int, there: int | None = None) -> None:
     """Refuse a file that is missing or has fewer bytes; ``there``: those that it has elsewhere."""
-    if there is None and not path.is_file():
+    if there is None and not found_file(path, RecordingError):
         raise RecordingError(f"{path} is missing")
     if (path.stat().st_size if there is None else there) < size:
         raise RecordingError(f"{path} is shorter than its committed episodes: it was cut off")
@@ -198,7 +198,7 @@ def read_records(shard: Path, repair: bool = False) -> list[dict[str, Any]]:
 
 def read_lines(path: Path, kinds: dict[str, Any], repair: bool = False) -> list[dict[str, Any]]:
     """The whole lines of a file of records; one cut short by a crash was never committed."""
-    if not path.exists():
+    if not found_file(path, RecordingError):
         return []
     data = path.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]

@@ -20,7 +20,7 @@ import numpy as np
 
 from nfd_env.data.layout import RecordingError, check_size
 from nfd_env.data.lazy_frames import Frames, LazyFrames
-from nfd_env.files import FolderError, atomic_write, make_folder, owned_folder
+from nfd_env.files import FolderError, atomic_write, found_file, make_folder, owned_folder
 
 _REMOTE = "remote.json"
 # Blocks are as large as pays for a request, and all kept ones together half a gigabyte.
@@ -116,7 +116,7 @@ def stand_in(url: str) -> Path:
         raise RecordingError(f"{url} is not a data set: it has no dataset.yaml")
     cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nfd_env"
     folder = make_folder(cached / "recordings" / hashlib.sha256(url.encode()).hexdigest()[:16])
-    known = _told(folder)["files"] if (folder / _REMOTE).is_file() else {}
+    known = _told(folder)["files"] if found_file(folder / _REMOTE, RecordingError) else {}
     if known == files:
         return folder
     small = [name for name in files if name.endswith(_SMALL) and ".." not in name]

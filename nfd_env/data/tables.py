@@ -5,20 +5,21 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
+from nfd_env.config import config_class
 from nfd_env.data.layout import RecordingError
 from nfd_env.spaces import ActionCodec
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
-@dataclass(frozen=True)
+@config_class
 class TableConfig:
     """``source.kwargs`` of videos: how their files of actions are read.
 

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -35,9 +36,50 @@ class WorldVectorEnv(VectorEnv):
         "action_space": "single_action_space",
     }
 
+    # What nobody can set once the env is made: the rest was made to fit it, or would not follow.
+    _FIXED: dict[str, str] = dict.fromkeys(
+        (
+            *("num_envs", "obs_type", "output", "frame_skip", "autoreset_mode", "world"),
+            *("device", "precision", "single_observation_space", "single_action_space"),
+            *("observation_space", "action_space"),
+        ),
+        "make another env",
+    )
+
     world: World
     obs_type: str
     output: str
+    _made = False  # whether attributes are guarded
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; once the env is made, only to what it goes on with.
+
+        Raises:
+            AttributeError: for what cannot be set.
+            ValueError: on a value that cannot be used.
+        """
+        super().__setattr__(name, self._settable(name, value) if self._made else value)
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse to forget what cannot be set."""
+        if self._made and name in self._FIXED:
+            raise AttributeError(f"{name} of an env cannot be deleted")
+        super().__delattr__(name)
+
+    def _settable(self, name: str, value: Any) -> Any:
+        """``value`` as attribute ``name`` takes it; raises what ``__setattr__`` does."""
+        if name in self._FIXED:
+            raise AttributeError(f"{name} of an env cannot be set: {self._FIXED[name]}")
+        if callable(getattr(type(self), name, None)) and not callable(value):
+            raise AttributeError(f"{name} is a method, it cannot be set to {short(value)}")
+        if name == "max_episode_steps" and value is not None:
+            return check_whole(name, value)
+        if name == "render_mode":
+            check_choice(name, value, (None, *self.metadata.get("render_modes", ())))
+        kinds = {"metadata": dict, "spec": EnvSpec | None, "closed": bool}
+        if not isinstance(value, kinds.get(name, object)):
+            raise ValueError(f"{name} of an env cannot be {short(value)}")
+        return value
 
     def _check_common(
         self, num_envs: Any, frame_skip: Any, obs_type: Any, output: Any, max_episode_steps: Any
@@ -80,8 +122,9 @@ class WorldVectorEnv(VectorEnv):
         self._batch_spaces()
 
     def _batch_spaces(self) -> None:
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        singles = self.single_observation_space, self.single_action_space
+        seen, act = (batch_space(space, self.num_envs) for space in singles)
+        self.__dict__.update(observation_space=seen, action_space=act)
 
     def _need_open(self) -> None:
         if self.closed:
@@ -109,11 +152,14 @@ class WorldVectorEnv(VectorEnv):
         """Set an attribute of all environments.
 
         Raises:
-            ValueError: when ``values`` is a list that differs between environments, which are one
-                object, or is of another length.
+            AttributeError: for what cannot be set, see ``__setattr__``, or is not public.
+            ValueError: on a value that cannot be used; when ``values`` is a list that differs
+                between environments, which are one object, or is of another length.
         """
+        if name.startswith("_"):
+            raise AttributeError(f"{name} is not public, it cannot be set by name")
         if isinstance(values, list | tuple):
-            if len(values) != self.num_envs or any(v != values[0] for v in values):
+            if len(values) != self.num_envs or not all(_equal(v, values[0]) for v in values):
                 raise ValueError(
                     f"{name} must be one value, or {self.num_envs} equal ones: the environments "
                     f"of a batch are one object, got {short(values)}"
@@ -174,3 +220,10 @@ class WorldVectorEnv(VectorEnv):
         if self.output == "torch":
             return observation, reward, self._tensor(terminated), self._tensor(truncated), infos
         return observation, reward.cpu().double().numpy(), terminated, truncated, infos
+
+
+def _equal(left: Any, right: Any) -> bool:
+    try:
+        return left is right or bool(np.all(left == right))
+    except Exception:  # whatever foreign objects say to being compared
+        return False

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfd_env.config import is_number
 from nfd_env.inference.state import Context
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World
@@ -31,8 +32,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def check_whole(name: str, value: Any, least: int = 1, most: int = 2**63 - 1) -> int:
     """``value`` as an int; raises ValueError unless it is a whole number in the range."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not is_number(value, whole=True) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {short(value)}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {short(value)}")
@@ -41,7 +41,7 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = 2**63 - 1) ->
 
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float; raises ValueError unless it is a real number."""
-    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+    if not is_number(value):
         raise ValueError(f"{name} must be a number, got {short(value)}")
     try:
         return float(value)
@@ -100,11 +100,9 @@ def check_seeds(seed: Any, num_envs: int) -> list[int | None]:
         seed = as_array("seed", seed).tolist()
     if seed is None:
         return [None] * num_envs
-    if isinstance(seed, int | np.integer):
+    if is_number(seed, whole=True):
         seeds: list[int | None] = [int(seed) + i for i in range(num_envs)]
-    elif isinstance(seed, Sequence) and all(
-        s is None or isinstance(s, int | np.integer) for s in seed
-    ):
+    elif isinstance(seed, Sequence) and all(s is None or is_number(s, whole=True) for s in seed):
         seeds = [None if s is None else int(s) for s in seed]
     else:
         raise ValueError(f"a seed must be a whole number or one for each slot, got {short(seed)}")
@@ -208,8 +206,7 @@ def chosen_contexts(
             raise ValueError("none of the starts is the beginning of an episode")
         return [None] * len(rows)
     if start is not None:
-        whole = isinstance(start, int | np.integer) and not isinstance(start, bool)
-        if not (whole and 0 <= int(start) < len(starts)):  # type: ignore[arg-type]
+        if not (is_number(start, whole=True) and 0 <= int(start) < len(starts)):
             raise ValueError(
                 f'start must be from 0 to {len(starts) - 1} or "beginning", got {short(start)}'
             )

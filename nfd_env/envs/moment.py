@@ -16,9 +16,10 @@ from nfd_env.envs.base import WorldVectorEnv
 from nfd_env.envs.observing import OBSERVATION_TYPES, observe
 from nfd_env.envs.state import EnvState
 from nfd_env.inference.cuda_graph import CapturedCall
+from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.world_model import WorldModel
 from nfd_env.sources.spec import short
-from nfd_env.worlds.load import World, load_world
+from nfd_env.worlds.load import World, load_again
 
 
 class Moment(WorldVectorEnv):
@@ -30,6 +31,16 @@ class Moment(WorldVectorEnv):
     _now: EnvState | None
     _decoded: Tensor | None
     _decoder: CapturedCall
+
+    _FIXED = {
+        **WorldVectorEnv._FIXED,
+        **dict.fromkeys(("speculative_frames", "context_observations"), "make another env"),
+        **{
+            name: f"call set_sampling({name}=...)"
+            for name in ("sampling_steps", "history_level", "temperature", "dynamics")
+        },
+        "ood": "call watch_ood()",
+    }
 
     # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
     _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now")
@@ -136,20 +147,17 @@ class Moment(WorldVectorEnv):
         if self.starts is self.world.starts:
             state["starts"] = None
         state["saved"] = None if self._now is None else self.save_state()
-        # As it was decided here: elsewhere "auto" could mean something else.
-        parts = self.world.folder, str(self.model.device), self.model.precision
-        return state | {"loaded": (*parts, self.world.dynamics)}
+        return state | {"loaded": self.world.loaded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See ``__getstate__``."""
         state = dict(state)
-        saved, loaded = state.pop("saved"), state.pop("loaded")
+        saved, loaded, world = state.pop("saved"), state.pop("loaded"), state.pop("world", None)
         guests.settle(loaded[1])
         self.__dict__.update(state)
-        self.world = load_world(*loaded)
+        self._draw_by(world or load_again(*loaded), self._changed)
         if self.starts is None:
             self.starts = self.world.starts
-        self._draw_by(self.world, self._changed)
         self._decoder, self._decoded, self._now = CapturedCall(), None, None
         if saved is not None:
             self.restore_state(saved)
@@ -157,7 +165,24 @@ class Moment(WorldVectorEnv):
     def _draw_by(self, world: World, changed: dict[str, Any]) -> None:
         """Draw frames as ``world`` does, but for what was ``changed``."""
         self.sampling = replace(world.model.sampling, **changed)
-        self.world, self.model, self._changed = world, world.model, changed
+        self.model, self._changed = world.model, changed
+        self.__dict__["world"] = world  # which others cannot set
+
+    def _settable(self, name: str, value: Any) -> Any:
+        """See the base class."""
+        value = super()._settable(name, value)
+        if name == "starts":
+            return checks.check_starts(self.world, value)
+        kinds = {"sampling": SamplingConfig, "model": WorldModel, "drafting": bool}
+        if not isinstance(value, kinds.get(name, object)):
+            raise ValueError(f"{name} of an env must be a {kinds[name].__name__}")
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy in the same process has the same world, whatever lies in its folder by now."""
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo) | {"world": self.world})
+        return made
 
     def __copy__(self) -> Self:
         """A copy goes its own way, also a shallow one."""

@@ -85,6 +85,7 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         self._latents = torch.zeros(num_envs, *shape, **self._numbers)
         self._action = torch.zeros(num_envs, self.world.codec.width, **self._numbers)
         self._memory = self.model.heads.initial_state(num_envs)
+        self._made = True
 
     def reset(
         self,

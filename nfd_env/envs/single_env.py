@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from nfd_env.config import is_number
 from nfd_env.envs import checks
 from nfd_env.envs.vector_env import EnvState, NFDVectorEnv
 from nfd_env.sources.spec import short
@@ -48,10 +49,31 @@ class NFDEnv(gymnasium.Env):
         self.vector = NFDVectorEnv(
             world, 1, device, autoreset_mode=AutoresetMode.DISABLED, **options
         )
-        self.render_mode = self.vector.render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         self.metadata = {k: v for k, v in self.vector.metadata.items() if k != "autoreset_mode"}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; once the env is made, as ``NFDVectorEnv`` does (see its errors)."""
+        if "metadata" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif name == "vector":
+            raise AttributeError("vector of an env cannot be set: make another env")
+        elif name in _SIGNATURE.parameters:
+            setattr(self.vector, name, value)
+        else:
+            super().__setattr__(name, self.vector._settable(name, value))
+
+    def __getattr__(self, name: str) -> Any:
+        """The options that it was made with are those of the vector env."""
+        if name in _SIGNATURE.parameters:
+            return getattr(self.vector, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def render_mode(self) -> str | None:  # type: ignore[override]
+        """None or "rgb_array"."""
+        return self.vector.render_mode
 
     @property
     def world(self) -> World:
@@ -64,7 +86,8 @@ class NFDEnv(gymnasium.Env):
         """Start a new episode; see ``NFDVectorEnv`` for ``options``."""
         # Checked before anything changes: Gymnasium's own check comes last.
         if seed is not None:
-            if not isinstance(seed, int | np.integer | np.ndarray | Tensor) or np.ndim(seed) > 0:
+            array = isinstance(seed, np.ndarray | Tensor) and np.ndim(seed) == 0
+            if not (array or is_number(seed, whole=True)):
                 raise ValueError(f"a seed must be a whole number, got {short(seed)}")
             seed = checks.check_seeds(seed, 1)[0]
         observation, info = self.vector.reset(seed=seed, options=options)

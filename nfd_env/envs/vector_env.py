@@ -204,6 +204,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         self._ood_limit = np.inf
         if checks.check_flag("ood", ood):
             self.watch_ood()
+        self._made = True
 
     def set_sampling(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from nfd_env.config import config_class, is_number
 from nfd_env.envs.checks import check_number
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
@@ -16,7 +17,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 THRESHOLD = 2.0
 
 
-@dataclass(frozen=True)
+@config_class
 class GuardConfig:
     """The arguments of ``GuardOODVector``, for config files."""
 
@@ -123,6 +124,6 @@ class SlotShare(VectorWrapper):
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Reset; only a seed that is one number is changed."""
-        if isinstance(seed, int | np.integer):
+        if is_number(seed, whole=True):
             seed = self.first + max(0, seed - self.first) * self.num_envs
         return self.env.reset(seed=seed, options=options)

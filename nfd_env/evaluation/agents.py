@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tyro.conf import Fixed, Positional, Suppress
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.evaluation.film import beside
 from nfd_env.evaluation.tables import table
-from nfd_env.files import atomic_write, make_folder
+from nfd_env.files import atomic_write, check_writable, make_folder
 from nfd_env.players.load import behaviour_policy, find_agent, load_player, read_agent_spec
 from nfd_env.players.policy import AgentError, AgentSpec
 from nfd_env.sources.source import SourceError
@@ -33,7 +33,7 @@ _LABELS = {"real": "real game", "learned": "learned world"}
 _FILM_SECONDS = 60
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class(kw_only=True)
 class Scoring:
     """Where agents are scored, and for how long; also arguments of commands.
 
@@ -68,7 +68,7 @@ class Scoring:
     precision: str = "auto"
 
 
-@dataclass(frozen=True)
+@config_class
 class AgentEvaluation(Scoring):
     """Which agent is played, and how; see also ``Scoring``.
 
@@ -240,10 +240,13 @@ def evaluate_agent(
         ValueError: when the agent cannot be loaded, was trained for something else, or cannot take
             the observations; UntrustedError among them.
         SourceError: with ``real_only``, when the real game cannot be made.
+        FolderError: when there cannot be written to ``folder``.
     """
     some = "[1, inf)"
     check_ranges(settings, episodes=some, num_envs=some, real_envs=some, frame_skip=some)
     check_ranges(settings, max_frames="[0, inf)")
+    if folder is not None:
+        check_writable(*(Path(folder) / f"eval_agent.{kind}" for kind in ("json", "mp4")))
     agent = find_agent(settings.agent, settings.world or None)
     spec = read_agent_spec(agent, None, settings.trust)
     world = _world_of(settings, spec)

@@ -17,7 +17,7 @@ from nfd_env import config
 from nfd_env.evaluation.agents import AgentEvaluation, Scoring, evaluate_agent
 from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
-from nfd_env.files import make_folder
+from nfd_env.files import check_writable
 from nfd_env.worlds.load import load_world, shipped_worlds
 from nfd_env.worlds.rivals import RIVALS
 
@@ -66,6 +66,7 @@ class Output:
         into = os.path.expanduser(self.markdown_into) if self.markdown_into else None
         if into:  # find out about missing markers before anything is measured
             check_markers(into, name)
+            check_writable(into)
         report = measure()
         if into:
             replace_between_markers(into, name, text(report))
@@ -334,7 +335,8 @@ def rank(
     """
     from nfd_env.evaluation.ranking import format_ranking, rank_policies, write_ranking
 
-    folder = make_folder(out)  # find out whether there can be one before anything is played
+    folder = Path(out).expanduser()
+    check_writable(folder / "ranking.json", folder / "ranking.png")  # before anything is played
     world = settings.world or shipped_worlds()[0]
     ranking = rank_policies(agents, replace(settings, world=world))
     plot = write_ranking(ranking, folder)

@@ -13,7 +13,7 @@ import torch
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.film import beside
-from nfd_env.files import make_folder
+from nfd_env.files import check_writable, make_folder
 from nfd_env.models.weights import CheckpointError
 from nfd_env.video import enlarge, write_gif, write_mp4, write_png
 from nfd_env.worlds.clip import load_clip
@@ -71,8 +71,11 @@ def demo(
 
     Raises:
         CheckpointError: when the world has no recorded clip, or too short a one.
+        FolderError: when the films cannot be written.
     """
     begin = time.perf_counter()
+    gif = None if gif is None else Path(gif).expanduser()
+    check_writable(Path(folder) / "demo.mp4", Path(folder) / "demo.png", gif)
     loaded = load_world(world, **kwargs)
     folder = make_folder(folder)
     clip = load_clip(loaded.folder)

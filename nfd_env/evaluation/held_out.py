@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfd_env.config import config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.inference.state import Context
@@ -38,7 +39,7 @@ _FLOOR_SETS = 200
 _LONGEST = 1_000_000  # frames; a day of any game
 
 
-@dataclass(frozen=True)
+@config_class
 class EvaluationConfig:
     """How a world is judged; also arguments of ``nfd eval``.
 

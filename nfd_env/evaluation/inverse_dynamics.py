@@ -22,12 +22,13 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
 from nfd_env.evaluation.tables import table
+from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.parts import WHOLE, Part
 from nfd_env.progress import progress_bar
@@ -39,7 +40,7 @@ _CHUNK = 256  # windows that are read together
 _SHOWN = 4  # frames that a world is shown first, at least
 
 
-@dataclass(frozen=True)
+@config_class
 class InverseDynamicsConfig:
     """Sizes of the net.
 
@@ -159,7 +160,7 @@ def _f1(taken: Tensor, read: Tensor) -> float:
 # ------------------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
+@config_class
 class InverseDynamicsTrainingConfig:
     """A training of the net.
 
@@ -320,7 +321,7 @@ def load_inverse_dynamics(path: str | Path, world: World) -> InverseDynamics:
 def find_inverse_dynamics(world: World) -> Path | None:
     """The net in the run that the world is of: ``inverse_dynamics/model.safetensors`` beside it."""
     path = world.folder.parent / "inverse_dynamics" / "model.safetensors"
-    return path if path.is_file() else None
+    return path if found_file(path, CheckpointError) else None
 
 
 def measure_actions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from nfd_env.files import atomic_write
+from nfd_env.files import atomic_write, found_file
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -22,6 +22,7 @@ def check_markers(path: str | Path, name: str) -> tuple[int, int]:
         ValueError: unless each of its two markers is there once, in this order.
         OSError: when the file cannot be read.
     """
+    found_file(path, ValueError)
     text = Path(path).read_text(encoding="utf-8")
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

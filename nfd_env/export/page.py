@@ -21,7 +21,7 @@ from gymnasium import spaces
 
 from nfd_env.envs.vector_env import START_SALT
 from nfd_env.export.onnx import ExportError, ring_shape, to_onnx
-from nfd_env.files import make_folder
+from nfd_env.files import check_writable, found_file, make_folder
 from nfd_env.play.keys import Keymap
 from nfd_env.play.session import RESTART_AFTER
 from nfd_env.play.web import STATIC
@@ -156,7 +156,7 @@ def keymap_values(keymap: Keymap) -> dict[str, Any]:
 def _of_package(package: str, name: str) -> bytes:
     """A file of an npm package onnxruntime-web."""
     path = Path(package).expanduser() / "dist" / name
-    if not path.is_file():
+    if not found_file(path, ExportError):
         raise ExportError(
             f"{package} has no dist/{name}: run npm install onnxruntime-web@{RUNTIME}, and give "
             "node_modules/onnxruntime-web"
@@ -180,8 +180,12 @@ def _new_folder(output: str) -> Path:
 
     Raises:
         ExportError: when it is neither.
+        FolderError: when it cannot be written.
     """
-    folder = Path(output).expanduser()
+    if not output:
+        raise ExportError("name a new folder with -o")
+    folder = Path(output).expanduser().resolve()  # a link stays what it is
+    check_writable(folder, folders=True)  # before a minute's work
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ExportError(f"{folder} is there already: name a new or an empty folder with -o")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,6 +74,10 @@ class CapturedCalls:
     def __init__(self) -> None:
         """Nothing is captured yet."""
         self._of: WeakKeyDictionary[object, dict[Hashable, CapturedCall]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        """A copy has captured nothing: graphs belong to the memory that they were captured on."""
+        return CapturedCalls, ()
 
     def __call__(
         self, owner: object, key: Hashable, function: Function, *inputs: Tensor

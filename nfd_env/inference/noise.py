@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from nfd_env.config import is_number
+
 # Of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
 _GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -26,7 +28,14 @@ def mix(*numbers: int) -> int:
 
 
 def fitting_seed(seed: int, bits: int) -> int:
-    """``seed`` for who takes ``bits`` of it: itself where it has no more, else a hash of it."""
+    """``seed`` for who takes ``bits`` of it: itself where it has no more, else a hash of it.
+
+    Raises:
+        ValueError: when it is no whole number of at least 0.
+    """
+    if not is_number(seed, whole=True) or seed < 0:
+        raise ValueError(f"a seed must be a whole number of at least 0, got {str(seed)[:80]!r}")
+    seed = int(seed)
     return seed if seed < 2**bits else mix(seed) % 2**bits
 
 

@@ -19,29 +19,53 @@ from nfd_env.models.tokenizer import ResidualBlock
 _MANY_FRAMES = 16
 
 
-class PackedLinear(nn.Linear):
+class _Packed(nn.Module):
+    """Lays its weights out anew where a copy is made: what torch laid out cannot be copied."""
+
+    _LAID_OUT: tuple[str, ...] = ("_packed",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in self._LAID_OUT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        raise NotImplementedError
+
+
+class PackedLinear(_Packed, nn.Linear):
     """A linear layer for inference only; its ``weight`` is kept for saving, not for computing."""
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
         """Pack ``linear`` for inputs of about ``rows`` rows."""
         super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self._packed = _pack(linear.weight, rows)
+        self.weight, self.bias, self._rows = linear.weight, linear.bias, rows
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._packed = _pack(self.weight, self._rows)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return _linear(input, self._packed, self.bias)
 
 
-class PackedSwiGLU(SwiGLU):
+class PackedSwiGLU(_Packed, SwiGLU):
     """``SwiGLU`` for inference only, see ``PackedLinear``."""
+
+    _LAID_OUT = ("_gate", "_up")
 
     def __init__(self, layer: SwiGLU, rows: int) -> None:
         """Pack ``layer`` for inputs of about ``rows`` rows."""
         with torch.device("meta"):
             super().__init__(layer.in_features, layer.out_features // 2)
-        self.weight = layer.weight
-        self._gate, self._up = (_pack(half, rows) for half in layer.weight.chunk(2))
+        self.weight, self._rows = layer.weight, rows
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._gate, self._up = (_pack(half, self._rows) for half in self.weight.chunk(2))
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., width) -> (..., hidden)."""
@@ -52,7 +76,7 @@ class PackedSwiGLU(SwiGLU):
         return gate.mul_(_linear(input, self._up, None))
 
 
-class PackedConv2d(nn.Conv2d):
+class PackedConv2d(_Packed, nn.Conv2d):
     """A convolution for inference only, see ``PackedLinear``."""
 
     def __init__(self, layer: nn.Conv2d, many: float = _MANY_FRAMES) -> None:
@@ -69,7 +93,10 @@ class PackedConv2d(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias, self._many = layer.weight, layer.bias, many
-        self._packed: Tensor | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._packed: Tensor | None = None  # for the size of the picture that comes first
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.flow.solvers import (
     Velocity,
     level_grid,
@@ -23,7 +22,7 @@ Sampler = Callable[[Velocity, Tensor], Tensor]
 """Turns (velocity, noise (B, n, C, h, w)) into data of the same shape."""
 
 
-@dataclass(frozen=True)
+@config_class
 class SamplingConfig:
     """How a world's frames are drawn.
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfd_env.config import is_number
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Transition, WorldState
 from nfd_env.inference.world_model import WorldModel
@@ -128,7 +129,7 @@ def check_frames(frames: Any, model: WorldModel) -> None:
             before it, or the one that some dynamics draw.
     """
     most = model.most_frames
-    if not isinstance(frames, int | np.integer) or not 1 <= frames <= most:
+    if not is_number(frames, whole=True) or not 1 <= frames <= most:
         limit = (
             f"a whole number from 1 (no speculation) to {most}, the number of frames right before "
             "it that a frame of this world sees"

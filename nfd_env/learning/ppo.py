@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.players.policy import ActorCritic, new_stack, push
 
 Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -24,7 +24,7 @@ View = Callable[[Tensor], Tensor]
 Loss = Callable[[ActorCritic, TensorDict, "PPOConfig"], tuple[Tensor, dict[str, Tensor]]]
 
 
-@dataclass(frozen=True)
+@config_class
 class PPOConfig:
     """Hyper-parameters of PPO.
 

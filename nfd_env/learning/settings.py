@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from nfd_env.config import config_class
 from nfd_env.envs.wrappers import GuardConfig
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import load_world
 
 
-@dataclass(frozen=True)
+@config_class
 class AgentTrainingConfig:
     """What an agent is trained in, and on what it decides.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nfd_env import config
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.files import owned_folder, writing
+from nfd_env.files import found_file, owned_folder, writing
 from nfd_env.learning.judge import Judge, describe
 from nfd_env.learning.ppo import Position, PPOConfig, gae, ppo_loss, rollout, update
 from nfd_env.learning.settings import AgentTrainingConfig
@@ -31,7 +31,7 @@ from nfd_env.training.loop import Progress
 _STATE = "config", "policy", "optimiser", "rng", "decisions", "elapsed", "evaluated", "metrics"
 
 
-@dataclass(frozen=True)
+@config.config_class
 class TrainPPOConfig(AgentTrainingConfig):
     """A training of the native PPO; see also ``AgentTrainingConfig``.
 
@@ -152,7 +152,7 @@ def _train(
     state_path, agent_path = folder / "state.pt", folder / "agent.safetensors"
     done, elapsed, evaluated = 0, 0.0, 0
     metrics: dict[str, float] = {}
-    if state_path.exists():
+    if found_file(state_path, CheckpointError):
         state = read_state(state_path, policy.device, _STATE)
         if state["config"] != config.to_dict(policy.config):
             raise AgentError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.models.cache import FillingAttention, FrameCache, RingAttention, in_turn, sees
 from nfd_env.models.layers import (
     Attend,
@@ -27,7 +26,7 @@ from nfd_env.models.two_copies import attend_two_copies
 CONTEXT = 32  # channels of the map that the transformer makes for the convolutions
 
 
-@dataclass(frozen=True)
+@config_class
 class DynamicsConfig:
     """Sizes of the dynamics transformer.
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nfd_env.config import config_class
 
-@dataclass(frozen=True)
+
+@config_class
 class HeadsConfig:
     """Sizes of the heads.
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env import parts
+from nfd_env.config import config_class
 
 
-@dataclass(frozen=True)
+@config_class
 class TokenizerConfig:
     """Sizes of the tokenizer.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nfd_env import config
-from nfd_env.files import atomic_write
+from nfd_env.files import atomic_write, found_file
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -226,7 +226,7 @@ class _Bounded(TorchFunctionMode):
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The safetensors file ``path``, with errors that name it."""
-    if not path.is_file():
+    if not found_file(path, CheckpointError):
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.play import PlayError
 
 
@@ -41,7 +41,7 @@ class Chosen:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
+@config_class
 class PlayConfig(Chosen):
     """A play in a window; see also ``Chosen``.
 
@@ -68,7 +68,7 @@ class PlayConfig(Chosen):
         check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)")
 
 
-@dataclass(frozen=True)
+@config_class
 class ServeConfig(Chosen):
     """A server of the browser player; see also ``Chosen``.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nfd_env.config import is_number
 from nfd_env.play.game import Game, Outcome, Sampling
 from nfd_env.play.keys import Choice, KeyLatch, Keymap
 from nfd_env.players.frames import FramePlayer
@@ -180,7 +181,7 @@ class Session:
         elif name == "seed":
             if value is None:
                 value = int(np.random.SeedSequence().generate_state(1)[0])
-            if not _is_int(value) or not 0 <= value < 2**32:
+            if not is_number(value, whole=True) or not 0 <= value < 2**32:
                 raise ControlError(f"seed must be from 0 to {2**32 - 1}, got {value!r}")
             self._want_reset(int(value))
         elif name == "view":
@@ -193,7 +194,7 @@ class Session:
                 raise ControlError(f"speed must be one of {SPEEDS}, got {value!r}")
             self.speed = float(value)
         elif name == "sampling_steps":
-            if not _is_int(value) or not 1 <= value <= MAX_SAMPLING_STEPS:
+            if not is_number(value, whole=True) or not 1 <= value <= MAX_SAMPLING_STEPS:
                 raise ControlError(
                     f"sampling_steps must be from 1 to {MAX_SAMPLING_STEPS}, got {value!r}"
                 )
@@ -389,10 +390,6 @@ def sampling_choices(game: Game) -> list[int]:
     if game.default_sampling is None:
         return []
     return sorted({1, 2, 4, 8, game.default_sampling.steps, *(game.steps_of or ())})
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nfd_env import config
 from nfd_env.data.policies import make_policy
+from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.named import check_trusted
 from nfd_env.players.player import (
@@ -161,7 +162,7 @@ def _read_native(path: str) -> ActorCritic:
 def _read_sb3(text: str, trust: bool) -> Any:
     algorithm, _, name = text.rpartition(":")
     path = Path(name).expanduser()
-    if not path.is_file():
+    if not found_file(path, AgentError):
         raise AgentError(f"no agent: {name}: no such file")
     check_trusted(path, trust)
     try:

@@ -139,6 +139,7 @@ class PolicyPlayer:
 
     def reset(self, n: int, seed: int | None = None) -> None:
         """See ``Player``."""
+        seed = None if seed is None else fitting_seed(seed, 128)  # NumPy takes True for 1
         self._rng, self._step = np.random.default_rng(seed), 0
         self._begin(range(n))
 

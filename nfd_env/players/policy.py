@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from nfd_env.config import config_class
 from nfd_env.players.actions import action_head
 from nfd_env.spaces import space_from_dict, space_to_dict
 
@@ -20,7 +21,7 @@ class AgentError(ValueError):
     """An agent cannot be used here; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
+@config_class
 class AgentSpec:
     """What an agent was trained on, and so what it can play.
 
@@ -111,7 +112,7 @@ def fingerprint(path: Path, *prefixes: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@config_class
 class PolicyConfig:
     """Sizes of the policy network.
 

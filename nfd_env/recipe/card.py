@@ -18,6 +18,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.demo import demo
 from nfd_env.evaluation.inverse_dynamics import ActionReport, actions_sentence
 from nfd_env.evaluation.tables import table
+from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError
 from nfd_env.recipe.records import read_records
 from nfd_env.recipe.report import COLUMNS, told, verdict
@@ -48,10 +49,10 @@ def find_shared(folder: Path) -> tuple[Path, Path | None]:
     Raises:
         CheckpointError: when it is neither.
     """
-    if (folder / "world.yaml").is_file():
+    if found_file(folder / "world.yaml", CheckpointError):
         run = folder.resolve().parent
         return folder, run if folder.resolve().name == "world" and _is_run(run) else None
-    if (folder / "world" / "world.yaml").is_file():
+    if found_file(folder / "world" / "world.yaml", CheckpointError):
         return folder / "world", folder if _is_run(folder) else None
     raise CheckpointError(f"{folder} is neither a world folder nor a run that has made a world")
 
@@ -220,13 +221,14 @@ def _cell(value: Any) -> str:
 
 def _art_of(folder: Path) -> str:
     """What the files of a world folder say, one heading deeper."""
-    texts = (p.read_text(encoding="utf-8") for p in sorted(folder.glob("ASSET_LICENSES*")))
+    files = (p for p in sorted(folder.glob("ASSET_LICENSES*")) if found_file(p, CheckpointError))
+    texts = (path.read_text(encoding="utf-8") for path in files)
     return "\n\n".join(re.sub(r"(?m)^#", "###", text.strip()) for text in texts)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return config.read(path) if path.is_file() else {}
+    return config.read(path) if found_file(path, config.ConfigError) else {}
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "run.yaml").is_file()
+    return found_file(folder / "run.yaml", config.ConfigError)

@@ -127,13 +127,16 @@ def push(
     """
     from pathlib import Path
 
-    from nfd_env.files import atomic_write, make_folder
+    from nfd_env.files import atomic_write, check_writable, make_folder
     from nfd_env.recipe.card import find_shared, make_card
     from nfd_env.worlds.hub import CARD, parse_address, push_world, require_library, world_files
 
     address = parse_address(to)
+    # Before a world is played.
     if preview is None:
-        require_library()  # before a world is played
+        require_library()
+    else:
+        check_writable(Path(preview) / CARD)
     world, run = find_shared(Path(folder).expanduser())
     files = world_files(world)
     card = make_card(world, run, address, license, art_license)

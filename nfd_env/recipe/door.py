@@ -21,6 +21,7 @@ from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.data.worker import close
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.files import FolderError
+from nfd_env.learning.train import TrainPPOConfig
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
 from nfd_env.named import described
@@ -51,6 +52,7 @@ SCHEMAS: dict[str, Any] = {
 }
 
 _TRIED = 100  # steps that each policy plays to show what the game is like
+_TIMED = 20  # steps of a timing, of which the fastest counts
 _TRIES = 8  # episodes of a policy at most
 _STATES = 10  # times the weights' bytes on disk: what trainings keep to go back to
 _PATIENCE = 1.5  # times the budget that a world may take
@@ -99,11 +101,12 @@ def look(game: GameConfig) -> Look:
         rate, longest, moves = 0.0, 0, False
         shares = sum(policy.share for policy in game.policies)
         for policy in game.policies:
-            behaviour = make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
-            steps, failed, begun = 0, 0, time.perf_counter()
+            behaviour = _Timed(make_policy(policy.policy, dict(policy.kwargs), policy.mistakes))
+            steps, failed = 0, 0
             for seed in range(_TRIES):
                 most = min(_TRIED, game.max_episode_steps)
                 try:
+                    behaviour.begin()
                     episode = record_episode(env, behaviour, seed, most)
                 except (Exception, SystemExit) as error:  # whatever foreign code may raise
                     failed += 1
@@ -119,8 +122,7 @@ def look(game: GameConfig) -> Look:
                 moves = moves or bool(np.any(episode.frames != episode.frames[0]))
                 if steps >= _TRIED:
                     break
-            seconds = (time.perf_counter() - begun) / max(1, steps)
-            rate += policy.share / shares * seconds
+            rate += policy.share / shares * behaviour.seconds_a_step()
     finally:
         close(env)
     if longest + 1 < planning.LEAST_FRAMES:
@@ -137,6 +139,42 @@ def look(game: GameConfig) -> Look:
     return Look([int(shape[0]), int(shape[1])], width, 1 / rate, longest)
 
 
+class _Timed:
+    """A behaviour policy, and how fast the game goes on under it.
+
+    Of several short timings the fastest counts: what else a machine was doing for a moment is no
+    property of the game.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+        self._resets: list[float] = []
+        self._steps: list[float] = []
+
+    def begin(self) -> None:
+        """An episode is about to begin."""
+        self._now, self._first = time.perf_counter(), True
+
+    def reset(self, env: Any, rng: np.random.Generator) -> None:
+        """See ``BehaviourPolicy``."""
+        self._policy.reset(env, rng)
+
+    def act(self, observation: np.ndarray) -> Any:
+        """See ``BehaviourPolicy``."""
+        before, self._now = self._now, time.perf_counter()
+        (self._resets if self._first else self._steps).append(self._now - before)
+        self._first = False
+        return self._policy.act(observation)
+
+    def seconds_a_step(self) -> float:
+        """Seconds of a step, with its share of the resets."""
+        count = len(self._steps) + len(self._resets)  # actions
+        timed = self._steps or self._resets
+        parts = np.array_split(timed, max(1, len(timed) // _TIMED))
+        starts = min(self._resets) * len(self._resets) / count
+        return min(float(np.mean(part)) for part in parts) + starts
+
+
 def look_at_recordings(game: GameConfig) -> Look:
     """What recordings say that are there.
 
@@ -151,6 +189,18 @@ def look_at_recordings(game: GameConfig) -> Look:
         )
     codec = recordings.spec.codec
     return Look(list(recordings.spec.frame_shape[:2]), codec.width)
+
+
+def check_kinds(game: GameConfig) -> None:
+    """Refuse stages' settings that are not of the right kind, before anything looks into them.
+
+    Raises:
+        ConfigError: naming the stage and the setting, and what is to be written there.
+    """
+    for name, schema in {**SCHEMAS, "agent": TrainPPOConfig}.items():
+        wrong = config.mistake(schema, getattr(game, name))
+        if wrong:
+            raise config.ConfigError(f"{name}: {wrong}")
 
 
 def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _STAGE_SETTINGS = {"train", "model", "latents", "dynamics", "sampling"}
 _MOST_ROUNDS = 20  # more is a slip: each takes hours to be worth anything
 
 
-@dataclass(frozen=True)
+@config.config_class
 class GameConfig:
     """A game file, such as ``nfd init`` writes it; see docs/make_a_world.md.
 

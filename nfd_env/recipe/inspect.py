@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from nfd_env.data.importers import open_foreign
 from nfd_env.data.worker import close
-from nfd_env.files import save_text
+from nfd_env.files import check_writable, save_text
 from nfd_env.named import described
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.grid import choose_grid, fitting_size
@@ -129,12 +129,16 @@ def write_game(
     Raises:
         SourceError: see ``inspect_game``.
         FileExistsError: when the file is there; it may have been edited.
+        FolderError: when it cannot be written.
     """
     path = Path(output or f"{snake_case(_name(env_id))}.yaml").expanduser()
     if path.exists():
         raise FileExistsError(f"{path} is there already; name another file with -o, or remove it")
-    _, text, preview = inspect_game(env_id, kwargs, imports)
     picture = path.with_suffix(".png")
+    if picture == path:
+        raise ValueError(f"{path}: that is the preview's name; name the game file with .yaml")
+    check_writable(path, picture)
+    _, text, preview = inspect_game(env_id, kwargs, imports)
     write_png(picture, preview)
     save_text(path, text)
     return path, picture

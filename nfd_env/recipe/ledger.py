@@ -8,6 +8,7 @@ from typing import Any
 
 from nfd_env import config
 from nfd_env.devices import resolve_device
+from nfd_env.files import found_file
 from nfd_env.inference.sampling import CONSISTENCY
 from nfd_env.models.weights import fingerprint_values
 from nfd_env.recipe import gates, rounds
@@ -121,8 +122,8 @@ class Ledger:
         record = self.records.get(round.key(stage))
         if stage == "agent":
             return record.extra["seconds"] if record and record.extra else None
-        path = round.plan
-        return config.read(path)["seconds"].get(stage) if path.exists() else None
+        there = found_file(round.plan, config.ConfigError)
+        return config.read(round.plan)["seconds"].get(stage) if there else None
 
     # What stages are made from.
 
@@ -196,7 +197,7 @@ class Ledger:
         else:
             made_for["frame_size"] = self._measures(round).frame_size
         old = None
-        if path.exists():
+        if found_file(path, config.ConfigError):
             old = config.from_mapping(Plan, config.read(path), str(path))
             if old.made_for == made_for:
                 return old

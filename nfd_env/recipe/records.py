@@ -16,7 +16,7 @@ import yaml
 
 from nfd_env import config
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.files import save_text
+from nfd_env.files import found_file, save_text
 
 
 @dataclass
@@ -49,7 +49,7 @@ def read_records(folder: Path) -> dict[str, StageRecord]:
         ConfigError: when the file is damaged.
     """
     path = folder / "run.yaml"
-    if not path.exists():
+    if not found_file(path, config.ConfigError):
         return {}
     return {
         name: config.from_mapping(StageRecord, value, f"{path}: {name}")

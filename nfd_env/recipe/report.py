@@ -16,8 +16,9 @@ from PIL import Image
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
 from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actions_sentence
-from nfd_env.files import save_text
+from nfd_env.files import found_file, save_text
 from nfd_env.metrics import bright_share, luminance, standing_out
+from nfd_env.models.weights import CheckpointError
 from nfd_env.recipe.records import StageRecord, write_yaml
 from nfd_env.recipe.replay import moments, replay
 from nfd_env.recipe.rounds import Played, split
@@ -255,7 +256,8 @@ def _times(recipe: Recipe) -> str:
 
 
 def _plan(path: Path) -> str:
-    return html.escape(path.read_text(encoding="utf-8")) if path.exists() else ""
+    there = found_file(path, CheckpointError)
+    return html.escape(path.read_text(encoding="utf-8")) if there else ""
 
 
 def _curves(recipe: Recipe) -> list[str]:

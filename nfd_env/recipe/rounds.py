@@ -20,10 +20,10 @@ import numpy as np
 from nfd_env import config
 from nfd_env.data.collect import PolicyConfig
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
-from nfd_env.files import atomic_write, writing
+from nfd_env.files import atomic_write, found_file, writing
 from nfd_env.learning.ppo import Position, rollout, update
 from nfd_env.learning.train import TrainPPOConfig, make_env, make_policy
-from nfd_env.models.weights import fingerprint_of, fingerprint_values
+from nfd_env.models.weights import CheckpointError, fingerprint_of, fingerprint_values
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.plan import Plan, as_begun, merged
 from nfd_env.training.encode import STAMP
@@ -142,10 +142,14 @@ class Round:
         folder = self.game.run_folder if stage in _ONCE else self.here.run_folder
         return folder / stage / f"{'agent' if stage == 'agent' else 'model'}.safetensors"
 
+    def has_weights(self, stage: str) -> bool:
+        """Whether they are there; anything else in their place is a CheckpointError."""
+        return found_file(self.weights(stage), CheckpointError)
+
     def digest(self, stage: str) -> str:
         """The identity of these weights; not of the file: equal ones may differ in its header."""
         path = self.weights(stage)
-        if not path.is_file():
+        if not self.has_weights(stage):
             raise ValueError(f"{path}: no such weights; run stage {self.key(stage)} first")
         return fingerprint_of(path)
 

@@ -24,11 +24,11 @@ from nfd_env.evaluation.inverse_dynamics import (
     load_inverse_dynamics,
     measure_actions,
 )
-from nfd_env.files import atomic_write, owned_folder, writing
+from nfd_env.files import atomic_write, found_file, owned_folder, writing
 from nfd_env.learning.train import train as learn
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.weights import load_weights
+from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.recipe import door, gates, rounds
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.calibration import calibrate
@@ -137,6 +137,7 @@ class Recipe(Ledger):
 
     def _pass_door(self) -> None:
         """Refuse at once what can be known before anything is made."""
+        door.check_kinds(self.game)
         last = self.records.get(self.stages[-2])  # the world's
         if self.game.rounds > 1 and (last is None or not last.finished):
             door.check_rounds(self.game, self.device)
@@ -162,7 +163,7 @@ class Recipe(Ledger):
             # Where things lie is not what was decided.
             placed = {key: values[key] for key in ("folder", "world", "device")}
             settings = rounds.built_agent({**record.extra["settings"], **placed})
-            if not record.finished or not self.round.weights("agent").is_file():
+            if not record.finished or not self.round.has_weights("agent"):
                 metrics = learn(settings, False, self._progress)
                 record.metrics = {name: float(value) for name, value in metrics.items()}
         record.steps = settings.decisions
@@ -249,7 +250,7 @@ class Recipe(Ledger):
                     "  the tokenizer is not good enough where the agent goes: it is trained on"
                 )
             return False
-        if record.finished and here.is_file():
+        if record.finished and self.round.has_weights("tokenizer"):
             return True
         for name in ("state.pt", here.name):
             with writing(here.parent):
@@ -301,7 +302,7 @@ class Recipe(Ledger):
         plan = self._plan()
         record = self._begin("world")
         folder = self.round.world
-        if record.finished and (folder / "world.yaml").is_file():
+        if record.finished and found_file(folder / "world.yaml", CheckpointError):
             return
         with self._timed(record):
             values = {**plan.export, **self._sampling(plan), "folder": str(folder)}
@@ -353,7 +354,7 @@ class Recipe(Ledger):
         record = self._begin(name)
         folder = Path(values["train"]["folder"])
         decided = name in plan.seconds
-        done = record.finished and (folder / "model.safetensors").is_file()
+        done = record.finished and found_file(folder / "model.safetensors", CheckpointError)
         if decided and done and record.steps >= values["train"]["steps"]:
             return
         record.finished = False

@@ -92,6 +92,9 @@ class FrameObservation(gymnasium.Wrapper):
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; returns the first frame."""
+        seed = kwargs.get("seed")
+        if isinstance(seed, bool | np.bool_):  # which games take for 0 or 1
+            raise ValueError(f"a seed must be a whole number, got {seed}")
         self._episode, self._step = self._episode + 1, 0
         if self._last is None:  # ViZDoom starts its game at the first reset
             with GUARD.watching():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
+
+from nfd_env.config import config_class
 
 # What a person sees and presses: it can change later without anything to be recorded anew.
 PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
@@ -31,7 +33,7 @@ class GameFailedError(SourceError):
     """The game's own code raised an error; another seed may do."""
 
 
-@dataclass(frozen=True)
+@config_class
 class SourceConfig:
     """Which real environment to record, and how its frames become observations.
 

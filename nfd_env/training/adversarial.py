@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env import parts
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.trigflow import LevelVelocity
 from nfd_env.models.dynamics import Dynamics
 
 
-@dataclass(frozen=True)
+@config_class
 class AdversarialConfig:
     """The adversarial term of arXiv 2506.01380: a hinge loss in the frozen teacher's features.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nfd_env.files import atomic_write, writing
+from nfd_env.files import atomic_write, found_file, writing
 from nfd_env.models.weights import CheckpointError
 from nfd_env.training.divergence import RECENT
 
@@ -21,6 +21,7 @@ def read_state(path: Path, device: torch.device, keys: Collection[str]) -> dict[
     Raises:
         CheckpointError: when the file is damaged or not such a state.
     """
+    found_file(path, CheckpointError)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         whole = isinstance(state, dict) and set(keys) <= state.keys()
@@ -65,7 +66,7 @@ class Checkpoints:
         Raises:
             CheckpointError: when the file is damaged or not a training state.
         """
-        return self._read(self.path, device) if self.path.exists() else None
+        return self._read(self.path, device) if found_file(self.path, CheckpointError) else None
 
     def _read(self, path: Path, device: torch.device) -> dict[str, Any]:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import parts
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
+from nfd_env.files import found_file
 from nfd_env.flow.consistency import (
     bounded_weight,
     discrete_loss,
@@ -44,7 +45,7 @@ from nfd_env.training.distill_validation import (
 from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 
 
-@dataclass(frozen=True)
+@config_class
 class DistillTrainingConfig(HistoryTrainingConfig):
     """What to train the student on, and how; see also ``HistoryTrainingConfig``.
 
@@ -313,7 +314,7 @@ def load_teacher(path: str) -> Dynamics:
     Raises:
         CheckpointError: when it is missing, saying how to make one; see also ``load_weights``.
     """
-    if not path or not Path(path).expanduser().is_file():
+    if not path or not found_file(Path(path).expanduser(), CheckpointError):
         raise CheckpointError(
             f"{path or 'teacher'}: no such checkpoint; distilling needs a trained flow model, "
             "so train the flow stage first, or name another one as teacher"

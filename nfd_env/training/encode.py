@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from nfd_env.config import config_class
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
-from nfd_env.files import atomic_write, owned_folder, save_text, writing
+from nfd_env.files import atomic_write, found_file, owned_folder, save_text, writing
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import fingerprint_of, load_weights
 from nfd_env.precision import autocast, choose_precision
@@ -29,7 +29,7 @@ class NotEncodedError(ValueError):
     """There are no latents of these recordings by this tokenizer."""
 
 
-@dataclass(frozen=True)
+@config_class
 class EncodeConfig:
     """What to encode.
 
@@ -116,7 +116,7 @@ def _clear(folder: Path, identity: str) -> None:
     for left in folder.glob(".*.tmp.npy"):
         left.unlink(missing_ok=True)
     stamp = folder / STAMP
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != identity:
+    if not found_file(stamp, NotEncodedError) or stamp.read_text(encoding="utf-8") != identity:
         for old in folder.glob("*.npy"):
             old.unlink()
         save_text(stamp, identity)
@@ -133,7 +133,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
     identity = fingerprint_of(tokenizer)
     shards = recordings.shard_frames()
     missing = sum(_stored(folder, shard) != len(frames) for shard, frames in shards.items())
-    if not stamp.exists():
+    if not found_file(stamp, NotEncodedError):
         reason = "holds no latents"
     elif stamp.read_text(encoding="utf-8") != identity:
         reason = f"holds the latents of another tokenizer than {tokenizer}"
@@ -146,6 +146,7 @@ def check_encoded(recordings: RecordedDataset, tokenizer: str | Path, latents: s
 
 def _stored(folder: Path, shard: str) -> int:
     """Latents on disk of a shard; 0 where the file is missing or damaged."""
+    found_file(folder / f"{shard}.npy", NotEncodedError)
     try:
         return len(np.load(folder / f"{shard}.npy", mmap_mode="r"))
     except (OSError, EOFError, ValueError, TypeError):

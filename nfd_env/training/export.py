@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import __version__, config
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
+from nfd_env.files import found_file
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
@@ -45,7 +46,7 @@ from nfd_env.worlds.format import (
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class ExportConfig:
     """Which finished networks become a world, and what it says of itself.
 
@@ -306,7 +307,7 @@ def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str
         if not getattr(settings, stage):
             continue
         path = Path(getattr(settings, stage)).expanduser() / "state.pt"
-        if not path.is_file():
+        if not found_file(path, CheckpointError):
             raise CheckpointError(f"{path}: missing, so nothing is known of this stage's training")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

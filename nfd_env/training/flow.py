@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nfd_env import parts
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.flow.path import interpolate, sample_levels
 from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
@@ -27,7 +27,7 @@ _LIKELIHOOD = 0.5  # its weight beside the squared error
 _STEPS = 4  # Euler steps of its rollouts
 
 
-@dataclass(frozen=True)
+@config_class
 class FlowTrainingConfig(HistoryTrainingConfig):
     """What to train the flow model on, and how; see also ``HistoryTrainingConfig``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.latents import LatentEpisode
 from nfd_env.data.shards import RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -27,7 +27,7 @@ from nfd_env.training.segments import SegmentSampler
 _LEAST_LOSS = 0.01
 
 
-@dataclass(frozen=True)
+@config_class
 class HeadsTrainingConfig(LatentTrainingConfig):
     """What to train the heads on, and how; see also ``LatentTrainingConfig``.
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from nfd_env import parts
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.flow.path import sample_levels
 
 _LONGEST = 4  # drafted frames in a row
 
 
-@dataclass(frozen=True)
+@config_class
 class HistoryLevels:
     """Levels of the history copy of windows: almost clean, with runs of frames not yet drawn.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.latents import LatentDataset
 from nfd_env.devices import resolve_device
 from nfd_env.inference.rollout import rollout_latents
@@ -39,7 +39,7 @@ _SHOWN = (1, 4, 8, 16, 24, 32)  # frames of a strip, as far as rollouts go
 _CHUNK = 64  # frames decoded at a time
 
 
-@dataclass(frozen=True)
+@config_class
 class LatentTrainingConfig:
     """What the configs of all stages on latents begin with.
 
@@ -56,7 +56,7 @@ class LatentTrainingConfig:
     train: TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class(kw_only=True)
 class WindowTrainingConfig(LatentTrainingConfig):
     """What the configs of stages on windows of frames have in common.
 
@@ -84,7 +84,7 @@ class WindowTrainingConfig(LatentTrainingConfig):
         return data.windows(rng, size, self.frames, self.ending_share, self.ending_frames, part)
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class(kw_only=True)
 class HistoryTrainingConfig(WindowTrainingConfig):
     """What flow and distillation add: frames follow from a noisy copy of those before.
 

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.devices import resolve_device
 from nfd_env.files import owned_folder, writing
 from nfd_env.models.weights import CheckpointError
@@ -47,7 +46,7 @@ from nfd_env.training.sharing import (
 _LOG_EVERY = 20  # steps
 
 
-@dataclass(frozen=True)
+@config_class
 class TrainConfig:
     """How to train; the same for every stage.
 

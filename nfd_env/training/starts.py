@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.latents import LatentDataset, LatentEpisode
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into
@@ -18,7 +16,7 @@ _CHECKED = 64  # frames that the tokenizer is tried on
 _STRANGE = 2.0  # times the re-encoding error of the world's own starts
 
 
-@dataclass(frozen=True)
+@config_class
 class StartsConfig:
     """Recorded moments to draw.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env import parts
-from nfd_env.config import check_ranges
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.episodes import Episodes
 from nfd_env.data.shards import RecordingError
 from nfd_env.data.windows import RUN, Places
@@ -31,7 +31,7 @@ _CHUNK = 16  # frames that are encoded or decoded at a time
 _STATISTICS, _STATISTICS_OF_VALIDATION = 1024, 128
 
 
-@dataclass(frozen=True)
+@config_class
 class TokenizerTrainingConfig:
     """What to train the tokenizer on, and how.
 

@@ -11,7 +11,7 @@ import os
 import warnings
 from pathlib import Path
 
-from nfd_env.files import atomic_write
+from nfd_env.files import atomic_write, found_file
 from nfd_env.models.weights import CheckpointError
 
 CHECKSUMS = "checksums.json"
@@ -55,9 +55,10 @@ def verify(folder: Path, *names: str) -> None:
         return
     for name in names:
         path = folder / name
-        if name in sums and not path.is_file():
+        there = found_file(path, CheckpointError)
+        if name in sums and not there:
             raise CheckpointError(f"{path}: missing; copy or export the world again")
-        if path.is_file() and sums.get(name) != sha256(path):
+        if there and sums.get(name) != sha256(path):
             state = "is not listed" if name not in sums else "does not match its checksum"
             raise CheckpointError(
                 f"{path}: damaged: it {state} in {CHECKSUMS}. Copy, pull or export the world "
@@ -92,7 +93,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
         CheckpointError: when it is damaged.
     """
     path = folder / CHECKSUMS
-    if not path.is_file():
+    if not found_file(path, CheckpointError):
         return None
     try:
         if path.stat().st_size > _MOST_BYTES:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError
 from nfd_env.video import read_mp4, write_mp4
 from nfd_env.worlds.checksums import verify
@@ -42,7 +43,8 @@ def load_clip(folder: Path) -> Clip:
     Raises:
         CheckpointError: when the world has none, or a file is damaged.
     """
-    if not (folder / _VIDEO).is_file():
+    found_file(folder / _ACTIONS, CheckpointError)
+    if not found_file(folder / _VIDEO, CheckpointError):
         raise CheckpointError(f"{folder} has no {_VIDEO} to play along with")
     verify(folder, _VIDEO, _ACTIONS)
     try:

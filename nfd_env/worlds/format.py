@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ _REQUIRED = ("name", "frame_size", "fps", "action_space", "source", "sampling", 
 _SAMPLING = ("steps", "sampler", "shift", "history_level", "temperature")
 
 
-@dataclass(frozen=True)
+@config.config_class
 class WorldSpec:
     """What ``world.yaml`` says.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import torch
 from gymnasium import spaces
 
 from nfd_env.devices import resolve_device
-from nfd_env.files import FolderError
+from nfd_env.files import FolderError, found_file
 from nfd_env.inference.packing import keep_freed_memory, pack_convolutions, pack_linears
 from nfd_env.inference.state import Context
 from nfd_env.inference.world_model import WorldModel
@@ -43,6 +44,8 @@ from nfd_env.worlds.trust import check_trusted
 
 SHIPPED = Path(__file__).parent
 
+_ID = re.compile(r"(?:nfd_env:)?NFD/(\w+)-v0")  # of the env of a shipped world
+
 _MOST_LOADED = 8  # worlds kept in memory
 _PATIENCE = 10.0  # seconds to wait for another process to put a world into its place
 _NETWORKS = ("tokenizer", "dynamics", "heads")
@@ -54,7 +57,9 @@ class UnknownWorldError(CheckpointError):
 
 @dataclass(frozen=True)
 class World:
-    """A loaded world.
+    """A loaded world. Nothing of it changes, so that copies within a process are the world itself.
+
+    A pickle holds its folder and its fingerprint instead of its weights, see ``load_again``.
 
     Attributes:
         folder: where it was loaded from.
@@ -78,6 +83,49 @@ class World:
     dynamics: str
     fingerprint: str
 
+    @property
+    def loaded(self) -> tuple[Any, ...]:
+        """Arguments of ``load_again``."""
+        model = self.model
+        # As it was decided here: elsewhere "auto" could mean something else.
+        how = str(model.device), model.precision, self.dynamics
+        return self.folder, *how, self.fingerprint
+
+    def __copy__(self) -> World:
+        """See the class."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> World:
+        """See the class."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """See the class; what ``dataclasses.replace`` has put into it goes along as it is."""
+        there = load_again(*self.loaded)
+        own = {n: v for n, v in vars(self).items() if v is not getattr(there, n)}
+        own = {n: v for n, v in own.items() if n not in ("folder", "dynamics", "fingerprint")}
+        return _unpickled, (own, *self.loaded)
+
+
+def load_again(folder: Path, device: str, precision: str, dynamics: str, wanted: str) -> World:
+    """The world that was loaded from ``folder`` before, perhaps by another process.
+
+    Raises:
+        CheckpointError: when another one lies there now; else see ``load_world``.
+    """
+    world = load_world(folder, device, precision, dynamics)
+    if world.fingerprint != wanted:
+        raise CheckpointError(
+            f"{folder}: another world lies there than when this was copied or pickled, which "
+            "keeps a world's folder and not its weights; make the env or world anew"
+        )
+    return world
+
+
+def _unpickled(own: dict[str, Any], *loaded: Any) -> World:
+    world = load_again(*loaded)
+    return replace(world, **own) if own else world
+
 
 def shipped_worlds() -> list[str]:
     """Names of the worlds that come with the package."""
@@ -86,7 +134,7 @@ def shipped_worlds() -> list[str]:
 
 
 def find_world(world: str | os.PathLike[str]) -> Path:
-    """The folder of a world given by path (``~`` too), shipped name or ``hf://owner/name``.
+    """The folder of a world given by path (``~`` too), shipped name or id, or ``hf://owner/name``.
 
     A world whose writer was killed in the middle of replacing it is put back first. One on the
     hub is fetched when it has not been yet.
@@ -103,14 +151,17 @@ def find_world(world: str | os.PathLike[str]) -> Path:
     try:
         if was_replaced(path):
             _recover(path)
-        if (path / "world.yaml").is_file():
-            return path
         folder = path.is_dir()
+        if folder and found_file(path / "world.yaml", UnknownWorldError):
+            return path
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UnknownWorldError(f"unknown world {text!r}: {error.strerror}") from None
-    known = shipped_worlds()
-    if _folder_name(text) in known:
-        return SHIPPED / _folder_name(text)
+    known, env_id = shipped_worlds(), _ID.fullmatch(text)
+    name = _folder_name(env_id[1] if env_id else text)
+    if name in known:
+        return SHIPPED / name
+    if env_id and name == "world":
+        raise UnknownWorldError(f"{text} is an env of any world: name the world or its folder here")
     if folder:
         raise UnknownWorldError(f"{path} is no world folder: it has no world.yaml")
     raise UnknownWorldError(
@@ -191,7 +242,7 @@ class _Loaded:
     def _load_teacher(self) -> World:
         world, spec = self._world, self._world.spec
         path = world.folder / "teacher.safetensors"
-        if not path.is_file():
+        if not found_file(path, CheckpointError):
             raise CheckpointError(f"{path}: this copy of the world has no teacher")
         verify(world.folder, path.name)
         teacher = load_weights(path, Dynamics, DynamicsConfig)

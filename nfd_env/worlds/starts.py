@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nfd_env.files import atomic_write
+from nfd_env.files import atomic_write, found_file
 from nfd_env.inference.state import Context
 from nfd_env.models.weights import CheckpointError, neutral_torch
 
@@ -30,6 +30,7 @@ def load_starts(path: str | os.PathLike[str], shape: tuple[int, ...], width: int
         CheckpointError: when the file is missing, damaged or of another world.
     """
     path = Path(path).expanduser()
+    found_file(path, CheckpointError)
     try:
         tensors = load_file(path, device="cpu")
         latents, actions = tensors["latents"], tensors["actions"]

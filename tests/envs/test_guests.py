@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,18 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import SyncVectorEnv
 
 from nfd_env.envs import guests
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.envs.wrappers import SlotShare
+from nfd_env.models.weights import CheckpointError
+from nfd_env.players.load import load_player
+from nfd_env.players.player import NetworkPlayer
+from nfd_env.players.policy import ActorCritic, AgentSpec, PolicyConfig
+from nfd_env.worlds.load import load_world, make_real
 from tests.envs.test_vector_env import same
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -266,3 +276,170 @@ def test_a_real_game_cannot_be_copied(counter_world: Path) -> None:
         with pytest.raises(TypeError, match="a real game cannot be copied"):
             how(env)
     env.close()
+
+
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("dynamics", ["student", "teacher"])
+def test_a_world_can_be_copied(
+    distilled_world: Path, how: Callable[[Any], Any], dynamics: str
+) -> None:
+    """By its folder, so that the weights stay shared; with what was put into it."""
+    world = load_world(distilled_world, "cpu", "fp32", dynamics)
+    assert how(world) is world
+    fewer = replace(world, starts=world.starts[:2])
+    other = how(fewer)
+    assert len(other.starts) == 2 and other.model.dynamics is world.model.dynamics
+    assert (other.dynamics, other.fingerprint) == (dynamics, world.fingerprint)
+
+
+def test_a_pickle_of_a_world_that_has_been_replaced(make_world: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(make_world(), tmp_path / "world")
+    world, env = load_world(folder, **CPU), NFDVectorEnv(folder, 2, **CPU)
+    pickles = [pickle.dumps(x) for x in (world, env, NFDEnv(folder, **CPU))]
+    shutil.rmtree(folder)
+    shutil.copytree(make_world(seed=1), folder)
+    for pickled in pickles:
+        with pytest.raises(CheckpointError, match="another world lies there"):
+            pickle.loads(pickled)
+    # Within the process the world is there still, whatever lies in its folder.
+    assert copy.deepcopy(world) is world
+    assert same(env.reset(seed=0), copy.deepcopy(env).reset(seed=0))
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="unknown world"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("part", ["model", "model.tokenizer", "model.dynamics", "model.heads"])
+def test_networks_can_be_copied(endless_world: Path, how: Callable[[Any], Any], part: str) -> None:
+    """Also after they were laid out for inference, and used."""
+    NFDVectorEnv(endless_world, 1, **CPU).reset(seed=0)
+    world = load_world(endless_world, **CPU)
+    env = NFDVectorEnv(endless_world, 2, **CPU)
+    expected = [env.reset(seed=0), env.step([0, 1])]
+    made = how(operator.attrgetter(part)(world))
+    copied = world.model.with_sampling(world.model.sampling)
+    if part == "model":
+        copied = made
+    else:
+        setattr(copied, part.removeprefix("model."), made)
+    env.model = copied
+    assert same([env.reset(seed=0), env.step([0, 1])], expected)
+
+
+# --------------------------------------------------------------------------- what cannot be set
+
+
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [
+        *(
+            (name, 3, AttributeError, "make another env")
+            for name in (
+                *("num_envs", "obs_type", "output", "frame_skip", "autoreset_mode", "world"),
+                *("observation_space", "action_space", "single_action_space", "device"),
+                *("single_observation_space", "precision", "speculative_frames"),
+            )
+        ),
+        ("temperature", 1.2, AttributeError, r"call set_sampling\(temperature"),
+        ("sampling_steps", 2, AttributeError, r"call set_sampling\(sampling_steps"),
+        ("ood", True, AttributeError, "call watch_ood"),
+        ("step", 5, AttributeError, "step is a method"),
+        ("np_random_seed", 5, AttributeError, "setter"),
+        ("max_episode_steps", True, ValueError, "a whole number"),
+        ("max_episode_steps", 0, ValueError, "at least 1"),
+        ("max_episode_steps", "long", ValueError, "a whole number"),
+        ("render_mode", "human", ValueError, "render_mode must be one of"),
+        ("metadata", 5, ValueError, "metadata of an env cannot be 5"),
+        ("spec", "CartPole-v1", ValueError, "spec of an env cannot be"),
+        ("closed", 1, ValueError, "closed"),
+        ("starts", [5], ValueError, "starts must be"),
+        ("sampling", 3, ValueError, "SamplingConfig"),
+        ("model", None, ValueError, "WorldModel"),
+        ("_now", None, AttributeError, "not public"),
+    ],
+)
+@pytest.mark.parametrize("by", ["set_attr", "setattr", "of_one"])
+def test_what_would_break_an_env_cannot_be_set(
+    endless_world: Path, name: str, value: Any, error: type[Exception], message: str, by: str
+) -> None:
+    batch, one = NFDVectorEnv(endless_world, 2, **CPU), NFDEnv(endless_world, **CPU)
+    env: Any = one if by == "of_one" else batch
+    if by != "set_attr" and name in ("_now", "closed", "np_random_seed"):
+        return
+    expected = [env.reset(seed=1), env.step([1, 2] if env is batch else 1)]
+    with pytest.raises(error, match=message):
+        env.set_attr(name, value) if by == "set_attr" else setattr(env, name, value)
+    assert same([env.reset(seed=1), env.step([1, 2] if env is batch else 1)], expected)
+
+
+def test_what_clients_set_can_be_set(endless_world: Path) -> None:
+    one = NFDEnv(endless_world, **CPU)
+    both = SyncVectorEnv([lambda: NFDEnv(endless_world, **CPU)])
+    batch = NFDVectorEnv(endless_world, 1, **CPU)
+    for env in (batch, both):
+        env.set_attr("max_episode_steps", [1])
+        env.reset(seed=0)
+        assert env.step([0])[3].all() and env.get_attr("max_episode_steps") == (1,)
+    one.max_episode_steps = 1  # type: ignore[attr-defined]  # it was silently without effect
+    one.reset(seed=0)
+    assert one.step(0)[3] and one.vector.max_episode_steps == 1
+    for env in (one, batch):
+        env.render_mode = "rgb_array"
+        assert env.render() is not None
+        env.spec = gymnasium.spec("NFD/World-v0")
+        env.mine, env.metadata = 5, {**env.metadata, "mine": 1}  # type: ignore[union-attr]
+        env.step = lambda action: "watched"  # type: ignore[method-assign]
+        assert env.step(0) == "watched"
+
+
+def test_the_real_games_attributes_are_guarded_too(counter_world: Path) -> None:
+    env = RealVectorEnv(counter_world, 2, **CPU)
+    for name in ("num_envs", "action_space", "frame_skip"):
+        with pytest.raises(AttributeError, match="make another env"):
+            env.set_attr(name, 3)
+        with pytest.raises(AttributeError, match="cannot be deleted"):
+            delattr(env, name)
+    with pytest.raises(ValueError, match="one value, or 2 equal ones"):
+        env.set_attr("mine", [torch.zeros(2), torch.ones(3)])
+    env.close()
+
+
+# --------------------------------------------------------------------------------- True is no seed
+
+
+@pytest.mark.parametrize("flag", [True, False, np.True_])
+def test_a_bool_is_no_number(endless_world: Path, counter_world: Path, flag: Any) -> None:
+    batch, one = NFDVectorEnv(endless_world, 2, **CPU), NFDEnv(endless_world, **CPU)
+    real, game = RealVectorEnv(counter_world, 2, **CPU), make_real(counter_world)
+    shared = SlotShare(batch, 0)
+    expected = batch.reset(seed=0)
+    for env in (batch, one, real, game, shared):
+        with pytest.raises(ValueError, match="seed"):
+            env.reset(seed=flag)
+    for seeds in ([flag, 1], np.array([flag, flag]), torch.tensor([bool(flag)] * 2)):
+        with pytest.raises(ValueError, match="seed"):
+            batch.reset(seed=seeds)
+    for name in (
+        *("num_envs", "frame_skip", "speculative_frames", "max_episode_steps"),
+        *("sampling_steps", "context_observations", "temperature", "history_level"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            NFDVectorEnv(endless_world, **{name: flag, **CPU})
+    with pytest.raises(ValueError, match="start must be"):
+        batch.reset(options={"start": flag})
+    for call in (batch.set_sampling, one.set_sampling):
+        with pytest.raises(ValueError, match="sampling_steps"):
+            call(sampling_steps=flag)
+    for rows in ([flag], [0, flag]):
+        with pytest.raises(ValueError, match="number of an environment"):
+            batch.take(rows)
+    assert same(batch.reset(seed=0), expected)
+    for player in (load_player("random", batch), NetworkPlayer(ActorCritic(of_batch(batch)))):
+        with pytest.raises(ValueError, match="seed"):
+            player.reset(2, flag)
+    real.close(), game.close()
+
+
+def of_batch(env: NFDVectorEnv) -> PolicyConfig:
+    return PolicyConfig(spec=AgentSpec.of(env, 1))

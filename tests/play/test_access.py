@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 aiohttp = pytest.importorskip("aiohttp")
 
+from nfd_env.play.commands import ServeConfig  # noqa: E402
 from nfd_env.play.web import access, protocol  # noqa: E402
+from nfd_env.play.web.access import check_host  # noqa: E402
 from nfd_env.play.web.client import Limits  # noqa: E402
+from nfd_env.play.web.serve import serve  # noqa: E402
 from nfd_env.play.web.server import PlayServer, ServeError  # noqa: E402
 from tests.play.scroll_game import ScrollGame  # noqa: E402
 from tests.play.test_server import Client, Running, run  # noqa: E402
@@ -290,3 +293,28 @@ def test_whatever_one_client_sends_the_others_play_on(messages):
                 assert server.counts()["seats"] == 2
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    "host, expected",
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("[::1]", "::1"),
+        ("::1", "::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("localhost", "localhost"),
+        ("my-host.example.org.", "my-host.example.org."),
+        *((bad, None) for bad in ("", " ", "http://127.0.0.1", "127.0.0.1:8000", "a b", "*")),
+        *((bad, None) for bad in ("a..b", "x" * 64, "[localhost]", "127.0.0.1 ", "a/b", "::1]")),
+    ],
+)
+def test_hosts(host: str, expected: str | None) -> None:
+    if expected is not None:
+        assert check_host(host) == expected
+        return
+    with pytest.raises(ValueError, match="a host is an address or a name"):
+        check_host(host)
+    with pytest.raises(ServeError, match="a host is an address or a name"):
+        PlayServer({"Scroll": lambda count: ScrollGame(count)}, host=host, token="secret")
+    with pytest.raises(ValueError, match="a host is an address or a name"):
+        serve(ServeConfig(host=host))

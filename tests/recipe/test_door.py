@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +66,12 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"tokenizer": {"hard_wieght": 1.0}}, "tokenizer: hard_wieght.*hard_weight"),
         ({"flow": {"model": {"widht": 32}}}, "flow: model.widht.*width"),
         ({"heads": {"train": {"steps": "many"}}}, "heads: train.steps"),
+        ({"flow": {"train": "fast"}}, "flow: train: must be key: value pairs, such as folder"),
+        ({"flow": {"model": [1]}}, "flow: model: must be key: value pairs"),
+        ({"flow": {"frames": "many"}}, "flow: frames: must be a whole number, got 'many'"),
+        ({"flow": {"frames": True}}, "flow: frames: must be a whole number, got 'True'"),
+        ({"tokenizer": {"model": {"encoder_channels": 8}}}, "encoder_channels: must be a list"),
+        ({"agent": {"ppo": 3}}, "agent: ppo: must be key: value pairs"),
         ({"distill": {"frames": 1}}, "distill: frames must be at least 2"),
         ({"inverse_dynamics": {"window": 1}}, "inverse_dynamics: window must be at least 2"),
         ({"export": {"startz": 3}}, "export: startz.*starts"),
@@ -141,3 +150,22 @@ def test_what_can_be_recorded_passes(tmp_path: Path) -> None:
         assert seen.frame_size == [48, 48] and seen.rate > 0
         door.check(settings, "cpu", seen)
     assert TINY
+
+
+def test_a_games_speed_is_that_of_the_fastest_of_several_timings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is busy for a moment must not lead to a refused budget."""
+    clock = iter(range(10**9))
+
+    def ticking(busy: Callable[[int], bool]) -> Callable[[], float]:
+        times = itertools.accumulate(1.0 if busy(n) else 0.001 for n in clock)
+        return lambda: next(times)
+
+    rates = []
+    for busy in (lambda n: False, lambda n: n % 90 < 30):
+        clock = iter(range(10**9))
+        monkeypatch.setattr(door, "time", SimpleNamespace(perf_counter=ticking(busy)))
+        rates.append(door.look(hostile(tmp_path / "run", "")).rate)
+    assert rates[0] == pytest.approx(1000, rel=0.1)
+    assert rates[1] == pytest.approx(rates[0], rel=0.1)

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import math
 import os
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -149,9 +150,27 @@ def read_token(token: str | None, file: str | os.PathLike[str] | None) -> str | 
     return token
 
 
+def check_host(host: str) -> str:
+    """An address to listen at, without the brackets of an IPv6 address in a link.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
+    try:
+        ipaddress.ip_address(bare)
+    except ValueError:  # a name, perhaps, of labels of 1 to 63 characters (RFC 1035)
+        if not re.fullmatch(r"(?=.{1,253}$)[\w-]{1,63}(\.[\w-]{1,63})*\.?", bare) or bare != host:
+            raise ValueError(
+                "a host is an address or a name of this machine, such as 127.0.0.1, ::1, or "
+                f"0.0.0.0 for all of its addresses, without http:// and port; got {host!r}"
+            ) from None
+    return bare
+
+
 def is_loopback(host: str) -> bool:
     """Whether ``host`` can be reached from this machine only."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -12,10 +12,10 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from aiohttp import web
 
+from nfd_env.config import config_class
 from nfd_env.play.engine import Engine, Player, Shown
 from nfd_env.play.session import Session
 from nfd_env.play.web import protocol
@@ -24,7 +24,7 @@ from nfd_env.play.web.pictures import jpeg
 _GOODBYE_SECONDS = 2.0  # that a client has to take note of the end
 
 
-@dataclass(frozen=True)
+@config_class
 class Limits:
     """What one client, and all of them together, may use.
 

@@ -14,7 +14,7 @@ import torch
 
 from nfd_env.config import check_ranges
 from nfd_env.play.commands import ServeConfig
-from nfd_env.play.web.access import is_loopback, read_token
+from nfd_env.play.web.access import check_host, is_loopback, read_token
 from nfd_env.play.web.client import Limits
 from nfd_env.play.web.rooms import world_games
 from nfd_env.play.web.server import Place, PlayServer
@@ -40,6 +40,7 @@ def serve(settings: ServeConfig) -> None:
     """
     check_ranges(settings, max_clients="[1, inf)", idle_seconds="(0, inf]")
     check_ranges(settings, workers=f"[1, {settings.max_clients}]")
+    settings = replace(settings, host=check_host(settings.host))
     secret = read_token(settings.token, settings.token_file)
     made_up = secret is None and not is_loopback(settings.host)
     if made_up:
@@ -58,9 +59,10 @@ def serve(settings: ServeConfig) -> None:
             query = f"?token={secret}" if made_up else "?token=..." if secret else ""
             print(f"Play at {server.url}{query}   (Ctrl+C stops)", flush=True)
             if is_loopback(settings.host):
+                where = server.url.removeprefix("http://").rstrip("/")
                 print(
-                    f"From another machine: ssh -L {server.port}:127.0.0.1:{server.port} "
-                    f"<this machine>, then open http://127.0.0.1:{server.port}/",
+                    f"From another machine: ssh -L {server.port}:{where} <this machine>, then "
+                    f"open http://127.0.0.1:{server.port}/",
                     flush=True,
                 )
             stopped, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -25,7 +25,7 @@ from nfd_env.play.game import Game
 from nfd_env.play.recorder import PlayRecorder
 from nfd_env.play.session import ControlError, Session, sampling_choices
 from nfd_env.play.web import STATIC, protocol
-from nfd_env.play.web.access import SECURITY_HEADERS, Access, is_loopback
+from nfd_env.play.web.access import SECURITY_HEADERS, Access, check_host, is_loopback
 from nfd_env.play.web.client import Client, Limits, new_socket, part
 from nfd_env.play.web.connection import Connection, Gate
 from nfd_env.play.web.pictures import film
@@ -101,6 +101,10 @@ class PlayServer:
             raise ServeError("there is no world to serve")
         if not 0 <= port <= 65535:
             raise ServeError(f"a port is from 1 to 65535, or 0 for a free one, got {port}")
+        try:
+            host = check_host(host)
+        except ValueError as error:
+            raise ServeError(str(error)) from None
         if not is_loopback(host) and not token:
             raise ServeError(
                 f"{host} can be reached from other machines: give a token, or stay on 127.0.0.1 "
