@@ -184,7 +184,7 @@ class Ledger:
             return fingerprint_values({"source": source, "recordings": game.recordings})
         if stage == "agent":
             values = self._agent_settings()
-            left_out = ("folder", "world", "device", "threads", "checkpoint_seconds")
+            left_out = ("folder", "world", "device", "threads", "checkpoint_seconds", "keep")
             content = {key: value for key, value in values.items() if key not in left_out}
             with self._in_round(self.number - 1):
                 made_in = rounds.world_identity(self.world_folder)
