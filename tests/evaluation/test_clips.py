@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.clips import ActionReport, Clips, format_actions, judge_clips
 from nfd_env.evaluation.inverse_dynamics import InverseDynamics, InverseDynamicsConfig
 from nfd_env.metrics import FrechetReference
+from nfd_env.recipe.records import StageRecord
+from nfd_env.recipe.report import _actions
 
 SPACE = {"type": "Discrete", "n": 3, "start": 0}
 SIDE, FRAMES = 16, 32
@@ -100,8 +103,11 @@ def test_a_report_is_read_back(clips: Clips, network: InverseDynamics) -> None:
         assert part in text
     values = json.loads(json.dumps(asdict(report)))
     assert config.from_mapping(ActionReport, values) == report
+    stages: Any = SimpleNamespace(records={"report": StageRecord("", extra=values)})
+    assert "<td>a still picture<td>" in "".join(_actions(stages))
     del values["clips"]  # of a run from before there were distances
     assert config.from_mapping(ActionReport, values) == replace(report, clips=None)
+    assert "still picture" not in "".join(_actions(stages))
 
 
 def test_clips_are_written_for_other_measures(
