@@ -55,6 +55,7 @@ class TrainSB3Config(AgentTrainingConfig):
 
     def __post_init__(self) -> None:
         """Check that the policy can take the observations."""
+        super().__post_init__()
         if self.policy not in ("trunk", "CnnPolicy", "MlpPolicy"):
             raise ValueError(f"policy must be trunk, CnnPolicy or MlpPolicy, got {self.policy!r}")
         if self.policy == "CnnPolicy" and self.obs_type != "rgb":
@@ -190,6 +191,7 @@ class Progress(BaseCallback):
         self._stop = stop
         self._settings, self._judge, self._path = settings, judge, path
         self._progress = progress
+        self._kept = -1
         self._hazards: deque[float] = deque(maxlen=8 * settings.ppo.get("n_steps", 2048))
         self.metrics: dict[str, float] = {}
 
@@ -202,6 +204,7 @@ class Progress(BaseCallback):
             miniters=1,
         )
         self._saved, self._evaluated = time.monotonic(), self.model.num_timesteps
+        self._kept = self.model.num_timesteps or -1
 
     def _on_step(self) -> bool:
         hazards = [info["hazard"] for info in self.locals["infos"]]
@@ -216,6 +219,7 @@ class Progress(BaseCallback):
     def _on_rollout_start(self) -> None:
         # The policy is up to date here, after an update.
         done = self._learned = self.model.num_timesteps
+        self.keep()
         self._bar.update(done - self._bar.n)
         infos = self.model.ep_info_buffer
         if infos and not self._settings.branched:
@@ -232,6 +236,7 @@ class Progress(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._bar.update(self.model.num_timesteps - self._bar.n)
+        self.keep()
         if self._settings.evaluate_every:
             self.evaluate()
         self.save()
@@ -251,9 +256,19 @@ class Progress(BaseCallback):
 
     def save(self) -> None:
         """Write the agent, all or nothing."""
-        with writing(self._path.parent), atomic_write(self._path) as temporary:
-            self.model.save(temporary)
+        self._write(self._path)
         self._saved = time.monotonic()
+
+    def keep(self) -> None:
+        """Write it beside, where it is one to keep."""
+        done, (folder, suffix) = self.model.num_timesteps, (self._path.parent, self._path.suffix)
+        for path in self._settings.kept(folder, suffix, self._kept, done):
+            self._write(path)
+        self._kept = done
+
+    def _write(self, path: Path) -> None:
+        with writing(path.parent), atomic_write(path) as temporary:
+            self.model.save(temporary)
 
 
 def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
@@ -279,6 +294,7 @@ def _train(
     venv, spec = make_env(settings)
     if path.exists():
         model = _resume(path, venv, spec)
+        settings.check_kept(folder, path.suffix, model.num_timesteps)
         venv.seed(settings.seed + model.num_timesteps)  # not the first episodes again
     else:
         model = make_model(venv, spec, settings)

@@ -95,6 +95,7 @@ class Mistaken:
         if not 0 <= rate <= 1:
             raise ValueError(f"mistakes must be a probability, got {rate}")
         self._policy, self._rate, self._low, self._high = policy, rate, low, high
+        self.real_kwargs = getattr(policy, "real_kwargs", {})  # what it wants the game made with
 
     def reset(self, env: gymnasium.Env, rng: np.random.Generator) -> None:
         """See ``BehaviourPolicy``."""

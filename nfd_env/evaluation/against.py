@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import nfd_env
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.benchmark import make_env
+from nfd_env.evaluation.clips import ActionReport, clip_number, clips_sentence, measure_actions
 from nfd_env.evaluation.compare import (
     BASELINE_STEPS,
     FEW,
@@ -27,11 +28,7 @@ from nfd_env.evaluation.compare import (
 )
 from nfd_env.evaluation.evaluate import evaluate_worlds, with_steps
 from nfd_env.evaluation.held_out import HORIZONS, EvaluationConfig
-from nfd_env.evaluation.inverse_dynamics import (
-    ActionReport,
-    InverseDynamics,
-    measure_actions,
-)
+from nfd_env.evaluation.inverse_dynamics import InverseDynamics
 from nfd_env.evaluation.reports import (
     FIRST,
     HeldOutReport,
@@ -74,6 +71,11 @@ _READING = {
         "How well a net that was trained on real play reads the action from the frames, and in "
         "brackets over what it reads from real frames passed through the tokenizer. 0.95 of that "
         "or more: keys do what they do in the game."
+    ),
+    "clips": (
+        "A Fréchet distance again, but of clips of 16 frames as that net sees them, so that it "
+        "tells how things move: frames that are right one by one but follow one another wrongly "
+        "are far. Good is as near as re-encoded real clips; a still picture is what is far."
     ),
     "drift": (
         "The same Fréchet distance and sharpness at the end of rollouts as long as a game. A world "
@@ -254,9 +256,11 @@ def format_against(report: AgainstReport) -> str:
     read = [row.actions for row in rows if row.actions is not None]
     passed = f"{read[0].reencoded:.3f} (1)" if read else ""
     whole = ["real frames", floor_of(held, "early"), floor_of(held, "paired"), "1", passed]
+    seen = read[0].clips if read else None
+    whole.append("" if seen is None else clip_number(seen.real.frechet, seen.real.frechet_error))
     whole += [floor_of(held, "late"), "1"] if long else []
     named = [f"Fréchet {FIRST}", f"paired Fréchet {FIRST}", f"sharpness {_FAR}"]
-    named += ["actions (over re-encoded)"]
+    named += ["actions (over re-encoded)", "clips"]
     named += [f"Fréchet {last}", f"sharpness {last}"] if long else []
     lines = [
         f"{heading(report.conditions)}; nfd_env {report.nfd_env}, Python {report.python}, seed "
@@ -281,6 +285,10 @@ def format_against(report: AgainstReport) -> str:
             f"{read[0].horizon} frames. Of frames drawn under other actions it is at most "
             f"{most.shuffled:.3f}, by chance {most.chance:.3f}."
         )
+    if seen is not None:
+        far = {"re-encoded": seen.reencoded, "still": seen.frozen, "shuffled": seen.scrambled}
+        told = [f"{x} {clip_number(row.frechet, row.frechet_error)}" for x, row in far.items()]
+        lines[-1] += f" Clips, real ones: {', '.join(told)}. {clips_sentence(seen)}"
     return "\n".join(lines)
 
 
@@ -308,6 +316,8 @@ def _whole(row: AgainstRow, long: bool) -> list[str]:
     cells = [row.name, distance(quality.early), distance(quality.paired)]
     cells.append(f"{quality.horizons[_FAR].sharpness_ratio:.2f}")
     cells.append("" if actions is None else f"{actions.generated:.3f} ({actions.relative:.2f})")
+    clips = None if actions is None or actions.clips is None else actions.clips.generated
+    cells.append("" if clips is None else clip_number(clips.frechet, clips.frechet_error))
     if quality.late is not None:
         cells += [distance(quality.late), f"{quality.late.sharpness_ratio:.2f}"]
     return cells + [""] * (2 * (long and quality.late is None))
@@ -334,6 +344,9 @@ def _compared(rows: Sequence[AgainstRow]) -> dict[str, Callable[[AgainstRow], fl
             -abs(math.log(max(1e-9, row.quality.horizons[_FAR].sharpness_ratio)))
         ),
         "actions": lambda row: row.actions.relative if row.actions else math.nan,
+        "clips": lambda row: (
+            -row.actions.clips.generated.frechet if row.actions and row.actions.clips else math.nan
+        ),
         "Fréchet distance at the end": late,
     }
     return {

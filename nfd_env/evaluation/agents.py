@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tyro.conf import Fixed, Positional, Suppress
+from tyro.conf import Positional
 
 from nfd_env.config import check_ranges, config_class
 from nfd_env.envs.real_vector_env import RealVectorEnv
@@ -75,14 +75,14 @@ class AgentEvaluation(Scoring):
     Attributes:
         agent: random (held keys); an agent file (.safetensors, or .zip of Stable-Baselines3,
             DQN:agent.zip where it is not PPO); the name of an agent that comes with a world; or
-            module:Class of a behaviour policy.
+            module:Class of a behaviour policy. Policies take arguments behind commas, and mistakes:
+            random,low=1,high=1 or module:Class,caution=30,mistakes=0.2.
         threshold: report the share of scores above it.
         obs_type: default: the agent's own, or rgb.
         frame_skip: frames an action is repeated for; default: the agent's own, or 1.
         through_tokenizer: show the agent real frames as the world's tokenizer renders them, which
             is how generated frames look.
         real_only: leave the learned world out, for policies that need the real game's internals.
-        agent_kwargs: arguments of a behaviour policy.
         history_level: of the learned world, see ``NFDVectorEnv``; default: its own.
         temperature: likewise.
     """
@@ -93,7 +93,6 @@ class AgentEvaluation(Scoring):
     frame_skip: int | None = None
     through_tokenizer: bool = False
     real_only: bool = False
-    agent_kwargs: Suppress[Fixed[dict[str, Any]]] = field(default_factory=dict)
     history_level: float | None = None
     temperature: float | None = None
 
@@ -266,7 +265,7 @@ def evaluate_agent(
         "frame_skip": frame_skip,
         "max_episode_steps": math.ceil(max_frames / frame_skip),
     }
-    policy = behaviour_policy(agent, settings.agent_kwargs) if is_policy else None
+    policy = behaviour_policy(agent) if is_policy else None
     fps = loaded.spec.fps / frame_skip
 
     def tokenized(observation: np.ndarray) -> np.ndarray:
@@ -298,7 +297,7 @@ def evaluate_agent(
             )
         # Whatever the agent cannot play is found out before anything is played.
         players = {
-            side: load_player(agent, env, settings.greedy, settings.trust, settings.agent_kwargs)
+            side: load_player(agent, env, settings.greedy, settings.trust)
             for side, env in envs.items()
         }
         folder = None if folder is None else make_folder(folder)

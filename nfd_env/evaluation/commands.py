@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional
 
-from nfd_env import config
 from nfd_env.evaluation.agents import AgentEvaluation, Scoring, evaluate_agent
 from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.tables import check_markers, replace_between_markers
-from nfd_env.files import check_writable
+from nfd_env.files import check_writable, make_folder
 from nfd_env.worlds.load import load_world, shipped_worlds
 from nfd_env.worlds.rivals import RIVALS
 
@@ -209,6 +208,7 @@ def evaluate(
     ood_signals: bool = False,
     against: bool = False,
     seconds: float = 5.0,
+    save_clips: str = "",
 ) -> int:
     """Measure how good a world is on held-out recordings.
 
@@ -226,17 +226,16 @@ def evaluate(
         against: compare 18, 4, 2 and 1 steps with and without speculation, and the baselines of nfd
             train-baseline: speed, quality, actions, drift.
         seconds: that --against times each for.
+        save_clips: also write clips of the world and the game into this folder, for measures of
+            others such as FVD and LPIPS.
     """
     from nfd_env.data.shards import RecordedDataset
     from nfd_env.evaluation import against as comparing
     from nfd_env.evaluation import evaluate as evaluating
     from nfd_env.evaluation import ood_signals as signals
     from nfd_env.evaluation import reports
-    from nfd_env.evaluation.inverse_dynamics import (
-        find_inverse_dynamics,
-        load_inverse_dynamics,
-        measure_actions,
-    )
+    from nfd_env.evaluation.clips import draw_clips, judge_clips
+    from nfd_env.evaluation.inverse_dynamics import find_inverse_dynamics, load_inverse_dynamics
 
     if long_steps and not steps:
         raise ValueError("--long-steps chooses among --steps, which was not given")
@@ -257,6 +256,10 @@ def evaluate(
             "--speculative-frames"
         )
 
+    if save_clips and (against or steps or compare_drafts or ood_signals):
+        raise ValueError("--save-clips writes those of one way of drawing: leave comparisons out")
+    clips = make_folder(save_clips) if save_clips else None
+
     def measure() -> Any:
         world = load_world(**chosen.values())
         folder = recordings or world.spec.recordings
@@ -276,10 +279,13 @@ def evaluate(
         if against:
             return comparing.measure_against(world, held_out, settings, network, seconds)
         report = evaluating.evaluate(world, held_out, settings)
-        if network is not None:
-            rollouts = max(2, settings.windows)
-            made = measure_actions(world, held_out, network, rollouts, seed=settings.seed)
-            report = replace(report, actions=made)
+        if network is not None or clips is not None:
+            least = 1 if network is None else network.config.window
+            drawn = draw_clips(world, held_out, least, max(2, settings.windows), seed=settings.seed)
+            if clips is not None:
+                drawn.write(clips)
+            if network is not None:
+                report = replace(report, actions=judge_clips(drawn, network, settings.seed))
         return report
 
     if steps or compare_drafts:
@@ -294,7 +300,6 @@ def evaluate(
 
 def eval_agent(
     settings: AgentEvaluation,
-    agent_arg: UseAppendAction[tuple[str, ...]] = (),
     out: str = "outputs/eval_agent",
     json: bool = False,
 ) -> int:
@@ -302,19 +307,12 @@ def eval_agent(
 
     Args:
         settings: whom, where and for how long.
-        agent_arg: KEY=VALUE argument of a behaviour policy, e.g. caution=30; may be repeated.
         out: folder for the film.
         json: print JSON instead of text.
     """
     from nfd_env.evaluation.agents import format_report
 
-    kwargs = {}
-    for given in agent_arg:
-        key, equals, value = given.partition("=")
-        if not (key and equals):
-            raise ValueError(f"--agent-arg takes KEY=VALUE, got {given!r}")
-        kwargs[key] = config.value(value, f"--agent-arg {key}")
-    report = evaluate_agent(replace(settings, agent_kwargs=kwargs), out)
+    report = evaluate_agent(settings, out)
     return _show(report, format_report(report), json)
 
 
@@ -328,18 +326,20 @@ def rank(
 
     Args:
         agents: three or more, better eight, policies from poor to good, each named as for nfd
-            eval-agent: checkpoints of one training, random, scripted ones.
+            eval-agent: agents that one training kept, random, scripted ones.
         settings: how each is scored.
         out: folder for ranking.json and the plot ranking.png.
         json: print JSON instead of text.
     """
-    from nfd_env.evaluation.ranking import format_ranking, rank_policies, write_ranking
+    from nfd_env.evaluation.ranking import PLOT, format_ranking, rank_policies, write_ranking
 
     folder = Path(out).expanduser()
     check_writable(folder / "ranking.json", folder / "ranking.png")  # before anything is played
     world = settings.world or shipped_worlds()[0]
-    ranking = rank_policies(agents, replace(settings, world=world))
-    plot = write_ranking(ranking, folder)
+    ranking = rank_policies(
+        agents, replace(settings, world=world), known=lambda made: write_ranking(made, folder)
+    )
+    plot = folder / PLOT
     return _show(ranking, f"{format_ranking(ranking)}\n\nplot: {plot}", json)
 
 

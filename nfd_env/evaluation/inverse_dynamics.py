@@ -2,17 +2,14 @@
 
 It is trained on real play (an inverse dynamics model, Baker et al. 2022, arXiv 2206.11795), then
 asked for the actions of frames that a world drew under recorded actions, as MineWorld does
-(arXiv 2504.08388). What it reads from the real frames of the same moments is the most that can be
-expected, and what it reads from these frames passed through the tokenizer the most that the
-dynamics can be blamed for. From frames that were drawn under other actions it must read nothing:
-else it knows what players do there, and not what the keys did.
+(arXiv 2504.08388), see ``nfd_env.evaluation.clips``. As it has to see how things move, the features
+that it looks at also tell how far the clips of a world are from those of the game.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.config import check_ranges, config_class
-from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
+from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
-from nfd_env.evaluation.held_out import EncodedEpisodes, recorded_context
-from nfd_env.evaluation.tables import table
 from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.parts import WHOLE, Part
-from nfd_env.progress import progress_bar
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.loop import TrainConfig
 from nfd_env.worlds.load import World
 
 _CHUNK = 256  # windows that are read together
-_SHOWN = 4  # frames that a world is shown first, at least
+SHOWN = 4  # frames that a world is shown first, at least
 
 
 @config_class
@@ -90,12 +84,15 @@ class InverseDynamics(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """uint8 (B, window, H, W, 3) -> (B, action_width)."""
+        return self.output(functional.silu(self.hidden(self.features(frames))))
+
+    def features(self, frames: Tensor) -> Tensor:
+        """What the windows show, uint8 (B, window, H, W, 3) -> (B, 8 * channels)."""
         pictures = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
         asked = pictures[:, self.config.asked, None]
         seen = self.layers(torch.cat((asked, 2 * pictures.diff(dim=1)), 1).flatten(1, 2))
         # In a mean over all places the one small thing that keys move is lost, in the largest not.
-        pooled = torch.cat((seen.amax((2, 3)), seen.mean((2, 3))), 1)
-        return self.output(functional.silu(self.hidden(pooled)))
+        return torch.cat((seen.amax((2, 3)), seen.mean((2, 3))), 1)
 
     def parts(self, encoded: Tensor) -> tuple[Tensor, ...]:
         """The choices of Discrete and MultiDiscrete in encoded actions or logits (B, width)."""
@@ -105,12 +102,21 @@ class InverseDynamics(nn.Module):
         assert isinstance(space, spaces.MultiDiscrete)
         return encoded.split(space.nvec.tolist(), -1)
 
-    @torch.no_grad()
     def read(self, frames: Tensor) -> Tensor:
         """The actions of windows, uint8 (B, window, H, W, 3), in the form that ``score`` takes."""
+        return self.labels(self._of_parts(self, frames))
+
+    def see(self, clips: Tensor) -> Tensor:
+        """``features`` of all windows of clips, uint8 (n, F, H, W, 3) -> (n, F - window + 1, d)."""
+        window = self.config.window
+        firsts = range(clips.shape[1] - window + 1)
+        seen = [self._of_parts(self.features, clips[:, f : f + window]) for f in firsts]
+        return torch.stack(seen, 1)
+
+    @torch.no_grad()
+    def _of_parts(self, function: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
         device = self.output.weight.device
-        made = [self(part.to(device)).float().cpu() for part in frames.split(_CHUNK)]
-        return self.labels(torch.cat(made))
+        return torch.cat([function(p.to(device)).float().cpu() for p in frames.split(_CHUNK)])
 
     def labels(self, encoded: Tensor) -> Tensor:
         """What ``score`` compares: choices int64 (B, parts), keys 0 or 1 (B, n), or numbers."""
@@ -210,7 +216,7 @@ class InverseDynamicsStage:
             name: Places(episodes.lengths, settings.window)
             for name, episodes in self._episodes.items()
         }
-        least = _SHOWN + settings.window  # so that worlds can be asked too
+        least = SHOWN + settings.window  # so that worlds can be asked too
         for name, episodes in self._episodes.items():
             if episodes.lengths.max(initial=0) < least:
                 raise RecordingError(
@@ -268,39 +274,6 @@ class InverseDynamicsStage:
         save_weights(path, network, self.config)
 
 
-# ---------------------------------------------------------------------------------- measurement
-
-
-@dataclass(frozen=True)
-class ActionReport:
-    """How well actions can be read from a world's frames, see ``score``.
-
-    Attributes:
-        metric: "F1" or "R²".
-        generated: of frames that the world drew.
-        real: of the frames recorded at the same moments.
-        reencoded: of these, passed through the world's tokenizer.
-        shuffled: of frames drawn from the same moments under another moment's actions.
-        chance: of the generated frames against the actions of other windows.
-        relative: ``generated`` over ``reencoded``, the figure to look at; NaN where nothing can be
-            read from the latter.
-        windows: that were read.
-        horizon: frames that each rollout went on for.
-        parts: the first five of each part of the action, where it has several.
-    """
-
-    metric: str
-    generated: float
-    real: float
-    reencoded: float
-    shuffled: float
-    chance: float
-    relative: float
-    windows: int
-    horizon: int
-    parts: list[list[float]]
-
-
 def load_inverse_dynamics(path: str | Path, world: World) -> InverseDynamics:
     """The net in a file of ``InverseDynamicsStage``, ready to read the frames of ``world``.
 
@@ -322,120 +295,3 @@ def find_inverse_dynamics(world: World) -> Path | None:
     """The net in the run that the world is of: ``inverse_dynamics/model.safetensors`` beside it."""
     path = world.folder.parent / "inverse_dynamics" / "model.safetensors"
     return path if found_file(path, CheckpointError) else None
-
-
-def measure_actions(
-    world: World,
-    recordings: RecordedDataset,
-    network: InverseDynamics,
-    rollouts: int = 64,
-    horizon: int = 32,
-    seed: int = 0,
-    progress: bool = True,
-) -> ActionReport:
-    """Read the actions of frames that a world draws under held-out recorded actions.
-
-    Args:
-        world: the world.
-        recordings: of its game, with a validation split.
-        network: see ``load_inverse_dynamics``.
-        rollouts: how many begin, at random held-out moments; at least 2.
-        horizon: frames that each goes on for; fewer where few held-out episodes are so long.
-        seed: of the moments and of the noise.
-        progress: show a progress bar.
-
-    Raises:
-        RecordingError: when no held-out episode is long enough.
-        ValueError: when a number is out of range.
-    """
-    window, asked = network.config.window, network.config.asked
-    if rollouts < 2 or horizon < window:
-        raise ValueError(f"rollouts must be at least 2, horizon at least the window of {window}")
-    model = world.model
-    held: Sequence[EpisodeReference] = recordings.split("validation")
-    # As far as a quarter of the episodes go: the longest alone would be the same moment each time.
-    lengths = sorted((len(episode) for episode in held), reverse=True)
-    length = max(lengths[len(lengths) // 4], min(lengths[0], _SHOWN + window)) if held else 0
-    keep = model.dynamics.config.window
-    horizon = min(horizon, length - min(keep, _SHOWN))
-    if horizon < window:
-        raise RecordingError(
-            f"{recordings.folder}: too few held-out episodes have {_SHOWN + window + 1} frames: "
-            "record longer ones, or more of them"
-        )
-    keep = min(keep, length - horizon)
-    places = Places((len(episode) for episode in held), keep + horizon)
-    encoded = EncodedEpisodes(model, held)
-    rng = np.random.default_rng(seed)
-    found = [places.find(int(place)) for place in rng.integers(0, len(places), rollouts)]
-    moments = [(episode, first + keep - 1) for episode, first in found]
-    taken = np.stack([held[e].actions[last : last + horizon] for e, last in moments])
-    actions = world.codec.encode(torch.from_numpy(taken))  # the first leads into frame last + 1
-    # Each moment twice, with the same noise: under its own actions and under another one's.
-    contexts = [recorded_context(world, encoded, *moment) for moment in moments]
-    state: Any = model.start(2 * contexts, 2 * [(seed, i) for i in range(rollouts)])
-    driven = torch.cat((actions, actions.roll(1, 0))).to(model.device)
-    drawn = []
-    for step in progress_bar(range(horizon), "frames to read actions from", progress):
-        drawn.append(model.decode(model.step(state, driven[:, step]).latents).cpu())
-    generated, shuffled = torch.stack(drawn, 1).split(rollouts)
-    numbers = np.array([encoded.number(*moment) for moment in moments])[:, None]
-    numbers = (numbers + np.arange(1, horizon + 1)).ravel()
-    real = torch.from_numpy(encoded.pictures(numbers))
-    passed = [
-        model.decode(encoded.latents(part).to(model.device)).cpu()
-        for part in np.array_split(numbers, -(-len(numbers) // _CHUNK))
-    ]
-    shape = (rollouts, horizon, *real.shape[1:])
-    clips = {
-        "generated": generated,
-        "reencoded": torch.cat(passed).view(shape),
-        "real": real.view(shape),
-        "shuffled": shuffled,
-    }
-    firsts = range(horizon - window + 1)
-    # Frame number f of a clip is led into by action f, so at frame f action f + 1 is taken.
-    labels = network.labels(torch.cat([actions[:, first + asked + 1] for first in firsts]))
-    read = {
-        name: torch.cat([network.read(clip[:, first : first + window]) for first in firsts])
-        for name, clip in clips.items()
-    }
-    others = labels[torch.from_numpy(rng.permutation(len(labels)))]
-    pairs = {name: (labels, made) for name, made in read.items()}
-    pairs["chance"] = others, read["generated"]
-    figures = {name: score(network.space, *pair) for name, pair in pairs.items()}
-    parts = zip(*(scores(network.space, *pair) for pair in pairs.values()), strict=True)
-    best = figures["reencoded"]
-    return ActionReport(
-        "R²" if isinstance(network.space, spaces.Box) else "F1",
-        **figures,
-        relative=figures["generated"] / best if best > 0 else math.nan,
-        windows=len(labels),
-        horizon=horizon,
-        parts=[list(part) for part in parts] if labels.shape[1] > 1 else [],
-    )
-
-
-def action_rows(report: ActionReport) -> tuple[list[str], list[list[str]]]:
-    """The report as the header and the rows of a table."""
-    header = [f"{report.metric} of actions read from", "generated frames", "real, re-encoded"]
-    header += ["real", "drawn under other actions", "chance"]
-    whole = [report.generated, report.reencoded, report.real, report.shuffled, report.chance]
-    rows = {"all" if report.parts else "": whole}
-    rows |= {f"part {number}": part for number, part in enumerate(report.parts)}
-    return header, [[name, *(f"{x:.3f}" for x in row)] for name, row in rows.items()]
-
-
-def format_actions(report: ActionReport) -> str:
-    """The report as Markdown."""
-    return "\n".join([actions_sentence(report), "", table(*action_rows(report))])
-
-
-def actions_sentence(report: ActionReport) -> str:
-    """What was done, and what good looks like."""
-    return (
-        f"Actions read back from {report.windows:,} windows of rollouts of {report.horizon} "
-        f"frames: {report.relative:.2f} of what can be read from re-encoded real frames (0.95 or "
-        "more: keys do what they do in the game). Frames drawn under other actions must be at "
-        "chance."
-    )

@@ -7,7 +7,7 @@ columns of mean returns go together, and how far the world flatters its policies
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,20 +19,15 @@ from nfd_env.files import atomic_write
 from nfd_env.sources.source import SourceError
 from nfd_env.video import write_png
 
+PLOT = "ranking.png"
 _FEWEST = 3  # policies; two always lie on a line
 _RESAMPLES = 2000  # of the episodes, for the errors of the correlations
 _SIZE, _MARGIN = 480, 60  # pixels of the scatter plot
 
 
 @dataclass(frozen=True)
-class Correlation:
-    """A correlation of mean returns, learned world against real game.
-
-    Attributes:
-        value: from -1 to 1; NaN where one side scores all policies alike.
-        low: 2.5th percentile over resampled episodes (bootstrap).
-        high: 97.5th percentile.
-    """
+class Interval:
+    """A figure, NaN where there is none, and how sure it is; see ``Ranking``."""
 
     value: float
     low: float
@@ -55,22 +50,29 @@ class Ranking:
     Attributes:
         world: its name.
         policies: as they were given.
-        spearman: correlation of ranks.
-        pearson: correlation of mean returns.
-        kindness: mean return in the learned world over that in the real game, the median of the
-            policies; above 1 the world is too kind. NaN where a real mean is not above 0.
-        length_ratio: the same of the lengths of episodes.
+        spearman: correlation of ranks, from -1 to 1, with the 2.5th and 97.5th percentile over
+            resampled episodes (bootstrap); NaN where one side scores all policies alike.
+        pearson: correlation of mean returns, likewise.
+        kindness: mean return in the learned world over that in the real game: the median, the least
+            and the greatest of the policies that have a real mean above 0. Above 1 the world is too
+            kind.
+        length_ratio: the same of the lengths of episodes, of all policies.
     """
 
     world: str
     policies: list[Ranked]
-    spearman: Correlation
-    pearson: Correlation
-    kindness: float
-    length_ratio: float
+    spearman: Interval
+    pearson: Interval
+    kindness: Interval
+    length_ratio: Interval
 
 
-def rank_policies(agents: Sequence[str], settings: Scoring, progress: bool = True) -> Ranking:
+def rank_policies(
+    agents: Sequence[str],
+    settings: Scoring,
+    progress: bool = True,
+    known: Callable[[Ranking], object] = lambda ranking: None,
+) -> Ranking:
     """Score policies in a world and in its real game.
 
     Args:
@@ -78,6 +80,8 @@ def rank_policies(agents: Sequence[str], settings: Scoring, progress: bool = Tru
             "random", scripted policies.
         settings: how each is scored; ``world`` is needed.
         progress: show progress bars.
+        known: called with the ranking of those that have been scored, as soon as there are enough,
+            so that a long run that is stopped has told something.
 
     Raises:
         ValueError: on too few or equal policies, or one that cannot be played on both sides.
@@ -94,6 +98,8 @@ def rank_policies(agents: Sequence[str], settings: Scoring, progress: bool = Tru
             raise SourceError(f"a ranking needs the real game: {report.missing}")
         rows.append(Ranked(agent, report.learned, report.real))
         name = report.world
+        if len(rows) >= _FEWEST:
+            known(rank(name, rows, settings.seed))
     return rank(name, rows, settings.seed)
 
 
@@ -106,23 +112,22 @@ def rank(world: str, policies: list[Ranked], seed: int = 0) -> Ranking:
         [np.array([rng.choice(scores, len(scores)).mean() for scores in side]) for side in sides]
         for _ in range(_RESAMPLES)
     ]
-    correlations = []
+    correlations: list[Interval] = []
     for of in (spearman, pearson):
         values = np.array([of(*pair) for pair in drawn])
         values = values[np.isfinite(values)]
         low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
-        correlations.append(Correlation(of(*means), float(low), float(high)))
+        correlations.append(Interval(of(*means), float(low), float(high)))
     ranks, linear = correlations
-    positive = (means[1] > 0).all()
-    lengths = [p.learned.length / p.real.length for p in policies]
-    return Ranking(
-        world,
-        policies,
-        ranks,
-        linear,
-        float(np.median(means[0] / means[1])) if positive else float("nan"),
-        float(np.median(lengths)),
-    )
+    paid = means[1] > 0
+    kindness = _spread(means[0][paid] / means[1][paid])
+    lengths = _spread(np.array([p.learned.length / p.real.length for p in policies]))
+    return Ranking(world, policies, ranks, linear, kindness, lengths)
+
+
+def _spread(ratios: np.ndarray) -> Interval:
+    found = (np.median, np.min, np.max)
+    return Interval(*(float(of(ratios)) if len(ratios) else float("nan") for of in found))
 
 
 def pearson(left: np.ndarray, right: np.ndarray) -> float:
@@ -148,7 +153,7 @@ def write_ranking(ranking: Ranking, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "ranking.json") as path:
         path.write_text(json.dumps(asdict(ranking), indent=2), encoding="utf-8")
-    return write_png(folder / "ranking.png", scatter(ranking))
+    return write_png(folder / PLOT, scatter(ranking))
 
 
 def scatter(ranking: Ranking) -> np.ndarray:
@@ -200,7 +205,7 @@ def format_ranking(ranking: Ranking) -> str:
     columns = ["", "policy", "real game", "learned world", "frames, real", "frames, learned"]
     episodes = len(ranking.policies[0].real.scores)
     between = " (95 % of resampled episodes: {:.2f} to {:.2f})"
-    s, p = ranking.spearman, ranking.pearson
+    s, p, kind, long = ranking.spearman, ranking.pearson, ranking.kindness, ranking.length_ratio
     return "\n".join(
         [
             f"{ranking.world}: mean returns of {len(rows)} policies, {episodes} episodes on each "
@@ -210,7 +215,9 @@ def format_ranking(ranking: Ranking) -> str:
             "",
             f"Spearman {s.value:.2f}{between.format(s.low, s.high)}, Pearson {p.value:.2f}"
             f"{between.format(p.low, p.high)}: 1 where the world ranks policies as the game does, "
-            f"0 where it says nothing. Returns in the world are {ranking.kindness:.2f} times, "
-            f"episodes {ranking.length_ratio:.2f} times as high or long as in the game (medians).",
+            f"0 where it says nothing. Returns in the world are {kind.value:.2f} times as high as "
+            f"in the game (median of the policies; {kind.low:.2f} to {kind.high:.2f}), episodes "
+            f"{long.value:.2f} times as long ({long.low:.2f} to {long.high:.2f}): above 1 the "
+            "world is too kind.",
         ]
     )

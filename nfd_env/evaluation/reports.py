@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nfd_env.evaluation.clips import ActionReport, format_actions
 from nfd_env.evaluation.endings import EARLIER, LATER, ReplayedEndings
 from nfd_env.evaluation.held_out import (
     BRIGHT,
@@ -12,7 +13,6 @@ from nfd_env.evaluation.held_out import (
     REFERENCE,
     HorizonErrors,
 )
-from nfd_env.evaluation.inverse_dynamics import ActionReport, format_actions
 from nfd_env.evaluation.tables import table
 
 FIRST = f"1-{EARLY}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
-from nfd_env.config import config_class
+from nfd_env.config import check_ranges, config_class
 from nfd_env.envs.wrappers import GuardConfig
+from nfd_env.players.policy import AgentError
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import load_world
 
@@ -42,6 +44,8 @@ class AgentTrainingConfig:
         evaluate_every: decisions between evaluations in the real game; 0 for none.
         evaluate_episodes: real episodes each time.
         checkpoint_seconds: time between checkpoints.
+        keep: decisions after which the agent, as it then is, is kept beside the last one, such as
+            [0, 8192, 65536]: policies from poor to good, for ``nfd rank``.
     """
 
     folder: str
@@ -64,6 +68,13 @@ class AgentTrainingConfig:
     evaluate_every: int = 0
     evaluate_episodes: int = 8
     checkpoint_seconds: float = 60.0
+    keep: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self, decisions="[1, inf)", frame_stack="[1, inf)")
+        if wrong := [at for at in self.keep if not 0 <= at <= self.decisions]:
+            raise ValueError(f"keep must lie within 0 and decisions {self.decisions}, got {wrong}")
 
     @property
     def max_episode_steps(self) -> int | None:
@@ -74,6 +85,19 @@ class AgentTrainingConfig:
     def branched(self) -> bool:
         """Whether training episodes are only parts of whole ones."""
         return bool(self.starts or self.horizon_frames)
+
+    def kept(self, folder: Path, suffix: str, before: int, done: int) -> list[Path]:
+        """Files of the agents to keep that were reached after ``before`` decisions, by ``done``."""
+        return [_kept(folder, at, suffix) for at in self.keep if before < at <= done]
+
+    def check_kept(self, folder: Path, suffix: str, done: int) -> None:
+        """Raise ``AgentError`` where a run of ``done`` decisions has not kept what it should."""
+        lost = [at for at in self.keep if at <= done and not _kept(folder, at, suffix).is_file()]
+        if lost:
+            raise AgentError(
+                f"keep: {folder} is at {done} decisions and has not kept the agents after {lost}: "
+                "choose another folder, or leave these out"
+            )
 
     def world_kwargs(self) -> dict[str, Any]:
         """Arguments of ``NFDVectorEnv`` beside the world and the number of environments."""
@@ -87,3 +111,7 @@ class AgentTrainingConfig:
         if self.starts is not None:
             kwargs["starts"] = recorded_starts(self.starts, load_world(self.world, self.device))
         return kwargs | self.env
+
+
+def _kept(folder: Path, decisions: int, suffix: str) -> Path:
+    return folder / f"agent-{decisions:09d}{suffix}"

@@ -57,8 +57,8 @@ class TrainPPOConfig(AgentTrainingConfig):
 
     def __post_init__(self) -> None:
         """Check that minibatches fill a batch."""
+        super().__post_init__()
         batch = self.num_envs * self.ppo.rollout_steps
-        config.check_ranges(self, decisions="[1, inf)", frame_stack="[1, inf)")
         if batch % self.ppo.minibatch_size:
             raise ValueError(
                 f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the batch of "
@@ -170,6 +170,7 @@ def _train(
             ) from None
         done, elapsed, evaluated = state["decisions"], state["elapsed"], state["evaluated"]
         metrics = state["metrics"]
+        settings.check_kept(folder, agent_path.suffix, done)
 
     act, loss_of, advantage_of = (
         compiled(function, settings.compile) for function in (policy.act, ppo_loss, gae)
@@ -207,6 +208,11 @@ def _train(
             write_state(state_path, values)
             save_weights(agent_path, policy, policy.config, torch.float16)
 
+    def keep(before: int) -> None:
+        for path in settings.kept(folder, agent_path.suffix, before, done):
+            with writing(folder):
+                save_weights(path, policy, policy.config, torch.float16)
+
     def evaluate() -> None:
         nonlocal evaluated
         checkpoint()  # an evaluation is long, and a stop in it is to cost nothing but itself
@@ -224,6 +230,8 @@ def _train(
     try:
         position = begin()
         on_step(done, settings.decisions)
+        if not done:
+            keep(-1)
         while done < settings.decisions:
             if settings.fresh_rollouts:
                 position = begin()
@@ -244,6 +252,7 @@ def _train(
                     f"again (it goes on from {state_path})"
                 )
             done += batch.numel()
+            keep(done - batch.numel())
             hazards.append(float(batch["hazard"].mean()) / settings.frame_skip)
             metrics["ends_per_1000_frames"] = 1000 * float(np.mean(hazards))
             values["rollout/ends_per_1000_frames"] = metrics["ends_per_1000_frames"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -44,15 +44,17 @@ def find_agent(agent: str | PathLike[str], world: str | PathLike[str] | None = N
     """The file of an agent that lies beside a world, by its name; other names as they are.
 
     Args:
-        agent: a file, the name of an agent of ``world`` or of a shipped world, "random" or
-            "module:Class". In front of a zip that is not of PPO stands its class: "DQN:agent.zip".
+        agent: a file, the name of an agent of ``world`` or of a shipped world, or a behaviour
+            policy, see ``behaviour_policy``. In front of a zip that is not of PPO stands its class:
+            "DQN:agent.zip".
         world: a world folder or the name of a shipped world.
 
     Raises:
         AgentError: when it is none of these; names the agents that there are.
     """
     text = str(agent)
-    if text == "random" or ":" in text or text.endswith(_FILES):
+    name = text.partition(",")[0]
+    if name == "random" or ":" in name or text.endswith(_FILES):
         return text
     known = shipped_agents() | (agents_of(world) if world is not None else {})
     if text in known:
@@ -86,7 +88,6 @@ def load_player(
     env: Any,
     greedy: bool = False,
     trust: bool = False,
-    kwargs: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Player:
     """The player of an agent for ``env``.
@@ -98,7 +99,6 @@ def load_player(
         env: the (real or learned) vector env of a world that it is to play.
         greedy: take the most probable action instead of drawing one.
         trust: whoever made a ``.zip`` may run code here, see ``nfd_env.named.check_trusted``.
-        kwargs: arguments of a behaviour policy.
         check: compare what it was trained on with ``env``.
 
     Raises:
@@ -106,15 +106,13 @@ def load_player(
         UntrustedError: for a ``.zip`` without ``trust``.
         ValueError: when a behaviour policy cannot be made.
     """
-    player = _player(agent, env, greedy, trust, kwargs)
+    player = _player(agent, env, greedy, trust)
     if check and player.spec is not None:
         player.spec.check(env)
     return player
 
 
-def _player(
-    agent: Any, env: Any, greedy: bool, trust: bool, kwargs: Mapping[str, Any] | None
-) -> Player:
+def _player(agent: Any, env: Any, greedy: bool, trust: bool) -> Player:
     if not isinstance(agent, str | PathLike):
         if hasattr(agent, "spec"):
             return agent
@@ -135,12 +133,30 @@ def _player(
     if text.endswith(".safetensors"):
         policy = _read_native(text)
         return NetworkPlayer(policy.requires_grad_(False).to(env.model.device), greedy)
-    return PolicyPlayer([behaviour_policy(text, kwargs) for _ in range(env.num_envs)], env)
+    return PolicyPlayer([behaviour_policy(text) for _ in range(env.num_envs)], env)
 
 
-def behaviour_policy(name: str, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """A behaviour policy of the recordings: "random" (held keys), or "module:Class"."""
-    return make_policy("random_held" if name == "random" else name, dict(kwargs or {}))
+def behaviour_policy(text: str) -> Any:
+    """A behaviour policy of recordings by its name and arguments.
+
+    Args:
+        text: "random" (held keys) or "module:Class", then its arguments, and ``mistakes`` as in a
+            game file: "random,low=1,high=1", "module:Class,caution=30,mistakes=0.2".
+
+    Raises:
+        ValueError: when there is no such policy or it does not take these arguments.
+    """
+    name, *given = re.split(r",(?=\w+=)", text)
+    if "," in name:
+        raise AgentError(f"{text}: arguments of a policy are key=value, such as random,low=1")
+    kwargs = {}
+    for argument in given:
+        key, _, value = argument.partition("=")
+        kwargs[key] = config.value(value, f"{name}: {key}")
+    mistakes = kwargs.pop("mistakes", 0.0)
+    if not isinstance(mistakes, int | float):
+        raise AgentError(f"{name}: mistakes must be a probability, got {mistakes!r}")
+    return make_policy("random_held" if name == "random" else name, kwargs, mistakes)
 
 
 def load_network(path: str | PathLike[str]) -> NetworkPlayer:

@@ -15,8 +15,8 @@ import yaml
 
 from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.evaluation.clips import ActionReport, actions_sentence, clip_rows, clips_sentence
 from nfd_env.evaluation.demo import demo
-from nfd_env.evaluation.inverse_dynamics import ActionReport, actions_sentence
 from nfd_env.evaluation.tables import table
 from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError
@@ -171,7 +171,10 @@ def _metrics(scores: Mapping[str, float], run: Path | None) -> list[str]:
         )
         read_back = records["report"].extra if "report" in records else None
         if read_back:
-            parts.append(actions_sentence(ActionReport(**read_back)))
+            report = config.from_mapping(ActionReport, read_back, f"{run}: report")
+            parts.append(actions_sentence(report))
+            if report.clips is not None:
+                parts += [_table(*clip_rows(report.clips)), clips_sentence(report.clips)]
     return ["## How good", *(parts or ["Nothing was measured, or no report came along."])]
 
 

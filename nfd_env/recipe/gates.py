@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nfd_env.evaluation.inverse_dynamics import ActionReport
+from nfd_env.evaluation.clips import ActionReport
 from nfd_env.recipe.measure import GameMeasures
 
 # What a world's frames are drawn by is compared with the teacher's many steps by this: how much of

@@ -140,7 +140,7 @@ class Ledger:
             return fingerprint_values({"source": source, "recordings": game.recordings})
         if stage == "agent":
             values = self._agent_settings()
-            left_out = ("folder", "world", "device", "threads", "checkpoint_seconds")
+            left_out = ("folder", "world", "device", "threads", "checkpoint_seconds", "keep")
             content = {key: value for key, value in values.items() if key not in left_out}
             made_in = rounds.world_identity(round.before.world)
             return fingerprint_values({"settings": content, "world": made_in})

@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from nfd_env import config
 from nfd_env.data.shards import RecordedDataset
+from nfd_env.evaluation.clips import (
+    ActionReport,
+    action_rows,
+    actions_sentence,
+    clip_rows,
+    clips_sentence,
+)
 from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
-from nfd_env.evaluation.inverse_dynamics import ActionReport, action_rows, actions_sentence
 from nfd_env.files import found_file, save_text
 from nfd_env.metrics import bright_share, luminance, standing_out
 from nfd_env.models.weights import CheckpointError
@@ -181,12 +188,13 @@ def _actions(recipe: Recipe) -> list[str]:
     found = recipe.records["report"].extra
     if not found:
         return []
-    report = ActionReport(**found)
-    return [
-        "<h2>Do keys do what they say?</h2>",
-        _table(*action_rows(report)),
-        f"<p>{actions_sentence(report)}</p>",
-    ]
+    report = config.from_mapping(ActionReport, found, "run.yaml: report")
+    parts = ["<h2>Do keys do what they say?</h2>", _table(*action_rows(report))]
+    parts.append(f"<p>{actions_sentence(report)}</p>")
+    if report.clips is not None:
+        parts += ["<h2>Does it move as the game does?</h2>", _table(*clip_rows(report.clips))]
+        parts.append(f"<p>{clips_sentence(report.clips)}</p>")
+    return parts
 
 
 def _rounds(recipe: Recipe) -> list[str]:

@@ -15,15 +15,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nfd_env import config
 from nfd_env.data.alignment import measure_alignment
 from nfd_env.data.collect import collect
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.evaluation.inverse_dynamics import (
-    ActionReport,
-    InverseDynamicsStage,
-    load_inverse_dynamics,
-    measure_actions,
-)
+from nfd_env.evaluation.clips import ActionReport, measure_actions
+from nfd_env.evaluation.inverse_dynamics import InverseDynamicsStage, load_inverse_dynamics
 from nfd_env.files import atomic_write, found_file, owned_folder, writing
 from nfd_env.learning.train import train as learn
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
@@ -326,7 +323,8 @@ class Recipe(Ledger):
         record = self._begin("report")
         with self._timed(record):
             record.extra = record.extra or asdict(self._read_actions())
-            found = gates.action_gates(ActionReport(**record.extra))
+            report = config.from_mapping(ActionReport, record.extra, "run.yaml: report")
+            found = gates.action_gates(report)
             record.gates = [gate.line() for gate in found]
             path = write_report(self)
         self._finish("report", record, found)

@@ -132,6 +132,32 @@ def test_the_same_command_continues(tiny_world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", ["native", "sb3"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def agents_of(folder: Path) -> dict[str, Any]:
+    return {p.name: load_network(p).policy.state_dict() for p in folder.glob("*.safetensors")}
+
+
+def test_agents_are_kept_from_poor_to_good(tiny_world: Path, tmp_path: Path) -> None:
+    plan = settings(tmp_path, tiny_world, decisions=64, keep=[0, 20, 64], fresh_rollouts=True)
+    train_ppo.train(plan, progress=False)
+    kept = agents_of(tmp_path)
+    names = [f"agent-{at:09d}.safetensors" for at in plan.keep]
+    assert sorted(kept) == [*names, "agent.safetensors"]
+    first, second, last, newest = (list(kept[name].values())[0] for name in sorted(kept))
+    assert torch.equal(last, newest)
+    assert not torch.equal(first, second) and not torch.equal(second, last)
+    # An update has 32 decisions, and the first one's learning rate is the same for all.
+    train_ppo.train(replace(plan, folder=str(tmp_path / "short"), decisions=32, keep=[]), False)
+    stopped = agents_of(tmp_path / "short")["agent.safetensors"]
+    assert all(torch.equal(value, kept[names[1]][name]) for name, value in stopped.items())
+    more = replace(plan, decisions=128, keep=[*plan.keep, 128])
+    train_ppo.train(more, progress=False)  # it goes on, and keeps what is new
+    assert "agent-000000128.safetensors" in agents_of(tmp_path)
+    with pytest.raises(AgentError, match=r"is at 128 decisions and has not kept .* after \[40\]"):
+        train_ppo.train(replace(more, keep=[40]), progress=False)
+    with pytest.raises(ValueError, match=r"keep must lie within 0 and decisions 64, got \[65\]"):
+        replace(plan, keep=[65])
+
+
 def test_a_signal_ends_it_after_all_is_saved(
     tiny_world: Path,
     tmp_path: Path,
@@ -641,16 +667,18 @@ def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) 
 
 
 def test_sb3_continues(tiny_world: Path, tmp_path: Path) -> None:
-    plan = sb3_settings(tmp_path, tiny_world)
+    plan = sb3_settings(tmp_path, tiny_world, keep=[0, 33])
     from stable_baselines3 import PPO
 
     from agents import train_sb3
 
     train_sb3.train(plan, progress=False)
     assert PPO.load(tmp_path / "agent.zip").num_timesteps == 64
-    train_sb3.train(replace(plan, decisions=96), progress=False)
+    train_sb3.train(replace(plan, decisions=96, keep=[0, 33, 96]), progress=False)
     model = PPO.load(tmp_path / "agent.zip")
     assert model.num_timesteps == 96 and model._n_updates == 2 * 3
+    kept = {p.name: PPO.load(p).num_timesteps for p in tmp_path.glob("agent-*.zip")}
+    assert kept == {"agent-000000000.zip": 0, "agent-000000033.zip": 64, "agent-000000096.zip": 96}
     with pytest.raises(AgentError, match="another world, observation type, frame skip or stack"):
         train_sb3.train(replace(plan, frame_skip=1), progress=False)
     with pytest.raises(AgentError, match="cannot be continued"):

@@ -13,6 +13,7 @@ from nfd_env.cli import main
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation import against, held_out, reports
 from nfd_env.evaluation import evaluate as evaluating
+from nfd_env.evaluation.clips import ClipDistance, ClipReport
 from nfd_env.evaluation.held_out import EvaluationConfig
 from nfd_env.evaluation.inverse_dynamics import InverseDynamics, InverseDynamicsConfig
 from nfd_env.worlds.load import load_world
@@ -67,6 +68,21 @@ def test_one_table_of_all(
     ):
         assert part in text
     json.dumps(asdict(report))
+
+
+def test_clips_have_a_column(report: against.AgainstReport) -> None:
+    near, far = ClipDistance(0.125, 0.01, 0.1, 0.01), ClipDistance(2.5, 0.1, 2.4, 0.1)
+    clips = ClipReport(16, near, near, near, far, far)
+    rows = [
+        replace(row, actions=row.actions and replace(row.actions, clips=clips))
+        for row in report.rows
+    ]
+    text = against.format_against(replace(report, rows=rows))
+    read = sum(row.actions is not None for row in rows)
+    assert read == 4 and text.count("| 0.125 ± 0.010 |") == 1 + read
+    assert "still 2.500 ± 0.100" in text and "not FVD" in text
+    table = next(part for part in text.split("\n\n") if "| real frames |" in part)
+    assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_what_a_rival_is_ahead_in_is_said(report: against.AgainstReport) -> None:

@@ -347,17 +347,21 @@ def test_agents_that_cannot_be_loaded(world: Path, saved: Path, tmp_path: Path) 
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["eval-agent", "random", "--world", str(world), "--episodes", "2", "--device"]
-    arguments += ["cpu", "--max-frames", "6", "--out", str(tmp_path), "--agent-arg", "high=3"]
-    assert main([*arguments, "--json"]) == 0
+    arguments = ["--world", str(world), "--episodes", "2", "--device", "cpu"]
+    arguments += ["--max-frames", "6", "--out", str(tmp_path)]
+    assert main(["eval-agent", "random,high=3,mistakes=0.5", *arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["real"]["scores"]) == len(report["learned"]["scores"]) == 2
     assert Path(report["video"]).is_file()
     assert json.loads((tmp_path / "eval_agent.json").read_text()) == report
-    assert main([*arguments, "--agent-arg", "low"]) == 1
-    assert "--agent-arg takes KEY=VALUE" in capsys.readouterr().err
-    assert main([*arguments, "--agent-arg", "bogus=1"]) == 1
-    assert "bogus" in capsys.readouterr().err
+    for wrong, message in (
+        ("random,low", "arguments of a policy are key=value"),
+        ("random,bogus=1", "bogus"),
+        ("random,mistakes=often", "mistakes must be a probability, got 'often'"),
+        ("random,mistakes=2", "mistakes must be a probability, got 2"),
+    ):
+        assert main(["eval-agent", wrong, *arguments]) == 1
+        assert message in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- batch of real games

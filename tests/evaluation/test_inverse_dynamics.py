@@ -13,15 +13,13 @@ import torch
 from gymnasium import spaces
 
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.evaluation.clips import ActionReport, format_actions, measure_actions
 from nfd_env.evaluation.inverse_dynamics import (
-    ActionReport,
     InverseDynamics,
     InverseDynamicsConfig,
     InverseDynamicsStage,
     InverseDynamicsTrainingConfig,
-    format_actions,
     load_inverse_dynamics,
-    measure_actions,
     score,
     scores,
 )
@@ -169,6 +167,7 @@ def test_a_world_that_obeys_is_read_like_the_game_and_its_control_at_chance(
     assert (report.generated, report.reencoded, report.relative) == (1, 1, 1)
     assert report.chance == pytest.approx(1 / 3, abs=0.1) == report.shuffled
     assert all(gate.passed for gate in action_gates(report))
+    assert report.clips is not None and report.clips.generated == report.clips.reencoded
     short = measure_actions(
         world, RecordedDataset(recordings), network, rollouts=2, horizon=60, progress=False
     )

@@ -15,7 +15,9 @@ from nfd_env.evaluation import agents
 from nfd_env.evaluation.agents import Scores, Scoring
 from nfd_env.evaluation.episodes import Episodes
 from nfd_env.evaluation.ranking import (
+    Interval,
     Ranked,
+    Ranking,
     format_ranking,
     pearson,
     rank,
@@ -45,8 +47,8 @@ def test_a_kind_world_that_ranks_rightly(tmp_path: Path) -> None:
     policies = [Ranked(f"p{i}", scores(20.0 * i, 8), scores(10.0 * i)) for i in range(1, 9)]
     ranking = rank("Tiny", policies)
     assert ranking.spearman.value == pytest.approx(1) and ranking.spearman.low > 0.95
-    assert ranking.pearson.value == pytest.approx(1) and ranking.kindness == pytest.approx(2)
-    assert ranking.length_ratio == 2
+    assert ranking.pearson.value == pytest.approx(1) and ranking.kindness.value == pytest.approx(2)
+    assert ranking.length_ratio == Interval(2, 2, 2)
     assert rank("Tiny", policies) == ranking  # the same seed, the same errors
     plot = write_ranking(ranking, tmp_path)
     assert plot.is_file() and (tmp_path / "ranking.json").is_file()
@@ -57,7 +59,9 @@ def test_a_world_that_ranks_the_wrong_way_round() -> None:
     policies = [Ranked(f"p{i}", scores(-10.0 * i), scores(10.0 * i)) for i in range(5)]
     ranking = rank("Tiny", policies)
     assert ranking.spearman.value == pytest.approx(-1) and ranking.spearman.high < -0.5
-    assert np.isnan(ranking.kindness)  # a mean of the real game is 0
+    # Where the real mean is 0, there is no ratio.
+    assert ranking.kindness == Interval(-1, -1, -1)
+    assert np.isnan(rank("Tiny", 3 * policies[:1]).kindness.value)
 
 
 def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
@@ -71,7 +75,9 @@ def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
         with pytest.raises(ValueError, match=message):
             rank_policies(wrong, settings, progress=False)
     names = ["random", f"{__name__}:Left", f"{__name__}:Right"]
-    ranking = rank_policies(names, settings, progress=False)
+    told: list[Ranking] = []
+    ranking = rank_policies(names, settings, False, told.append)
+    assert told == [ranking]  # as soon as there are three
     assert [p.agent for p in ranking.policies] == names
     assert [p.real.mean for p in ranking.policies[1:]] == [-4.0, 4.0]
 

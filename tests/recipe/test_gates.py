@@ -2,7 +2,7 @@
 
 import pytest
 
-from nfd_env.evaluation.inverse_dynamics import ActionReport
+from nfd_env.evaluation.clips import ActionReport
 from nfd_env.recipe.gates import (
     FALLBACK,
     Drawn,
