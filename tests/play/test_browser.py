@@ -343,6 +343,7 @@ def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
 class Twins(ScrollGame):
     """Has a real game too, which looks the same."""
 
+    display = "pixelated"
     views = ("dream", "real", "split")
 
     def __init__(self, *args, **kwargs):
@@ -375,6 +376,9 @@ def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
             await tab.key("x", True)
             await tab.key("x", False)
             await tab.until(f"{width} === 258 && {badge}.textContent.startsWith('real | dream')")
+            box = "document.getElementById('view').getBoundingClientRect()"
+            times = await tab.evaluate(f"{box}.height * devicePixelRatio") / 194
+            assert times == pytest.approx(round(times), abs=0.002) and times > 0.9
             await tab.key("x", True)
             await tab.key("x", False)
             await tab.until(f"{width} === 128 && {badge}.hidden")
