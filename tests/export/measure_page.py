@@ -26,7 +26,7 @@ async def measure(url, settings):
     flags = FLAGS.replace("--disable-gpu ", "") + " --enable-unsafe-webgpu"
     async with Browser(CHROMIUM, FLAGS if settings.backend == "wasm" else flags) as browser:
         tab = await browser.tab(f"{url}?seed=1&backend={settings.backend}")
-        await tab.until("window.nfd && nfd.hello && nfd.hud.step > 30", 600)
+        await tab.until("window.nfd && nfd.hello && nfd.gaps.length > 30", 600)
         speed = f"import('./small.js').then((page) => page.control('speed', {settings.speed}))"
         await tab.evaluate(speed)
         await tab.evaluate("nfd.gaps.length = nfd.latencies.length = 0")

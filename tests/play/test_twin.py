@@ -219,6 +219,20 @@ def test_a_person_switches(world: Path, tmp_path: Path) -> None:
         session.control("view", "other")
 
 
+def test_a_dreamed_picture_is_never_called_real(world: Path) -> None:
+    slots, _ = twin(world)
+    person = Person(slots)
+    person.play(2)
+    person.session.control("view", "real")  # between two polls, as from another thread
+    assert person.session.hud()["view"] == "dream"
+    person.play(1)
+    assert person.pictures[-1].hud["view"] == "real" and (person.pictures[-1].frame == 10).all()
+    person.session.control("view", "dream")
+    assert person.session.hud()["view"] == "real"
+    person.play(1)
+    assert person.pictures[-1].hud["view"] == "dream"
+
+
 def test_a_game_that_cannot_be_had_is_said(world: Path) -> None:
     slots, _ = twin(world)
 
