@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.cache import in_turn, sees
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
-from nfd_env.models.layers import attend_packed, by_token
+from nfd_env.models.layers import FrameRotation, attend_packed, by_token
 from nfd_env.models.tokenizer import Tokenizer
 
 
@@ -88,12 +89,41 @@ class OpenAttention:
         return attend_packed(q, k, v, self._mask[:, :, -q.shape[1] * q.shape[2] :])
 
 
+class OpenRotation(nn.Module):
+    """``FrameRotation`` without float64, which onnxruntime-web does not have beside WebGPU.
+
+    Angles are whole numbers of a tiny part of a turn: as exact at any frame number, and small when
+    they become float32, of which a GPU knows the cosine near 0 only.
+    """
+
+    _TURN = 2**40  # a frame number of 22 bits, days of play, times a whole turn stays within int64
+
+    space: Tensor
+    time_rates: Tensor
+
+    def __init__(self, rotation: FrameRotation) -> None:
+        """The same rotations as ``rotation``'s."""
+        super().__init__()
+        turns = rotation.time_rates / (2 * math.pi) * self._TURN
+        self.register_buffer("time_rates", turns.round().long())
+        self.register_buffer("space", rotation.space)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """See ``FrameRotation``."""
+        parts = frames[..., None, None] * self.time_rates % self._TURN
+        angles = parts.float() * (2 * math.pi / self._TURN) - math.pi
+        time = -torch.stack((angles.cos(), angles.sin()), -1)  # of half a turn more
+        shape = (*frames.shape, len(self.space), -1, 2)
+        return torch.cat((time.expand(shape), self.space.expand(shape)), -2).unsqueeze(-3)
+
+
 class NextFrame(nn.Module):
     """Draws a frame, and takes the one before it into the ring."""
 
     def __init__(self, dynamics: Dynamics, sampling: SamplingConfig) -> None:
-        """Draw by ``dynamics``, whose steps are written out one after the other."""
+        """Draw by ``dynamics``, which is changed; its steps are written out one after the other."""
         super().__init__()
+        dynamics.rotation = OpenRotation(dynamics.rotation)  # type: ignore[assignment]
         self.dynamics, self._sampling = dynamics, sampling
 
     def forward(

@@ -231,6 +231,7 @@ class Engine:
             session.say(str(error))
         else:
             session.began(frame, self.game.seed_of(slot), self.game.beside(slot))
+        session.shown_view = self.game.view(slot)
         player.due = time.perf_counter() + self._period(player)
         if not player.gone:
             player.show(0)
@@ -244,7 +245,7 @@ class Engine:
         session = player.session
         if self.game.view(player.slot) == session.view:
             raise error
-        session.view = self.game.view(player.slot)
+        session.view = session.shown_view = self.game.view(player.slot)
         session.say(str(error))
         session.control("reset" if seed is None else "seed", seed)
 

@@ -187,6 +187,7 @@ class EnvGame(Game):
             raise
         game.name, game.source = about.name, about.source
         game.display_aspect = about.source.display_aspect
+        game.display = about.export.get("display", game.display)
         return game
 
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:

@@ -99,6 +99,7 @@ class Session:
         self.sampling, self.steps_of = sampling, steps_of
         self.can_draft = self.lookahead = drafts
         self.views, self.view = views, views[0]
+        self.shown_view = views[0]  # of the picture: a game takes a while to begin
         self.notice = ""
         self._noticed = 0.0
         self.seed: int | None = None
@@ -330,7 +331,7 @@ class Session:
         self.beside = beside
         if outcome.error:
             self.say(outcome.error)
-            self.view = self.views[0]
+            self.view = self.shown_view = self.views[0]
         if outcome.info.get("dream_ended"):
             self.say("the dream ended here; it goes on from the game's frames")
         self.frame, self.reward, self.action = outcome.frame, outcome.reward, choice.label
@@ -371,7 +372,7 @@ class Session:
             "acceptance": None if acceptance is None else round(float(acceptance), 3),
             "hazard": None if hazard is None else round(float(hazard), 4),
             "agent": self.agent_on,
-            "view": self.view,
+            "view": self.shown_view,
             "apart": None if apart is None else round(float(apart), 1),
             "notice": self.notice if time.monotonic() - self._noticed < _NOTICED else "",
         }

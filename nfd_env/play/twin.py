@@ -55,8 +55,10 @@ class TwinSlots(Slots):
 
     In the view "dream" it is ``Slots``. In "real" the real game is played, and in "split" both,
     by the same actions; there the real game's outcome counts, and the dream's frame is beside it.
-    A change to "real" begins an episode of the game; a change from it lets the dream go on from the
-    game's last frames. So does the end of a dream in "split" where the game has not ended.
+    A change to "dream" lets it go on from the game's last frames. So does the end of a dream in
+    "split" where the game has not ended. The game meanwhile waits as it is, which is the saved
+    state that every game has, also one that could not write it down: a change back goes on there.
+    An episode of the game begins at the first change, after its end, and after a new seed.
     """
 
     def __init__(self, make: Callable[[], gymnasium.Env], *args: Any, **kwargs: Any) -> None:
@@ -96,12 +98,12 @@ class TwinSlots(Slots):
             self._real[slot] = _RealGame(self._make())
         real = self._real.get(slot)
         self._drafts.pop(slot, None)
-        goes_on = before != "dream" and real is not None and not real.over
+        goes_on = real is not None and not real.over
         if view == "dream":
             kept = self._beside.pop(slot, None)
             if before == "split" and kept is not None and goes_on:
                 frame = kept
-            elif goes_on and real is not None:
+            elif before != "dream" and goes_on and real is not None:
                 frame = self._begin(slot, None, real.context())
             else:
                 frame = self._begin(slot, None)
@@ -118,6 +120,8 @@ class TwinSlots(Slots):
     def reset(self, slot: int, seed: int | None = None) -> np.ndarray:
         """See ``Slots``; in "real" and "split" an episode of the real game begins."""
         if self._views[slot] == "dream":
+            if seed is not None and slot in self._real:
+                self._real[slot].over = True  # a seed is another episode, of the game too
             return self._begin(slot, seed)
         frame = self._reset_real(slot, seed)
         if self._views[slot] == "split":

@@ -4,6 +4,7 @@ import base64
 import gzip
 import http.server
 import json
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from nfd_env.play.keys import KeyLatch, Keymap  # noqa: E402
 from nfd_env.sources.spec import SourceConfig  # noqa: E402
 from nfd_env.spaces import ActionCodec, space_from_dict  # noqa: E402
 from nfd_env.worlds.load import load_world  # noqa: E402
-from tests.play.browser import Browser, find_chromium, run  # noqa: E402
+from tests.play.browser import FLAGS, SOFTWARE_GPU, Browser, find_chromium, run  # noqa: E402
 
 CHROMIUM = find_chromium()
 PACKAGE = Path(__file__).parents[2] / "node_modules" / "onnxruntime-web"
@@ -36,6 +37,11 @@ in_a_browser = pytest.mark.skipif(
     reason="NO CHROMIUM: apt-get install chromium"
     if CHROMIUM is None
     else f"NO ONNXRUNTIME-WEB: npm install --no-save onnxruntime-web@{RUNTIME}",
+)
+on_a_gpu = pytest.mark.skipif(
+    "NFD_WEBGPU" not in os.environ,
+    reason="TAKES MINUTES, a processor plays the GPU: NFD_WEBGPU=1 .venv/bin/python -m pytest "
+    "tests/export/test_web.py",
 )
 ISOLATED = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -124,7 +130,7 @@ NAMES = {0: "", 1: "ArrowRight", 2: "ArrowLeft"}
 
 
 async def played(tab, seed, actions):
-    await tab.until("window.nfd && nfd.hello && nfd.hud.step >= 1", 60)
+    await tab.until("window.nfd && nfd.hello && nfd.hud.step >= 1", 600)
     keys = json.dumps([NAMES[action] for action in actions])
     # Not in one call to the browser: that would have a limit in time.
     await tab.evaluate(f"{PLAY}({seed}, {keys}).then((seen) => {{ window.seen = seen; }}); 0")
@@ -144,26 +150,37 @@ def expected(world, seed, actions):
 
 @in_a_browser
 @pytest.mark.parametrize(
-    ("page", "headers", "steps"),
-    [(2, {}, 50), (0, ISOLATED, 5)],
-    ids=["one thread", "threads"],
+    ("page", "headers", "steps", "backend"),
+    [
+        (2, {}, 50, ""),
+        (0, ISOLATED, 5, "webgpu"),
+        pytest.param(2, {}, 12, "webgpu", marks=on_a_gpu),
+    ],
+    ids=["one thread", "threads", "gpu"],
     indirect=["page"],
 )
-def test_the_page_plays_as_the_environment_does(page, headers, steps):
+def test_the_page_plays_as_the_environment_does(request, page, headers, steps, backend):
     world, folder = page
+    on_gpu = "gpu" in request.node.callspec.id
     seed, actions = 2**32 - 3, np.random.default_rng(0).integers(0, 3, steps).tolist()
 
     async def go(url):
-        async with Browser(CHROMIUM) as browser:
-            tab = await browser.tab(f"{url}?backend=wasm")
+        async with Browser(CHROMIUM, SOFTWARE_GPU if on_gpu else FLAGS) as browser:
+            tab = await browser.tab(f"{url}?backend={backend}")
             seen = await played(tab, seed, actions)
             where = await tab.evaluate("document.getElementById('status').innerText")
+            said = await tab.evaluate("document.getElementById('toast').innerText")
             assert tab.errors == []
-            return seen, where, await tab.evaluate("crossOriginIsolated")
+            return seen, where, said, await tab.evaluate("crossOriginIsolated")
 
     with hosting(folder, headers) as url:
-        seen, where, isolated = run(lambda: go(url), 600)  # a busy machine is no failure
-    assert isolated == bool(headers) and ("1 thread" in where) == (not headers)
+        seen, where, said, isolated = run(lambda: go(url), 900)  # a busy machine is no failure
+    assert isolated == bool(headers)
+    if on_gpu:
+        assert where == "WebGPU"
+    else:  # whose browser has none
+        assert where.startswith("WASM, ") and ("1 thread" in where) == (not headers)
+        assert ("WASM computes, for WebGPU cannot" in said) == (backend == "webgpu")
     wanted = expected(world, seed, actions)
     assert len(seen) == len(wanted)
     for one, (frame, reward, over) in zip(seen, wanted, strict=True):

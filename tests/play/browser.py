@@ -23,6 +23,10 @@ FLAGS = (
     "--disable-backgrounding-occluded-windows --disable-dev-shm-usage "
     "--remote-debugging-port=0"
 )
+# WebGPU computed by the processor: no GPU is needed, nor is its speed anything to go by.
+SOFTWARE_GPU = FLAGS.replace("--disable-gpu ", "") + (
+    " --enable-unsafe-webgpu --use-webgpu-adapter=swiftshader --enable-features=Vulkan"
+)
 
 
 def find_chromium() -> str | None:
@@ -121,14 +125,14 @@ class Tab:
 class Browser:
     """``async with Browser(path) as browser: tab = await browser.tab(url)``."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, flags: str = FLAGS) -> None:
+        self._path, self._flags = path, flags
 
     async def __aenter__(self) -> Browser:
         self._profile = tempfile.mkdtemp(prefix="nfd-chromium-")
         self._process = await asyncio.create_subprocess_exec(
             self._path,
-            *FLAGS.split(),
+            *self._flags.split(),
             f"--user-data-dir={self._profile}",
             "about:blank",
             stdout=asyncio.subprocess.DEVNULL,

@@ -86,6 +86,45 @@ def test_the_dream_goes_on_from_the_games_last_frames(world: Path) -> None:
     assert np.abs(slots.step({0: 2})[0].frame.astype(int) - wanted[0]).max() <= 2
 
 
+def test_the_game_waits_while_the_world_dreams(world: Path) -> None:
+    slots, made = twin(world, end_at=6)
+    slots.reset(0, 5)
+    slots.set_view(0, "real")
+    slots.step({0: 1}), slots.step({0: 2})
+    slots.set_view(0, "dream")
+    slots.step({0: 0})
+    slots.reset(0)  # the dream may end and begin again meanwhile
+    slots.step({0: 0})
+    assert (slots.set_view(0, "real") == 12).all()
+    assert made[0].seeds == [5] and made[0].actions == [1, 2]
+    assert (slots.step({0: 0})[0].frame == 13).all()
+    slots.set_view(0, "dream")
+    assert (slots.set_view(0, "split") == 13).all() and slots.beside(0) is not None
+    # What the dream goes on from is what it would have been without the change there and back.
+    env = NFDVectorEnv(world, 1, "cpu", obs_type="rgb")
+    frames = np.stack([np.full(slots.frame_shape, 10 + i, np.uint8) for i in range(4)])
+    wanted, _ = env.reset(
+        seed=[5], options={"context": {"frames": frames, "actions": np.array([1, 2, 0])}}
+    )
+    assert np.abs(slots.beside(0).astype(int) - wanted[0]).max() <= 1
+    for action in (1, 2, 1):
+        over = slots.step({0: action})[0].terminated
+    assert over and made[0].seeds == [5]
+    slots.set_view(0, "dream")
+    assert (slots.set_view(0, "real") == 10).all()  # what has ended begins again
+    assert made[0].seeds == [5, 5] and len(made) == 1
+
+
+def test_another_seed_is_another_episode_of_the_game(world: Path) -> None:
+    slots, made = twin(world)
+    slots.reset(0, 5)
+    slots.set_view(0, "real")
+    slots.step({0: 1})
+    slots.set_view(0, "dream")
+    slots.reset(0, 8)
+    assert (slots.set_view(0, "real") == 10).all() and made[0].seeds == [5, 8]
+
+
 def test_both_are_driven_by_the_same_keys(world: Path) -> None:
     slots, made = twin(world)
     slots.reset(0, 5)
@@ -178,6 +217,20 @@ def test_a_person_switches(world: Path, tmp_path: Path) -> None:
     assert policies[-1] == "person:dream" and set(policies[:-1]) == {"person"}
     with pytest.raises(ControlError, match="dream and real and split"):
         session.control("view", "other")
+
+
+def test_a_dreamed_picture_is_never_called_real(world: Path) -> None:
+    slots, _ = twin(world)
+    person = Person(slots)
+    person.play(2)
+    person.session.control("view", "real")  # between two polls, as from another thread
+    assert person.session.hud()["view"] == "dream"
+    person.play(1)
+    assert person.pictures[-1].hud["view"] == "real" and (person.pictures[-1].frame == 10).all()
+    person.session.control("view", "dream")
+    assert person.session.hud()["view"] == "real"
+    person.play(1)
+    assert person.pictures[-1].hud["view"] == "dream"
 
 
 def test_a_game_that_cannot_be_had_is_said(world: Path) -> None:

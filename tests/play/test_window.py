@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import subprocess
@@ -17,6 +18,7 @@ from nfd_env.data.shards import RecordedDataset  # noqa: E402
 from nfd_env.envs.single_env import NFDEnv  # noqa: E402
 from nfd_env.play import recorder  # noqa: E402
 from nfd_env.play.commands import PlayConfig  # noqa: E402
+from nfd_env.play.game import EnvGame  # noqa: E402
 from nfd_env.play.keys import Keymap  # noqa: E402
 from nfd_env.play.session import Session  # noqa: E402
 from nfd_env.play.slots import Slots  # noqa: E402
@@ -216,6 +218,13 @@ class OneBuffer(gymnasium.Env):
 
     def render(self):
         return self.buffer
+
+
+@pytest.mark.parametrize("how", ["smooth", "pixelated"])
+def test_the_real_game_of_a_file_is_enlarged_as_its_world_will_be(tmp_path, how):
+    (tmp_path / "pole.yaml").write_text(GAME + f"export: {{display: {how}}}\n")
+    with contextlib.closing(EnvGame.from_file(tmp_path / "pole.yaml")) as game:
+        assert game.display == how
 
 
 def test_frames_of_an_env_that_draws_over_its_own_are_copied(tmp_path):

@@ -20,13 +20,20 @@ async function unpacked(file) {
   return bytes;
 }
 
-/** Sessions of the world's graphs; `backend` is "webgpu", else "wasm": nobody has tried WebGPU yet. */
-export async function load(about, backend, say) {
-  const gpu = backend === "webgpu" && Boolean(await navigator.gpu?.requestAdapter());
-  if (backend === "webgpu" && !gpu) throw new Error("this browser has no WebGPU");
+/** Whether to try WebGPU: `backend` "wasm" says no, "webgpu" takes a GPU that is a program, too. */
+export async function hasGpu(backend) {
+  if (backend === "wasm") return false;
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const software = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter;
+  return Boolean(adapter) && (backend === "webgpu" || !software);
+}
+
+/** Sessions of the world's graphs, by WebGPU (`gpu`) or by WASM. */
+export async function load(about, gpu, say) {
   const files = about.runtime[gpu ? "webgpu" : "wasm"];
   say("the runtime");
   const ort = await import(await copy(files.ort, "text/javascript"));
+  ort.env.logLevel = "error"; // that a GPU leaves small things to the processor is no warning
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmPaths = {

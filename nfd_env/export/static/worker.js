@@ -1,7 +1,7 @@
 // One person's play, in a worker: the clock, the controls and the episodes of nfd_env's Session.
 
 import { Keys } from "./keys.js";
-import { load } from "./runtime.js";
+import { hasGpu, load } from "./runtime.js";
 import { World } from "./world.js";
 
 const IN_FLIGHT = 6; // pictures that the page may leave unacknowledged before it misses some
@@ -123,14 +123,30 @@ async function show(answering) {
 
 async function main() {
   about = await (await fetch("world.json")).json();
-  const say = (what) => postMessage({ t: "loading", what });
-  const runtime = await load(about, given.get("backend"), say);
-  world = new World(about, runtime);
   keys = new Keys(about.keymap);
+  const say = (what) => postMessage({ t: "loading", what });
+  const backend = given.get("backend"), gpu = await hasGpu(backend);
+  let where, failed = backend === "webgpu" && !gpu ? "there is none in this browser" : "";
+  if (gpu) where = await begin(true, say).catch((error) => { failed = String(error.message || error); });
+  where ||= await begin(false, say);
   const seed = given.get("seed");
   CONTROLS.seed(/^\d{1,10}$/.test(seed) && Number(seed) < 2 ** 32 ? Number(seed) : undefined);
-  postMessage({ ...about.hello, where: runtime.where });
+  postMessage({ ...about.hello, where });
+  if (failed) refuse(`WASM computes, for WebGPU cannot: ${failed}`.slice(0, 300));
   await run();
+}
+
+/** Make the world; a GPU also has to draw a first frame, for which it compiles its programs. */
+async function begin(gpu, say) {
+  const runtime = await load(about, gpu, say);
+  world = new World(about, runtime);
+  if (gpu) {
+    say("what the GPU runs");
+    await world.reset(0);
+    await world.step(keys.choose().action);
+    await world.picture();
+  }
+  return runtime.where;
 }
 
 main().catch((error) => postMessage({ t: "bye", code: 4005, why: String(error.message || error) }));

@@ -19,7 +19,7 @@ from nfd_env.config import config_class
 from nfd_env.play.engine import Engine, Player, Shown
 from nfd_env.play.session import Session
 from nfd_env.play.web import protocol
-from nfd_env.play.web.pictures import jpeg
+from nfd_env.play.web.pictures import compress
 
 _GOODBYE_SECONDS = 2.0  # that a client has to take note of the end
 
@@ -65,7 +65,7 @@ class Client:
         self.session: Session | None = None
         self.player: Player | None = None
         self.history: deque[bytes] = deque()
-        self.downloading = False
+        self.downloading = self._pixelated = False
         self.sent = self.dropped = self.players = 0
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -82,6 +82,7 @@ class Client:
         """Take a seat; whether there was one."""
         pictures = int(self._limits.replay_seconds * engine.game.fps)
         self.history = deque(maxlen=max(1, min(pictures, 10_000)))
+        self._pixelated = engine.game.display == "pixelated"
         self.player = engine.join(session, self.publish, seed)
         self.session = session if self.player is not None else None
         return self.player is not None
@@ -106,7 +107,7 @@ class Client:
         self._changed.set()
 
     def publish(self, shown: Shown) -> None:
-        """Take a picture on the engine's thread, and let another one make the JPEG."""
+        """Take a picture on the engine's thread, and let another one compress it."""
         with self._lock:
             if self._raw is not None:
                 self.dropped += 1
@@ -127,7 +128,7 @@ class Client:
                 if shown is None:
                     self._encoding = False
                     return
-            picture = jpeg(shown.frame)
+            picture = compress(shown.frame, self._pixelated)
             self.history.append(picture)
             header = {
                 **shown.hud,

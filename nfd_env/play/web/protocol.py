@@ -3,7 +3,7 @@
 The page sends JSON objects with a type "t": ``key`` {k, d, n}, ``axis`` {i, v, n}, ``release`` {n},
 ``ack`` {n}, ``control`` {do, value} and ``awake``. The server sends JSON objects (``loading``,
 ``hello``, ``refused``, ``bye``) as text, and pictures as binary messages: the length of a JSON
-header (uint32, little endian), the header, the JPEG.
+header (uint32, little endian), the header, the JPEG or PNG.
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ def about_game(
     }
 
 
-def pack_picture(header: Mapping[str, Any], jpeg: bytes) -> bytes:
+def pack_picture(header: Mapping[str, Any], picture: bytes) -> bytes:
     """A picture as it goes over the wire."""
     text = json.dumps(header, separators=(",", ":")).encode()
-    return struct.pack("<I", len(text)) + text + jpeg
+    return struct.pack("<I", len(text)) + text + picture
 
 
 def _is_number(value: Any) -> bool:

@@ -120,7 +120,7 @@ class PlayServer:
         self._saver = None if save is None else Saver(save, f"{place.number}_" if place else "")
         self._elsewhere = 0
         self._clients: set[Client] = set()
-        self._encoder = ThreadPoolExecutor(encoders, "jpeg")
+        self._encoder = ThreadPoolExecutor(encoders, "pictures")
         self._films = ThreadPoolExecutor(1, "film")
         self._runner: web.AppRunner | None = None
         self._connect: Callable[..., Connection] | None = None

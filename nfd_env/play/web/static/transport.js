@@ -20,7 +20,8 @@ export function enter(world, seed, on) {
     if (typeof data === "string") return on.message(JSON.parse(data));
     const length = new DataView(data).getUint32(0, true);
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
-    on.picture(header, new Blob([new Uint8Array(data, 4 + length)], { type: "image/jpeg" }));
+    const picture = new Uint8Array(data, 4 + length), type = picture[0] === 0x89 ? "image/png" : "image/jpeg";
+    on.picture(header, new Blob([picture], { type }));
   };
   socket.onclose = () => on.closed();
   return {

@@ -40,6 +40,7 @@ export function paint(image) {
   if (view.width !== image.width || view.height !== image.height) {
     view.width = image.width;
     view.height = image.height;
+    fitPicture();
   }
   pen.drawImage(image, 0, 0);
 }
@@ -57,6 +58,7 @@ function keep(blob, header, at) {
 
 /** Nothing of the play before counts any more. */
 export function forget() {
+  [view.width, view.height] = page.hello.size;
   film.frames = [];
   film.bytes = 0;
   latencies.length = gaps.length = lastArrival = 0;
@@ -66,7 +68,7 @@ export function forget() {
 export function fitPicture() {
   const { hello } = page, frame = $("frame");
   if (!hello) return;
-  const [columns, rows] = hello.size, aspect = hello.aspect || columns / rows;
+  const { width: columns, height: rows } = view, aspect = hello.aspect || columns / rows;
   document.documentElement.style.setProperty("--aspect", aspect);
   view.classList.toggle("pixelated", hello.display === "pixelated");
   frame.style.width = "";
@@ -104,7 +106,8 @@ function show() {
   $("badge-teacher").hidden = !hud.teacher;
   pressed("view", hud.view === "real" || hud.view === "split");
   $("badge-view").hidden = hud.view !== "real" && hud.view !== "split";
-  text("badge-view", hud.view === "split" ? `real | dream, ${hud.apart ?? "–"} dB apart` : "real game");
+  text("badge-view", hud.view === "split" ? `real | dream ${hud.apart ?? "–"} dB apart` : "real game");
+  $("badges").classList.toggle("split", hud.view === "split"); // beside what differs, not over a picture
   if (hud.notice && hud.notice !== noticed) toast(hud.notice);
   noticed = hud.notice;
   $("badge-speed").hidden = hud.speed === 1;
