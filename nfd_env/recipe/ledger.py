@@ -24,7 +24,7 @@ from nfd_env.recipe.records import (
     write_records,
     write_yaml,
 )
-from nfd_env.sources.spec import PRESENTATION
+from nfd_env.sources.spec import PRESENTATION, recorded_part
 
 # What may change without making a stage's result another one.
 _WITHOUT_EFFECT = (
@@ -177,7 +177,7 @@ class Ledger:
         Names, keys and frame rate are presentation: they change the world alone.
         """
         game = self.game
-        source = {k: v for k, v in asdict(game.source).items() if k not in PRESENTATION}
+        source = recorded_part(asdict(game.source))
         if stage == "record":
             if self.number > 1:
                 return fingerprint_values({"source": source, "agent": self._digest("agent")})
