@@ -9,7 +9,6 @@ import numpy as np
 _CAR_X, _CAR_Y = 48, 66
 _FAR, _NEAR = 12, 26  # rows ahead of the car
 _PANEL = 84  # the rows below show speed and steering
-_ZOOM = 50  # frames of the beginning, in which the picture zooms in
 
 
 class Driver:
@@ -21,12 +20,11 @@ class Driver:
     def reset(self, env: gymnasium.Env, rng: np.random.Generator) -> None:
         """Begin an episode with another pace."""
         self._pace = float(rng.uniform(0.6, 1.4))
-        self._rng, self._frames, self._steer = rng, 0, 0.0
+        self._steer = 0.0
         self._speed = 0.0
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Steering, gas and brake, float32 (3,)."""
-        self._frames += 1
         road = _road(observation)
         ahead = _middle(road, _CAR_Y - _NEAR, _CAR_Y - _FAR)
         close = _middle(road, _CAR_Y - _FAR, _CAR_Y - 2)
@@ -39,7 +37,7 @@ class Driver:
         bend = abs(self._steer)
         speed = _speed(observation)
         wanted = self._pace * (0.55 - 0.4 * bend)
-        gas = float(np.clip(2 * (wanted - speed), 0, 1)) if self._frames > _ZOOM // 2 else 0.3
+        gas = float(np.clip(2 * (wanted - speed), 0, 1))
         brake = float(np.clip(2 * (speed - 1.3 * wanted), 0, 0.8))
         return np.array([self._steer, gas, brake], np.float32)
 

@@ -16,7 +16,7 @@ from nfd_env import config
 from nfd_env.data.episode import SPLITS
 from nfd_env.files import found_file, make_folder, save_text
 from nfd_env.models.weights import fingerprint_values
-from nfd_env.sources.spec import PRESENTATION, check_fps
+from nfd_env.sources.spec import check_fps, recorded_part
 from nfd_env.spaces import ActionCodec, space_from_dict
 
 WRITER = r"\w+"
@@ -155,7 +155,7 @@ def _content(values: dict[str, Any], key: str) -> Any:
     value = values.get(key)
     if key == "source" and isinstance(value, dict):
         # What is not said is the default, as in data sets that are older than a setting.
-        return {k: v for k, v in value.items() if k not in PRESENTATION and v not in ([], {}, "")}
+        return {k: v for k, v in recorded_part(value).items() if v not in ([], {}, "")}
     return None if key == "fps" else value
 
 

@@ -17,7 +17,7 @@ from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures, measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.records import StageRecord, recordings_digest, write_records, write_yaml
-from nfd_env.sources.spec import PRESENTATION
+from nfd_env.sources.spec import PRESENTATION, recorded_part
 
 # What may change without making a stage's result another one.
 _WITHOUT_EFFECT = (
@@ -133,7 +133,7 @@ class Ledger:
         Names, keys and frame rate are presentation: they change the world alone.
         """
         game, round = self.game, self.round
-        source = {k: v for k, v in asdict(game.source).items() if k not in PRESENTATION}
+        source = recorded_part(asdict(game.source))
         if stage == "record":
             if round.number > 1:
                 return fingerprint_values({"source": source, "agent": round.digest("agent")})

@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.named import described
+from nfd_env.sources.keys import KeymapError, resting_action
 from nfd_env.sources.processes import GUARD
 from nfd_env.sources.spec import (
     GameFailedError,
@@ -53,6 +54,13 @@ class FrameObservation(gymnasium.Wrapper):
         self.source, self._shows = source, render_mode
         if source.actions:
             self.action_space = _chosen_actions(env.action_space, source)
+        if source.opening:
+            try:
+                self._rest = resting_action(self.action_space, source.action_names)
+            except KeymapError as error:
+                raise SourceError(
+                    f"source.opening of {source.env_id} needs a rest: {error}"
+                ) from None
         self.fps = source.fps or frame_rate(env)
         # Whole, because gymnasium.utils.play and writers of films need that.
         self.metadata = {**(env.metadata or {}), "render_fps": max(1, round(self.fps))}
@@ -102,22 +110,20 @@ class FrameObservation(gymnasium.Wrapper):
         else:
             made = self._call("reset", self.env.reset, **kwargs)
         observation, info = self._parts("reset", made, ("observation", "info"))
+        for _ in range(self.source.opening):
+            made = self._call("step", self.env.step, self._own(self._rest))
+            observation, _, *ends, info = self._parts("step", made, _TRANSITION)
+            if any(self._ends(*ends)):
+                raise self._failed(f"it ended within its opening of {self.source.opening} steps")
         self._last = self._observe(observation)
         return self._last.copy(), _copied(info)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One transition of the real game."""
         self._step += 1
-        if self.source.actions:
-            action = self.source.actions[int(action)]
-        made = self._call("step", self.env.step, copy.deepcopy(action))
-        names = "observation", "reward", "terminated", "truncated", "info"
-        observation, reward, terminated, truncated, info = self._parts("step", made, names)
-        total = self._number("reward", reward)
-        ends = (
-            bool(self._number("terminated", terminated)),
-            bool(self._number("truncated", truncated)),
-        )
+        made = self._call("step", self.env.step, self._own(action))
+        observation, reward, *ends, info = self._parts("step", made, _TRANSITION)
+        total, ends = self._number("reward", reward), self._ends(*ends)
         if not (any(ends) and not self.source.terminal_frame):
             self._last = self._observe(observation)
         assert self._last is not None
@@ -163,6 +169,18 @@ class FrameObservation(gymnasium.Wrapper):
         if not math.isfinite(number) or abs(number) > _LARGEST:
             raise self._error(f"the {name} must be a finite number, got {number}")
         return number
+
+    def _own(self, action: Any) -> Any:
+        """The environment's own action, which it may change."""
+        if self.source.actions:
+            return self.source.actions[int(action)]
+        return copy.deepcopy(action)
+
+    def _ends(self, terminated: Any, truncated: Any) -> tuple[bool, bool]:
+        return (
+            bool(self._number("terminated", terminated)),
+            bool(self._number("truncated", truncated)),
+        )
 
     def _raw(self, observation: Any) -> np.ndarray:
         """The whole frame, uint8 (H, W, 3), perhaps in the environment's own memory."""
@@ -235,6 +253,7 @@ def frame_rate(env: gymnasium.Env) -> float:
     return rate
 
 
+_TRANSITION = "observation", "reward", "terminated", "truncated", "info"
 _FRAME_RATE = 30.0  # as ``gymnasium.utils.play`` has it
 _INSTEAD = "set frames: render to record its picture instead"
 _LARGEST = float(np.finfo(np.float32).max)  # rewards are recorded as float32

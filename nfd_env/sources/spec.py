@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
 import numpy as np
 
-from nfd_env.config import config_class
+from nfd_env.config import check_ranges, config_class
 
 # What a person sees and presses: it can change later without anything to be recorded anew.
 PRESENTATION = ("action_names", "keys", "display_aspect", "fps")
+# Settings that recordings and records of runs may be too old to know; they then had none of it.
+_LATER = ("opening",)
 
 # How ids of recordings begin that were made elsewhere, see nfd_env.data.importers.
 VIDEOS, MINARI = "videos:", "minari:"
@@ -23,6 +25,15 @@ _WIDEST = 100  # times as wide as high
 def is_imported(env_id: str) -> bool:
     """Whether an id names recordings that were made elsewhere, and no game."""
     return env_id.startswith((VIDEOS, MINARI))
+
+
+def recorded_part(source: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the values of a ``SourceConfig`` decides what is recorded."""
+    return {
+        name: value
+        for name, value in source.items()
+        if name not in PRESENTATION and (value or name not in _LATER)
+    }
 
 
 class SourceError(RuntimeError):
@@ -49,6 +60,8 @@ class SourceConfig:
         size: [height, width] after an area-averaging resize; empty for no resize.
         terminal_frame: False when the environment shows no frame at the terminal step (ViZDoom
             hands out zeros there): the last frame is then shown again.
+        opening: steps with the resting action that are taken after each reset before the first
+            frame is observed: an opening in which nothing can be played, such as CarRacing's zoom.
         actions: where the environment has Discrete actions, those that the world has, in this
             order; empty for all. Many games have keys that do nothing.
         fps: frames a second at which a person plays it, frame skip counted; 0 for what the
@@ -66,6 +79,7 @@ class SourceConfig:
     crop: list[int] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     terminal_frame: bool = True
+    opening: int = 0
     actions: list[int] = field(default_factory=list)
     fps: float = 0.0
     display_aspect: float = 0.0
@@ -85,6 +99,7 @@ class SourceConfig:
                     "source.crop must be [top, bottom, left, right] of a part of the frame, got "
                     f"{self.crop}"
                 )
+        check_ranges(self, "source.", opening="[0, 10000]")
         if self.fps:
             check_fps("source.fps", self.fps)
         if not 0 <= self.display_aspect < _WIDEST:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 from nfd_env.sources import processes
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
+from nfd_env.sources.spec import GameFailedError, recorded_part
 from tests.counter_env import HEIGHT, WIDTH, move, read, source
 
 
@@ -54,6 +55,33 @@ def test_space_reward_and_ends_are_the_envs_own() -> None:
     assert (reward, terminated, truncated, info) == (-1.0, False, False, {})
     assert type(reward) is float and type(terminated) is bool
     assert env.step(2)[1:4] == (1.0, True, False)
+
+
+def test_an_opening_is_passed_at_rest_and_counts_for_nothing() -> None:
+    plain = make_source(source(), length=8)
+    plain.reset(seed=0)
+    for _ in range(3):
+        plain.step(1)  # rests, by its name below
+    after = plain.step(2)
+    env = make_source(source(opening=3, action_names=["left", "noop", "right"]), length=8)
+    first, _ = env.reset(seed=0)
+    assert read(first[None])[1].tolist() == [3]
+    step = env.step(2)
+    assert np.array_equal(step[0], after[0]) and step[1:4] == after[1:4]
+
+
+def test_an_opening_that_a_game_does_not_outlive_is_said() -> None:
+    env = make_source(source(opening=3), length=3)
+    with pytest.raises(GameFailedError, match="within its opening of 3 steps"):
+        env.reset(seed=0)
+    with pytest.raises(ValueError, match="source.opening must be from 0 to 10000, got -1"):
+        source(opening=-1)
+
+
+def test_only_an_opening_that_is_there_takes_part_in_what_was_recorded() -> None:
+    older = {k: v for k, v in asdict(source()).items() if k != "opening"}
+    assert recorded_part(asdict(source())) == recorded_part(older)
+    assert recorded_part(asdict(source(opening=1))) != recorded_part(older)
 
 
 def test_crop_and_resize() -> None:
