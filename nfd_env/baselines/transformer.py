@@ -275,11 +275,6 @@ class TokenDynamics(nn.Module):
             tokens[:, aims] = sample_top_p(logits.float() / temperature, chance, top_p)
         return tokens[:, :-1]
 
-    @property
-    def parameter_count(self) -> int:
-        """Trained numbers."""
-        return sum(p.numel() for p in self.parameters())
-
     def _filled(self, tokens: Tensor, actions: Tensor) -> Tensor:
         """What goes into all slots of frames (B, T, ...): (B, T, slots, d)."""
         rows = self.embed(tokens).unflatten(2, (self.config.rows, self.config.columns))
