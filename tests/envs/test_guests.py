@@ -306,7 +306,7 @@ def test_a_pickle_of_a_world_that_has_been_replaced(make_world: Any, tmp_path: P
     assert same(env.reset(seed=0), copy.deepcopy(env).reset(seed=0))
     shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match="unknown world"):
-        pickle.loads(pickled)
+        pickle.loads(pickles[0])
 
 
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES.keys())
@@ -385,7 +385,7 @@ def test_what_clients_set_can_be_set(endless_world: Path) -> None:
     one.reset(seed=0)
     assert one.step(0)[3] and one.vector.max_episode_steps == 1
     for env in (one, batch):
-        env.render_mode = "rgb_array"
+        env.render_mode = "rgb_array"  # type: ignore[misc]
         assert env.render() is not None
         env.spec = gymnasium.spec("NFD/World-v0")
         env.mine, env.metadata = 5, {**env.metadata, "mine": 1}  # type: ignore[union-attr]
@@ -419,7 +419,7 @@ def test_a_bool_is_no_number(endless_world: Path, counter_world: Path, flag: Any
             env.reset(seed=flag)
     for seeds in ([flag, 1], np.array([flag, flag]), torch.tensor([bool(flag)] * 2)):
         with pytest.raises(ValueError, match="seed"):
-            batch.reset(seed=seeds)
+            batch.reset(seed=seeds)  # type: ignore[arg-type]
     for name in (
         *("num_envs", "frame_skip", "speculative_frames", "max_episode_steps"),
         *("sampling_steps", "context_observations", "temperature", "history_level"),
