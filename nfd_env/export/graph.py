@@ -104,6 +104,7 @@ class OpenRotation(nn.Module):
     def __init__(self, rotation: FrameRotation) -> None:
         """The same rotations as ``rotation``'s."""
         super().__init__()
+        assert isinstance(rotation.time_rates, Tensor) and isinstance(rotation.space, Tensor)
         turns = rotation.time_rates / (2 * math.pi) * self._TURN
         self.register_buffer("time_rates", turns.round().long())
         self.register_buffer("space", rotation.space)

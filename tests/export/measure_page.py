@@ -24,6 +24,7 @@ from tests.play.browser import FLAGS, Browser, run
 async def measure(url, settings):
     # A GPU, where the machine has one; --backend webgpu takes also one that is a program.
     flags = FLAGS.replace("--disable-gpu ", "") + " --enable-unsafe-webgpu"
+    assert CHROMIUM is not None, "apt-get install chromium"
     async with Browser(CHROMIUM, FLAGS if settings.backend == "wasm" else flags) as browser:
         tab = await browser.tab(f"{url}?seed=1&backend={settings.backend}")
         await tab.until("window.nfd && nfd.hello && nfd.gaps.length > 30", 600)

@@ -106,7 +106,7 @@ function show() {
   $("badge-teacher").hidden = !hud.teacher;
   pressed("view", hud.view === "real" || hud.view === "split");
   $("badge-view").hidden = hud.view !== "real" && hud.view !== "split";
-  text("badge-view", hud.view === "split" ? `real | dream ${hud.apart ?? "–"} dB apart` : "real game");
+  text("badge-view", hud.view === "split" ? `real | dream, ${hud.apart ?? "–"} dB apart` : "real game");
   $("badges").classList.toggle("split", hud.view === "split"); // beside what differs, not over a picture
   if (hud.notice && hud.notice !== noticed) toast(hud.notice);
   noticed = hud.notice;
