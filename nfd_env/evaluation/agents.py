@@ -247,10 +247,11 @@ def evaluate_agent(
     if folder is not None:
         check_writable(*(Path(folder) / f"eval_agent.{kind}" for kind in ("json", "mp4")))
     agent = find_agent(settings.agent, settings.world or None)
+    is_policy = not agent.endswith((".safetensors", ".zip"))
+    policy = behaviour_policy(agent) if is_policy else None
     spec = read_agent_spec(agent, None, settings.trust)
     world = _world_of(settings, spec)
     loaded = load_world(world, settings.device, settings.precision)
-    is_policy = not agent.endswith((".safetensors", ".zip"))
     if is_policy and settings.obs_type not in (None, "rgb"):
         raise ValueError(
             f"{agent} acts on frames and cannot take obs_type={settings.obs_type!r}: leave it away"
@@ -265,7 +266,6 @@ def evaluate_agent(
         "frame_skip": frame_skip,
         "max_episode_steps": math.ceil(max_frames / frame_skip),
     }
-    policy = behaviour_policy(agent) if is_policy else None
     fps = loaded.spec.fps / frame_skip
 
     def tokenized(observation: np.ndarray) -> np.ndarray:

@@ -130,8 +130,6 @@ def test_the_same_command_continues(tiny_world: Path, tmp_path: Path) -> None:
         assert torch.equal(value, after["policy"][name].half().float())  # it is stored in half
 
 
-@pytest.mark.parametrize("trainer", ["native", "sb3"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def agents_of(folder: Path) -> dict[str, Any]:
     return {p.name: load_network(p).policy.state_dict() for p in folder.glob("*.safetensors")}
 
@@ -158,6 +156,8 @@ def test_agents_are_kept_from_poor_to_good(tiny_world: Path, tmp_path: Path) -> 
         replace(plan, keep=[65])
 
 
+@pytest.mark.parametrize("trainer", ["native", "sb3"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_it_after_all_is_saved(
     tiny_world: Path,
     tmp_path: Path,

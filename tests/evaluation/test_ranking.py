@@ -118,7 +118,8 @@ def test_a_folder_that_cannot_be_made_is_found_out_first(
     (tmp_path / "file").touch()
     out = ["--out", str(tmp_path / "file" / "x"), "--device", "cpu", "--precision", "fp32"]
     assert main([*command, str(counter_world), *out]) == 1
-    assert f"{tmp_path / 'file' / 'x'} cannot be made" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"nfd: {tmp_path / 'file' / 'x'}") and "cannot be written" in shown
 
 
 class Left:

@@ -39,7 +39,10 @@ def serve(settings: ServeConfig) -> None:
         OSError: when the token's file cannot be read.
     """
     check_ranges(settings, max_clients="[1, inf)", idle_seconds="(0, inf]")
-    check_ranges(settings, workers=f"[1, {settings.max_clients}]")
+    if not 1 <= settings.workers <= settings.max_clients:
+        raise ValueError(
+            f"workers must be from 1 to max_clients, {settings.max_clients}, got {settings.workers}"
+        )
     settings = replace(settings, host=check_host(settings.host))
     secret = read_token(settings.token, settings.token_file)
     made_up = secret is None and not is_loopback(settings.host)
