@@ -13,6 +13,17 @@ SIGNALS = [
 ]
 
 
+def asked_by_signal(error: BaseException) -> bool:
+    """Whether a handler of this package raised ``error``, and not the foreign code it was in."""
+    if isinstance(error, Exception):  # no handler raises those
+        return False
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raised_in = "" if traceback is None else traceback.tb_frame.f_globals["__name__"]
+    return raised_in.startswith("nfd_env.") and not raised_in.startswith("nfd_env.sources.")
+
+
 class StopRequest:
     """Whether INT, TERM or HUP has arrived; see ``stopping``."""
 

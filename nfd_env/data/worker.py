@@ -24,7 +24,7 @@ from nfd_env.data.record import Signals, record_episode
 from nfd_env.data.shards import DatasetSpec, RecordedDataset, ShardWriter
 from nfd_env.named import described, import_named
 from nfd_env.sources.source import make_source
-from nfd_env.stopping import SIGNALS
+from nfd_env.stopping import SIGNALS, asked_by_signal
 
 if TYPE_CHECKING:
     from nfd_env.data.collect import CollectConfig
@@ -35,6 +35,7 @@ FAILED_SHARE, FAILED_FROM = 0.5, 20  # at most this share, once so many episodes
 _PREDECESSOR = 15.0  # seconds that a stopped worker of the same name may take to end
 MOST_WORKERS = 1024  # processes, each with a game; more is a slip
 _ODD = 0x2C1B3C6D, 0x297A2D39  # any odd factors with many bits permute
+_CLOSING = 15.0  # seconds that a game may take to close
 _LAST_WORDS = 5.0  # seconds for closing the game when the parent has died
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -96,11 +97,38 @@ def labels_of(settings: CollectConfig) -> list[str]:
     ]
 
 
+class _TooLongError(BaseException):
+    """Closing a game takes too long."""
+
+
 def close(env: gymnasium.Env | None) -> None:
-    """Close a game, whatever its own code makes of it."""
-    if env is not None:
-        with suppress(Exception, SystemExit):
-            env.close()
+    """Close a game, whatever its own code makes of it, and within ``_CLOSING`` where that can be.
+
+    Signals that ask this process to end are obeyed.
+    """
+    if env is None:
+        return
+
+    def late(signum: int, frame: Any) -> None:
+        raise _TooLongError
+
+    timed = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, late) if timed else None
+    if timed:
+        signal.setitimer(signal.ITIMER_REAL, _CLOSING)
+    try:
+        env.close()
+    except _TooLongError:
+        print(f"nfd: a game did not close within {_CLOSING:g} s and is left", file=sys.stderr)
+    except SystemExit as error:
+        if asked_by_signal(error):
+            raise
+    except Exception:  # its own affair, and the last that is wanted of it
+        pass
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: Any) -> None:
@@ -140,7 +168,9 @@ def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: 
                     policy=label,
                     split="validation" if number % settings.validation_every == 0 else "train",
                 )
-            except (Exception, SystemExit) as error:
+            except _Stopped:
+                raise
+            except BaseException as error:  # whatever foreign code may raise
                 writer.skip(number, seed, label, traceback.format_exc())
                 failed, in_row = failed + 1, in_row + 1
                 reports.send(("skipped", f"episode of seed {seed}: {described(error)}"))

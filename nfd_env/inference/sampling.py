@@ -46,7 +46,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_ranges(self, "sampling_", steps="[1, inf)")
-        check_ranges(self, history_level="[0, 1)", temperature="(0, inf)")
+        # Beyond these bounds numbers overflow, or all levels are one.
+        check_ranges(self, history_level="[0, 1)", temperature="(0, 100]", shift="[0.001, 1000]")
         known = (*SAMPLERS, CONSISTENCY)
         if self.sampler not in known:
             raise ValueError(f"sampler must be one of {', '.join(known)}, got {self.sampler!r}")

@@ -22,6 +22,7 @@ from nfd_env.sources.spec import (
     check_fps,
     short,
 )
+from nfd_env.stopping import asked_by_signal
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -139,17 +140,15 @@ class FrameObservation(gymnasium.Wrapper):
         """Call foreign code, which must not end this program."""
         try:
             return function(*args, **kwargs)
-        except SystemExit as error:
-            traceback = error.__traceback__
-            while traceback is not None and traceback.tb_next is not None:
-                traceback = traceback.tb_next
-            raised_in = "" if traceback is None else traceback.tb_frame.f_globals["__name__"]
-            if raised_in.startswith("nfd_env.") and not raised_in.startswith("nfd_env.sources."):
-                raise  # a signal told this process to stop while the game was at work
-            raise self._failed(f"{name}() called exit({error.code!r})") from error
         except (gymnasium.error.ResetNeeded, gymnasium.error.ClosedEnvironmentError):
             raise  # of whoever calls
-        except Exception as error:  # whatever the game's own code raises
+        except KeyboardInterrupt:
+            raise  # by Ctrl-C, which arrives in the middle of the game's code
+        except BaseException as error:  # whatever the game's own code raises; Rust's does so
+            if asked_by_signal(error):
+                raise  # this process was told to stop while the game was at work
+            if isinstance(error, SystemExit):
+                raise self._failed(f"{name}() called exit({error.code!r})") from error
             raise self._failed(f"{name}() raised {described(error)}") from error
 
     def _parts(self, name: str, made: Any, names: tuple[str, ...]) -> tuple[Any, ...]:

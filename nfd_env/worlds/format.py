@@ -114,6 +114,10 @@ class WorldSpec:
                 f"frame_size must be [height, width] from 1 to {_LARGEST_FRAME}, got {sides}"
             )
         check_fps("fps", self.fps)
+        actions, names = self.action_space.get("n"), self.source.action_names
+        # Other spaces have names for parts of an action.
+        if self.action_space.get("type") == "Discrete" and len(names) > int(actions or 0):
+            raise ValueError(f"there are {len(names)} action_names for {actions} actions")
         if self.max_episode_steps < 0:
             raise ValueError(f"max_episode_steps must be at least 0, got {self.max_episode_steps}")
         if self.display not in DISPLAYS:
@@ -121,8 +125,6 @@ class WorldSpec:
         for key, sampling in (("sampling", self.sampling), ("teacher", self.teacher)):
             if sampling is not None and sampling.steps > _MOST_STEPS:
                 raise ValueError(f"{key}.steps must be at most {_MOST_STEPS}, got {sampling.steps}")
-            if sampling is not None and not 0 < sampling.shift < math.inf:
-                raise ValueError(f"{key}.shift must be above 0 and finite, got {sampling.shift}")
         try:
             ActionCodec(space_from_dict(self.action_space))
         except (ValueError, TypeError, KeyError, AssertionError, OverflowError) as error:

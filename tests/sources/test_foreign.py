@@ -25,6 +25,14 @@ ID = "tests/Foreign-v0"
 FRAME = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
 
 
+class Panic(BaseException):
+    """What a game written in Rust raises is no Exception."""
+
+
+def panic(env: Any, action: Any) -> Any:
+    raise Panic("rust")
+
+
 class Foreign(gymnasium.Env):
     """Shows ``frame`` and does what ``behave(env, action)`` says; knows no render mode."""
 
@@ -154,6 +162,7 @@ def test_a_game_that_cannot_be_made(error: BaseException) -> None:
         (outcome(truncated="no"), "truncated must be one number"),
         (lambda env, action: (FRAME, 0.0, False, {}), r"step\(\) must return \(observation, rew"),
         (lambda env, action: sys.exit(4), r"step\(\) called exit\(4\)"),
+        (panic, r"step\(\) raised Panic: rust"),
         (lambda env, action: {}["\n"], r"step\(\) raised KeyError: .*test_foreign.py, line \d+"),
         (lambda env, action: 1 / 0, r"step\(\) raised ZeroDivisionError: .*test_foreign.py, line"),
     ],

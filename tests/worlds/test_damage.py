@@ -128,6 +128,26 @@ def test_a_description_that_lost_its_end(copied: Path, keep: int) -> None:
         load_world(copied)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("sampling", "shift", 1e-17, "shift must be from 0.001 to 1000, got 1e-17"),
+        ("sampling", "temperature", 1e38, "temperature must be above 0 and at most 100"),
+        ("source", "action_names", list("abcdefghijk"), "11 action_names for 3 actions"),
+    ],
+)
+def test_numbers_that_overflow_and_names_of_no_action(
+    copied: Path, section: str, key: str, value: object, message: str
+) -> None:
+    path = copied / "world.yaml"
+    values = yaml.safe_load(path.read_text())
+    values[section][key] = value
+    path.write_text(yaml.safe_dump(values))
+    write_checksums(copied)
+    with pytest.raises(CheckpointError, match=message):
+        load_world(copied)
+
+
 @pytest.mark.parametrize("key", ["steps", "sampler", "shift", "history_level", "temperature"])
 @pytest.mark.parametrize("section", ["sampling", "teacher"])
 def test_sampling_must_be_complete(copied: Path, section: str, key: str) -> None:
