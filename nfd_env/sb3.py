@@ -16,6 +16,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from nfd_env.config import is_number
+from nfd_env.envs.checks import check_options, check_seeds, chosen_contexts
+from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.sources.spec import short
 from nfd_env.spaces import CountedFromZero
 
 try:
@@ -25,6 +28,9 @@ except ImportError as error:
     raise ImportError(
         f"nfd_env.sb3 needs Stable-Baselines3: pip install 'nfd-env[sb3]' ({error})"
     ) from None
+
+
+_OPTIONS = ("context", "start")  # of a reset; Stable-Baselines3 resets all environments together
 
 
 class SB3VecEnv(VecEnv):
@@ -66,34 +72,90 @@ class SB3VecEnv(VecEnv):
         """Begin new episodes, with what ``seed`` and ``set_options`` last gave.
 
         Raises:
-            ValueError: on an option that an environment does not have.
+            ValueError: on options that an environment does not have, or that cannot be used. No
+                episode has changed then, and the seeds are kept; the options are forgotten.
         """
-        seeds = None if all(s is None for s in self._seeds) else list(self._seeds)
         options = list(self._options)
-        self._reset_seeds()
         self._reset_options()
-        unknown = sorted(set().union(*options) - {"context", "start"})
-        if unknown:
-            raise ValueError(f"unknown reset option {unknown[0]!r}; known: context, start")
-        contexts = [o.get("context") for o in options]
-        starts = [o.get("start") for o in options]
-        if any(c is not None and s is not None for c, s in zip(contexts, starts, strict=True)):
-            raise ValueError("give either the reset option context or start, not both")
-        given = {"context": contexts} if any(c is not None for c in contexts) else None
-        observation, infos = self.env.reset(seed=seeds, options=given)
-        # The vector env takes one start at a time.
-        for start in dict.fromkeys(s for s in starts if s is not None):
-            mask = np.array([s == start for s in starts])
-            observation, infos = self.env.reset(
-                seed=seeds, options={"start": start, "reset_mask": mask}
-            )
-        self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
+        groups = self._groups(options)
+        seeds = None if all(s is None for s in self._seeds) else list(self._seeds)
+        whole = len(groups) == 1
+        if not whole:  # the very first reset of a vector env must be one of every environment
+            whole = min(self.env.unwrapped.np_random_seed) < 0
+        observation: Any = None
+        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        # Each environment is reset once, in its own group, so that no episode of its seed is left
+        # out.
+        for mask, given in groups:
+            masked = given if whole else {**given, "reset_mask": mask}
+            observation, infos = self.env.reset(seed=seeds, options=masked or None)
+            for row in np.flatnonzero(mask).tolist():
+                rows[row] = _row(infos, row)
+            if whole and len(groups) > 1:
+                # The other groups have begun with another's options: with its seed given once
+                # more, an environment begins its first episode again.
+                whole, seeds = False, list(self.env.unwrapped.np_random_seed)
+        self._reset_seeds()
+        self.reset_infos = rows
         return observation
 
+    def _groups(self, options: Sequence[Any]) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        """Which environments can be reset together, and with which options of the vector env.
+
+        Contexts come first: the vector env checks them, before it changes anything.
+
+        Raises:
+            ValueError: on options that cannot be used.
+        """
+        for own in options:
+            check_options(own, _OPTIONS)
+        contexts = [own.get("context") for own in options]
+        starts = [own.get("start") for own in options]
+        if any(c is not None and s is not None for c, s in zip(contexts, starts, strict=True)):
+            raise ValueError("give either the reset option context or start, not both")
+        world = self.env.unwrapped
+        for name, values in (("context", contexts), ("start", starts)):
+            if not isinstance(world, NFDVectorEnv) and any(v is not None for v in values):
+                raise ValueError(f"only a learned world has the reset option {name}, not {world}")
+        for start in starts:  # all, before any is compared with another: True == 1
+            if start is not None:
+                chosen_contexts(world.world, world.starts, {"start": start}, [0], self.num_envs)
+        groups: list[tuple[np.ndarray, dict[str, Any]]] = []
+        # The vector env takes one start at a time.
+        for start in sorted(dict.fromkeys(starts), key=lambda s: s is not None):
+            given = {} if start is None else {"start": start}
+            if start is None and any(c is not None for c in contexts):
+                given = {"context": contexts}
+            groups.append((np.array([s == start for s in starts]), given))
+        return groups
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Options of the next reset: one dict for every environment, or a list with one for each.
+
+        Raises:
+            ValueError: on anything else; the options that were given before are kept.
+        """
+        if options is not None and not isinstance(options, dict):
+            if not isinstance(options, list | tuple):
+                raise ValueError(f"options must be a dict or a list of them, got {short(options)}")
+            if len(options) != self.num_envs:
+                raise ValueError(
+                    f"{len(options)} options were given for {self.num_envs} environments"
+                )
+            for own in options:
+                if not isinstance(own, dict):
+                    raise ValueError(f"the options of an environment are a dict, got {short(own)}")
+        super().set_options(options)  # type: ignore[arg-type]
+
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        """Environment i gets ``seed`` + i at the next reset; see the base class."""
+        """Environment i gets ``seed`` + i at the next reset; see the base class.
+
+        Raises:
+            ValueError: on what is no seed; the seeds that were given before are kept.
+        """
         if seed is not None and not is_number(seed, whole=True):
             raise ValueError(f"a seed must be a whole number, got {seed!r}")
+        check_seeds(seed, self.num_envs)
         return super().seed(seed)
 
     def step_async(self, actions: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 
+from nfd_env.envs.checks import check_seeds
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.spaces import CountedFromZero
 
@@ -131,7 +132,13 @@ class TorchRLEnv(EnvBase):
         )
 
     def _set_seed(self, seed: int | None) -> None:
+        check_seeds(seed, self.num_envs)  # here, as it is used at the next reset only
         self._seed = seed
+
+    def close(self, **kwargs: Any) -> None:
+        """Close the vector env, too; ``kwargs`` are TorchRL's."""
+        super().close(**kwargs)
+        self.env.close()
 
     @property
     def num_envs(self) -> int:

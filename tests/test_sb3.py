@@ -145,6 +145,103 @@ def test_bad_options(tiny_world: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 99}, "start must be from 0 to .* got 99"),
+        ({"start": "x"}, "start must be from 0 to .* got 'x'"),
+        ({"start": True}, "start must be from 0 to .* got True"),
+        ({"start": [0]}, r"start must be from 0 to .* got \[0\]"),
+        ([{"start": 0}, {"start": 99}, {}], "start must be from 0 to .* got 99"),
+        ([{"start": 1}, {"start": True}, {}], "start must be from 0 to .* got True"),
+        ([{"start": 0}, {"context": {"frames": []}}, {}], "context frames must have shape"),
+        ([{"start": 0}, {}], "2 options were given for 3 environments"),
+        ([{"start": 0}, {}, 7], "the options of an environment are a dict, got 7"),
+        ({"reset_mask": [True] * 3}, "unknown reset option 'reset_mask'"),
+        (5, "options must be a dict or a list of them, got 5"),
+        ("x", "options must be a dict or a list of them, got 'x'"),
+    ],
+)
+def test_refused_options_change_nothing(tiny_world: Path, options: Any, message: str) -> None:
+    venv, twin = make(tiny_world, seed=3), make(tiny_world, seed=3)
+    for env in (venv, twin):
+        env.reset()
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match=message):
+            venv.set_options(options)
+            venv.reset()
+
+    def both_step() -> None:
+        (seen, *_), (expected, *_) = (env.step(np.array([0, 1, 2])) for env in (venv, twin))
+        assert np.array_equal(seen, expected)
+
+    refused()
+    both_step()
+    for env in (venv, twin):
+        env.seed(8)
+    refused()  # the seed is still to be used
+    assert np.array_equal(venv.reset(), twin.reset())
+    both_step()
+
+
+def test_refused_options_before_the_first_reset(tiny_world: Path) -> None:
+    venv = make(tiny_world, seed=3)
+    venv.set_options([{"start": 1}, {"start": 99}, {}])
+    with pytest.raises(ValueError, match="start must be from 0 to"):
+        venv.reset()
+    assert np.array_equal(venv.reset(), native(tiny_world).reset(seed=3)[0])
+
+
+@pytest.mark.parametrize("seed", [-1, True, 1.0, "a"])
+def test_bad_seeds(tiny_world: Path, seed: Any) -> None:
+    venv = make(tiny_world, seed=3)
+    with pytest.raises(ValueError, match="seed"):
+        venv.seed(seed)
+    assert np.array_equal(venv.reset(), native(tiny_world).reset(seed=3)[0])
+
+
+def test_a_start_leaves_out_no_episode(tiny_world: Path) -> None:
+    venv, env = make(tiny_world, 4, seed=3, context_observations=1), native(tiny_world, 4)
+    venv.reset()
+    env.reset(seed=3)
+    venv.set_options([{"start": 0}, {"start": 1}, {"start": 2}, {}])
+    observation = venv.reset()
+    assert venv.unwrapped.env.unwrapped._now.episodes == [1] * 4
+    assert all("context" in infos for infos in venv.unwrapped.reset_infos)
+    expected: Any = None
+    for row, options in enumerate(({"start": 0}, {"start": 1}, {"start": 2}, {})):
+        expected, _ = env.reset(options={**options, "reset_mask": np.arange(4) == row})
+    assert np.array_equal(observation, expected)
+    for actions in np.random.default_rng(0).integers(0, 3, (5, 4)):
+        (seen, *_), (expected, *_) = venv.step(actions), env.step(actions)
+        assert np.array_equal(seen, expected)
+    # One start for all is one reset of the vector env.
+    venv.set_options({"start": 2})
+    assert np.array_equal(venv.reset(), env.reset(options={"start": 2})[0])
+    for actions in np.random.default_rng(1).integers(0, 3, (5, 4)):
+        (seen, *_), (expected, *_) = venv.step(actions), env.step(actions)
+        assert np.array_equal(seen, expected)
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_own_starts_at_the_first_reset(tiny_world: Path, seeded: bool) -> None:
+    env = native(tiny_world, 3)
+    venv = SB3VecEnv(native(tiny_world, 3))
+    if seeded:
+        venv.seed(3)
+    venv.set_options([{"start": 2}, {}, {"start": 1}])
+    observation = venv.reset()
+    assert venv.env._now.episodes == [0] * 3
+    seeds = list(venv.env.np_random_seed)
+    assert not seeded or seeds == [3, 4, 5]
+    expected = env.reset(seed=seeds)[0]
+    for row, start in ((0, 2), (2, 1)):
+        mask = np.arange(3) == row
+        expected, _ = env.reset(seed=seeds, options={"start": start, "reset_mask": mask})
+    assert np.array_equal(observation, expected)
+
+
+@pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"autoreset_mode": AutoresetMode.NEXT_STEP}, "SAME_STEP"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -223,6 +224,26 @@ def test_bad_input(tiny_world: Path) -> None:
         TorchRLEnv(tiny_world, output="numpy")
     with pytest.raises(ValueError, match="obs_type must be one of"):
         TorchRLEnv(tiny_world, obs_type="sound")
+
+
+@pytest.mark.parametrize("seed", [-1, "a", 1.0, True])
+def test_bad_seeds(tiny_world: Path, seed: Any) -> None:
+    env, twin = TorchRLEnv(tiny_world, 2, **CPU), TorchRLEnv(tiny_world, 2, **CPU)
+    for each in (env, twin):
+        each.set_seed(4)
+    with pytest.raises(ValueError, match=r"seeds? must (not be negative|be a whole number)"):
+        env.set_seed(seed)
+    assert torch.equal(env.reset()["observation"], twin.reset()["observation"])
+
+
+def test_closing_closes_the_vector_env(tiny_world: Path) -> None:
+    env = TorchRLEnv(tiny_world, 2, **CPU)
+    env.reset()
+    env.close()
+    assert env.is_closed and env.env.closed
+    with pytest.raises(gymnasium.error.ClosedEnvironmentError):
+        env.reset()
+    env.close()  # once more does no harm
 
 
 def test_without_torchrl(monkeypatch: pytest.MonkeyPatch) -> None:

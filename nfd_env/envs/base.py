@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
+import threading
+from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
@@ -25,6 +29,40 @@ from nfd_env.worlds.rivals import RIVALS
 
 DYNAMICS = (None, "student", "teacher", "flow", *RIVALS)
 _LONGEST_SKIP = 10_000  # frames; minutes of any game, so that more is a slip
+
+# The thread that is changing an env, by the env's id; nobody else's entry is ever touched. It lies
+# outside the envs, so that copies and pickles of them know nothing of it.
+_CHANGING: dict[int, int] = {}
+if hasattr(os, "register_at_fork"):  # the threads of the parent are not there in a fork
+    os.register_at_fork(after_in_child=_CHANGING.clear)
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def one_thread(method: Method) -> Method:
+    """``method`` of an env, for one thread at a time; those so marked may call each other.
+
+    Raises:
+        RuntimeError: while another thread is in such a method of the same env.
+    """
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        me, key = threading.get_ident(), id(self)
+        if _CHANGING.get(key) == me:  # called by another of these methods
+            return method(self, *args, **kwargs)
+        try:
+            if _CHANGING.setdefault(key, me) != me:  # atomic: one thread alone gets in
+                raise RuntimeError(
+                    f"{method.__name__}() was called while another thread changes this env: an "
+                    "env is for one thread at a time; make one for each, or use a lock"
+                )
+            return method(self, *args, **kwargs)
+        finally:
+            if _CHANGING.get(key) == me:
+                del _CHANGING[key]
+
+    return alone  # type: ignore[return-value]
 
 
 class WorldVectorEnv(VectorEnv):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -20,6 +21,7 @@ from nfd_env.worlds.starts import load_starts
 
 RESET_OPTIONS = ("context", "start", "reset_mask")
 _ENCODED_AT_A_TIME = 64  # frames of a context
+_LARGEST_START = 65504.0  # the largest number in half precision, which files of starts are in
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -153,10 +155,10 @@ def check_mask(mask: Any, num_envs: int, begun: bool) -> np.ndarray:
 def check_starts(
     world: World, starts: Sequence[Context] | str | PathLike[str] | None
 ) -> Sequence[Context]:
-    """Recorded moments that episodes of ``world`` can start from.
+    """Recorded moments that episodes of ``world`` can start from, independent of those given.
 
     Raises:
-        ValueError: when they do not fit, or hold NaN or infinity.
+        ValueError: when they do not fit, or hold NaN, infinity or numbers beyond half precision.
         CheckpointError: when a file of them cannot be read.
     """
     if starts is None:
@@ -183,7 +185,24 @@ def check_starts(
             )
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ValueError(f"start {number} holds NaN or infinity")
-    return starts
+        for name, part in (("latents", start.latents), ("actions", start.actions)):
+            _check_size(f"start {number}: {name}", part)
+    # Copies: what their owner does with them later is nothing to the episodes.
+    return [replace(s, latents=_copied(s.latents), actions=_copied(s.actions)) for s in starts]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _check_size(name: str, numbers: Tensor) -> None:
+    """Raise ValueError for numbers that networks would make NaN of."""
+    largest = float(numbers.abs().max())
+    if largest > _LARGEST_START:
+        raise ValueError(
+            f"{name} must be from {-_LARGEST_START:g} to {_LARGEST_START:g}, got {largest:.3g} "
+            "in size"
+        )
 
 
 def chosen_contexts(
@@ -256,5 +275,6 @@ def encoded_context(world: World, entry: Any) -> Context:
     into = torch.zeros(len(frames), codec.width, dtype=torch.float32, device="cpu")
     if len(actions):
         into[1:] = codec.encode(codec.check(actions, len(actions)))
+        _check_size("context actions", into)
     parts = torch.from_numpy(frames.copy()).split(_ENCODED_AT_A_TIME)
     return Context(torch.cat([world.model.encode(part) for part in parts]), into)

@@ -16,10 +16,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from nfd_env.envs import checks
-from nfd_env.envs.base import DYNAMICS
+from nfd_env.envs.base import DYNAMICS, one_thread
 from nfd_env.envs.moment import Moment
 from nfd_env.envs.observing import observe_before
-from nfd_env.envs.state import EnvState
+from nfd_env.envs.state import EnvState, check_state
 from nfd_env.inference.cuda_graph import CapturedCall
 from nfd_env.inference.noise import mix
 from nfd_env.inference.speculation import advance, check_frames
@@ -111,7 +111,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     starts: recorded moments that episodes start from: a sequence of ``Context``, or a file of
         ``nfd_env.worlds.starts.save_starts``; None for those that come with the world. With
         thousands of them and a small ``max_episode_steps``, what is generated stays close to what
-        was recorded. They are kept as they are given, and go to the device when they are used.
+        was recorded. They are copied as they are given, and go to the device when they are used.
 
     ## Reset options
     ``context``: {"frames": uint8 (T, H, W, 3), "actions": (T-1, ...)}, T >= 1, or a list of
@@ -206,6 +206,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
             self.watch_ood()
         self._made = True
 
+    @one_thread
     def set_sampling(
         self,
         sampling_steps: int | None = None,
@@ -266,6 +267,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         """The seed of each environment, -1 before the first reset."""
         return (-1,) * self.num_envs if self._now is None else tuple(self._now.seeds)
 
+    @one_thread
     def reset(
         self,
         *,
@@ -305,6 +307,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         infos = self._infos(torch.zeros(self.num_envs, **self._numbers), none)
         return self.observe(), self._output(infos | begun)
 
+    @one_thread
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every environment by one action (``frame_skip`` frames).
 
@@ -346,6 +349,12 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
             infos = self._finish(infos)
             begun = self._next_episodes(np.flatnonzero(now.ended))
         return self._step_output(self.observe(), rewards, terminated, truncated, infos | begun)
+
+    @one_thread
+    def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
+        """See ``Moment.restore_state``; ``state`` may have been damaged in a file."""
+        check_state(state, self.model, self.speculative_frames, self.world.codec.width)
+        return super().restore_state(state, rows)
 
     def _infos(self, hazard: Tensor, stepped: np.ndarray) -> dict[str, Any]:
         """What ``info`` says at any time; ``stepped`` tells who took a step."""
@@ -414,8 +423,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         return infos
 
     def _next_episodes(self, rows: np.ndarray) -> dict[str, Any]:
-        listed = [int(r) for r in rows]
-        now = self._begun("step")
+        now, listed = self._begun("step"), [int(r) for r in rows]
         keys = [(now.seeds[row], now.episodes[row] + 1) for row in listed]
         return self._restart(listed, keys, [None] * len(listed))
 

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from nfd_env.config import config_class, is_number
-from nfd_env.envs.checks import check_number
+from nfd_env.envs.checks import check_flag, check_number, check_whole
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 
@@ -98,7 +98,7 @@ def _watch(env: Any, penalty: float, threshold: float, truncate: bool) -> None:
         raise ValueError(f"penalty must be at least 0 and finite, got {penalty!r}")
     if not check_number("threshold", threshold) > 0:
         raise ValueError(f"threshold must be above 0, got {threshold!r}")
-    env.watch_ood(threshold if truncate else np.inf)
+    env.watch_ood(threshold if check_flag("truncate", truncate) else np.inf)
 
 
 class SlotShare(VectorWrapper):
@@ -115,10 +115,13 @@ class SlotShare(VectorWrapper):
 
         Args:
             env: an env; all shares have equally many environments.
-            first: the seed with which share 0 is reset. A smaller one is share 0's, too.
+            first: >= 0, the seed with which share 0 is reset. A smaller one is share 0's, too.
+
+        Raises:
+            ValueError: when ``first`` is no seed.
         """
+        self.first = check_whole("first", first, 0)
         super().__init__(env)
-        self.first = first
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ Prints the env steps a second of all processes together, which share the environ
 
 import argparse
 import multiprocessing
+import os
 import time
 
 import numpy as np
@@ -13,9 +14,8 @@ import torch
 from nfd_env import NFDVectorEnv
 
 
-def play(world, num_envs, threads, seconds, seed, ready, done):
+def play(world, num_envs, seconds, seed, ready, done):
     """Step one process's part with random actions from when all are ready on."""
-    torch.set_num_threads(threads)
     env = NFDVectorEnv(world, num_envs, obs_type="latent", output="torch")
     env.reset(seed=seed)
     actions = np.random.default_rng(seed)
@@ -36,10 +36,12 @@ def measure(world, num_envs, processes, threads, seconds):
     """Env steps a second of all processes."""
     context = multiprocessing.get_context("spawn")
     ready, done = context.Barrier(processes), context.Queue()
-    share, part = num_envs // processes, max(1, threads // processes)
+    share = num_envs // processes
+    # Else each had one thread: see nfd_env.envs.guests.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // processes))
     workers = [
         context.Process(
-            target=play, args=(world, share, part, seconds, n * share, ready, done), daemon=True
+            target=play, args=(world, share, seconds, n * share, ready, done), daemon=True
         )
         for n in range(processes)
     ]
