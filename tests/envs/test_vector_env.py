@@ -192,7 +192,7 @@ def test_torch_output_can_be_learned_from(tiny_world: Path, obs_type: str) -> No
 @pytest.mark.parametrize(
     "space",
     [
-        {"type": "Discrete", "n": 2, "start": 4},
+        {"type": "Discrete", "n": 3, "start": 4},
         {"type": "MultiDiscrete", "nvec": [3, 2], "start": [0, 0]},
         {"type": "MultiBinary", "n": 4},
         {"type": "Box", "low": [-1.0, 0.0], "high": [1.0, 5.0]},
