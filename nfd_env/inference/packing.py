@@ -6,6 +6,7 @@ few rows of a streaming pass costs as much as the product itself.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from nfd_env.models.tokenizer import ResidualBlock
 _MANY_FRAMES = 16
 
 
-class _Packed(nn.Module):
+class _Packed(nn.Module, ABC):
     """Lays its weights out anew where a copy is made: what torch laid out cannot be copied."""
 
     _LAID_OUT: tuple[str, ...] = ("_packed",)
@@ -31,8 +32,9 @@ class _Packed(nn.Module):
         super().__setstate__(state)
         self._lay_out()
 
+    @abstractmethod
     def _lay_out(self) -> None:
-        raise NotImplementedError
+        """Lay out the weights, under the names of ``_LAID_OUT``."""
 
 
 class PackedLinear(_Packed, nn.Linear):
