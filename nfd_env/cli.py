@@ -33,6 +33,7 @@ COMMANDS = {
     "eval": ("nfd_env.evaluation.commands:evaluate", "how good a world is, on held-out recordings"),
     "eval-agent": ("nfd_env.evaluation.commands:eval_agent", "score an agent, in world and game"),
     "rank": ("nfd_env.evaluation.commands:rank", "does a world rank policies as its game does"),
+    "shrink": ("nfd_env.recipe.commands:shrink", "a smaller copy of a world"),
     "push": ("nfd_env.recipe.commands:push", "share a world on the Hugging Face Hub"),
     "pull": ("nfd_env.worlds.commands:pull", "fetch a world from there, or its newest version"),
     "bench": ("nfd_env.evaluation.commands:bench", "how fast a world steps"),

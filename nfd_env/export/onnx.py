@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from nfd_env.export.graph import Decoder, Judge, NextFrame, Starts
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.rounding import FEWEST_BITS, MOST_BITS
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights, neutral_torch
 from nfd_env.worlds.load import World
@@ -161,9 +163,10 @@ def _smaller(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | None
     if np.array_equal(half.astype(np.float32), weights):
         return half, None
     # One scale a row, as ``save_weights`` has it; the exporter lays some matrices on their sides.
-    for row in (0, weights.ndim - 1) if weights.ndim > 1 else ():
+    rows = (0, weights.ndim - 1) if weights.ndim > 1 else ()
+    for row, bits in itertools.product(rows, range(MOST_BITS, FEWEST_BITS - 1, -1)):
         others = tuple(axis for axis in range(weights.ndim) if axis != row)
-        scale = np.abs(weights).max(others, keepdims=True) / np.float32(127)
+        scale = np.abs(weights).max(others, keepdims=True) / np.float32(2 ** (bits - 1) - 1)
         steps = np.round(weights / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.int8)
         if np.allclose(steps * scale, weights, rtol=_RELATIVE, atol=0):
             return steps, scale.astype(np.float32)

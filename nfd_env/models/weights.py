@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from nfd_env import config
 from nfd_env.files import atomic_write, found_file
+from nfd_env.models.rounding import MOST_BITS, Rounded, from_steps, pack, unpack
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +39,7 @@ class Origin:
 
     Attributes:
         kind: one of ``KINDS``.
-        fingerprint: of the weights as they were trained; rounding to fp16 or int8 keeps it.
+        fingerprint: of the weights as they were trained; rounding to fp16 or fewer bits keeps it.
         made_from: name of an input ("tokenizer", "teacher", "recordings") -> its fingerprint.
     """
 
@@ -53,7 +53,7 @@ def save_weights(
     network: nn.Module,
     settings: Any,
     dtype: torch.dtype | None = None,
-    int8: bool = False,
+    rounded: Rounded | None = None,
     *,
     kind: str = "",
     made_from: Mapping[str, str] | None = None,
@@ -66,8 +66,7 @@ def save_weights(
         network: whose state_dict is written.
         settings: the dataclass that ``network`` was built from.
         dtype: convert floating-point tensors to this type first, e.g. ``torch.float16``.
-        int8: store matrices and kernels as one byte a weight and a float32 scale for each row
-            (output), see ``with_int8_weights``.
+        rounded: of ``network``, which is stored in place of its own matrices and kernels.
         kind: one of ``KINDS``, for a part of a world; "" for anything else, such as an agent.
         made_from: see ``Origin``; goes with ``kind``.
         fingerprint: see ``Origin``; None for that of ``network`` as it is.
@@ -78,18 +77,24 @@ def save_weights(
     assert not kind or kind in KINDS, kind
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    packed = {}
     for name, tensor in network.state_dict().items():
-        tensor = tensor.detach().cpu()
-        if int8 and _is_matrix(tensor):
-            tensors[name], tensors[name + _SCALE] = _to_int8(tensor)
-        elif dtype is not None and tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype)
+        if rounded is not None and name in rounded.steps:
+            tensor, tensors[name + _SCALE] = rounded.steps[name], rounded.scales[name]
+            if rounded.bits < MOST_BITS:
+                packed[name] = list(tensor.shape)
+                tensor = pack(tensor, rounded.bits)
         else:
-            tensors[name] = tensor
+            tensor = tensor.detach().cpu()
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+        tensors[name] = tensor
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     _check_finite(path, tensors)
     header = {"class": type(network).__name__, "config": json.dumps(config.to_dict(settings))}
+    if rounded is not None and packed:
+        header["packed"] = json.dumps({"bits": rounded.bits, "shapes": packed})
     if kind:
         header["kind"] = kind
         header["fingerprint"] = fingerprint or fingerprint_network(network)
@@ -242,12 +247,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(_SCALE)}
     _check_finite(path, tensors | scales)
+    if "packed" in header:
+        tensors |= _unpacked(path, header["packed"], tensors)
     for name, tensor in tensors.items():
         scale = scales.pop(name + _SCALE, None)
         if scale is not None:
             if tensor.dtype != torch.int8 or tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
                 raise CheckpointError(f"{path}: the scale of {name!r} does not fit it")
-            tensor = _from_int8(tensor, scale)
+            tensor = from_steps(tensor, scale)
         elif tensor.dtype == torch.int8:
             raise CheckpointError(f"{path}: {name!r} is stored as int8, but has no scale")
         tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
@@ -255,6 +262,15 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         name = next(iter(scales)).removesuffix(_SCALE)
         raise CheckpointError(f"{path}: has a scale for {name!r}, but not its weights")
     return header, tensors
+
+
+def _unpacked(path: Path, described: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The int8 steps of the packed ones of ``tensors``, as the header describes them."""
+    try:
+        read = json.loads(described)
+        return {n: unpack(tensors[n], read["bits"], shape) for n, shape in read["shapes"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its packed weights are damaged: {error}") from None
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -293,33 +309,3 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def with_int8_weights(network: M) -> M:
-    """A copy of ``network`` with the weights that ``save_weights(int8=True)`` would bring back.
-
-    Each row of a matrix, and each output of a kernel, is rounded to 255 multiples of its largest
-    weight / 127, so that no weight is off by more than 1/254 of its row's largest.
-    """
-    rounded = copy.deepcopy(network)
-    with torch.no_grad():
-        for tensor in rounded.state_dict().values():
-            if _is_matrix(tensor):
-                tensor.copy_(_from_int8(*_to_int8(tensor)))
-    return rounded
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor[0].numel() >= 16
-
-
-def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights as int8, the same shape, and float32 scales (rows,)."""
-    rows = tensor.float().flatten(1)
-    scale = rows.abs().amax(1) / 127
-    steps = rows / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return steps.round().clamp(-127, 127).to(torch.int8).view(tensor.shape), scale
-
-
-def _from_int8(steps: Tensor, scale: Tensor) -> Tensor:
-    return (steps.float().flatten(1) * scale[:, None]).view(steps.shape)

@@ -62,10 +62,9 @@ class AgentSpec:
             action_space=space_to_dict(env.single_action_space),
             frame_skip=env.frame_skip,
             frame_stack=frame_stack,
-            encoder=fingerprint(folder / "tokenizer.safetensors", *_ENCODER) if latent else "",
             trained_in=trained_in,
             latent_shape=list(env.model.dynamics.config.latent_shape) if features else [],
-            heads=fingerprint(folder / "heads.safetensors", *_FEATURES) if features else "",
+            **_fingerprints(folder, latent, features),
         )
 
     def check(self, env: Any) -> None:
@@ -91,6 +90,19 @@ class AgentSpec:
             mine, its = getattr(self, name), getattr(here, name)
             if mine != its and not (name == "world" and not mine):
                 raise AgentError(f"the agent was trained {what} {mine}, this is {its}: {remedy}")
+
+
+def of_networks(spec: AgentSpec, folder: Path) -> AgentSpec:
+    """``spec`` for the same tokenizer and heads as they are stored in another world's folder."""
+    prints = _fingerprints(folder, bool(spec.encoder), bool(spec.heads))
+    return replace(spec, **prints)
+
+
+def _fingerprints(folder: Path, latent: bool, features: bool) -> dict[str, str]:
+    return {
+        "encoder": fingerprint(folder / "tokenizer.safetensors", *_ENCODER) if latent else "",
+        "heads": fingerprint(folder / "heads.safetensors", *_FEATURES) if features else "",
+    }
 
 
 _ENCODER = ("encoder.", "normalise.")  # the weights that make latents out of frames

@@ -106,6 +106,46 @@ def export(game: Positional[str], overrides: Positional[tuple[str, ...]] = ()) -
     return train(game, overrides, stage="world")
 
 
+def shrink(
+    world: Positional[str],
+    output: Annotated[str, arg(aliases=("-o",))],
+    bits: str = "{tokenizer: 8, dynamics: 8, heads: 8}",
+    teacher: bool = False,
+    agents: tuple[str, ...] | None = None,
+) -> int:
+    """Write a smaller copy of a world, with fewer bits a weight.
+
+    Args:
+        world: a folder or the name of a shipped world.
+        output: the folder of the copy.
+        bits: networks and their bits a weight, from 4 to 8; others keep 16.
+        teacher: keep the flow model behind a distilled world, too.
+        agents: names of those beside the world that come along; default: all.
+    """
+    from pathlib import Path
+
+    import yaml
+
+    from nfd_env.recipe.shrink import shrink as make
+    from nfd_env.worlds.load import find_world
+
+    given = config.value(bits, "--bits")
+    if not isinstance(given, dict):
+        raise ValueError(f"bits must be a YAML mapping such as '{{dynamics: 6}}', got {bits!r}")
+    made = make(world, Path(output), given, teacher, agents)
+    for name, errors in yaml.safe_load((made / "provenance.yaml").read_text())["bits"].items():
+        print(
+            f"{name:10} {errors['bits']} bits: its weights are off by {errors['weights']:.1%}, "
+            f"what it makes of the starts by {errors['output']:.1%}"
+        )
+    sizes = [
+        sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 1e6
+        for f in (find_world(world), made)
+    ]
+    print(f"{made}: {sizes[1]:.1f} MB, from {sizes[0]:.1f}; what it can do:  nfd eval {made}")
+    return 0
+
+
 def push(
     folder: Positional[str],
     to: Positional[str],

@@ -306,7 +306,7 @@ class Recipe(Ledger):
             configs = values.get("configs", [])
             values["configs"] = [str(self.round.plan), *configs]
             if not values["teacher"]:  # shipped itself where the student is not near it
-                values["int8"] = [n for n in values.get("int8", []) if n != "teacher"]
+                values["bits"] = {n: b for n, b in values.get("bits", {}).items() if n != "teacher"}
             made = export(door.built_from("export", values))
             world = load_world(made, self.device, "fp32")
             windows = int(min(192, 32 + 4 * self.round.here.minutes))

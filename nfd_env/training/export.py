@@ -24,13 +24,13 @@ from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.low_rank import with_low_rank
+from nfd_env.models.rounding import FEWEST_BITS, MOST_BITS, Rounded, round_weights
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import (
     CheckpointError,
     Origin,
     load_weights,
     read_origin,
-    with_int8_weights,
 )
 from nfd_env.sources.source import PRESENTATION, SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
@@ -44,6 +44,8 @@ from nfd_env.worlds.format import (
     owned_world,
     save_world,
 )
+
+_HELD_OUT = 16  # starts that tell what rounding costs
 
 
 @config_class
@@ -66,8 +68,9 @@ class ExportConfig:
         teacher: run folder of the flow model behind a distilled ``dynamics``, to ship both; "" for
             none.
         teacher_sampling: the teacher's default sampling.
-        int8: those of tokenizer, dynamics, heads and teacher that are stored in one byte a weight
-            instead of two; the error that this makes is written into the provenance.
+        bits: those of tokenizer, dynamics, heads and teacher that are stored in fewer than 16 bits
+            a weight, and in how many, from 4 to 8, e.g. {dynamics: 8}; the error that this makes is
+            written into the provenance.
         starts: recorded moments that episodes start from, drawn evenly from all training frames.
         beginnings: how many of them are beginnings of episodes instead.
         start_frames: frames each of them brings along.
@@ -100,7 +103,7 @@ class ExportConfig:
     max_episode_steps: int = 0
     teacher: str = ""
     teacher_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=18))
-    int8: list[str] = field(default_factory=list)
+    bits: dict[str, int] = field(default_factory=dict)
     display: str = DISPLAYS[0]
     title: str = ""
     description: str = ""
@@ -117,11 +120,22 @@ class ExportConfig:
             raise ValueError(
                 f"presentation knows {', '.join(PRESENTATION)}, got {sorted(others)[0]!r}"
             )
-        unknown = set(self.int8) - set(NETWORKS)
-        if unknown:
-            raise ValueError(f"int8 knows {', '.join(NETWORKS)}, got {sorted(unknown)[0]!r}")
-        if "teacher" in self.int8 and not self.teacher:
-            raise ValueError("int8 names the teacher, but there is none")
+        check_bits(self.bits)
+        if "teacher" in self.bits and not self.teacher:
+            raise ValueError("bits names the teacher, but there is none")
+
+
+def check_bits(bits: Mapping[str, int]) -> None:
+    """Raise ValueError unless ``bits`` is networks and the bits that their weights can have."""
+    unknown = set(bits) - set(NETWORKS)
+    if unknown:
+        raise ValueError(f"bits knows {', '.join(NETWORKS)}, got {sorted(unknown)[0]!r}")
+    for name, number in bits.items():
+        if type(number) is not int or not FEWEST_BITS <= number <= MOST_BITS:
+            raise ValueError(
+                f"bits of {name} must be a whole number from {FEWEST_BITS} to {MOST_BITS}, "
+                f"got {number!r}"
+            )
 
 
 def export(settings: ExportConfig) -> Path:
@@ -193,8 +207,9 @@ def export(settings: ExportConfig) -> Path:
         for episode, first in _moments(recordings.split("train"), settings)
     ]
     networks = {"tokenizer": tokenizer, "dynamics": dynamics, "heads": heads, "teacher": teacher}
-    if settings.int8:
-        provenance["int8"] = {name: _int8_errors(networks[name], starts) for name in settings.int8}
+    rounded, errors = round_networks(networks, settings.bits, starts)
+    if settings.bits:
+        provenance["bits"] = errors
     return save_world(
         folder,
         spec,
@@ -204,7 +219,7 @@ def export(settings: ExportConfig) -> Path:
         starts,
         provenance,
         teacher,
-        settings.int8,
+        rounded,
         origins,
         _clip(recordings, settings.clip_frames),
     )
@@ -242,12 +257,17 @@ def _moments(
 
 
 @torch.inference_mode()
-def _int8_errors(network: Any, starts: list[Context]) -> dict[str, float]:
-    """Relative errors (root mean square) of int8 weights, and of what the network makes of starts.
+def round_networks(
+    networks: Mapping[str, Any], bits: Mapping[str, int], starts: Sequence[Context]
+) -> tuple[dict[str, Rounded], dict[str, dict[str, float]]]:
+    """Round those of ``networks`` that ``bits`` names, so that they do well with ``starts``.
 
-    The output is the velocity of frames at all levels, the decoded picture, or the heads' logits.
+    Returns:
+        Their weights in few bits. And for each the bits, and relative errors (root mean square) of
+        its weights and of what it makes of the last starts, which were not used in rounding where
+        there are enough: the velocity of frames at all levels, the decoded picture, or the heads'
+        logits.
     """
-    rounded = with_int8_weights(network)
 
     def relative(made: Tensor, true: Tensor) -> float:
         return float((made - true).norm() / true.norm())
@@ -255,24 +275,35 @@ def _int8_errors(network: Any, starts: list[Context]) -> dict[str, float]:
     def flat(state: nn.Module) -> Tensor:
         return torch.cat([p.flatten() for p in state.parameters()])
 
-    latents = torch.stack([s.latents for s in starts[:16]])
-    actions = torch.stack([s.actions for s in starts[:16]])
+    latents = torch.stack([s.latents for s in starts]).float()
+    actions = torch.stack([s.actions for s in starts]).float()
     generator = torch.Generator().manual_seed(0)
     levels = torch.rand(latents.shape[:2], generator=generator)
+    levels[::3] = 1.0  # which every frame is begun from
     noise = torch.randn(latents.shape, generator=generator)
     noisy = torch.lerp(latents, noise, levels[..., None, None, None])
 
-    def output(network: Any) -> Tensor:
+    def output(network: Any, which: slice) -> Tensor:
         if isinstance(network, Dynamics):
-            return network(noisy, levels, actions)
+            return network(noisy[which], levels[which], actions[which])
         if isinstance(network, Tokenizer):
-            return network.decode(latents.flatten(0, 1))
-        return network(latents, actions, network.initial_state(len(latents)))[0]
+            return network.decode(latents[which].flatten(0, 1))
+        state = network.initial_state(len(latents[which]))
+        return network(latents[which], actions[which], state)[0]
 
-    return {
-        "weights": relative(flat(rounded), flat(network)),
-        "output": relative(output(rounded), output(network)),
-    }
+    held_out = slice(-_HELD_OUT, None)
+    seen = slice(0, -_HELD_OUT if len(starts) >= 2 * _HELD_OUT else None)
+    rounded, errors = {}, {}
+    for name, number in bits.items():
+        network = networks[name]
+        rounded[name] = round_weights(network, number, lambda network: output(network, seen))
+        made = rounded[name].applied(network)
+        errors[name] = {
+            "bits": number,
+            "weights": relative(flat(made), flat(network)),
+            "output": relative(output(made, held_out), output(network, held_out)),
+        }
+    return rounded, errors
 
 
 @torch.inference_mode()

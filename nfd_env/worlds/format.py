@@ -20,9 +20,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from nfd_env.inference.sampling import CONSISTENCY, SamplingConfig
 from nfd_env.inference.state import Context
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.heads import Heads
+from nfd_env.models.rounding import Rounded
 from nfd_env.models.tokenizer import Tokenizer
 from nfd_env.models.weights import (
     CheckpointError,
@@ -175,9 +177,10 @@ def save_world(
     starts: Sequence[Context],
     provenance: Mapping[str, Any],
     teacher: Dynamics | None = None,
-    int8: Collection[str] = (),
+    rounded: Mapping[str, Rounded] | None = None,
     origins: Mapping[str, Origin] | None = None,
     clip: Clip | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a world folder, all or nothing, with fp16 weights.
 
@@ -193,10 +196,12 @@ def save_world(
         starts: contexts of equal length.
         provenance: plain values: data, commands, seeds, wall times, metrics.
         teacher: the flow model behind a distilled ``dynamics``; goes with ``spec.teacher``.
-        int8: names of the networks that are stored in one byte a weight instead of two.
+        rounded: of the networks that are stored in fewer than 16 bits a weight.
         origins: where each network comes from, see ``nfd_env.models.weights.read_origin``; None
             for networks that were not trained, or not from files.
         clip: a held-out recording.
+        beside: writes what else is to lie in the folder that it is given; None keeps the agents
+            and licences that the replaced world had.
 
     Returns:
         The folder.
@@ -231,7 +236,7 @@ def save_world(
                     network,
                     network.config,
                     torch.float16,
-                    name in int8,
+                    (rounded or {}).get(name),
                     **vars(origins[name]),
                 )
             save_starts(temporary / "starts.safetensors", starts)
@@ -240,11 +245,7 @@ def save_world(
             for name, values in (("world", config.to_dict(spec)), ("provenance", provenance)):
                 text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
                 (temporary / f"{name}.yaml").write_text(text, encoding="utf-8")
-            if (folder / AGENTS).is_dir():  # they know which world they fit, and are refused else
-                shutil.copytree(folder / AGENTS, temporary / AGENTS)
-            for path in folder.glob("*LICENSE*"):  # of the game's art, written by hand
-                if path.is_file():
-                    shutil.copy(path, temporary)
+            (beside or partial(_keep, folder))(temporary)
             write_checksums(temporary)
             read_spec(temporary)  # what cannot be read must not replace what can
             if folder.exists():
@@ -254,6 +255,15 @@ def save_world(
             _put_back(folder)
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _keep(folder: Path, temporary: Path) -> None:
+    """Take over what the world of ``folder`` has that is not written with it."""
+    if (folder / AGENTS).is_dir():  # they know which world they fit, and are refused else
+        shutil.copytree(folder / AGENTS, temporary / AGENTS)
+    for path in folder.glob("*LICENSE*"):  # of the game's art, written by hand
+        if path.is_file():
+            shutil.copy(path, temporary)
 
 
 @contextmanager
@@ -354,9 +364,9 @@ def check_origins(
                 f"{folder}: the weights of the {name} do not say what they were made from; train "
                 "that stage again with this version"
             )
-        if origins[name].kind != _kind(name, spec):
+        if origins[name].kind != kind_of(name, spec):
             raise CheckpointError(
-                f"{folder}: the {name} must be a {_kind(name, spec)} to be sampled by "
+                f"{folder}: the {name} must be a {kind_of(name, spec)} to be sampled by "
                 f"{spec.sampling.sampler}, got a {origins[name].kind}"
             )
     wanted = [(name, "tokenizer") for name in ("dynamics", "heads", "teacher")]
@@ -380,10 +390,10 @@ def check_origins(
 def _made_together(spec: WorldSpec, networks: Mapping[str, nn.Module]) -> dict[str, Origin]:
     prints = {name: fingerprint_network(network) for name, network in networks.items()}
     inputs = {k: v for k, v in prints.items() if k in ("tokenizer", "teacher")}
-    return {name: Origin(_kind(name, spec), own, inputs) for name, own in prints.items()}
+    return {name: Origin(kind_of(name, spec), own, inputs) for name, own in prints.items()}
 
 
-def _kind(name: str, spec: WorldSpec) -> str:
+def kind_of(name: str, spec: WorldSpec) -> str:
     """The kind of weights that the network ``name`` of a world has."""
     return {"dynamics": spec.dynamics, "teacher": "flow"}.get(name, name)
 

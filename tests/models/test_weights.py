@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nfd_env.models import weights
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
+from nfd_env.models.rounding import round_weights
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import (
     CheckpointError,
@@ -20,7 +22,6 @@ from nfd_env.models.weights import (
     load_weights,
     read_origin,
     save_weights,
-    with_int8_weights,
 )
 from tests.models.small import random_frames, small_dynamics
 
@@ -131,10 +132,10 @@ def test_an_interrupted_write_leaves_the_old_file(
 def test_int8_takes_a_quarter_and_is_as_exact_as_it_says(tmp_path: Path, saved: Path) -> None:
     path = tmp_path / "int8.safetensors"
     network = small_dynamics()
-    save_weights(path, network, network.config, torch.float16, int8=True)
+    save_weights(path, network, network.config, torch.float16, rounded=round_weights(network, 8))
     assert path.stat().st_size < 0.4 * saved.stat().st_size
     loaded, before = load(path).state_dict(), network.state_dict()
-    rounded = with_int8_weights(network).state_dict()
+    rounded = round_weights(network).applied(network).state_dict()
     assert loaded.keys() == before.keys() == rounded.keys()
     matrices = 0
     for name, tensor in before.items():
@@ -148,9 +149,75 @@ def test_int8_takes_a_quarter_and_is_as_exact_as_it_says(tmp_path: Path, saved: 
         assert not torch.equal(loaded[name], tensor)
     assert matrices > 10
     # What was rounded once stays as it is.
-    again = with_int8_weights(with_int8_weights(network)).state_dict()
+    once = round_weights(network).applied(network)
+    again = round_weights(once).applied(once).state_dict()
     for name, tensor in rounded.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+def test_fewer_bits_take_less_and_lose_about_half_a_step(
+    tmp_path: Path, saved: Path, bits: int
+) -> None:
+    network = small_dynamics()
+    paths = [tmp_path / f"{n}.safetensors" for n in (bits, bits + 1)]
+    for path, number in zip(paths, (bits, bits + 1), strict=True):
+        save_weights(
+            path, network, network.config, torch.float16, rounded=round_weights(network, number)
+        )
+    assert paths[0].stat().st_size < paths[1].stat().st_size < 0.4 * saved.stat().st_size
+    loaded, rounded = (
+        load(paths[0]).state_dict(),
+        round_weights(network, bits).applied(network).state_dict(),
+    )
+    finer = load(paths[1]).state_dict()
+    for name, tensor in network.state_dict().items():
+        if name in ("output.weight", "blocks.0.gate_up.weight"):
+            assert torch.equal(loaded[name], rounded[name])
+            for row in loaded[name]:
+                assert len(row.unique()) < 2**bits
+            errors = [(t[name] - tensor).norm() / tensor.norm() for t in (loaded, finer)]
+            # Even or normal rows lose 1 to 2 parts in 2**bits.
+            assert 0.4 / 2**bits < errors[0] < 2.5 / 2**bits and errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 3},
+        {"bits": 8},
+        {"bits": 6},
+        {"bits": 5.0},
+        {"bits": None},
+        {"shapes": {"output.weight": [8, 8]}},
+        {"shapes": {"output.weight": []}},
+        {"shapes": {"output.weight": "many"}},
+        {"shapes": {"nothing": [8, 8]}},
+        {"shapes": {}},
+        {"shapes": 5},
+    ],
+)
+def test_damaged_packed_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path, network = tmp_path / "a.safetensors", small_dynamics()
+    save_weights(path, network, network.config, rounded=round_weights(network, 5))
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    header["packed"] = json.dumps(json.loads(header["packed"]) | changes)
+    save_file(load_file(path), path, header)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: (its packed|the scale of)"):
+        load(path)
+
+
+def test_rounding_for_what_a_network_sees_is_worth_a_bit() -> None:
+    network, errors = small_dynamics(), {}
+    seen, others = random_frames(4, 6, seed=1), random_frames(4, 6, seed=2)
+    with torch.no_grad():
+        true = network(*others)
+        for bits, run in ((5, None), (6, None), (5, lambda n: n(*seen))):
+            made = round_weights(network, bits, run).applied(network)(*others)
+            errors[bits, run is None] = float((made - true).norm() / true.norm())
+    assert errors[5, False] < 0.8 * errors[5, True] and errors[5, False] < 1.6 * errors[6, True]
+    assert not any(m._forward_hooks for m in network.modules())
 
 
 def test_int8_kernels_and_rows_of_zeros(tmp_path: Path) -> None:
@@ -158,7 +225,7 @@ def test_int8_kernels_and_rows_of_zeros(tmp_path: Path) -> None:
     tokenizer = Tokenizer(settings).eval()
     with torch.no_grad():
         tokenizer.decoder[0].weight[1] = 0
-    save_weights(tmp_path / "t.safetensors", tokenizer, settings, int8=True)
+    save_weights(tmp_path / "t.safetensors", tokenizer, settings, rounded=round_weights(tokenizer))
     loaded = load_weights(tmp_path / "t.safetensors", Tokenizer, TokenizerConfig)
     assert not loaded.decoder[0].weight[1].any()
     frames = torch.randint(0, 255, (2, 16, 16, 3), dtype=torch.uint8)
@@ -170,7 +237,7 @@ def test_int8_kernels_and_rows_of_zeros(tmp_path: Path) -> None:
 def test_a_scale_without_weights(tmp_path: Path) -> None:
     path = tmp_path / "int8.safetensors"
     network = small_dynamics()
-    save_weights(path, network, network.config, int8=True)
+    save_weights(path, network, network.config, rounded=round_weights(network, 8))
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     tensors = load_file(path)
@@ -189,11 +256,13 @@ def rewrite(path: Path, **changes: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("int8", [False, True])
-def test_weights_must_be_finite(tmp_path: Path, value: float, int8: bool) -> None:
+@pytest.mark.parametrize("bits", [None, 8])
+def test_weights_must_be_finite(tmp_path: Path, value: float, bits: int | None) -> None:
     path, network = tmp_path / "a.safetensors", small_dynamics()
-    save_weights(path, network, network.config, int8=int8)
-    name = "output.weight.int8_scale" if int8 else "output.weight"
+    save_weights(
+        path, network, network.config, rounded=round_weights(network, bits) if bits else None
+    )
+    name = "output.weight.int8_scale" if bits else "output.weight"
     broken = load_file(path)[name]
     broken.view(-1)[0] = value
     rewrite(path, **{name: broken})
@@ -217,7 +286,7 @@ def test_weights_too_large_for_half_precision(tmp_path: Path) -> None:
 
 def test_int8_weights_without_their_scale(tmp_path: Path) -> None:
     path, network = tmp_path / "a.safetensors", small_dynamics()
-    save_weights(path, network, network.config, int8=True)
+    save_weights(path, network, network.config, rounded=round_weights(network, 8))
     rewrite(path, **{"output.weight.int8_scale": None})
     with pytest.raises(CheckpointError, match=r"'output.weight' is stored as int8, but has no"):
         load(path)
@@ -225,7 +294,7 @@ def test_int8_weights_without_their_scale(tmp_path: Path) -> None:
 
 def test_a_scale_that_does_not_fit(tmp_path: Path) -> None:
     path, network = tmp_path / "a.safetensors", small_dynamics()
-    save_weights(path, network, network.config, int8=True)
+    save_weights(path, network, network.config, rounded=round_weights(network, 8))
     rewrite(path, **{"output.weight.int8_scale": torch.ones(3)})
     with pytest.raises(CheckpointError, match=r"scale of 'output.weight' does not fit"):
         load(path)
@@ -286,7 +355,7 @@ def test_origin_goes_with_the_weights(tmp_path: Path) -> None:
         network,
         network.config,
         torch.float16,
-        int8=True,
+        rounded=round_weights(network),
         kind=origin.kind,
         made_from=origin.made_from,
         fingerprint=origin.fingerprint,

@@ -579,13 +579,13 @@ def test_student_and_teacher_are_exported_together_in_fewer_bytes(
 
     names = ["tokenizer", "dynamics", "heads", "teacher"]
     plain = export(settings("plain", teacher=str(flow.folder)))
-    small = export(settings("small", teacher=str(flow.folder), int8=names))
+    small = export(settings("small", teacher=str(flow.folder), bits=dict.fromkeys(names, 8)))
     for name in names:
         one, other = (f / f"{name}.safetensors" for f in (plain, small))
         assert other.stat().st_size < 0.85 * one.stat().st_size
     provenance = yaml.safe_load((small / "provenance.yaml").read_text())
-    assert provenance["int8"].keys() == set(names)
-    for errors in provenance["int8"].values():
+    assert provenance["bits"].keys() == set(names)
+    for errors in provenance["bits"].values():
         assert 1e-4 < errors["weights"] < 0.02 and 1e-5 < errors["output"] < 0.1
     assert provenance["stages"]["teacher"]["steps"] == provenance["stages"]["dynamics"]["steps"]
     assert provenance["modulation_rank"].keys() >= {"relative_error", "teacher_relative_error"}
@@ -690,9 +690,14 @@ def test_an_export_says_at_once_what_is_in_the_way(plan: ExportConfig, tmp_path:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"int8": ["decoder"]}, "int8 knows .*'decoder'"), ({"int8": ["teacher"]}, "there is none")],
+    [
+        ({"bits": {"decoder": 8}}, "bits knows .*'decoder'"),
+        ({"bits": {"teacher": 8}}, "there is none"),
+        ({"bits": {"heads": 3}}, "from 4 to 8, got 3"),
+        ({"bits": {"heads": 9}}, "from 4 to 8, got 9"),
+    ],
 )
-def test_wrong_int8(wrong: dict[str, Any], message: str) -> None:
+def test_wrong_bits(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExportConfig("A", "b", "c", "d", "e", "f", **wrong)
 
