@@ -40,14 +40,19 @@ class FolderError(RuntimeError):
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to, which takes its place when the block ends.
 
-    After an error, or a stop at any moment, ``path`` is what it was before.
+    After an error, or a stop at any moment, ``path`` is what it was before. It may be read by whom
+    any new file may be read by, whatever made it (safetensors has its files for the owner alone).
     """
     path = Path(path)
     # Processes, threads and machines may write the same file; the last one wins, whole.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
         with open(temporary, "rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                os.chmod(temporary, mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

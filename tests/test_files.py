@@ -207,6 +207,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         right.write_text("right")
     assert path.read_text() == "left"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    # Others may read it as they may read any new file, also where its writer is more secretive.
+    (tmp_path / "b.txt").touch()
+    with atomic_write(path) as temporary:
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+    assert path.stat().st_mode == (tmp_path / "b.txt").stat().st_mode
 
 
 # ------------------------------------------------------------------------------------- encodings

@@ -61,7 +61,7 @@ def test_the_wheel_has_every_file_of_the_package(packed: dict[str, set[str]]) ->
     here = files_below("nfd_env")
     assert {"nfd_env/py.typed", "nfd_env/play/web/static/index.html"} <= here
     assert "nfd_env/export/static/worker.js" in here
-    assert "nfd_env/worlds/doom_take_cover/agents/doom_take_cover.safetensors" in here
+    assert "nfd_env/worlds/doom_take_cover/agents/doom_take_cover_features.safetensors" in here
     assert here - packed["wheel"] == set()
 
 

@@ -133,7 +133,9 @@ def shrink(
     if not isinstance(given, dict):
         raise ValueError(f"bits must be a YAML mapping such as '{{dynamics: 6}}', got {bits!r}")
     made = make(world, Path(output), given, teacher, agents)
-    for name, errors in yaml.safe_load((made / "provenance.yaml").read_text())["bits"].items():
+    for name, errors in yaml.safe_load((made / "provenance.yaml").read_text(encoding="utf-8"))[
+        "bits"
+    ].items():
         print(
             f"{name:10} {errors['bits']} bits: its weights are off by {errors['weights']:.1%}, "
             f"what it makes of the starts by {errors['output']:.1%}"

@@ -13,7 +13,7 @@ from nfd_env.worlds.checksums import write_checksums
 from nfd_env.worlds.load import find_world
 from tests.tiny_world import make_tiny_world
 
-SHIPPED = "doom_take_cover"
+SHIPPED = "doom_take_cover_features"
 
 
 def test_a_world_that_is_written_again_keeps_its_agents(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_damaged_agent_is_noticed_and_a_new_one_is_welcome(tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"agents/doom_take_cover\.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=rf"agents/{SHIPPED}\.safetensors: damaged"):
         find_agent(SHIPPED, folder)
     write_checksums(folder)
     assert find_agent(SHIPPED, folder) == str(path)
