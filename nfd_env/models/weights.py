@@ -240,28 +240,49 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
+def read_rounded(path: str | Path) -> Rounded | None:
+    """The weights in few bits that the file ``path`` holds; None where it has none.
+
+    Raises:
+        CheckpointError: when the file is missing or damaged.
+    """
+    header, tensors, scales = _read_stored(Path(path))
+    if not scales:
+        return None
+    bits = json.loads(header["packed"])["bits"] if "packed" in header else MOST_BITS
+    return Rounded(bits, {name: tensors[name] for name in scales}, scales)
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors, the floating-point ones as float32."""
+    header, tensors, scales = _read_stored(path)
+    for name, tensor in tensors.items():
+        if name in scales:
+            tensor = from_steps(tensor, scales[name])
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return header, tensors
+
+
+def _read_stored(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+    """Header, tensors, those in few bits as int8 steps, and the scales of these by their names."""
     with _opened(path) as file, torch.device("cpu"):
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(_SCALE)}
-    _check_finite(path, tensors | scales)
+    ends = [name for name in tensors if name.endswith(_SCALE)]
+    scales = {name.removesuffix(_SCALE): tensors.pop(name) for name in ends}
+    _check_finite(path, tensors | {name + _SCALE: scale for name, scale in scales.items()})
     if "packed" in header:
         tensors |= _unpacked(path, header["packed"], tensors)
+    for name, scale in scales.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: has a scale for {name!r}, but not its weights")
+        steps = tensors[name]
+        if steps.dtype != torch.int8 or steps.ndim < 2 or scale.shape != steps.shape[:1]:
+            raise CheckpointError(f"{path}: the scale of {name!r} does not fit it")
     for name, tensor in tensors.items():
-        scale = scales.pop(name + _SCALE, None)
-        if scale is not None:
-            if tensor.dtype != torch.int8 or tensor.ndim < 2 or scale.shape != tensor.shape[:1]:
-                raise CheckpointError(f"{path}: the scale of {name!r} does not fit it")
-            tensor = from_steps(tensor, scale)
-        elif tensor.dtype == torch.int8:
+        if tensor.dtype == torch.int8 and name not in scales:
             raise CheckpointError(f"{path}: {name!r} is stored as int8, but has no scale")
-        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    if scales:
-        name = next(iter(scales)).removesuffix(_SCALE)
-        raise CheckpointError(f"{path}: has a scale for {name!r}, but not its weights")
-    return header, tensors
+    return header, tensors, scales
 
 
 def _unpacked(path: Path, described: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def shrink(
     Args:
         world: a folder or the name of a shipped world.
         output: the folder of the copy.
-        bits: networks and their bits a weight, from 4 to 8; others keep 16.
+        bits: networks and their bits a weight, from 4 to 8; others stay as they are.
         teacher: keep the flow model behind a distilled world, too.
         agents: names of those beside the world that come along; default: all.
     """

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
 
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
@@ -20,6 +19,7 @@ from nfd_env.models.weights import (
     fingerprint_of,
     load_weights,
     read_origin,
+    read_rounded,
     save_weights,
 )
 from nfd_env.players.load import agents_of
@@ -27,16 +27,9 @@ from nfd_env.players.policy import ActorCritic, PolicyConfig, of_networks
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.training.export import check_bits, round_networks
 from nfd_env.worlds.checksums import verify
-from nfd_env.worlds.format import AGENTS, kind_of, read_spec, save_world
+from nfd_env.worlds.format import AGENTS, NETWORKS, kind_of, read_spec, save_world
 from nfd_env.worlds.load import find_world
 from nfd_env.worlds.starts import load_starts
-
-_TYPES = {
-    "tokenizer": (Tokenizer, TokenizerConfig),
-    "dynamics": (Dynamics, DynamicsConfig),
-    "heads": (Heads, HeadsConfig),
-    "teacher": (Dynamics, DynamicsConfig),
-}
 
 
 def shrink(
@@ -54,7 +47,7 @@ def shrink(
     Args:
         world: a folder or the name of a shipped world.
         folder: of the copy; replaced when it already holds a world.
-        bits: see ``ExportConfig``.
+        bits: see ``ExportConfig``; networks that it does not name stay as they are.
         teacher: keep the flow model behind a distilled dynamics, where the world has it.
         agents: names of those that come along; None for all.
 
@@ -69,7 +62,7 @@ def shrink(
     check_bits(bits)
     source = find_world(world)
     spec = read_spec(source)
-    names = [n for n in _TYPES if (source / f"{n}.safetensors").exists()]
+    names = [n for n in NETWORKS if (source / f"{n}.safetensors").exists()]
     if not teacher or "teacher" not in names:
         spec = replace(spec, teacher=None)
         names = [n for n in names if n != "teacher"]
@@ -81,20 +74,26 @@ def shrink(
         raise CheckpointError(f"{source} has no agent {min(unknown)!r}, but {', '.join(known)}")
     paths = {name: source / f"{name}.safetensors" for name in names}
     verify(source, "starts.safetensors", *(path.name for path in paths.values()))
-    networks: dict[str, nn.Module] = {n: load_weights(p, *_TYPES[n]) for n, p in paths.items()}
+    tokenizer = load_weights(paths["tokenizer"], Tokenizer, TokenizerConfig)
+    dynamics = load_weights(paths["dynamics"], Dynamics, DynamicsConfig)
+    heads = load_weights(paths["heads"], Heads, HeadsConfig)
+    taught = None
+    if "teacher" in paths:
+        taught = load_weights(paths["teacher"], Dynamics, DynamicsConfig)
     prints = {name: fingerprint_of(path) for name, path in paths.items()}
     made_from = {n: p for n, p in prints.items() if n in ("tokenizer", "teacher")}
     origins = {
         name: read_origin(path) or Origin(kind_of(name, spec), prints[name], made_from)
         for name, path in paths.items()
     }
-    dynamics = networks["dynamics"]
-    assert isinstance(dynamics, Dynamics)
     width = ActionCodec(space_from_dict(spec.action_space)).width
     starts = load_starts(source / "starts.safetensors", dynamics.config.latent_shape, width)
+    networks = {"tokenizer": tokenizer, "dynamics": dynamics, "heads": heads, "teacher": taught}
     rounded, errors = round_networks(networks, bits, starts)
     provenance = yaml.safe_load((source / "provenance.yaml").read_text(encoding="utf-8"))
-    # What a network has been rounded to before stays said where it is not rounded again.
+    for name in paths.keys() - bits.keys():  # as it is
+        if (stored := read_rounded(paths[name])) is not None:
+            rounded[name] = stored
     provenance["bits"] = provenance.get("bits", {}) | errors
 
     def beside(copy: Path) -> None:
@@ -111,6 +110,15 @@ def shrink(
             save_weights(path, agent, replace(agent.config, spec=mine), torch.float16)
 
     return save_world(
-        folder, spec, **networks, starts=starts, provenance=provenance, rounded=rounded,
-        origins=origins, beside=beside,
-    )  # fmt: skip
+        folder,
+        spec,
+        tokenizer,
+        dynamics,
+        heads,
+        starts,
+        provenance,
+        taught,
+        rounded,
+        origins,
+        beside=beside,
+    )

@@ -79,9 +79,15 @@ def test_it_keeps_what_it_is_told_to(world: Path, tmp_path: Path) -> None:
     assert load_world(small, dynamics="teacher").model.sampling.steps == 3
     with pytest.raises(AgentError, match="on features of the heads others"):  # no more than before
         load_player(agents_of(small)["one"], NFDVectorEnv(small, 1, "cpu", obs_type="features"))
-    # A world in its own place, and again.
-    assert cli.main(["shrink", str(small), "-o", str(small), "--agents", "one"]) == 0
+    # A world in its own place, again and again; what is not named stays as it is.
+    arguments = ["shrink", str(small), "-o", str(small), "--agents", "one", "--bits"]
+    assert cli.main([*arguments, "{dynamics: 5}"]) == 0
+    before = load_world(small).model.dynamics.state_dict()
+    assert cli.main([*arguments, "{tokenizer: 7}"]) == 0
     assert list(agents_of(small)) == ["one"] and load_clip(small).frames.shape[0] == 5
+    after = load_world(small).model.dynamics.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert yaml.safe_load((small / "provenance.yaml").read_text())["bits"]["dynamics"]["bits"] == 5
 
 
 @pytest.mark.parametrize(
