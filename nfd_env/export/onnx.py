@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from nfd_env.export.graph import Decoder, Judge, NextFrame, Starts
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
-from nfd_env.models.rounding import FEWEST_BITS, MOST_BITS
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights, neutral_torch
 from nfd_env.worlds.load import World
@@ -163,11 +161,29 @@ def _smaller(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | None
     if np.array_equal(half.astype(np.float32), weights):
         return half, None
     # One scale a row, as ``save_weights`` has it; the exporter lays some matrices on their sides.
-    rows = (0, weights.ndim - 1) if weights.ndim > 1 else ()
-    for row, bits in itertools.product(rows, range(MOST_BITS, FEWEST_BITS - 1, -1)):
-        others = tuple(axis for axis in range(weights.ndim) if axis != row)
-        scale = np.abs(weights).max(others, keepdims=True) / np.float32(2 ** (bits - 1) - 1)
-        steps = np.round(weights / np.maximum(scale, np.finfo(np.float32).tiny)).astype(np.int8)
-        if np.allclose(steps * scale, weights, rtol=_RELATIVE, atol=0):
-            return steps, scale.astype(np.float32)
+    for row in (0, weights.ndim - 1) if weights.ndim > 1 else ():
+        found = _in_steps(np.moveaxis(weights, row, 0).reshape(weights.shape[row], -1))
+        if found is not None:
+            sides = (weights.shape[row], *np.delete(weights.shape, row))
+            scale = found[1].reshape(-1, *[1] * (weights.ndim - 1))
+            return np.moveaxis(found[0].reshape(sides), 0, row), np.moveaxis(scale, 0, row)
+    return None
+
+
+def _in_steps(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """``rows`` (n, m) as int8 steps and float32 scales (n,); None where they are not multiples."""
+    largest = np.abs(rows).max(1).astype(np.float32)
+    steps, scales = np.zeros(rows.shape, np.int8), np.zeros(len(rows), np.float32)
+    left = np.arange(len(rows))
+    # How many steps the largest weight has: all that there are, mostly.
+    for most in sorted(range(1, 128), key=lambda n: ((n + 1) & n != 0, -n)):
+        scale = largest[left] / np.float32(most)
+        tried = np.round(rows[left] / np.maximum(scale, np.finfo(np.float32).tiny)[:, None])
+        fits = np.isclose(tried * scale[:, None], rows[left], rtol=_RELATIVE, atol=0).all(1)
+        steps[left[fits]], scales[left[fits]] = tried[fits], scale[fits]
+        left = left[~fits]
+        if not len(left):
+            return steps, scales
+        if most == 1 and len(left) > 0.9 * len(rows):  # after those of all bits: no such weights
+            return None
     return None
