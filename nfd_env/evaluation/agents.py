@@ -336,8 +336,8 @@ def evaluate_agent(
         video,
     )
     if folder is not None:
-        # Before the film, which takes a while.
-        with atomic_write(folder / "eval_agent.json") as path:
+        # Before the film, which takes a while. Somebody may have tidied up in the meantime.
+        with atomic_write(make_folder(folder) / "eval_agent.json") as path:
             path.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
         write_mp4(video, _film(played, loaded.spec.source.display_aspect), fps)
     return report

@@ -201,7 +201,9 @@ class HeadsStage(LatentStage):
         for episode in self._validation.episodes:
             length = len(episode.actions)
             parts = (*_parts(episode, 0, length), np.ones(length))
-            batch = Sequences(*(torch.from_numpy(x).float()[None].to(self._device) for x in parts))
+            # Copied: latents are read-only files.
+            rows = (torch.tensor(x[None], dtype=torch.float32) for x in parts)
+            batch = Sequences(*(x.to(self._device) for x in rows))
             end, _, signal = self._errors(network, batch)
             logits, _ = network(batch.latents, batch.actions, network.initial_state(1))
             signal_sum += float(signal.sum())
