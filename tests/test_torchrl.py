@@ -211,6 +211,13 @@ def test_seeds(tiny_world: Path) -> None:
         return env.reset()["observation"]
 
     assert torch.equal(observe(3), observe(3)) and not torch.equal(observe(3), observe(4))
+    following = env.set_seed(3)
+    for some in ([None, 3], [3, None], torch.tensor([3, 4]), np.array([3, 4])):
+        assert env.set_seed(some) == following and env.set_seed(some, static_seed=True) == 3
+        env.reset()
+        assert 3 in env.env.np_random_seed
+    assert torch.equal(env.reset()["observation"], env.reset()["observation"]) is False
+    assert env.set_seed() is None
 
 
 def test_options(tiny_world: Path) -> None:

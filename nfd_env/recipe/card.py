@@ -23,6 +23,7 @@ from nfd_env.models.weights import CheckpointError
 from nfd_env.recipe.records import read_records
 from nfd_env.recipe.report import COLUMNS, told, verdict
 from nfd_env.video import enlarge, write_png
+from nfd_env.worlds.clip import NoClipError
 from nfd_env.worlds.hub import Address
 from nfd_env.worlds.load import World, load_world
 
@@ -119,7 +120,7 @@ def _pictures(world: World) -> dict[str, bytes]:
         folder = Path(name)
         try:
             demo(str(world.folder), folder, _SECONDS, gif=folder / "film.gif")
-        except CheckpointError:  # it has no recording to play along with
+        except NoClipError:
             path = write_png(folder / "frames.png", _frames(world))
             return {"card/frames.png": path.read_bytes()}
         return {

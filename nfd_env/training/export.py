@@ -111,10 +111,13 @@ class ExportConfig:
     presentation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the numbers of starts and the names of networks."""
+        """Check the ranges and the names of networks."""
         some = "[1, inf)"
         check_ranges(self, clip_frames=some, starts=some, start_frames=some, start_margin=some)
         check_ranges(self, hazard_odds="(0, inf)", beginnings=f"[0, {self.starts}]")
+        check_ranges(self, modulation_rank="[0, inf)", max_episode_steps="[0, inf)")
+        if self.display not in DISPLAYS:
+            raise ValueError(f"display must be {' or '.join(DISPLAYS)}, got {self.display!r}")
         others = set(self.presentation) - set(PRESENTATION)
         if others:
             raise ValueError(
