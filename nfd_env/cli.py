@@ -57,12 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         status = 130
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _lost_output("\n"):
             return 0  # who reads it, such as head, has seen enough
         if debug:
             raise
         said = str(error)
+        if isinstance(error, MemoryError):
+            said = f"there is not enough memory: {said or 'ask for less at a time'}"
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             # Without "[Errno 2]"; the second file of a replacement is the one that was asked for.
             said = f"{os.fspath(error.filename2 or error.filename)}: {error.strerror}"

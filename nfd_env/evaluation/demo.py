@@ -13,7 +13,7 @@ import torch
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.film import beside
-from nfd_env.files import check_writable, make_folder
+from nfd_env.files import check_writable
 from nfd_env.video import enlarge, write_gif, write_mp4, write_png
 from nfd_env.worlds.clip import NoClipError, load_clip
 from nfd_env.worlds.load import load_world
@@ -77,7 +77,7 @@ def demo(
     gif = None if gif is None else Path(gif).expanduser()
     check_writable(Path(folder) / "demo.mp4", Path(folder) / "demo.png", gif)
     loaded = load_world(world, **kwargs)
-    folder = make_folder(folder)
+    folder = Path(folder).expanduser()
     clip = load_clip(loaded.folder)
     real, actions = clip.frames, clip.actions
     env = NFDVectorEnv(world, sampling_steps=sampling_steps, **kwargs)

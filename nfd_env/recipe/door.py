@@ -32,6 +32,7 @@ from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, fitting_size
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import Plan
+from nfd_env.sources.keys import check_controls
 from nfd_env.sources.source import make_source
 from nfd_env.sources.spec import is_imported
 from nfd_env.spaces import ActionCodec
@@ -83,6 +84,7 @@ def look(game: GameConfig) -> Look:
     Raises:
         RecordingError: when there are no such recordings, or the game always fails.
         SourceError: when the game cannot be made or does what no game should.
+        KeymapError: when source.action_names or source.keys do not fit its actions.
         PlanError: when its episodes are too short, or nothing moves in it.
     """
     if game.recordings:
@@ -90,6 +92,7 @@ def look(game: GameConfig) -> Look:
     if is_imported(game.source.env_id):
         foreign = open_foreign(game.source)
         size = [int(side) for side in foreign.frame().shape[:2]]
+        check_controls(foreign.action_space, game.source.action_names, game.source.keys)
         return Look(size, ActionCodec(foreign.action_space).width)
     for policy in game.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
@@ -98,6 +101,7 @@ def look(game: GameConfig) -> Look:
         shape = env.observation_space.shape
         assert shape is not None
         width = ActionCodec(env.action_space).width
+        check_controls(env.action_space, game.source.action_names, game.source.keys)
         rate, longest, moves = 0.0, 0, False
         shares = sum(policy.share for policy in game.policies)
         for policy in game.policies:

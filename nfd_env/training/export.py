@@ -123,6 +123,8 @@ class ExportConfig:
             raise ValueError(
                 f"presentation knows {', '.join(PRESENTATION)}, got {sorted(others)[0]!r}"
             )
+        told = {"env_id": self.name, **self.presentation}
+        config.from_mapping(SourceConfig, told, "presentation", foreign=True)
         check_bits(self.bits)
         if "teacher" in self.bits and not self.teacher:
             raise ValueError("bits names the teacher, but there is none")
@@ -320,7 +322,12 @@ def _start(
 
 def _clip(recordings: RecordedDataset, frames: int) -> Clip:
     """A held-out episode, the longest but for ``frames``, with its actions."""
-    episode = max(recordings.split("validation"), key=lambda e: min(len(e), frames))
+    held_out = recordings.split("validation")
+    if not len(held_out):
+        raise RecordingError(
+            f"{recordings.folder} has no held-out episode: record more, or lower validation_every"
+        )
+    episode = max(held_out, key=lambda e: min(len(e), frames))
     count = min(len(episode), frames)
     return Clip(episode.frames[: count + 1], episode.actions[:count])
 
