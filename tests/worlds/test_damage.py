@@ -344,6 +344,17 @@ def test_a_damaged_clip(clipped: Path, name: str, damage: str, renewed: bool) ->
 
 
 @pytest.mark.parametrize(
+    "text", ["recordings: 5", "stages: [1]", "recordings: {frames: many}", "- 3"]
+)
+def test_a_provenance_that_no_card_can_be_made_of(copied: Path, text: str) -> None:
+    (copied / "provenance.yaml").write_text(text)
+    write_checksums(copied)
+    with pytest.raises(ValueError, match="provenance.yaml") as error:
+        make_card(copied, None, parse_address("me/world"), art="mine")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("actions", "message"),
     [
         (torch.zeros(8, dtype=torch.bfloat16), "clip.safetensors: missing or damaged"),
