@@ -279,7 +279,7 @@ def make_vec_env(
     venv = SB3VecEnv(env if wrapper is None else wrapper(env))
     venv.seed(seed)
     return MonitoredVecEnv(
-        venv, None if monitor_dir is None else str(Path(monitor_dir) / "monitor.csv")
+        venv, None if monitor_dir is None else str(Path(monitor_dir).expanduser() / "monitor.csv")
     )
 
 

@@ -129,7 +129,7 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
     Raises:
         CheckpointError: when the file is missing, damaged, or holds another network.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     header, tensors = _read(path)
     if header.get("class") != network_type.__name__:
         raise CheckpointError(
