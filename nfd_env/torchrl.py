@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 
-from nfd_env.envs.checks import check_seeds
+from nfd_env.envs.checks import RESET_OPTIONS, check_options, check_seeds
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.spaces import CountedFromZero
 
@@ -88,7 +88,7 @@ class TorchRLEnv(EnvBase):
         )
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
-        options = dict(kwargs.get("options") or {})
+        options = dict(check_options(kwargs.get("options"), RESET_OPTIONS))
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is not None:
             options["reset_mask"] = mask.view(self.num_envs)

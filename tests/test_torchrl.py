@@ -230,6 +230,9 @@ def test_bad_input(tiny_world: Path) -> None:
         TorchRLEnv(tiny_world, output="numpy")
     with pytest.raises(ValueError, match="obs_type must be one of"):
         TorchRLEnv(tiny_world, obs_type="sound")
+    for options in (5, [], "x"):
+        with pytest.raises(ValueError, match="options must be a dict"):
+            TorchRLEnv(tiny_world, **CPU).reset(options=options)
 
 
 @pytest.mark.parametrize("seed", [-1, "a", 1.0, True])
