@@ -98,6 +98,12 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"flow": {"model": {"layers": 0}}}, "layers must be at least 1, got 0"),
         ({"flow": {"model": {"heads": 0}}}, "heads must be at least 1, got 0"),
         ({"tokenizer": {"model": {"latent_noise": -1}}}, "latent_noise must be at least 0"),
+        ({"flow": {"initial": "/no/such/w"}}, "flow.initial: /no/such/w: no such checkpoint"),
+        ({"heads": {"signal_weight": 1.0}}, "heads.signal_weight asks for signals"),
+        (
+            {"distill": {"adversarial": {"weight": 0.1, "layers": [99]}}},
+            r"distill.adversarial.layers must be from 0 to \d+, .*got \[99\]",
+        ),
         ({"rounds": 2, "agent": {"frame_skip": 0}}, "frame_skip must be at least 1, got 0"),
         ({"rounds": 2, "agent": {"obs_type": "sound"}}, "obs_type must be one of rgb, latent"),
         ({"rounds": 2, "agent": {"env": {"temprature": 2}}}, "env knows .*got 'temprature'"),
