@@ -114,7 +114,7 @@ def check_writable(*paths: str | os.PathLike[str] | None, folders: bool = False)
 
 
 def check_current_folder() -> None:
-    """Refuse to work in a folder that was deleted, in which oneMKL ends the process without a word.
+    """Refuse to work in a folder that was deleted: oneMKL, within torch, ends the process there.
 
     Raises:
         FolderError: when this process is in one.

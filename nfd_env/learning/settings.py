@@ -10,7 +10,7 @@ from typing import Any
 from nfd_env.config import check_ranges, config_class
 from nfd_env.envs.observing import OBSERVATION_TYPES
 from nfd_env.envs.wrappers import GuardConfig
-from nfd_env.players.policy import AgentError, looked_at
+from nfd_env.players.policy import STACKS, AgentError, looked_at
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import load_world
 
@@ -80,7 +80,7 @@ class AgentTrainingConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         some, any_ = "[1, inf)", "[0, inf)"
-        check_ranges(self, decisions=some, num_envs=some, frame_skip=some, frame_stack=some)
+        check_ranges(self, decisions=some, num_envs=some, frame_skip=some, frame_stack=STACKS)
         check_ranges(self, max_episode_frames=any_, horizon_frames=any_, evaluate_every=any_)
         check_ranges(self, channels=some, width=some, evaluate_episodes=some, seed="[0, 2**63)")
         check_ranges(self, checkpoint_seconds="[0, inf]")
