@@ -65,7 +65,6 @@ class TrainSB3Config(AgentTrainingConfig):
             )
         if self.policy == "trunk" and self.obs_type == "features":
             raise ValueError("the trunk takes pictures, not features: set policy: MlpPolicy")
-        looked_at(self.frame_offsets, self.frame_stack)
         if self.frame_offsets and self.policy != "trunk":
             raise ValueError(f"{self.policy} looks at the whole stack: frame_offsets need trunk")
 

@@ -6,6 +6,7 @@ imported when the command is called, so that ``nfd worlds`` needs no torch and n
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import nfd_env
+from nfd_env.files import check_current_folder
 
 # Name: where the function is, and what it does.
 COMMANDS = {
@@ -50,6 +52,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    try:
+        status = _told(_command(given))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        status = 130
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _lost_output("\n"):
+            return 0  # who reads it, such as head, has seen enough
+        if debug:
+            raise
+        said = str(error)
+        if isinstance(error, MemoryError):
+            said = f"there is not enough memory: {said or 'ask for less at a time'}"
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            # Without "[Errno 2]"; the second file of a replacement is the one that was asked for.
+            said = f"{os.fspath(error.filename2 or error.filename)}: {error.strerror}"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            said = f"the output cannot be written: {error.strerror}"  # it does not say what of it
+        print(f"nfd: {said}", file=sys.stderr)
+        status = 1
+    return status
+
+
+def _told(status: int) -> int:
+    """``status``, once all that was printed has arrived; raises OSError where it has not.
+
+    Python itself finds that out only as it ends, with a traceback.
+    """
+    lost = _lost_output()
+    if lost is not None and not isinstance(lost, BrokenPipeError):
+        raise lost
+    return status
+
+
+def _lost_output(more: str = "") -> OSError | None:
+    """Why what was printed, and ``more``, cannot arrive, if so; from then on it goes nowhere."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write(more)
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+def _command(given: list[str]) -> int:
     if given[:1] == ["--version"]:
         print(f"nfd {nfd_env.__version__}")
         return 0
@@ -60,22 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"nfd: unknown command {name!r}\n{_usage()}", file=sys.stderr)
         return 2
-    try:
-        return _run(name, rest)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if debug:
-            raise
-        said = str(error)
-        if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            # Without "[Errno 2]"; the second file of a replacement is the one that was asked for.
-            said = f"{os.fspath(error.filename2 or error.filename)}: {error.strerror}"
-        print(f"nfd: {said}", file=sys.stderr)
-        return 1
+    check_current_folder()
+    return _run(name, rest)
 
 
 def _run(name: str, arguments: list[str]) -> int:

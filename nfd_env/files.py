@@ -55,6 +55,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.chmod(temporary, mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+            raise
+        # A full disk does not say of which file, or tells the temporary name.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -106,6 +111,20 @@ def check_writable(*paths: str | os.PathLike[str] | None, folders: bool = False)
                 pass
         except OSError as error:
             raise FolderError(f"{path} cannot be written: {_reason(error)}") from None
+
+
+def check_current_folder() -> None:
+    """Refuse to work in a folder that was deleted: oneMKL, within torch, ends the process there.
+
+    Raises:
+        FolderError: when this process is in one.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise FolderError(
+            f"the current folder is not there any more ({_reason(error)}): change to another one"
+        ) from None
 
 
 def found_file(path: str | os.PathLike[str], error: type[Exception]) -> bool:

@@ -7,6 +7,7 @@ needed, and slower.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,30 @@ class SB3VecEnv(VecEnv):
         return getattr(env if hasattr(env, name) else env.unwrapped, name)
 
 
+class MonitoredVecEnv(VecMonitor):
+    """Stable-Baselines3's monitor, which can be copied and pickled like the env that it is around.
+
+    What makes that fail there, and is left out here, is a list of its own class's attributes.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but that list.
+
+        Raises:
+            TypeError: while it writes a file, which a copy would write into as well.
+        """
+        if self.results_writer is not None:
+            raise TypeError(
+                "an env that writes monitor.csv cannot be copied or pickled: make it without "
+                "monitor_dir"
+            )
+        return {k: v for k, v in self.__dict__.items() if k != "class_attributes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See ``__getstate__``."""
+        self.__dict__.update(state, class_attributes=dict(inspect.getmembers(type(self))))
+
+
 def make_vec_env(
     env_id: str,
     n_envs: int = 1,
@@ -253,7 +278,9 @@ def make_vec_env(
     env = gymnasium.make_vec(env_id, num_envs=n_envs, **kwargs)
     venv = SB3VecEnv(env if wrapper is None else wrapper(env))
     venv.seed(seed)
-    return VecMonitor(venv, None if monitor_dir is None else str(Path(monitor_dir) / "monitor.csv"))
+    return MonitoredVecEnv(
+        venv, None if monitor_dir is None else str(Path(monitor_dir).expanduser() / "monitor.csv")
+    )
 
 
 def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:

@@ -66,6 +66,14 @@ def space_from_dict(values: dict[str, Any]) -> spaces.Space:
     raise ValueError(f"unknown action space type {kind!r}")
 
 
+def check_described(values: dict[str, Any]) -> None:
+    """Raise ValueError unless ``values``, perhaps a stranger's, are of a space with a codec."""
+    try:
+        ActionCodec(space_from_dict(values))
+    except (ValueError, TypeError, KeyError, AssertionError, OverflowError) as error:
+        raise ValueError(f"action_space: {error!r:.200}") from None
+
+
 class ActionCodec:
     """Checks actions of one space and encodes them as float vectors for the networks.
 

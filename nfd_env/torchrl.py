@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 
-from nfd_env.envs.checks import check_seeds
+from nfd_env.envs.checks import RESET_OPTIONS, check_options, check_seeds
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.spaces import CountedFromZero
 
@@ -71,7 +71,7 @@ class TorchRLEnv(EnvBase):
         )
         super().__init__(device=env.model.device, batch_size=torch.Size([num_envs]))
         self.env = env
-        self._seed: int | None = None
+        self._seed: list[int | None] | None = None
         batch, one = torch.Size([num_envs]), torch.Size([num_envs, 1])
         self.observation_spec = Composite(
             observation=_expand(_spec(env.single_observation_space, self.device), num_envs),
@@ -88,7 +88,7 @@ class TorchRLEnv(EnvBase):
         )
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
-        options = dict(kwargs.get("options") or {})
+        options = dict(check_options(kwargs.get("options"), RESET_OPTIONS))
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if mask is not None:
             options["reset_mask"] = mask.view(self.num_envs)
@@ -131,9 +131,19 @@ class TorchRLEnv(EnvBase):
             device=self.device,
         )
 
+    def set_seed(self, seed: Any = None, static_seed: bool = False) -> int | None:
+        """Seed the next reset, see ``NFDVectorEnv.reset``; returns TorchRL's seed of another env.
+
+        Raises:
+            ValueError: on what is no seed; those that were given before are kept.
+        """
+        seeds = check_seeds(seed, self.num_envs)
+        following = super().set_seed(next((s for s in seeds if s is not None), None), static_seed)
+        self._seed = seeds
+        return following
+
     def _set_seed(self, seed: int | None) -> None:
-        check_seeds(seed, self.num_envs)  # here, as it is used at the next reset only
-        self._seed = seed
+        self._seed = check_seeds(seed, self.num_envs)
 
     def close(self, **kwargs: Any) -> None:
         """Close the vector env, too; ``kwargs`` are TorchRL's."""

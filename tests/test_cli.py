@@ -89,6 +89,40 @@ def test_every_command_shows_its_arguments(name: str, capsys: pytest.CaptureFixt
     assert f"usage: nfd {name}" in shown and "--help" in shown
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("given", ["worlds", "--version"])
+def test_output_that_cannot_arrive(given: str, buffered: str) -> None:
+    command = [sys.executable, "-m", "nfd_env", given]
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=120
+        )
+    assert result.returncode == 1
+    assert result.stderr == "nfd: the output cannot be written: No space left on device\n"
+    reading, writing = os.pipe()  # of somebody who has seen enough
+    os.close(reading)
+    result = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=120
+    )
+    os.close(writing)
+    assert result.returncode == 0 and result.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be deleted there")
+def test_a_folder_that_is_not_there_any_more(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from nfd_env import cli; os.mkdir(sys.argv[1]); os.chdir(sys.argv[1]); "
+        "os.rmdir(sys.argv[1]); sys.exit(cli.main(['demo']))"
+    )
+    result = run("-c", program, str(tmp_path / "gone"))
+    assert result.returncode == 1
+    shown = result.stderr.decode()
+    assert shown.startswith("nfd: the current folder is not there any more"), shown
+    assert shown.count("\n") == 1
+
+
 def test_unknown_commands_and_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
@@ -144,7 +178,13 @@ def test_listing_worlds_needs_nothing_heavy() -> None:
         ("bench --seconds inf", "--seconds must be above 0 and finite, got inf"),
         ("bench --seconds -3", "--seconds must be above 0 and finite, got -3"),
         ("bench --long-frames -1", "--long-frames must be at least 0"),
-        ("bench --batches 0", "num_envs must be a whole number of at least 1, got 0"),
+        ("bench --batches 1 8 0", "num_envs must be a whole number of at least 1, got 0"),
+        ("bench --batches", "there are no batches to measure"),
+        ("bench --speculative-frames 0", "speculative_frames must be"),
+        ("bench --agent random", "--agent gives the actions of --compare"),
+        ("bench --compare --agent nobody --device cpu", "unknown agent 'nobody'"),
+        ("bench --compare --num-envs 0 --device cpu", "num_envs must be a whole number"),
+        ("eval --steps 2 --inverse-dynamics n", "--inverse-dynamics reads no actions"),
         ("init CartPole-v1 --kwargs {", "--kwargs: cannot be read as YAML"),
         ("init CartPole-v1 --kwargs 3", "kwargs must be a YAML mapping"),
         ("eval-agent random,a={", "random: a: cannot be read as YAML"),
@@ -164,6 +204,10 @@ def test_arguments_that_cannot_be(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def worked(*arguments: object) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("nfd_env.envs.vector_env.NFDVectorEnv.step", worked)
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     try:
         status = cli.main(command.split())
@@ -196,6 +240,8 @@ def test_a_file_that_is_not_there_is_said_without_numbers(
         ["collect", "GAME", "folder=OUT"],
         ["train", "GAME", "folder=OUT"],
         ["serve", "WORLD", "--save", "OUT", "--port", "0"],
+        ["play", "WORLD", "--record", "OUT.mp4"],
+        ["play", "WORLD", "--save", "OUT"],
     ],
     ids=lambda command: " ".join(command[:2] + command[-2:-1]),
 )
@@ -222,6 +268,8 @@ def test_what_cannot_be_written_is_told_before_the_work(
     game.write_text("name: Pole\nsource: {env_id: CartPole-v1, frames: render, size: [32, 48]}\n")
     (tmp_path / "file").touch()
     names = {"WORLD": str(tiny_world), "OUT": str(tmp_path / "file" / "x"), "GAME": str(game)}
+    if command[0] == "play":
+        pytest.importorskip("pygame")
     for name, value in names.items():
         command = [argument.replace(name, value) for argument in command]
     assert cli.main(command) == 1

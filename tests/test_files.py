@@ -31,14 +31,19 @@ from nfd_env.files import (
     check_writable,
     make_folder,
     owned_folder,
+    save_text,
+    writing,
 )
+from nfd_env.inference.state import Context
+from nfd_env.models.weights import save_tensors
 from nfd_env.players.load import read_agent_spec
 from nfd_env.recipe.game import load_game
 from nfd_env.recipe.records import read_records
-from nfd_env.training.checkpoints import Checkpoints
+from nfd_env.training.checkpoints import Checkpoints, write_state
+from nfd_env.video import write_png
 from nfd_env.worlds.clip import Clip, load_clip, save_clip
 from nfd_env.worlds.load import load_world
-from nfd_env.worlds.starts import load_starts
+from nfd_env.worlds.starts import load_starts, save_starts
 
 HOLD = """
 import sys, time
@@ -182,6 +187,38 @@ def test_a_full_disk_is_one_error_and_gives_the_folder_back(
         with pytest.raises(FolderError, match="cannot be written to .No space left on device"):
             Ownership(tmp_path)
     Ownership(tmp_path).release()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of file sizes")
+@pytest.mark.parametrize("kind", ["weights", "starts", "state", "text", "picture"])
+def test_a_disk_that_is_really_full(tmp_path: Path, kind: str) -> None:
+    """Each library has its own way of saying so."""
+    import resource
+
+    path, numbers = tmp_path / f"a.{kind}", torch.randn(9999)
+    start = Context(numbers[None, None, None], numbers[None])
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    write = {
+        "weights": lambda: save_tensors(path, {"a": numbers}),
+        "starts": lambda: save_starts(path, [start]),
+        "state": lambda: write_state(path, {"a": numbers}),
+        "text": lambda: save_text(path, "a" * 9999),
+        "picture": lambda: write_png(path, noise),
+    }[kind]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(FolderError, match="cannot be written to .*make room"):
+            with writing(tmp_path):
+                write()
+        if kind in ("weights", "starts"):  # of which the file is named
+            with pytest.raises(OSError, match=f"File too large: '{re.escape(str(path))}'"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    write()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

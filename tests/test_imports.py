@@ -74,7 +74,7 @@ ALLOWED = {
     "nfd_env.baselines.commands": TRAINING | {"nfd_env.baselines", "nfd_env.recipe"},
     "nfd_env.sb3": ENVS,
     "nfd_env.torchrl": ENVS,
-    "nfd_env.cli": set(),  # it imports a command's module by name
+    "nfd_env.cli": {"nfd_env.files"},  # it imports a command's module by name
     "nfd_env.__main__": {"nfd_env.cli"},
     "nfd_env": ENVS,
 }
@@ -136,6 +136,14 @@ def test_the_mathematics_needs_torch_only(module: str) -> None:
     for name in imported(MODULES[module]):
         top = name.split(".")[0]
         assert top in {"torch", "nfd_env"} or top in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_needs_nothing_that_windows_lacks(module: str) -> None:
+    for node in ast.parse(MODULES[module].read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {"fcntl", "grp", "pwd", "resource", "termios"} & set(names), module
 
 
 def test_opencv_is_imported_where_frames_are_resized_only() -> None:

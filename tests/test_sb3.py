@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import gymnasium
 import numpy as np
 import pytest
@@ -95,6 +98,29 @@ def test_the_monitor_counts_whole_episodes(endless_world: Path, tmp_path: Path) 
             total[:] = 0
     venv.close()
     assert len((tmp_path / "logs" / "monitor.csv").read_text().splitlines()) == 2 + 4
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle, cloudpickle], ids=lambda x: x.__name__)
+def test_a_copy_goes_on_as_the_original_does(tiny_world: Path, tmp_path: Path, how: Any) -> None:
+    def copied(env: Any) -> Any:
+        return how(env) if callable(how) else how.loads(how.dumps(env))
+
+    venv = make(tiny_world, max_episode_steps=4)
+    venv.reset()
+    venv.step(np.array([0, 1, 2]))
+    other = copied(venv)
+    for _ in range(4):
+        mine, its = venv.step(np.array([0, 1, 2])), other.step(np.array([0, 1, 2]))
+        assert all(np.array_equal(a, b) for a, b in zip(mine[:3], its[:3], strict=True))
+        assert [i.get("episode", {}).get("r") for i in mine[3]] == [
+            i.get("episode", {}).get("r") for i in its[3]
+        ]
+    assert np.array_equal(venv.episode_lengths, other.episode_lengths)
+    assert other.get_attr("num_envs") == [3, 3, 3]
+    written = make_vec_env(ID, 1, 0, str(tmp_path), env_kwargs={"world": tiny_world, **CPU})
+    with pytest.raises(TypeError, match="without monitor_dir"):
+        copied(written)
+    written.close()
 
 
 def test_seeds(tiny_world: Path) -> None:

@@ -211,6 +211,12 @@ def test_seeds(tiny_world: Path) -> None:
         return env.reset()["observation"]
 
     assert torch.equal(observe(3), observe(3)) and not torch.equal(observe(3), observe(4))
+    following = env.set_seed(3)
+    for some in ([None, 3], [3, None], torch.tensor([3, 4]), np.array([3, 4])):
+        assert env.set_seed(some) == following and env.set_seed(some, static_seed=True) == 3
+        env.reset()
+        assert 3 in env.env.np_random_seed
+    assert env.set_seed() is None
 
 
 def test_options(tiny_world: Path) -> None:
@@ -224,6 +230,9 @@ def test_bad_input(tiny_world: Path) -> None:
         TorchRLEnv(tiny_world, output="numpy")
     with pytest.raises(ValueError, match="obs_type must be one of"):
         TorchRLEnv(tiny_world, obs_type="sound")
+    for options in (5, [], "x"):
+        with pytest.raises(ValueError, match="options must be a dict"):
+            TorchRLEnv(tiny_world, **CPU).reset(options=options)
 
 
 @pytest.mark.parametrize("seed", [-1, "a", 1.0, True])

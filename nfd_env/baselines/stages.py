@@ -54,6 +54,11 @@ class DiscreteTrainingConfig:
     hard_weight: float = 0.5
     hard_fraction: float = 0.05
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self, halvings="[0, inf)", channels="[1, inf)", blocks="[0, inf)")
+        check_ranges(self, hard_weight="[0, inf)", hard_fraction="(0, 1]")
+
 
 class DiscreteTokenizerStage(TokenizerStage):
     """``TokenizerStage`` of pictures that go through tokens on their way; with the same loss."""

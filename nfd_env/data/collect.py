@@ -34,6 +34,7 @@ from nfd_env.data.worker import (
 from nfd_env.files import FolderError, make_folder, owned_folder
 from nfd_env.named import described
 from nfd_env.progress import progress_bar
+from nfd_env.sources.keys import KeymapError, check_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import GameFailedError, is_imported
 from nfd_env.spaces import ActionCodec, space_to_dict
@@ -124,7 +125,8 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
         SourceError: when the real environment cannot be made.
         FolderInUseError: when another process records into the folder.
         FolderError: when the folder cannot be written to.
-        ValueError: when there is no such policy or it does not take its arguments.
+        ValueError: when there is no such policy or it does not take its arguments, or names or keys
+            do not fit the game's actions.
     """
     settings = replace(settings, folder=str(Path(settings.folder).expanduser()))
     folder = Path(settings.folder)
@@ -271,10 +273,12 @@ def _spec(settings: CollectConfig) -> DatasetSpec:
     for attempt in range(FAILURES_IN_ROW):
         env = make_source(settings.source, **settings.recording_kwargs)
         try:
+            source = settings.source
+            check_controls(env.action_space, source.action_names, source.keys)
             probe = record_episode(env, RandomHeld(), attempt, _PROBED, signals)
             return _spec_of(settings, env, probe)
         except (Exception, SystemExit) as error:
-            own = isinstance(error, (RecordingError, SourceError))
+            own = isinstance(error, (RecordingError, SourceError, KeymapError))
             if own and not isinstance(error, GameFailedError):
                 raise
             if attempt + 1 == FAILURES_IN_ROW:  # before that, another seed may do

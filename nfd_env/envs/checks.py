@@ -17,11 +17,10 @@ from nfd_env.config import is_number
 from nfd_env.inference.state import Context
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World
-from nfd_env.worlds.starts import load_starts
+from nfd_env.worlds.starts import LARGEST, load_starts
 
 RESET_OPTIONS = ("context", "start", "reset_mask")
 _ENCODED_AT_A_TIME = 64  # frames of a context
-_LARGEST_START = 65504.0  # the largest number in half precision, which files of starts are in
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -198,10 +197,9 @@ def _copied(tensor: Tensor) -> Tensor:
 def _check_size(name: str, numbers: Tensor) -> None:
     """Raise ValueError for numbers that networks would make NaN of."""
     largest = float(numbers.abs().max())
-    if largest > _LARGEST_START:
+    if largest > LARGEST:
         raise ValueError(
-            f"{name} must be from {-_LARGEST_START:g} to {_LARGEST_START:g}, got {largest:.3g} "
-            "in size"
+            f"{name} must be from {-LARGEST:g} to {LARGEST:g}, got {largest:.3g} in size"
         )
 
 

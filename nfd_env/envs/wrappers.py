@@ -25,6 +25,10 @@ class GuardConfig:
     threshold: float = THRESHOLD
     truncate: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check(**asdict(self))
+
     def around(self, env: VectorEnv) -> GuardOODVector:
         """``env``, guarded."""
         return GuardOODVector(env, **asdict(self))
@@ -94,11 +98,16 @@ def _watch(env: Any, penalty: float, threshold: float, truncate: bool) -> None:
         raise ValueError(
             f"only a learned world can tell how far out of distribution it is, not {env}"
         )
+    _check(penalty, threshold, truncate)
+    env.watch_ood(threshold if truncate else np.inf)
+
+
+def _check(penalty: float, threshold: float, truncate: bool) -> None:
     if not 0 <= check_number("penalty", penalty) < np.inf:
         raise ValueError(f"penalty must be at least 0 and finite, got {penalty!r}")
     if not check_number("threshold", threshold) > 0:
         raise ValueError(f"threshold must be above 0, got {threshold!r}")
-    env.watch_ood(threshold if check_flag("truncate", truncate) else np.inf)
+    check_flag("truncate", truncate)
 
 
 class SlotShare(VectorWrapper):

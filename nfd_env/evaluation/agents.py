@@ -243,7 +243,7 @@ def evaluate_agent(
     """
     some = "[1, inf)"
     check_ranges(settings, episodes=some, num_envs=some, real_envs=some, frame_skip=some)
-    check_ranges(settings, max_frames="[0, inf)")
+    check_ranges(settings, max_frames="[0, inf)", seed="[0, inf)")
     if folder is not None:
         check_writable(*(Path(folder) / f"eval_agent.{kind}" for kind in ("json", "mp4")))
     agent = find_agent(settings.agent, settings.world or None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,18 +98,24 @@ def benchmark(
             leaves the comparison out.
         speculative_frames: see ``NFDVectorEnv``; with more than 1, actions are held for 5 to 20
             frames instead of being random.
+
+    Raises:
+        ValueError: on a number out of range, before anything is measured.
     """
+    if not batches:
+        raise ValueError("there are no batches to measure: give numbers of environments")
     device = world.model.device
     model = world.model
     if sampling_steps is not None:
         model = model.with_sampling(replace(model.sampling, steps=sampling_steps))
     size = _MATMUL_SIZE if device.type == "cpu" else _MATMUL_SIZE_GPU
     drawing = {"sampling_steps": sampling_steps, "speculative_frames": speculative_frames}
+    made = {c: {o: make_env(world, c, o, **drawing) for o in ("rgb", "latent")} for c in batches}
     envs = {}
-    for count in batches:
+    for count in list(made):
         paces, accepted = {}, {}
-        for obs_type in ("rgb", "latent"):
-            env = _started(world, count, obs_type, **drawing)
+        for obs_type, env in made.pop(count).items():
+            _start(env)
             times, accepted[obs_type] = _step_times(env, seconds)
             p50, p95, p99 = (float(np.percentile(times, p) * 1e3) for p in (50, 95, 99))
             paces[obs_type] = Pace(float(count * len(times) / times.sum()), p50, p95, p99)
@@ -189,8 +194,7 @@ def make_env(world: World, count: int, obs_type: str, **kwargs: Any) -> NFDVecto
     )
 
 
-def _started(world: World, count: int, obs_type: str, **kwargs: Any) -> NFDVectorEnv:
-    env = make_env(world, count, obs_type, **kwargs)
+def _start(env: NFDVectorEnv) -> NFDVectorEnv:
     env.reset(seed=0)
     env.action_space.seed(0)
     return env
@@ -268,7 +272,11 @@ def _transformer_and_matmul(
 
 def _late_frame(world: World, sampling_steps: int | None, frames: int) -> LateFrame:
     """Time frames near number ``frames`` and near number 10 in turn."""
-    young, old = (_started(world, 1, "rgb", sampling_steps=sampling_steps) for _ in range(2))
+    import resource  # which Windows does not have
+
+    young, old = (
+        _start(make_env(world, 1, "rgb", sampling_steps=sampling_steps)) for _ in range(2)
+    )
     fresh = young.save_state()
     memory = 0
     for i in range(frames):

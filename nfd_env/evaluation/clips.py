@@ -118,6 +118,9 @@ class ActionReport:
     clips: ClipReport | None = None
 
 
+CLIP_FILES = ("generated.npy", "real.npy", "reencoded.npy")  # of ``Clips.write``
+
+
 @dataclass(frozen=True)
 class Clips:
     """Held-out moments, and what a world makes of them.
@@ -142,9 +145,9 @@ class Clips:
 
     def write(self, folder: Path) -> None:
         """Write generated.npy, real.npy and reencoded.npy, uint8 (n, F, H, W, 3) each."""
-        for name in ("generated", "real", "reencoded"):
-            with atomic_write(folder / f"{name}.npy") as path, path.open("wb") as file:
-                np.save(file, getattr(self, name).numpy())
+        for name in CLIP_FILES:
+            with atomic_write(folder / name) as path, path.open("wb") as file:
+                np.save(file, getattr(self, Path(name).stem).numpy())
 
 
 def draw_clips(

@@ -159,6 +159,8 @@ def bench(
         raise ValueError(f"give one of {', '.join(kinds)}, not {' and '.join(given)}")
     if untrained and chosen.world:
         raise ValueError("give a world or --untrained, not both")
+    if agent is not None and not compare:
+        raise ValueError("--agent gives the actions of --compare, which was not given")
 
     def measure() -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +236,7 @@ def evaluate(
     from nfd_env.evaluation import evaluate as evaluating
     from nfd_env.evaluation import ood_signals as signals
     from nfd_env.evaluation import reports
-    from nfd_env.evaluation.clips import draw_clips, judge_clips
+    from nfd_env.evaluation.clips import CLIP_FILES, draw_clips, judge_clips
     from nfd_env.evaluation.inverse_dynamics import find_inverse_dynamics, load_inverse_dynamics
 
     if long_steps and not steps:
@@ -258,7 +260,11 @@ def evaluate(
 
     if save_clips and (against or steps or compare_drafts or ood_signals):
         raise ValueError("--save-clips writes those of one way of drawing: leave comparisons out")
+    if inverse_dynamics and (steps or compare_drafts or ood_signals):
+        raise ValueError("--inverse-dynamics reads no actions in this comparison: leave it out")
     clips = make_folder(save_clips) if save_clips else None
+    if clips is not None:
+        check_writable(*(clips / name for name in CLIP_FILES))
 
     def measure() -> Any:
         world = load_world(**chosen.values())

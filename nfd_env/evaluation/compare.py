@@ -206,6 +206,10 @@ def compare(
         obs_type: "rgb", or "latent" to leave decoding out.
         agent: of the stream "agent", see ``ActionStream``.
         trust: see there.
+
+    Raises:
+        ValueError: on a number out of range, or an agent that cannot be loaded, before anything is
+            measured.
     """
     kept = world.model.dynamics.config.window - 1
     ways = [(BASELINE_STEPS, cache, 1, "") for cache in CACHES if cache != "ring"]
@@ -218,9 +222,9 @@ def compare(
         if n <= kept
         for stream in HELD
     ]
-    both, runners = world.spec.teacher is not None, []
-    for count, cache, n, stream in ways:
-        env = make_env(
+    both = world.spec.teacher is not None
+    envs = [
+        make_env(
             world,
             num_envs,
             obs_type,
@@ -228,6 +232,11 @@ def compare(
             sampling_steps=count,
             speculative_frames=n,
         )
+        for count, _, n, _ in ways
+    ]
+    ActionStream("agent", envs[0], agent, trust=trust)  # or refuse it now
+    runners = []
+    for (_, cache, _, stream), env in zip(ways, envs, strict=True):
         env.model = _with_cache(env.model, cache)
         runners.append(Runner(env, stream or "held keys", agent, trust))
     take_turns([r.step for r in runners], seconds)

@@ -13,10 +13,9 @@ import torch
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
 from nfd_env.evaluation.film import beside
-from nfd_env.files import check_writable, make_folder
-from nfd_env.models.weights import CheckpointError
+from nfd_env.files import check_writable
 from nfd_env.video import enlarge, write_gif, write_mp4, write_png
-from nfd_env.worlds.clip import load_clip
+from nfd_env.worlds.clip import NoClipError, load_clip
 from nfd_env.worlds.load import load_world
 
 
@@ -70,21 +69,22 @@ def demo(
         kwargs: of ``nfd_env.worlds.load.load_world``.
 
     Raises:
-        CheckpointError: when the world has no recorded clip, or too short a one.
+        NoClipError: when the world has no recorded clip, or too short a one.
+        CheckpointError: when the world or its clip is damaged.
         FolderError: when the films cannot be written.
     """
     begin = time.perf_counter()
     gif = None if gif is None else Path(gif).expanduser()
     check_writable(Path(folder) / "demo.mp4", Path(folder) / "demo.png", gif)
     loaded = load_world(world, **kwargs)
-    folder = make_folder(folder)
+    folder = Path(folder).expanduser()
     clip = load_clip(loaded.folder)
     real, actions = clip.frames, clip.actions
     env = NFDVectorEnv(world, sampling_steps=sampling_steps, **kwargs)
     keep = env.model.dynamics.config.window
     first = keep - 1
     if len(actions) < keep + 2:
-        raise CheckpointError(
+        raise NoClipError(
             f"{loaded.folder}: the clip has {len(real)} frames, {keep + 3} are needed to play along"
         )
 

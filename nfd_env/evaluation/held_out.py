@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfd_env.config import config_class
+from nfd_env.config import check_ranges, config_class
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.inference.state import Context
@@ -58,6 +58,10 @@ class EvaluationConfig:
     speculative_frames: int = 1
     sampling_steps: int | None = None
     long_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the seed; the rest is checked by who takes it."""
+        check_ranges(self, seed="[0, inf)")
 
 
 class EncodedEpisodes:

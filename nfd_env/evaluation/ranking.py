@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import AgentEvaluation, Scores, Scoring, evaluate_agent
 from nfd_env.evaluation.tables import table
 from nfd_env.files import atomic_write
+from nfd_env.players.load import load_player, read_agent_spec
 from nfd_env.sources.source import SourceError
 from nfd_env.video import write_png
 
@@ -91,6 +93,8 @@ def rank_policies(
         raise ValueError(f"a ranking needs at least {_FEWEST} different policies, got {agents}")
     if not settings.world:
         raise ValueError("a ranking needs a world")
+    for agent in agents:  # all, before any is played for hours
+        _check(agent, settings)
     rows, name = [], ""
     for agent in agents:
         report = evaluate_agent(AgentEvaluation(agent, **vars(settings)), progress=progress)
@@ -101,6 +105,20 @@ def rank_policies(
         if len(rows) >= _FEWEST:
             known(rank(name, rows, settings.seed))
     return rank(name, rows, settings.seed)
+
+
+def _check(agent: str, settings: Scoring) -> None:
+    """Raise ValueError for an agent that cannot play the learned world as the settings say."""
+    spec = read_agent_spec(agent, settings.world, settings.trust)
+    env = NFDVectorEnv(
+        str(settings.world),
+        1,
+        settings.device,
+        precision=settings.precision,
+        obs_type=spec.obs_type if spec else "rgb",
+        frame_skip=spec.frame_skip if spec else 1,
+    )
+    load_player(agent, env, trust=settings.trust)
 
 
 def rank(world: str, policies: list[Ranked], seed: int = 0) -> Ranking:

@@ -60,7 +60,9 @@ class PPOConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_ranges(self, "ppo.", discount="[0, 1)", gae_lambda="[0, 1]")
-        some = "[1, inf)"
+        some, above, any_ = "[1, inf)", "(0, inf)", "[0, inf)"
+        check_ranges(self, "ppo.", learning_rate=above, clip=above, clip_norm=above)
+        check_ranges(self, "ppo.", reward_scale=above, entropy=any_, value_weight=any_)
         check_ranges(self, "ppo.", rollout_steps=some, epochs=some, minibatch_size=some)
 
 

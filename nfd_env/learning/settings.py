@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from nfd_env.config import check_ranges, config_class
+from nfd_env.envs.observing import OBSERVATION_TYPES
 from nfd_env.envs.wrappers import GuardConfig
-from nfd_env.players.policy import AgentError
+from nfd_env.players.policy import STACKS, AgentError, looked_at
 from nfd_env.training.starts import StartsConfig, recorded_starts
 from nfd_env.worlds.load import load_world
+
+# Arguments of ``NFDVectorEnv`` that nothing else here decides on.
+_ENV = {
+    *("precision", "sampling_steps", "history_level", "temperature", "speculative_frames"),
+    *("dynamics", "ood", "max_episode_steps", "device", "starts", "render_mode"),
+}
 
 
 @config_class
@@ -72,7 +79,18 @@ class AgentTrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_ranges(self, decisions="[1, inf)", frame_stack="[1, inf)")
+        some, any_ = "[1, inf)", "[0, inf)"
+        check_ranges(self, decisions=some, num_envs=some, frame_skip=some, frame_stack=STACKS)
+        check_ranges(self, max_episode_frames=any_, horizon_frames=any_, evaluate_every=any_)
+        check_ranges(self, channels=some, width=some, evaluate_episodes=some, seed="[0, 2**63)")
+        check_ranges(self, checkpoint_seconds="[0, inf]")
+        if self.obs_type not in OBSERVATION_TYPES:
+            raise ValueError(
+                f"obs_type must be one of {', '.join(OBSERVATION_TYPES)}, got {self.obs_type!r}"
+            )
+        looked_at(self.frame_offsets, self.frame_stack)
+        if unknown := sorted(set(self.env) - _ENV):
+            raise ValueError(f"env knows {', '.join(sorted(_ENV))}, got {unknown[0]!r}")
         if wrong := [at for at in self.keep if not 0 <= at <= self.decisions]:
             raise ValueError(f"keep must lie within 0 and decisions {self.decisions}, got {wrong}")
 

@@ -58,6 +58,7 @@ class TrainPPOConfig(AgentTrainingConfig):
     def __post_init__(self) -> None:
         """Check that minibatches fill a batch."""
         super().__post_init__()
+        config.check_ranges(self, threads="[0, inf)")
         batch = self.num_envs * self.ppo.rollout_steps
         if batch % self.ppo.minibatch_size:
             raise ValueError(

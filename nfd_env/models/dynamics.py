@@ -66,7 +66,11 @@ class DynamicsConfig:
     local_blocks: int = 4
 
     def __post_init__(self) -> None:
-        """Check that the sizes divide."""
+        """Check the ranges, and that the sizes divide."""
+        some = "[1, inf)"
+        check_ranges(self, latent_channels=some, latent_height=some, latent_width=some)
+        check_ranges(self, patch=some, action_width=some, width=some, layers=some, heads=some)
+        check_ranges(self, modulation_rank="[0, inf)")
         if self.latent_height % self.patch or self.latent_width % self.patch:
             raise ValueError("patch must divide latent_height and latent_width")
         if self.width % self.heads or (self.width // self.heads) % 4:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nfd_env.config import config_class
+from nfd_env.config import check_ranges, config_class
 
 
 @config_class
@@ -45,7 +45,10 @@ class HeadsConfig:
     nearby: int = 0
 
     def __post_init__(self) -> None:
-        """Check the reward values, and that the latents' shape is known where it is needed."""
+        """Check the ranges, and that the latents' shape is known where it is needed."""
+        some = "[1, inf)"
+        check_ranges(self, latent_size=some, action_width=some, width=some)
+        check_ranges(self, dropout="[0, 1)", signals="[0, inf)")
         if self.nearby < 0 or self.nearby % 4:
             raise ValueError(f"nearby must be a multiple of 4 and not negative, got {self.nearby}")
         if self.nearby and (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env import parts
-from nfd_env.config import config_class
+from nfd_env.config import check_ranges, config_class
 
 
 @config_class
@@ -35,7 +35,12 @@ class TokenizerConfig:
     latent_noise: float = 0.2
 
     def __post_init__(self) -> None:
-        """Check that encoder and decoder meet at the same resolution."""
+        """Check the ranges, and that encoder and decoder meet at the same resolution."""
+        some = "[1, inf)"
+        check_ranges(self, latent_channels=some, encoder_blocks=some, decoder_blocks=some)
+        check_ranges(self, latent_noise="[0, inf)")
+        if min([*self.encoder_channels, *self.decoder_channels], default=1) < 1:
+            raise ValueError("encoder_channels and decoder_channels must be at least 1")
         if len(self.encoder_channels) != len(self.decoder_channels) or not self.encoder_channels:
             raise ValueError("encoder_channels and decoder_channels need the same number of levels")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,8 +100,27 @@ def save_weights(
         header["kind"] = kind
         header["fingerprint"] = fingerprint or fingerprint_network(network)
         header["made_from"] = json.dumps(dict(made_from or {}), sort_keys=True)
+    save_tensors(path, tensors, header)
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, all or nothing.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        try:
+            save_file(dict(tensors), temporary, None if header is None else dict(header))
+        except SafetensorError as error:  # its own way to say that the disk is full
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def load_weights(path: str | Path, network_type: type[M], config_type: type) -> M:
@@ -109,7 +129,7 @@ def load_weights(path: str | Path, network_type: type[M], config_type: type) -> 
     Raises:
         CheckpointError: when the file is missing, damaged, or holds another network.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     header, tensors = _read(path)
     if header.get("class") != network_type.__name__:
         raise CheckpointError(

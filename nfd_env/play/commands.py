@@ -65,7 +65,8 @@ class PlayConfig(Chosen):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)")
+        check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)", seed="[0, inf)")
+        check_ranges(self, max_episode_steps="[1, inf)")
 
 
 @config_class

@@ -102,7 +102,8 @@ class PlayRecorder:
             source=source,
             fps=fps,
         )
-        self.folder, self._limit, self._failed = Path(folder), limit, failed
+        self.folder = Path(folder).expanduser()
+        self._limit, self._failed = limit, failed
         spec.save(self.folder)
         self._writer = ShardWriter(self.folder, spec, writer)
         self.saved = 0

@@ -12,9 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from nfd_env.config import config_class
+from nfd_env.config import check_ranges, config_class
 from nfd_env.players.actions import action_head
-from nfd_env.spaces import space_from_dict, space_to_dict
+from nfd_env.spaces import check_described, space_from_dict, space_to_dict
+
+STACKS = "[1, 4096]"  # observations; far more than any policy looks back
 
 
 class AgentError(ValueError):
@@ -48,6 +50,11 @@ class AgentSpec:
     trained_in: str = "world"
     latent_shape: list[int] = field(default_factory=list)
     heads: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the ranges: a file may come from a stranger."""
+        check_ranges(self, frame_skip="[1, 10000]", frame_stack=STACKS)
+        check_described(self.action_space)
 
     @classmethod
     def of(cls, env: Any, frame_stack: int, trained_in: str = "world") -> AgentSpec:
@@ -148,7 +155,8 @@ class PolicyConfig:
         return looked_at(self.frame_offsets, self.spec.frame_stack)
 
     def __post_init__(self) -> None:
-        """Check that the stack holds what the network looks at."""
+        """Check the ranges, and that the stack holds what the network looks at."""
+        check_ranges(self, channels="[1, inf)", width="[1, inf)")
         looked_at(self.frame_offsets, self.spec.frame_stack)
 
 

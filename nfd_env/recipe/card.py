@@ -23,6 +23,7 @@ from nfd_env.models.weights import CheckpointError
 from nfd_env.recipe.records import read_records
 from nfd_env.recipe.report import COLUMNS, told, verdict
 from nfd_env.video import enlarge, write_png
+from nfd_env.worlds.clip import NoClipError
 from nfd_env.worlds.hub import Address
 from nfd_env.worlds.load import World, load_world
 
@@ -81,8 +82,17 @@ def make_card(
             '--art-license "...", or in a file ASSET_LICENSES.md of the folder (and call '
             "nfd_env.worlds.checksums.write_checksums(folder))"
         )
+    try:  # before the world is played
+        measured = _metrics(spec.scores, run)
+        origin = _provenance(_read(folder / "provenance.yaml"), spec.sampling.steps)
+    except config.ConfigError:  # says it better
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/provenance.yaml, or report.yaml of its run, is not as this version writes "
+            f"it ({error!r:.80}): mend it or take it away"
+        ) from None
     pictures = _pictures(loaded)
-    provenance = _read(folder / "provenance.yaml")
     title = spec.title or spec.name
     parts = [
         _metadata(address, license),
@@ -99,8 +109,8 @@ def make_card(
         f'world="{address}")\n```',
         "Name a commit behind an @ for results that others can repeat. A world is data "
         "(safetensors, YAML, a film): loading it runs no code of its author's.",
-        *_metrics(spec.scores, run),
-        *_provenance(provenance, spec.sampling.steps),
+        *measured,
+        *origin,
         "## Licence of the game's art",
         art,
     ]
@@ -119,7 +129,7 @@ def _pictures(world: World) -> dict[str, bytes]:
         folder = Path(name)
         try:
             demo(str(world.folder), folder, _SECONDS, gif=folder / "film.gif")
-        except CheckpointError:  # it has no recording to play along with
+        except NoClipError:
             path = write_png(folder / "frames.png", _frames(world))
             return {"card/frames.png": path.read_bytes()}
         return {

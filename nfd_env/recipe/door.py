@@ -20,7 +20,7 @@ from nfd_env.data.record import record_episode
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.data.worker import close
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
-from nfd_env.files import FolderError
+from nfd_env.files import FolderError, found_file
 from nfd_env.learning.train import TrainPPOConfig
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, fitting_size
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import Plan
+from nfd_env.sources.keys import check_controls
 from nfd_env.sources.source import make_source
 from nfd_env.sources.spec import is_imported
 from nfd_env.spaces import ActionCodec
@@ -83,6 +84,7 @@ def look(game: GameConfig) -> Look:
     Raises:
         RecordingError: when there are no such recordings, or the game always fails.
         SourceError: when the game cannot be made or does what no game should.
+        KeymapError: when source.action_names or source.keys do not fit its actions.
         PlanError: when its episodes are too short, or nothing moves in it.
     """
     if game.recordings:
@@ -90,6 +92,7 @@ def look(game: GameConfig) -> Look:
     if is_imported(game.source.env_id):
         foreign = open_foreign(game.source)
         size = [int(side) for side in foreign.frame().shape[:2]]
+        check_controls(foreign.action_space, game.source.action_names, game.source.keys)
         return Look(size, ActionCodec(foreign.action_space).width)
     for policy in game.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
@@ -98,6 +101,7 @@ def look(game: GameConfig) -> Look:
         shape = env.observation_space.shape
         assert shape is not None
         width = ActionCodec(env.action_space).width
+        check_controls(env.action_space, game.source.action_names, game.source.keys)
         rate, longest, moves = 0.0, 0, False
         shares = sum(policy.share for policy in game.policies)
         for policy in game.policies:
@@ -229,6 +233,7 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
     plan = planning.settings(first, measures, device, seen.action_width, ranks.count)
     built = check_settings(plan, seen)
     check_parts(built, ranks)
+    _check_at_hand(game, built)
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
     _check_room(game, seen, networks)
@@ -302,6 +307,20 @@ def built_from(name: str, values: dict[str, Any]) -> Any:
     return config.from_mapping(SCHEMAS[name], values, name)
 
 
+def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
+    """Refuse settings that ask for what is not there, which stages would find out hours later."""
+    for name in SCHEMAS:
+        for key in planning.BEGUN_FROM:
+            path = getattr(game, name).get(key)
+            if path and not found_file(Path(path).expanduser(), config.ConfigError):
+                raise config.ConfigError(f"{name}.{key}: {path}: no such checkpoint")
+    if built["heads"].signal_weight and not (game.signals or game.recordings):
+        raise config.ConfigError(
+            "heads.signal_weight asks for signals, which are not recorded: set signals, or leave "
+            "it out"
+        )
+
+
 def _check_fit(built: dict[str, Any], seen: Look) -> None:
     """Of settings that a user may have set one by one."""
     tokenizer, flow = built["tokenizer"].model, built["flow"].model
@@ -320,6 +339,12 @@ def _check_fit(built: dict[str, Any], seen: Look) -> None:
             f"flow.model is for latents {tuple(flow.latent_shape)} and actions of width "
             f"{flow.action_width}, but the tokenizer makes {made} and the game's actions have "
             f"{seen.action_width}: leave these settings out, they are derived"
+        )
+    judged = built["distill"].adversarial
+    if judged.weight and not all(0 <= layer < flow.layers for layer in judged.layers):
+        raise config.ConfigError(
+            f"distill.adversarial.layers must be from 0 to {flow.layers - 1}, the blocks of the "
+            f"flow model, got {judged.layers}"
         )
 
 

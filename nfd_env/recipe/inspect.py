@@ -128,15 +128,18 @@ def write_game(
 
     Raises:
         SourceError: see ``inspect_game``.
-        FileExistsError: when the file is there; it may have been edited.
+        FileExistsError: when one of them is there; it may be somebody's work.
         FolderError: when it cannot be written.
     """
     path = Path(output or f"{snake_case(_name(env_id))}.yaml").expanduser()
-    if path.exists():
-        raise FileExistsError(f"{path} is there already; name another file with -o, or remove it")
     picture = path.with_suffix(".png")
     if picture == path:
         raise ValueError(f"{path}: that is the preview's name; name the game file with .yaml")
+    for file in (path, picture):
+        if os.path.lexists(file):
+            raise FileExistsError(
+                f"{file} is there already; name another file with -o, or remove it"
+            )
     check_writable(path, picture)
     _, text, preview = inspect_game(env_id, kwargs, imports)
     write_png(picture, preview)

@@ -186,6 +186,9 @@ class Recipe(Ledger):
                 else:
                     short = door.with_short_episodes(game, frames)
                     recordings = collect(short.collect_config(frames), self._shown)
+        for name in ("flow", "heads", "distill"):  # of which each would find out by itself, later
+            if frames := getattr(self.game, name).get("frames"):
+                recordings.check(frames, ("train",))
         measures = measure(recordings)
         record.metrics = {
             name: float(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -175,6 +175,27 @@ def default_controls(
             keys[name] = [key]
             taken.add(key)
     return given, keys
+
+
+def check_controls(
+    space: spaces.Space, names: Sequence[str], keys: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse names and keys that a finished world could not be saved or played with.
+
+    Args:
+        space: the action space.
+        names: of its actions, see ``SourceConfig.action_names``; none for the usual ones.
+        keys: action name -> key names.
+
+    Raises:
+        KeymapError: when there are more names than actions, or keys of an action of no such name.
+    """
+    if isinstance(space, spaces.Discrete) and len(names) > space.n:
+        raise KeymapError(f"there are {len(names)} action_names for {space.n} actions")
+    known = list(names) or (default_controls(space)[0] if keys else [])
+    for name in keys:
+        if name not in known:
+            raise KeymapError(f"keys are given for {name!r}, which is no action of {known}")
 
 
 def _plain_names(space: spaces.Space) -> Iterator[str]:

@@ -33,7 +33,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_ranges(self, "adversarial.", weight="[0, inf)", start="[0, inf)")
+        check_ranges(self, "adversarial.", weight="[0, inf)", start="[0, inf)", width="[1, inf)")
         if self.weight and not self.layers:
             raise ValueError("the adversarial term needs at least one layer")
 

@@ -111,15 +111,20 @@ class ExportConfig:
     presentation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the numbers of starts and the names of networks."""
+        """Check the ranges and the names of networks."""
         some = "[1, inf)"
         check_ranges(self, clip_frames=some, starts=some, start_frames=some, start_margin=some)
         check_ranges(self, hazard_odds="(0, inf)", beginnings=f"[0, {self.starts}]")
+        check_ranges(self, modulation_rank="[0, inf)", max_episode_steps="[0, inf)")
+        if self.display not in DISPLAYS:
+            raise ValueError(f"display must be {' or '.join(DISPLAYS)}, got {self.display!r}")
         others = set(self.presentation) - set(PRESENTATION)
         if others:
             raise ValueError(
                 f"presentation knows {', '.join(PRESENTATION)}, got {sorted(others)[0]!r}"
             )
+        told = {"env_id": self.name, **self.presentation}
+        config.from_mapping(SourceConfig, told, "presentation", foreign=True)
         check_bits(self.bits)
         if "teacher" in self.bits and not self.teacher:
             raise ValueError("bits names the teacher, but there is none")
@@ -317,7 +322,12 @@ def _start(
 
 def _clip(recordings: RecordedDataset, frames: int) -> Clip:
     """A held-out episode, the longest but for ``frames``, with its actions."""
-    episode = max(recordings.split("validation"), key=lambda e: min(len(e), frames))
+    held_out = recordings.split("validation")
+    if not len(held_out):
+        raise RecordingError(
+            f"{recordings.folder} has no held-out episode: record more, or lower validation_every"
+        )
+    episode = max(held_out, key=lambda e: min(len(e), frames))
     count = min(len(episode), frames)
     return Clip(episode.frames[: count + 1], episode.actions[:count])
 

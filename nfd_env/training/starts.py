@@ -46,6 +46,7 @@ class StartsConfig:
         """Check the ranges."""
         some = "[1, inf)"
         check_ranges(self, "starts.", count=some, frames=some, margin=some, ending_share="[0, 1]")
+        check_ranges(self, "starts.", seed="[0, 2**63)")
         if self.ending_share and self.ending_frames <= self.margin:
             raise ValueError(
                 f"starts.ending_frames must be above starts.margin = {self.margin}, "

@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nfd_env.files import found_file
-from nfd_env.models.weights import CheckpointError
+from nfd_env.models.weights import CheckpointError, save_tensors
 from nfd_env.video import read_mp4, write_mp4
 from nfd_env.worlds.checksums import verify
 
 _VIDEO, _ACTIONS = "clip.mp4", "clip.safetensors"
+
+
+class NoClipError(CheckpointError):
+    """A world has no recording to play along with, or too short a one."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,18 @@ class Clip:
 def save_clip(folder: Path, clip: Clip, fps: float) -> None:
     """Write ``clip`` into a world folder; ``fps`` frames a second."""
     write_mp4(folder / _VIDEO, clip.frames, fps, crf=20, exact=True)
-    save_file({"actions": torch.from_numpy(clip.actions.copy())}, folder / _ACTIONS)
+    save_tensors(folder / _ACTIONS, {"actions": torch.from_numpy(clip.actions.copy())})
 
 
 def load_clip(folder: Path) -> Clip:
     """The clip of a world folder.
 
     Raises:
-        CheckpointError: when the world has none, or a file is damaged.
+        NoClipError: when the world has none.
+        CheckpointError: when a file is damaged, or the other one missing.
     """
-    found_file(folder / _ACTIONS, CheckpointError)
-    if not found_file(folder / _VIDEO, CheckpointError):
-        raise CheckpointError(f"{folder} has no {_VIDEO} to play along with")
+    if not any([found_file(folder / name, CheckpointError) for name in (_ACTIONS, _VIDEO)]):
+        raise NoClipError(f"{folder} has no {_VIDEO} to play along with")
     verify(folder, _VIDEO, _ACTIONS)
     try:
         actions = np.atleast_1d(load_file(folder / _ACTIONS, device="cpu")["actions"].numpy())

@@ -47,7 +47,7 @@ from nfd_env.models.weights import (
 )
 from nfd_env.sources.source import SourceConfig
 from nfd_env.sources.spec import check_fps
-from nfd_env.spaces import ActionCodec, space_from_dict
+from nfd_env.spaces import ActionCodec, check_described, space_from_dict
 from nfd_env.worlds.checksums import verify, write_checksums
 from nfd_env.worlds.clip import Clip, save_clip
 from nfd_env.worlds.starts import save_starts
@@ -127,10 +127,7 @@ class WorldSpec:
         for key, sampling in (("sampling", self.sampling), ("teacher", self.teacher)):
             if sampling is not None and sampling.steps > _MOST_STEPS:
                 raise ValueError(f"{key}.steps must be at most {_MOST_STEPS}, got {sampling.steps}")
-        try:
-            ActionCodec(space_from_dict(self.action_space))
-        except (ValueError, TypeError, KeyError, AssertionError, OverflowError) as error:
-            raise ValueError(f"action_space: {error!r:.200}") from None
+        check_described(self.action_space)
 
     @property
     def dynamics(self) -> str:

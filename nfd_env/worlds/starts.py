@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from nfd_env.files import atomic_write, found_file
+from nfd_env.files import found_file
 from nfd_env.inference.state import Context
-from nfd_env.models.weights import CheckpointError, neutral_torch
+from nfd_env.models.weights import CheckpointError, neutral_torch, save_tensors
+
+LARGEST = 65504.0  # in size, of the numbers of a start: half precision, which files are in
 
 
 def load_starts(path: str | os.PathLike[str], shape: tuple[int, ...], width: int) -> list[Context]:
@@ -43,8 +45,10 @@ def load_starts(path: str | os.PathLike[str], shape: tuple[int, ...], width: int
     if not (fits and flags.shape == latents.shape[:1] and latents.numel()):
         raise CheckpointError(f"{path}: holds start frames of another world")
     for name, tensor in (("latents", latents), ("actions", actions)):
-        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
-            raise CheckpointError(f"{path}: {name} must be finite numbers")
+        if not (tensor.is_floating_point() and float(tensor.float().abs().max()) <= LARGEST):
+            raise CheckpointError(
+                f"{path}: {name} must be numbers from {-LARGEST:g} to {LARGEST:g}"
+            )
     beginnings = flags.bool().tolist()
     return [Context(*start) for start in zip(latents, actions, beginnings, strict=True)]
 
@@ -62,5 +66,4 @@ def save_starts(path: str | os.PathLike[str], starts: Sequence[Context]) -> None
     if not (torch.isfinite(latents).all() and torch.isfinite(actions).all()):
         raise CheckpointError(f"{path}: starts hold NaN or infinity")
     flags = torch.tensor([s.beginning for s in starts], dtype=torch.uint8, device="cpu")
-    with atomic_write(path) as temporary:
-        save_file({"latents": latents, "actions": actions, "beginning": flags}, temporary)
+    save_tensors(path, {"latents": latents, "actions": actions, "beginning": flags})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.envs.wrappers import GuardOOD, GuardOODVector, SlotShare
+from nfd_env.envs.wrappers import GuardConfig, GuardOOD, GuardOODVector, SlotShare
 
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
@@ -20,6 +20,8 @@ def test_only_a_bool_says_whether_to_truncate(tiny_world: Path, truncate: Any) -
     env = NFDVectorEnv(tiny_world, 2, **CPU)
     with pytest.raises(ValueError, match="truncate must be True or False"):
         GuardOODVector(env, truncate=truncate)
+    with pytest.raises(ValueError, match="truncate must be True or False"):
+        GuardConfig(truncate=truncate)  # at once, not when something is put around an env
     single = gymnasium.make("NFD/World-v0", world=tiny_world, **CPU)
     with pytest.raises(ValueError, match="truncate must be True or False"):
         GuardOOD(single, truncate=truncate)

@@ -71,8 +71,11 @@ def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
     for wrong, message in (
         (["random", "random", always], "at least 3 different policies"),
         (["random", always], "at least 3 different policies"),
+        (["random", always, "nobody"], "unknown agent 'nobody'"),
+        (["random", always, f"{__name__}:Nobody"], "Nobody"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nfd_env.evaluation.ranking.evaluate_agent", None)  # nobody plays
             rank_policies(wrong, settings, progress=False)
     names = ["random", f"{__name__}:Left", f"{__name__}:Right"]
     told: list[Ranking] = []

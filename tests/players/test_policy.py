@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributions import Categorical, Independent, Normal
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.models.weights import load_weights, save_weights
+from nfd_env.players.load import load_network
 from nfd_env.players.policy import (
     ActorCritic,
     AgentError,
@@ -229,6 +233,34 @@ def test_an_agent_for_something_else(
     env = NFDVectorEnv(tiny_world, 2, obs_type="latent", frame_skip=2, **CPU)
     with pytest.raises(AgentError, match=message):
         replace(AgentSpec.of(env, 3), **changed).check(env)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frame_skip": 0}, "frame_skip must be from 1 to 10000, got 0"),
+        ({"frame_stack": 0}, "frame_stack must be from 1 to 4096, got 0"),
+        ({"frame_stack": 10**9}, "frame_stack must be from 1 to 4096"),
+        ({"action_space": {}}, "action_space: .*unknown action space type"),
+        ({"action_space": {"type": "Discrete"}}, "action_space: KeyError"),
+        ({"action_space": {"type": "Discrete", "n": "3"}}, "action_space: "),
+    ],
+)
+def test_an_agent_of_impossible_numbers(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """A file of a stranger's: refused, not a division by zero later."""
+    with pytest.raises(ValueError, match=message):
+        spec(**changed)
+    network = policy()
+    save_weights(tmp_path / "a.safetensors", network, network.config)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    told = json.loads(header["config"])
+    header["config"] = json.dumps({**told, "spec": {**told["spec"], **changed}})
+    save_file(tensors, tmp_path / "a.safetensors", header)
+    with pytest.raises(AgentError, match="no agent: .*a.safetensors: holds no usable config"):
+        load_network(tmp_path / "a.safetensors")
 
 
 def test_fingerprints_are_of_what_an_agent_sees(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nfd_env.config import ConfigError
-from nfd_env.data.collect import PolicyConfig
+from nfd_env.data.collect import PolicyConfig, collect
 from nfd_env.recipe import door
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.run import Recipe
@@ -54,6 +54,23 @@ def test_a_game_that_cannot_be_recorded(fault: str, message: str, tmp_path: Path
     refused(hostile(tmp_path / "run", fault, tokenizer={}, flow={}), message)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"keys": {"jump": ["space"]}}, "keys are given for 'jump', which is no action of"),
+        ({"action_names": ["a", "b", "c", "d"]}, "there are 4 action_names for 3 actions"),
+    ],
+)
+def test_controls_that_no_world_could_be_played_by(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Found when the trained world was to be saved or played, once."""
+    source = replace(game(tmp_path).source, **changes)
+    refused(game(tmp_path / "run", source=source), message)
+    with pytest.raises(ValueError, match=message):
+        collect(game(tmp_path / "run", source=source).collect_config(10), progress=False)
+
+
 def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Path) -> None:
     source = replace(game(tmp_path).source, size=[90, 70])
     refused(game(tmp_path / "run", source=source, tokenizer={}), r"90x70.*source.size.*\[\d+, \d+")
@@ -75,6 +92,22 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"distill": {"frames": 1}}, "distill: frames must be at least 2"),
         ({"inverse_dynamics": {"window": 1}}, "inverse_dynamics: window must be at least 2"),
         ({"export": {"startz": 3}}, "export: startz.*starts"),
+        ({"export": {"display": "blurred"}}, "export: display must be smooth or pixelated"),
+        ({"export": {"presentation": {"fps": "fast"}}}, "presentation: fps: must be a number"),
+        ({"export": {"max_episode_steps": -1}}, "max_episode_steps must be at least 0"),
+        ({"flow": {"model": {"layers": 0}}}, "layers must be at least 1, got 0"),
+        ({"flow": {"model": {"heads": 0}}}, "heads must be at least 1, got 0"),
+        ({"tokenizer": {"model": {"latent_noise": -1}}}, "latent_noise must be at least 0"),
+        ({"flow": {"initial": "/no/such/w"}}, "flow.initial: /no/such/w: no such checkpoint"),
+        ({"heads": {"signal_weight": 1.0}}, "heads.signal_weight asks for signals"),
+        (
+            {"distill": {"adversarial": {"weight": 0.1, "layers": [99]}}},
+            r"distill.adversarial.layers must be from 0 to \d+, .*got \[99\]",
+        ),
+        ({"rounds": 2, "agent": {"frame_skip": 0}}, "frame_skip must be at least 1, got 0"),
+        ({"rounds": 2, "agent": {"obs_type": "sound"}}, "obs_type must be one of rgb, latent"),
+        ({"rounds": 2, "agent": {"env": {"temprature": 2}}}, "env knows .*got 'temprature'"),
+        ({"rounds": 2, "agent": {"ppo": {"clip_norm": 0}}}, "ppo.clip_norm must be above 0"),
         ({"flow": {"train": {"folder": "elsewhere"}}}, "flow.train.folder.*leave it out"),
         ({"flow": {"recordings": "elsewhere"}}, "flow.recordings.*leave it out"),
         ({"flow": {"model": {"latent_channels": 3}}}, "flow.model is for latents.*leave these"),

@@ -25,8 +25,12 @@ def test_the_file_says_what_was_found_and_can_be_trained_as_it_is(tmp_path: Path
     assert len(path.read_text().splitlines()) <= 25
     preview = cv2.imread(str(picture))
     assert preview is not None and preview.shape[0] >= 256
-    with pytest.raises(FileExistsError, match="-o"):
-        write_game("tests/Dots-v0", path, imports=DOTS)
+    drawn = picture.read_bytes()
+    for there in (path, picture):
+        with pytest.raises(FileExistsError, match=f"{there.name} is there already.*-o"):
+            write_game("tests/Dots-v0", path, imports=DOTS)
+        path.unlink(missing_ok=True)
+    assert picture.read_bytes() == drawn
 
 
 def test_pictures_that_are_only_rendered_are_found(tmp_path: Path) -> None:

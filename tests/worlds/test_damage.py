@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.demo import demo
 from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.weights import CheckpointError
+from nfd_env.recipe.card import make_card
 from nfd_env.sources.source import SourceConfig
 from nfd_env.worlds import checksums
 from nfd_env.worlds.checksums import write_checksums
-from nfd_env.worlds.clip import Clip, load_clip, save_clip
+from nfd_env.worlds.clip import Clip, NoClipError, load_clip, save_clip
 from nfd_env.worlds.format import WorldSpec, read_spec, save_world
+from nfd_env.worlds.hub import parse_address
 from nfd_env.worlds.load import load_world
 from nfd_env.worlds.starts import load_starts, save_starts
 from tests.tiny_world import DISCRETE, make_tiny_world
@@ -225,15 +228,20 @@ def test_checksums_are_computed_once(copied: Path, monkeypatch: pytest.MonkeyPat
         read_spec(copied)
 
 
-@pytest.mark.parametrize(("name", "value"), [("latents", math.nan), ("actions", math.inf)])
-def test_starts_must_be_finite(copied: Path, name: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("latents", math.nan), ("actions", math.inf), ("latents", -1e38)]
+)
+def test_starts_must_be_finite(copied: Path, tiny_world: Path, name: str, value: float) -> None:
     path = copied / "starts.safetensors"
-    tensors = load_file(path)
+    tensors = {key: value.float() for key, value in load_file(path).items()}
     tensors[name][-1, -1] = value
     save_file(tensors, path)
     write_checksums(copied)
-    with pytest.raises(CheckpointError, match=rf"starts.safetensors: {name} must be finite"):
+    message = rf"starts.safetensors: {name} must be numbers from -65504 to 65504"
+    with pytest.raises(CheckpointError, match=message):
         load_world(copied)
+    with pytest.raises(CheckpointError, match=message):
+        NFDVectorEnv(tiny_world, starts=path, device="cpu", precision="fp32")
 
 
 def test_starts_that_cannot_be_stored(tmp_path: Path, tiny_world: Path) -> None:
@@ -328,8 +336,22 @@ def test_a_damaged_clip(clipped: Path, name: str, damage: str, renewed: bool) ->
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"x" * 999}[damage])
     if renewed:
         write_checksums(clipped)
-    with pytest.raises(CheckpointError, match=rf"{name}|has no clip.mp4"):
+    with pytest.raises(CheckpointError, match=name) as error:
         load_clip(clipped)
+    assert not isinstance(error.value, NoClipError)  # which stands for a world without one
+    with pytest.raises(CheckpointError, match=name):
+        make_card(clipped, None, parse_address("me/world"), art="mine")
+
+
+@pytest.mark.parametrize(
+    "text", ["recordings: 5", "stages: [1]", "recordings: {frames: many}", "- 3"]
+)
+def test_a_provenance_that_no_card_can_be_made_of(copied: Path, text: str) -> None:
+    (copied / "provenance.yaml").write_text(text)
+    write_checksums(copied)
+    with pytest.raises(ValueError, match="provenance.yaml") as error:
+        make_card(copied, None, parse_address("me/world"), art="mine")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +371,9 @@ def test_a_clip_that_cannot_be_played_along_with(
     for name in ("clip.mp4", "clip.safetensors"):
         shutil.copy(clipped / name, long)
     write_checksums(long)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         demo(str(long), tmp_path / "out", 1.0, device="cpu")
+    assert isinstance(error.value, NoClipError) == message.startswith("the clip has")
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1.0])

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium
 
+from nfd_env.files import check_writable
 from nfd_env.play.commands import Chosen, PlayConfig
 from nfd_env.play.engine import Engine, Shown
 from nfd_env.play.game import EnvGame, Game
@@ -267,6 +268,7 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
         CheckpointError: when the world cannot be loaded.
         DeviceError: when the device is not there.
         ValueError: when an argument cannot be used.
+        FolderError: when a film or recordings cannot be written.
     """
     import_pygame()
     from nfd_env import config
@@ -284,6 +286,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
         )
     if not real:
         find_world(world)
+    check_writable(settings.record)
+    check_writable(settings.save, folders=True)
     open_display()
     with ExitStack() as stack:
         if real:
