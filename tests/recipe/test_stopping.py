@@ -14,9 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.recipe.test_run import game, made
-
-__all__ = ["made"]  # the fixture: an undisturbed run
+from tests.recipe.tiny import game
 
 ROOT = Path(__file__).parents[2]
 
