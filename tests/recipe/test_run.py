@@ -52,6 +52,13 @@ def test_a_second_run_makes_nothing_again(copied: Path) -> None:
     assert written(copied) == before
 
 
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes long, and nothing depends on it."""
+    monkeypatch.setattr(Recipe, "_report", lambda self: None)
+
+
+@pytest.mark.usefixtures("without_report")
 def test_what_depends_on_a_change_is_made_again_and_nothing_else(copied: Path) -> None:
     before = written(copied)
     run(game(copied, heads={**TINY["heads"], "width": 24}))
@@ -63,6 +70,7 @@ def test_what_depends_on_a_change_is_made_again_and_nothing_else(copied: Path) -
     assert {name for name in again if again[name] != after[name]} == {"flow", "distill", "world"}
 
 
+@pytest.mark.usefixtures("without_report")
 def test_names_and_keys_change_the_world_alone(copied: Path) -> None:
     before = written(copied)
     source = replace(game(copied).source, action_names=["west", "rest", "east"], fps=10.0)
