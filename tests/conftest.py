@@ -46,7 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("nfd_env")
     # The first test that starts this process's fork server decides for all of them what it has
     # imported already.
-    multiprocessing.set_forkserver_preload(["tests.training.rank_command"])
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(["tests.training.rank_command"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
