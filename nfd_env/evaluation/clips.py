@@ -279,8 +279,8 @@ def _distances(
     drawn, each = np.unique(rng.integers(0, len(places), _REFERENCE), return_inverse=True)
     where = [places.find(int(place)) for place in drawn]
     pictures = np.stack([held[e].frames[first : first + length] for e, first in where])
-    seen = _features(network, torch.from_numpy(pictures), length)
-    known = seen[torch.from_numpy(each)].flatten(0, 1)
+    features = _features(network, torch.from_numpy(pictures), length)
+    known = features[torch.from_numpy(each)].flatten(0, 1)
     reference = FrechetReference(known, _DIMENSIONS)
     scale = float(reference.project(known).var(0).sum())
     if not scale:
