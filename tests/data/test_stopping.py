@@ -243,6 +243,8 @@ def test_episodes_that_fail_are_left_out_and_told(tmp_path: Path, whim: str, rea
     assert sorted(numbers) == list(range(len(numbers)))
     told = summary(data)
     assert f"skipped: {len(skipped)} episodes" in told and "0:random_held: 17 episodes" in told
+    if whim != "raise":  # what comes then is the same for all of them
+        return
     # No seed is tried twice.
     more = collect(settings(tmp_path, whim, every=3, frames=300), progress=False)
     seeds = [e.seed for e in more] + [s["seed"] for s in more.skipped()]
@@ -257,7 +259,7 @@ def test_a_game_that_always_fails_stops_the_recording(tmp_path: Path) -> None:
 
 
 def test_a_game_that_ends_the_process_does_not_count_as_finished(tmp_path: Path) -> None:
-    for number in range(3):
+    for number in range(2):
         with pytest.raises(RecordingError, match="w00 ended by itself with status 0.*run again"):
             collect(settings(tmp_path, "leave"), progress=False)
         assert [s["number"] for s in RecordedDataset(tmp_path).skipped()] == list(range(number + 1))
