@@ -36,7 +36,12 @@ TINY: dict[str, Any] = {
         "frames": 5,
         "train": {"steps": 8, "batch_size": 4, "validate_every": 8},
     },
-    "heads": {"width": 16, "frames": 16, "train": {"steps": 8, "batch_size": 4}},
+    "heads": {
+        "width": 16,
+        "frames": 16,
+        # Twice, so that there is a curve to be drawn.
+        "train": {"steps": 8, "batch_size": 4, "validate_every": 4},
+    },
     "distill": {
         "frames": 5,
         "rollouts": 3,
