@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/nfd demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

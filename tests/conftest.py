@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,20 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("nfd_env")
+    # The first test that starts this process's fork server decides for all of them what it has
+    # imported already.
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(["tests.training.rank_command"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, and in one piece.
+
+    So the processes that share the tests end together, and the finished runs of the recipe are
+    made by one of them.
+    """
+    recipe = Path(__file__).parent / "recipe"
+    items.sort(key=lambda item: recipe not in item.path.parents)
 
 
 @pytest.fixture(scope="session")

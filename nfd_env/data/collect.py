@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import field, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -27,6 +29,7 @@ from nfd_env.data.worker import (
     FAILURES_IN_ROW,
     MOST_WORKERS,
     close,
+    goal_of,
     load_signals,
     work,
     writer_name,
@@ -163,23 +166,38 @@ def collect(settings: CollectConfig, progress: bool = True) -> RecordedDataset:
                 )
             for name in wanted:  # at once, so that they tell the number of workers from here on
                 (folder / f"shard-{name}-00000").mkdir(exist_ok=True)
-            recorded = RecordedDataset(folder).frame_count
-            _check_room(folder, spec, settings.frames - recorded)
+            recorded = Counter[str]()
+            for episode in RecordedDataset(folder):
+                recorded[writer_of(episode.shard)] += episode.length + 1
+            count = recorded.total()
+            _check_room(folder, spec, settings.frames - count)
             with progress_bar(
-                None, "recording", progress, total=settings.frames, initial=recorded, unit="frame"
+                None, "recording", progress, total=settings.frames, initial=count, unit="frame"
             ) as bar:
-                _run_workers(settings, spec, bar, stop)
+                # Who has nothing left to do need not be started, which takes seconds.
+                left = [
+                    worker
+                    for worker in range(settings.workers)
+                    if recorded[writer_name(worker)] < goal_of(settings, worker)
+                ]
+                _run_workers(settings, left, spec, bar, stop)
             data = RecordedDataset(folder)
             save_contact_sheet(data)
     return data
 
 
-def _run_workers(settings: CollectConfig, spec: DatasetSpec, bar: tqdm, stop: StopRequest) -> None:
+def _run_workers(
+    settings: CollectConfig,
+    workers: Sequence[int],
+    spec: DatasetSpec,
+    bar: tqdm,
+    stop: StopRequest,
+) -> None:
     """Record in processes of their own, which all have ended when this returns or raises."""
     context = multiprocessing.get_context("spawn")
     processes, running = [], {}
     try:
-        for worker in range(settings.workers):
+        for worker in workers:
             reports, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=work, args=(settings, spec, worker, sender), name=writer_name(worker)

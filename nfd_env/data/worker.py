@@ -77,6 +77,11 @@ def writer_name(worker: int) -> str:
     return f"w{worker:02d}"
 
 
+def goal_of(settings: CollectConfig, worker: int) -> int:
+    """Frames that a worker records."""
+    return settings.frames // settings.workers + (worker < settings.frames % settings.workers)
+
+
 def load_signals(name: str) -> Signals | None:
     """The function of ``CollectConfig.signals``.
 
@@ -144,7 +149,7 @@ def _record(settings: CollectConfig, worker: int, writer: ShardWriter, reports: 
     done = [e.number if e.number is not None else i for i, e in enumerate(mine)]
     done += [s["number"] for s in data.skipped() if s["writer"] == writer.writer]
     number = max(done, default=-1) + 1
-    goal = settings.frames // settings.workers + (worker < settings.frames % settings.workers)
+    goal = goal_of(settings, worker)
     policies = [make_policy(p.policy, dict(p.kwargs), p.mistakes) for p in settings.policies]
     signals = load_signals(settings.signals)
     env, tried, failed, in_row = None, 0, 0, 0

@@ -278,9 +278,12 @@ def _distances(
     if (fewest or count) * (horizon - length + 1) <= _DIMENSIONS:
         return None
     held, places = clips.held, Places((len(episode) for episode in clips.held), length)
-    where = [places.find(int(place)) for place in rng.integers(0, len(places), _REFERENCE)]
+    # Where little was recorded, most are drawn more than once.
+    drawn, each = np.unique(rng.integers(0, len(places), _REFERENCE), return_inverse=True)
+    where = [places.find(int(place)) for place in drawn]
     pictures = np.stack([held[e].frames[first : first + length] for e, first in where])
-    known = _features(network, torch.from_numpy(pictures), length).flatten(0, 1)
+    features = _features(network, torch.from_numpy(pictures), length)
+    known = features[torch.from_numpy(each)].flatten(0, 1)
     reference = FrechetReference(known, _DIMENSIONS)
     scale = float(reference.project(known).var(0).sum())
     if not scale:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from nfd_env.config import check_ranges, config_class
 from nfd_env.players.policy import ActorCritic, new_stack, push
 
+if TYPE_CHECKING:  # it takes as long to import as torch, and ``nfd train`` seldom needs it
+    from tensordict import TensorDict
+
 Act = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 View = Callable[[Tensor], Tensor]
-Loss = Callable[[ActorCritic, TensorDict, "PPOConfig"], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[ActorCritic, "TensorDict", "PPOConfig"], tuple[Tensor, dict[str, Tensor]]]
 
 
 @config_class
@@ -115,6 +117,8 @@ def rollout(
         led to, the end of an episode included; ``hazard`` is the probability with which it could
         have terminated; ``score`` is the episode's whole reward where one ended, else NaN.
     """
+    from tensordict import TensorDict
+
     look = look or (lambda stack: stack)
     playable = playable or (lambda raw: raw)
     rows: list[dict[str, Tensor]] = []
@@ -250,6 +254,8 @@ def update(
     Returns:
         Scalars to log: means over all gradient steps, and the explained variance.
     """
+    from tensordict import TensorDict
+
     value = batch["value"]
     advantage = advantage_of(
         config.reward_scale * batch["reward"],

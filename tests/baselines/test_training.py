@@ -29,6 +29,7 @@ from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.records import StageRecord, write_records, write_yaml
 from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.loop import TrainConfig, train
+from tests.counter_env import record_counter_episodes
 
 pytest.importorskip("tensorboard")
 
@@ -36,6 +37,14 @@ pytest.importorskip("tensorboard")
 def loop(folder: Path, steps: int, **values: Any) -> TrainConfig:
     base = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2, "precision": "fp32"}
     return TrainConfig(str(folder), steps, **{**base, "ema_decay": 0.5, **values})
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short episodes: token after token, a validation's rollouts take long."""
+    folder = tmp_path_factory.mktemp("recordings")
+    record_counter_episodes(folder, episodes=8, validation_every=4, length=16)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,14 @@ def test_the_data_set_says_where_it_comes_from(collected: Path) -> None:
     assert spec.source["env_id"] == "tests/Counter-v0"
 
 
+def test_what_is_complete_starts_no_process(
+    collected: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nfd_env.data.collect.work", None)
+    count = RecordedDataset(collected).frame_count
+    assert collect(settings(collected, 400), progress=False).frame_count == count
+
+
 def test_another_number_of_workers(collected: Path) -> None:
     before = RecordedDataset(collected).frame_count
     for workers in (1, 3):

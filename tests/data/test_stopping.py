@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,40 +107,35 @@ def owned(folder: Path) -> bool:
 
 @pytest.mark.parametrize("name", STATUS)
 def test_the_same_command_goes_on_from_whole_data(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "d"
-    held = [PolicyConfig("random_held", kwargs={"low": 1, "high": 3})]
-    made = CollectConfig(source(kwargs={"length": 12}), str(folder), FOREVER, held)
+    folder, number = tmp_path / "d", getattr(signal, f"SIG{name}")
     process = start(folder, FOREVER, ignoring_int)
     try:
         wait_for(lambda: recording(folder))
         if name == "TERM":  # two collectors at once: the second is refused
+            held = [PolicyConfig("random_held", kwargs={"low": 1, "high": 3})]
+            made = CollectConfig(source(kwargs={"length": 12}), str(folder), FOREVER, held)
             with pytest.raises(FolderInUseError, match=f"process {process.pid} "):
                 collect(made, progress=False)
-        process.send_signal(getattr(signal, f"SIG{name}"))  # to the parent alone
+        process.send_signal(number)  # to the parent alone
         process.communicate(timeout=PATIENCE)
         assert process.returncode == STATUS[name]
-        wait_for(lambda: not owned(folder), 30)  # its workers have ended too
+        wait_for(lambda: not owned(folder))  # its workers have ended too
     finally:
         process.kill()
         process.communicate()
-    count = assert_whole(folder).frame_count
-    collect(replace(made, frames=count + MORE), progress=False)
-    assert assert_whole(folder).frame_count >= count + MORE
-
-
-@pytest.mark.parametrize("name", ["TERM", "HUP", "INT"])
-def test_a_signal_to_the_whole_group_blames_no_episode(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "d"
+    enough = assert_whole(folder).frame_count + MORE
     process = start(folder, FOREVER)
     try:
-        wait_for(lambda: recording(folder))
-        os.killpg(process.pid, getattr(signal, f"SIG{name}"))  # a terminal's Ctrl-C, a cluster
+        wait_for(lambda: RecordedDataset(folder).frame_count >= enough)
+        os.killpg(process.pid, number)  # all of them: a terminal's Ctrl-C, a cluster
         process.communicate(timeout=PATIENCE)
         assert process.returncode == STATUS[name]
     finally:
         process.kill()
         process.communicate()
-    assert not assert_whole(folder).skipped()
+    data = assert_whole(folder)
+    assert data.frame_count >= enough
+    assert name == "KILL" or not data.skipped()  # no episode is blamed
 
 
 def test_a_worker_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
@@ -249,6 +243,8 @@ def test_episodes_that_fail_are_left_out_and_told(tmp_path: Path, whim: str, rea
     assert sorted(numbers) == list(range(len(numbers)))
     told = summary(data)
     assert f"skipped: {len(skipped)} episodes" in told and "0:random_held: 17 episodes" in told
+    if whim != "raise":  # what comes then is the same for all of them
+        return
     # No seed is tried twice.
     more = collect(settings(tmp_path, whim, every=3, frames=300), progress=False)
     seeds = [e.seed for e in more] + [s["seed"] for s in more.skipped()]
@@ -263,7 +259,7 @@ def test_a_game_that_always_fails_stops_the_recording(tmp_path: Path) -> None:
 
 
 def test_a_game_that_ends_the_process_does_not_count_as_finished(tmp_path: Path) -> None:
-    for number in range(3):
+    for number in range(2):
         with pytest.raises(RecordingError, match="w00 ended by itself with status 0.*run again"):
             collect(settings(tmp_path, "leave"), progress=False)
         assert [s["number"] for s in RecordedDataset(tmp_path).skipped()] == list(range(number + 1))

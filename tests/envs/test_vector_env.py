@@ -1172,7 +1172,7 @@ def test_what_came_before_an_episode(hasty_world: Path, mode: AutoresetMode, obs
     assert same(observation, same_one) and "context" not in nothing
     check(infos, observation, np.ones(3, bool))
     waiting, begun = np.zeros(3, bool), 0
-    for acts in actions(3, 60):
+    for acts in actions(3, 20):
         observation, *rest, infos = env.step(acts)
         same_one, *same_rest, same_infos = plain.step(acts)
         ended = rest[1] | rest[2]

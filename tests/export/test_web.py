@@ -174,7 +174,7 @@ def test_the_page_plays_as_the_environment_does(request, page, headers, steps, b
             return seen, where, said, await tab.evaluate("crossOriginIsolated")
 
     with hosting(folder, headers) as url:
-        seen, where, said, isolated = run(lambda: go(url), 900)  # a busy machine is no failure
+        seen, where, said, isolated = run(lambda: go(url))
     assert isolated == bool(headers)
     if on_gpu:
         assert where == "WebGPU"
@@ -261,7 +261,7 @@ def test_keys_mean_what_they_mean_on_the_server():
             return made
 
     with hosting(Path(export.__file__).parent / "static", {}) as url:
-        made = run(lambda: go(url), 120)
+        made = run(lambda: go(url))
     for name in SPACES:
         keymap = keymap_of(name)
         wanted = chosen(keymap, drawn_inputs(keymap, 400))

@@ -10,7 +10,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.precision import multiplies_bf16
 from nfd_env.worlds.load import shipped_worlds
 
-FRAMES, LEVELS = 60, 2
+FRAMES, LEVELS = 24, 2
 ACTIONS = np.random.default_rng(0).integers(0, 3, (FRAMES, 17))
 
 

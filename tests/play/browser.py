@@ -28,6 +28,8 @@ SOFTWARE_GPU = FLAGS.replace("--disable-gpu ", "") + (
     " --enable-unsafe-webgpu --use-webgpu-adapter=swiftshader --enable-features=Vulkan"
 )
 
+PATIENCE = 120  # seconds; a machine may be busy
+
 
 def find_chromium() -> str | None:
     """The browser's path, None where there is none."""
@@ -66,7 +68,7 @@ class Tab:
         self._number += 1
         future = self._answers[self._number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": self._number, "method": method, "params": params})
-        return await asyncio.wait_for(future, 30)
+        return await asyncio.wait_for(future, PATIENCE)
 
     async def evaluate(self, expression: str) -> Any:
         answer = await self.send(
@@ -76,7 +78,7 @@ class Tab:
             raise AssertionError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
-    async def until(self, expression: str, seconds: float = 20) -> Any:
+    async def until(self, expression: str, seconds: float = PATIENCE) -> Any:
         """Wait for an expression to become true."""
         for _ in range(int(seconds / 0.05)):
             value = await self.evaluate(expression)
@@ -174,6 +176,6 @@ class Browser:
         shutil.rmtree(self._profile, ignore_errors=True)
 
 
-def run(main: Callable[[], Any], seconds: float = 60) -> Any:
+def run(main: Callable[[], Any], seconds: float = 8 * PATIENCE) -> Any:
     """Run a coroutine function, bounded in time."""
     return asyncio.run(asyncio.wait_for(main(), seconds))

@@ -19,11 +19,11 @@ from tests.play.scroll_game import ScrollGame  # noqa: E402
 from tests.play.test_server import Client, Running, run  # noqa: E402
 
 
-async def talk(server, text, wait=3.0):
-    """What the server answers to these bytes, until it closes."""
+async def talk(server, text):
+    """What the server answers to these bytes until it closes, sooner than by default."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(text)
-    answer = await asyncio.wait_for(reader.read(), wait)
+    answer = await asyncio.wait_for(reader.read(), 8)
     writer.close()
     return answer
 

@@ -131,7 +131,7 @@ def test_the_page_from_start_to_finish():
             await tab.until(LIVE)
             await server.stop()
 
-    run(main, 90)
+    run(main)
 
 
 def test_touch_buttons_on_a_phone_and_a_full_server():
@@ -159,10 +159,10 @@ def test_touch_buttons_on_a_phone_and_a_full_server():
             )
             assert tab.errors == other.errors == []
             await browser.close_tab(tab)
-            await other.until(LIVE, 30)
+            await other.until(LIVE)
         await server.stop()
 
-    run(main, 90)
+    run(main)
 
 
 def test_the_rest_between_two_episodes_is_no_frame_time():
@@ -171,13 +171,13 @@ def test_the_rest_between_two_episodes_is_no_frame_time():
         async with Browser(CHROMIUM) as browser:
             tab = await browser.tab(server.url)
             title = "document.getElementById('overlay-title')?.textContent"
-            await tab.until(f"{title} == 'Episode over'", 30)
-            await tab.until("nfd.hud.episode == 2 && nfd.hud.step > 20", 30)
+            await tab.until(f"{title} == 'Episode over'")
+            await tab.until("nfd.hud.episode == 2 && nfd.hud.step > 20")
             assert await tab.evaluate("nfd.gaps.length") > 40
             assert await tab.evaluate("Math.max(...nfd.gaps)") < 1000
         await server.stop()
 
-    run(main, 90)
+    run(main)
 
 
 def test_keys_of_ones_own_are_kept_by_the_browser():
@@ -232,7 +232,7 @@ def test_keys_of_ones_own_are_kept_by_the_browser():
             assert tab.errors == []
         await server.stop()
 
-    run(main, 120)
+    run(main)
 
 
 class Pixels(ScrollGame):
@@ -269,7 +269,7 @@ def test_pixels_keep_hard_edges_and_whole_multiples(tmp_path, width, height, pho
         await server.stop()
         return box
 
-    left, top, wide, high = run(main, 60)
+    left, top, wide, high = run(main)
     times = round(high / 63)
     assert times >= 4 and (wide, high) == (times * 85, times * 63)
     with av.open(str(tmp_path / "page.png")) as container:
@@ -337,7 +337,7 @@ def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
             assert tab.errors == []
         await server.stop()
 
-    run(main, 90)
+    run(main)
 
 
 class Twins(ScrollGame):
@@ -384,4 +384,4 @@ def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
             await tab.until(f"{width} === 128 && {badge}.hidden")
         await server.stop()
 
-    run(main, 90)
+    run(main)

@@ -13,7 +13,7 @@ import pytest
 aiohttp = pytest.importorskip("aiohttp")
 
 from nfd_env.play.web import protocol  # noqa: E402
-from tests.play.test_server import Client, run  # noqa: E402
+from tests.play.test_server import PATIENCE, Client, run  # noqa: E402
 
 CLIENTS = 16
 BUSY = "SKIPPED: this machine is too busy for sixteen players, nothing was measured"
@@ -42,7 +42,7 @@ class ServerProcess:
     async def stop(self):
         """Exit status, and what was written to stderr."""
         self.process.send_signal(signal.SIGTERM)
-        _, errors = await asyncio.wait_for(self.process.communicate(), 30)
+        _, errors = await asyncio.wait_for(self.process.communicate(), PATIENCE)
         return self.process.returncode, errors.decode()
 
 
@@ -101,13 +101,13 @@ def test_sixteen_players_of_the_shipped_world_get_equal_shares_and_no_picture_is
             grown = server.memory() - memory
             status, said = await server.stop()
             for client in clients:
-                await asyncio.wait_for(client.task, 5)
+                await asyncio.wait_for(client.task, PATIENCE)
                 assert client.socket.close_code == protocol.GOING
                 await client.__aexit__()
             assert status == 0 and "Traceback" not in said, said
             return clients, grown
 
-    clients, grown = run(main, 90)
+    clients, grown = run(main)
     # Episodes end, and their last picture stays for a while: that is no tick.
     rates = np.array([1 / np.mean(c.gaps) for c in clients])
     latencies = np.concatenate([c.latencies for c in clients])

@@ -44,7 +44,7 @@ def play(recorder, numbers, end="", pause=0.0, by_agent=False):
         time.sleep(pause)
 
 
-def until(true, seconds=60):
+def until(true, seconds=300):  # a machine may be busy
     for _ in range(int(seconds / 0.02)):
         if true():
             return
@@ -190,7 +190,7 @@ def test_a_window_that_is_ended_has_kept_the_play(tmp_path, name):
         else:
             assert len(RecordedDataset(folder)) == 0  # nothing yet, so the end has to do it
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

@@ -19,7 +19,7 @@ from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
 from tests.recipe.hostile import HOSTILE
-from tests.recipe.test_run import TINY, game
+from tests.recipe.tiny import TINY, game
 
 _ERRORS = (ValueError, RuntimeError, OSError)  # what the command line shows in one line
 

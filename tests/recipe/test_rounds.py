@@ -18,7 +18,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.learning import train as learning
 from nfd_env.models.weights import fingerprint_of
 from nfd_env.recipe import gates, rounds
-from nfd_env.recipe.game import GameConfig, load_game
+from nfd_env.recipe.game import load_game
 from nfd_env.recipe.gates import Gate
 from nfd_env.recipe.ledger import Ledger
 from nfd_env.recipe.records import recordings_digest
@@ -26,33 +26,9 @@ from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
 from nfd_env.training.flow import FlowStage
 from tests.recipe.dots import DotsEnv
-from tests.recipe.test_run import game, made, run
+from tests.recipe.tiny import AGENT, game, run, twice
 
-__all__ = ["made"]  # the fixture: a finished run of one round
-
-AGENT: dict[str, Any] = {
-    "decisions": 96,
-    "num_envs": 4,
-    "channels": 8,
-    "width": 16,
-    "ppo": {"rollout_steps": 8, "minibatch_size": 16, "epochs": 2},
-}
 LAST = "agent_2", "record_2", "tokenizer_2", "encode_2", "flow_2", "heads_2", "distill_2", "world_2"
-
-
-def twice(folder: Path, **changes: Any) -> GameConfig:
-    """As many minutes for the first round as the fixture had, so that it need not be made again."""
-    values: dict[str, Any] = {"rounds": 2, "minutes": 1 + 2 / 3, "agent": AGENT, **changes}
-    return game(folder, **values)
-
-
-@pytest.fixture(scope="module")
-def made_twice(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rounds") / "dots"
-    shutil.copytree(made, folder)
-    said = run(twice(folder))
-    assert not any("tokenizer is made anew" in line for line in said)
-    return folder
 
 
 @pytest.fixture
@@ -140,8 +116,8 @@ def test_stopped_in_the_second_round_it_ends_as_if_it_had_not_been(
     settings = twice(folder, agent={**AGENT, "checkpoint_seconds": 0.0})
     interrupted(learning, "update", 3)
     interrupted(rounds, "join", 1)
-    interrupted(FlowStage, "loss", 9)  # after those by which its speed is found out
-    run(settings)
+    interrupted(FlowStage, "loss", 13)  # after ten by which its speed is found out
+    interrupted(Recipe, "_world", 2)  # nothing of what is compared comes later
     assert results(folder) == results(made_twice)
 
 

@@ -5,72 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 import pytest
 import yaml
 
 import nfd_env  # noqa: F401
-from nfd_env.data.collect import PolicyConfig
-from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import GateError
 from nfd_env.recipe.rounds import STAGES
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
-from tests.recipe.dots import ENV_ID
 from tests.recipe.hostile import HOSTILE
-
-TINY: dict[str, Any] = {
-    "inverse_dynamics": {"channels": 4, "train": {"steps": 8, "batch_size": 4}},
-    "tokenizer": {
-        "model": {
-            "encoder_channels": [8, 8],
-            "decoder_channels": [8, 8],
-            "encoder_blocks": 1,
-            "decoder_blocks": 1,
-        },
-        "train": {"steps": 30, "batch_size": 8, "learning_rate": 1e-2},
-    },
-    "flow": {
-        "model": {"width": 32, "layers": 1, "heads": 2, "window": 5, "modulation_rank": 0},
-        "frames": 5,
-        "train": {"steps": 8, "batch_size": 4},
-    },
-    "heads": {"width": 16, "frames": 16, "train": {"steps": 8, "batch_size": 4}},
-    "distill": {
-        "frames": 5,
-        "rollouts": 4,
-        "reference_steps": 2,
-        "train": {"steps": 4, "batch_size": 4},
-    },
-    "export": {"starts": 8, "beginnings": 2},
-}
-
-
-def game(folder: Path, **changes: Any) -> GameConfig:
-    source = SourceConfig(ENV_ID, imports=["tests.recipe.dots"], action_names=["l", "n", "r"])
-    settings = GameConfig(
-        name="Dots",
-        source=source,
-        folder=str(folder),
-        minutes=1.0,
-        device="cpu",
-        frames=1200,
-        workers=1,
-        max_episode_steps=60,
-        validation_every=4,
-        policies=[PolicyConfig("random_held", kwargs={"low": 1, "high": 6})],
-        **TINY,
-    )
-    return replace(settings, **changes)
-
-
-def run(settings: GameConfig, stage: str | None = None) -> list[str]:
-    """Run the recipe; returns what it said."""
-    said: list[str] = []
-    Recipe(settings, keep_going=True, say=said.append, progress=False).run(stage)
-    return said
+from tests.recipe.tiny import TINY, game, run
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -78,13 +24,6 @@ def written(folder: Path) -> dict[str, int]:
     names = ("tokenizer", "flow", "heads", "distill")
     times = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in names}
     return {**times, "world": (folder / "world" / "world.yaml").stat().st_mtime_ns}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe") / "dots"
-    run(game(folder))
-    return folder
 
 
 @pytest.fixture
@@ -113,6 +52,13 @@ def test_a_second_run_makes_nothing_again(copied: Path) -> None:
     assert written(copied) == before
 
 
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes long, and nothing depends on it."""
+    monkeypatch.setattr(Recipe, "_report", lambda self: None)
+
+
+@pytest.mark.usefixtures("without_report")
 def test_what_depends_on_a_change_is_made_again_and_nothing_else(copied: Path) -> None:
     before = written(copied)
     run(game(copied, heads={**TINY["heads"], "width": 24}))
@@ -124,6 +70,7 @@ def test_what_depends_on_a_change_is_made_again_and_nothing_else(copied: Path) -
     assert {name for name in again if again[name] != after[name]} == {"flow", "distill", "world"}
 
 
+@pytest.mark.usefixtures("without_report")
 def test_names_and_keys_change_the_world_alone(copied: Path) -> None:
     before = written(copied)
     source = replace(game(copied).source, action_names=["west", "rest", "east"], fps=10.0)

@@ -180,6 +180,7 @@ async def part(socket: web.WebSocketResponse, code: int, why: str) -> None:
 def new_socket(limits: Limits) -> web.WebSocketResponse:
     """A WebSocket within these limits."""
     return web.WebSocketResponse(
+        autoclose=False,  # the handler returns first, and so the seat is free before the answer
         max_msg_size=limits.message_bytes,
         heartbeat=limits.heartbeat_seconds,
         timeout=_GOODBYE_SECONDS,
