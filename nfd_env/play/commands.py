@@ -25,6 +25,8 @@ class Chosen:
         dynamics: in a world that has both; players can switch.
         agent: whom players can hand over to: random, a file or name, or module:Class.
         trust: an agent's .zip (Stable-Baselines3) may run its author's code.
+        drift: show by a thin bar how unlike real ones the pictures are (not whether they are right;
+            costs an encoding a frame); what led to a red one can be kept.
     """
 
     world: Positional[str] = ""
@@ -34,10 +36,11 @@ class Chosen:
     dynamics: Literal["student", "teacher"] | None = None
     agent: str | None = None
     trust: bool = False
+    drift: bool = False
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of ``Slots``, by which frames are drawn."""
-        names = ("device", "sampling_steps", "speculative_frames", "dynamics")
+        names = ("device", "sampling_steps", "speculative_frames", "dynamics", "drift")
         return {name: getattr(self, name) for name in names}
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import io
 import json
 import os
 import resource
@@ -114,7 +115,9 @@ class Client:
         return self.headers[-1]
 
 
-def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded():
+def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded(monkeypatch):
+    monkeypatch.setattr(ScrollGame, "ood", 2.5)
+
     async def main():
         async with Running() as (server, http), Client(server, http, seed=5) as client:
             assert client.hello["keys"] == ["a", "d", "left", "right"]
@@ -124,10 +127,23 @@ def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded():
             assert client.headers[-1]["action"] == "right"
             await client.send(t="release", n=client.seq)
             assert (await client.pictures(6))["action"] == "noop"
+            refusals = 0
             assert client.headers[-1]["seed"] == 5
             assert client.jpeg[:2] == b"\xff\xd8"
             async with http.get(f"{server.url}clip/{client.hello['key']}.mp4") as answer:
                 assert answer.status == 200 and (await answer.read())[4:8] == b"ftyp"
+            # What led to a picture unlike real ones, once the film is paid for.
+            assert client.headers[-1]["drift"] == 1.25
+            for _ in range(400):
+                async with http.get(f"{server.url}clip/{client.hello['key']}.npz") as answer:
+                    refusals += answer.status == 429
+                    if answer.status == 200:
+                        break
+                await asyncio.sleep(0.02)
+            kept = np.load(io.BytesIO(await answer.read()))
+            assert refusals and kept["frames"].shape[1:] == (96, 128, 3) and kept["seed"] == 5
+            assert set(kept["drift"].tolist()) == {2.5} and {0, 1} <= set(kept["actions"].tolist())
+            assert (np.diff(kept["steps"]) == 1).all()
             async with http.get(f"{server.url}clip/wrong.mp4") as answer:
                 assert answer.status == 404
 

@@ -106,10 +106,16 @@ function show() {
   $("badge-teacher").hidden = !hud.teacher;
   pressed("view", hud.view === "real" || hud.view === "split");
   $("badge-view").hidden = hud.view !== "real" && hud.view !== "split";
-  text("badge-view", hud.view === "split" ? `real | dream, ${hud.apart ?? "–"} dB apart` : "real game");
+  text("badge-view", hud.view === "split" ? `real | dream${hud.apart == null ? "" : `, ${hud.apart} dB apart`}` : "real game");
   $("badges").classList.toggle("split", hud.view === "split"); // beside what differs, not over a picture
   if (hud.notice && hud.notice !== noticed) toast(hud.notice);
   noticed = hud.notice;
+  const drift = hud.drift ?? null; // red above 1, in the middle of the bar
+  $("drift").hidden = $("badge-drift").hidden = drift === null;
+  $("badge-drift").hidden ||= drift <= 1;
+  $("drift").classList.toggle("red", drift > 1);
+  $("drift").firstChild.style.width = `${Math.min(50 * drift, 100)}%`;
+  if (drift !== null && hello?.key) $("drift-keep").hidden = false;
   $("badge-speed").hidden = hud.speed === 1;
   text("badge-speed", `×${hud.speed}`);
   if (!film.replaying && hello && !stopped) {
