@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from nfd_env.config import check_ranges, config_class
+from nfd_env.config import ConfigError, check_ranges, config_class
 from nfd_env.play import PlayError
 
 
@@ -69,6 +69,11 @@ class PlayConfig(Chosen):
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)")
+        if self.record is not None and not self.record.lower().endswith(".mp4"):
+            raise ConfigError(
+                f"record takes a film, such as play.mp4, got {self.record!r}; recordings to train "
+                "on: --save FOLDER"
+            )
 
 
 @config_class

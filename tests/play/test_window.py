@@ -246,6 +246,8 @@ def test_a_film_that_cannot_be_written_is_said_before_the_play(tmp_path):
         with pytest.raises(OSError, match=rf"{path} cannot be written: \w+"):
             player.run(5)
         assert not shown and not pygame.display.get_init()
+    with pytest.raises(config.ConfigError, match="--save FOLDER"):
+        PlayConfig("BigFish", record="folder")
 
 
 def test_controls_reach_the_world(world, tmp_path, monkeypatch):

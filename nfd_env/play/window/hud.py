@@ -138,6 +138,8 @@ class Hud:
         for label, (_, value), size in zip(labels, cells, sizes, strict=True):
             window.blit(label, (x, top + 10))
             words, cell = values.render(value, True, _TEXT), size + spare
+            if words.get_width() > cell - 2:  # an action of several axes
+                words = self._fonts[18].render(value, True, _TEXT)
             window.blit(words, (x, top + 25), (0, 0, cell - 2, words.get_height()))
             x += cell
         marks = [

@@ -87,6 +87,7 @@ function show() {
   if (!important && now - lastShow < 90) return;
   lastShow = now;
   text("h-action", GLYPHS[hud.action] ? `${GLYPHS[hud.action]} ${hud.action}` : hud.action || "–");
+  $("h-action").classList.toggle("long", hud.action.length > 14); // of several axes, with their shares
   text("h-reward", hud.step ? (hud.reward >= 0 ? "+" : "") + hud.reward.toFixed(2) : "–");
   text("h-return", String(Math.round(hud.return * 10) / 10));
   text("h-step", String(hud.step));
