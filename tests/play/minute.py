@@ -44,7 +44,7 @@ def game_of(name, count=1):
 
     if name.endswith(".yaml"):
         return EnvGame.from_file(name)
-    return TwinSlots(lambda: make_real(name), name, count)
+    return TwinSlots(lambda: make_real(name), name, count, drift=True)
 
 
 def saved_in(folder):
@@ -104,6 +104,7 @@ async def play_page(name, folder, phone, seconds):
         await tab.until("document.getElementById('keymap').open")
         await shot("keys")
         await click("#keymap-close")
+        await tab.until("!nfd.hud.paused", 60)
         if (await tab.evaluate("nfd.hello.views || []"))[1:]:
             for view in ("real", "split", "dream"):
                 await click("[data-do=view]")
@@ -114,7 +115,8 @@ async def play_page(name, folder, phone, seconds):
                 await asyncio.sleep(0.05)
         await tab.evaluate(PLUG)
         await tab.evaluate(TILT)
-        await asyncio.sleep(0.1 * seconds)
+        step = await tab.evaluate("nfd.hud.step + 3")
+        await tab.until(f"nfd.hud.step > {step} || !nfd.hud.step", 60)
         await shot("gamepad")
         await tab.evaluate(PULL)
         for control in ("agent", "teacher"):

@@ -431,6 +431,12 @@ def test_nothing_in_the_bar_or_the_help_is_cut_or_drawn_over(width, world):
     shown.draw(picture, 0.123, True, True)
     bar = [(whole, drawn) for whole, drawn in canvas.drawn if whole.top >= 586 - hud.BAR]
     assert len(bar) > 20
+    canvas.drawn = []
+    numbers["action"] = "left 80%+accelerate 60%"
+    shown.draw(picture, 0.123, True, True)
+    both = [(whole, drawn) for whole, drawn in canvas.drawn if whole.top >= 586 - hud.BAR]
+    assert len(both) == len(bar) + 1
+    bar = both if width > 700 else bar  # where nothing of it is cut
     shown.help, canvas.drawn = True, []
     shown.draw(picture, 0.123, True, True)
     help_ = [(whole, drawn) for whole, drawn in canvas.drawn if whole.height < 60]

@@ -137,10 +137,15 @@ class Hud:
         x = 16.0
         for label, (_, value), size in zip(labels, cells, sizes, strict=True):
             window.blit(label, (x, top + 10))
-            words, cell = values.render(value, True, _TEXT), size + spare
-            if words.get_width() > cell - 2:  # an action of several axes
-                words = self._fonts[18].render(value, True, _TEXT)
-            window.blit(words, (x, top + 25), (0, 0, cell - 2, words.get_height()))
+            font, lines, cell = values, [value], size + spare
+            if font.size(value)[0] > cell - 2 and "+" in value:  # an action of several axes
+                parts = value.split("+")
+                half = (len(parts) + 1) // 2
+                font, lines = self._fonts[18], ["+".join(parts[:half]), "+".join(parts[half:])]
+            for number, line in enumerate(lines):
+                words = font.render(line, True, _TEXT)
+                place = x, top + 25 + (13 * number if len(lines) > 1 else 0)
+                window.blit(words, place, (0, 0, cell - 2, words.get_height()))
             x += cell
         marks = [
             ("DRIFT, B keeps it", _LIVE, (drift or 0) > 1),
