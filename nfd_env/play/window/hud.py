@@ -133,6 +133,9 @@ class Hud:
             max(label.get_width(), values.size(usual)[0])
             for label, usual in zip(labels, _USUAL, strict=False)
         ]
+        keymap, small = self._game.keymap, self._fonts[18]
+        tilted = {binding.label for binding in keymap.bindings} if keymap.axes else ()
+        sizes[0] = max(sizes[0], *(small.size(f"{name} 100%")[0] for name in tilted), 0)
         spare = (width - 16 - sum(sizes)) / len(cells)
         x = 16.0
         for label, (_, value), size in zip(labels, cells, sizes, strict=True):
@@ -141,7 +144,7 @@ class Hud:
             if font.size(value)[0] > cell - 2 and "+" in value:  # an action of several axes
                 parts = value.split("+")
                 half = (len(parts) + 1) // 2
-                font, lines = self._fonts[18], ["+".join(parts[:half]), "+".join(parts[half:])]
+                font, lines = small, ["+".join(parts[:half]), "+".join(parts[half:])]
             for number, line in enumerate(lines):
                 words = font.render(line, True, _TEXT)
                 place = x, top + 25 + (13 * number if len(lines) > 1 else 0)
