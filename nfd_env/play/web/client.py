@@ -66,7 +66,7 @@ class Client:
         self.player: Player | None = None
         self.history: deque[bytes] = deque()
         self._pixelated = False
-        self.may_download = 0.0  # from then on, by time.monotonic
+        self.may_download: dict[str, float] = {}  # kind of file -> from when on, time.monotonic
         self.sent = self.dropped = self.players = 0
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()

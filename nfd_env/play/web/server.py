@@ -251,9 +251,9 @@ class PlayServer:
         if kind == "npz" and not client.session.trail:
             raise web.HTTPNotFound(text="There is no drift to keep yet.\n")
         began = time.monotonic()
-        if began < client.may_download:
+        if began < client.may_download.get(kind, 0.0):
             raise web.HTTPTooManyRequests(text="One file at a time; wait a little.\n")
-        client.may_download = math.inf
+        client.may_download[kind] = math.inf
         try:
             make = partial(film, list(client.history), room.game)
             if kind == "npz":
@@ -262,7 +262,7 @@ class PlayServer:
         finally:
             # Who asks all the time leaves the processor to the others for most of it.
             now = time.monotonic()
-            client.may_download = now + _FILM_REST * (now - began)
+            client.may_download[kind] = now + _FILM_REST * (now - began)
         name = quote(f"{room.game.name}.{kind}", safe="")
         return web.Response(
             body=body,
