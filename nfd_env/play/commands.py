@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from nfd_env.config import check_ranges, config_class
+from nfd_env.config import ConfigError, check_ranges, config_class
 from nfd_env.play import PlayError
 
 
@@ -25,6 +25,8 @@ class Chosen:
         dynamics: in a world that has both; players can switch.
         agent: whom players can hand over to: random, a file or name, or module:Class.
         trust: an agent's .zip (Stable-Baselines3) may run its author's code.
+        drift: show by a thin bar how unlike real ones the pictures are (not whether they are right;
+            costs an encoding a frame); what led to a red one can be kept.
     """
 
     world: Positional[str] = ""
@@ -34,10 +36,11 @@ class Chosen:
     dynamics: Literal["student", "teacher"] | None = None
     agent: str | None = None
     trust: bool = False
+    drift: bool = False
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of ``Slots``, by which frames are drawn."""
-        names = ("device", "sampling_steps", "speculative_frames", "dynamics")
+        names = ("device", "sampling_steps", "speculative_frames", "dynamics", "drift")
         return {name: getattr(self, name) for name in names}
 
 
@@ -67,6 +70,11 @@ class PlayConfig(Chosen):
         """Check the ranges."""
         check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)", seed="[0, inf)")
         check_ranges(self, max_episode_steps="[1, inf)")
+        if self.record is not None and not self.record.lower().endswith(".mp4"):
+            raise ConfigError(
+                f"record takes a film, such as play.mp4, got {self.record!r}; recordings to train "
+                "on: --save FOLDER"
+            )
 
 
 @config_class

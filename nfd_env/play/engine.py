@@ -2,7 +2,8 @@
 
 Who asks for more than the world's default, by denoising steps or speed, slows down nobody else:
 such players are stepped last, and wait between their steps so that all of them together use a
-small share of the model's time (``_DEAR_SHARE``) while others play. Resets are rationed likewise.
+small share of the model's time (``_DEAR_SHARE``) while others play. Resets and changes of the view
+are rationed likewise, and so are the first episodes of those who come in.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Player:
     def __init__(self, slot: int, session: Session, publish: Callable[[Shown], None]) -> None:
         """Take ``slot``; ``publish`` gets every picture, on the engine's thread."""
         self.slot, self.session, self._publish = slot, session, publish
-        self.due = self.may_reset = time.perf_counter()
+        self.due = self.may_begin = time.perf_counter()
         self.shown = 0
         self.gone = False
         self._state: Any = None
@@ -62,7 +63,7 @@ class Player:
     @property
     def must_wait(self) -> bool:
         """Whether the reset that is wanted is not allowed yet: nothing happens until then."""
-        return self.session.reset_pending and time.perf_counter() < self.may_reset
+        return self.session.reset_pending and time.perf_counter() < self.may_begin
 
     def show(self, seq: int) -> None:
         """Hand a picture to the person."""
@@ -104,7 +105,7 @@ class Engine:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._showed = 0.0
+        self._showed = self._may_join = 0.0
         self.error: BaseException | None = None
 
     @property
@@ -192,30 +193,37 @@ class Engine:
         return max(0.0, min(begin, next_due) - time.perf_counter())
 
     def _controls(self, player: Player) -> None:
-        session = player.session
-        if player.must_wait:
+        session, began = player.session, time.perf_counter()
+        joins = session.frame is None
+        if player.must_wait or (joins and began < self._may_join):
             return
-        if session.view != self.game.view(player.slot):
+        if session.view != self.game.view(player.slot) and began >= player.may_begin:
             self._change_view(player)
+            self._ration(player, began)
         # Asked first: a reset for other dynamics is wanted after they were chosen.
         reset, seed = session.wants_reset()
         if session.sampling is not None:
             self.game.set_sampling(player.slot, session.sampling)
         if reset:
-            began = time.perf_counter()
             try:
                 frame = self.game.reset(player.slot, seed)
             except SourceError as error:
                 self._dream_again(player, error, seed)
                 return
             session.began(frame, self.game.seed_of(player.slot), self.game.beside(player.slot))
-            now = time.perf_counter()
-            player.due = now + self._period(player)
-            player.may_reset = now + self._rest(player, now - began)
+            player.due = time.perf_counter() + self._period(player)
+            self._ration(player, began)
+            if joins:  # somebody may come in again and again
+                self._may_join = player.may_begin
             if not player.gone:
                 player.show(0)
         elif session.paused:
             player.refresh()
+
+    def _ration(self, player: Player, began: float) -> None:
+        """What a player has begun since ``began`` is paid for by not beginning anew for a while."""
+        now = time.perf_counter()
+        player.may_begin = now + self._rest(player, now - began)
 
     def _change_view(self, player: Player) -> None:
         """World, real game, or both; a game that cannot be had is said, and nothing changes."""

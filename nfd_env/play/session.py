@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nfd_env.config import is_number
+from nfd_env.play.drift import KEPT, RED, Moment
 from nfd_env.play.game import Game, Outcome, Sampling
 from nfd_env.play.keys import Choice, KeyLatch, Keymap
 from nfd_env.players.frames import FramePlayer
@@ -109,6 +110,7 @@ class Session:
         self.info: dict[str, Any] = {}
         self.frame: np.ndarray | None = None  # what agents see and recordings hold
         self.beside: np.ndarray | None = None  # the dream, where both are shown
+        self.trail: deque[Moment] = deque(maxlen=KEPT)  # where drift is measured
         self.ended_at = 0.0
         self.frames = Meter(120)
         self.step_times = Meter(120)
@@ -187,7 +189,10 @@ class Session:
             self._want_reset(int(value))
         elif name == "view":
             after = self.views[(self.views.index(self.view) + 1) % len(self.views)]
-            if len(self.views) < 2 or not (value is None or value in self.views):
+            if len(self.views) < 2:
+                only = {"dream": "the dream", "real": "the real game"}[self.views[0]]
+                raise ControlError(f"there is only {only} to be seen here")
+            if not (value is None or value in self.views):
                 raise ControlError(f"there is {' and '.join(self.views)} to be seen, not {value!r}")
             self.view = after if value is None else value
         elif name == "speed":
@@ -337,6 +342,10 @@ class Session:
         self.frame, self.reward, self.action = outcome.frame, outcome.reward, choice.label
         self.steps += 1
         self.total_reward += outcome.reward
+        if "ood" in outcome.info:
+            dream = outcome.frame if beside is None else beside
+            moment = dream, np.array(choice.action), outcome.info["ood"], self.episode, self.steps
+            self.trail.append(moment)
         self.info = dict(outcome.info)
         self.over = outcome.terminated or outcome.truncated
         if self.over:
@@ -352,6 +361,7 @@ class Session:
         rate = self.guesses.mean()
         hazard = self.info.get("hazard")
         acceptance, apart = self.info.get("acceptance"), self.info.get("apart")
+        drift = self.info.get("ood")
         return {
             "action": self.action,
             "reward": round(self.reward, 4),
@@ -374,6 +384,7 @@ class Session:
             "agent": self.agent_on,
             "view": self.shown_view,
             "apart": None if apart is None else round(float(apart), 1),
+            "drift": None if drift is None else round(float(drift) / RED, 3),  # red above 1
             "notice": self.notice if time.monotonic() - self._noticed < _NOTICED else "",
         }
 

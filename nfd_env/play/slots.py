@@ -49,10 +49,12 @@ class Slots:
         max_episode_steps: int | None = None,
         speculative_frames: int = 1,
         dynamics: str | None = None,
+        drift: bool = False,
     ) -> None:
         """Load the world; see ``NFDVectorEnv`` for the arguments and errors.
 
-        With ``speculative_frames`` = 1 speculation can still be switched on, with 2 frames.
+        With ``speculative_frames`` = 1 speculation can still be switched on, with 2 frames. With
+        ``drift`` each outcome's info has ``ood``, see ``nfd_env.play.drift``.
         """
         self._all = NFDVectorEnv(
             world,
@@ -66,6 +68,7 @@ class Slots:
             speculative_frames=2 if speculative_frames == 1 else speculative_frames,
             obs_type="latent",
             autoreset_mode=AutoresetMode.DISABLED,
+            ood=drift,
         )
         self.count = count
         self.world = self._all.world

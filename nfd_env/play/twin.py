@@ -147,6 +147,8 @@ class TwinSlots(Slots):
                 self._beside[slot] = dream.frame
                 difference = outcome.frame.astype(np.float32) - dream.frame
                 outcome.info["apart"] = psnr(float(np.square(difference).mean()))
+                if "ood" in dream.info:
+                    outcome.info["ood"] = dream.info["ood"]
                 if (dream.terminated or dream.truncated) and not self._real[slot].over:
                     # What has ended cannot be stepped, and the game has not.
                     self._begin(slot, None, self._real[slot].context())

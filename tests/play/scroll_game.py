@@ -30,6 +30,7 @@ class ScrollGame:
     steps_of: tuple[int, int] | None = (2, 6)
     views: tuple[str, ...] = ("dream",)
     source: SourceConfig | None = None
+    ood: float | None = None
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class ScrollGame:
 
     def outcome(self, slot: int, action: Any, guessed: bool) -> Outcome:
         info = {"hazard": 0.0} | ({"acceptance": 0.5} if self.sampling[slot].speculation else {})
+        info |= {} if self.ood is None else {"ood": self.ood}
         frame = self.frame(self.at[slot] + MOVE[action])
         ended = self.steps_taken[slot] + 1 == self.end_at
         return Outcome(frame, 1.0, ended, False, info, guessed)

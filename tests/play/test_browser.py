@@ -89,6 +89,8 @@ def test_the_page_from_start_to_finish():
             await tab.evaluate("document.querySelector('[data-do=agent]').click()")
             accepted = "document.getElementById('h-accepted').textContent"
             assert await tab.evaluate(accepted) == "off"
+            for absent in ("drift", "badge-drift", "drift-keep"):
+                assert await tab.evaluate(f"document.getElementById('{absent}').hidden"), absent
             await tab.key("j", True)
             await tab.key("j", False)
             await tab.until(f"{accepted} == '50 %'")
@@ -314,7 +316,9 @@ def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
               const button = () => ({ pressed: false, value: 0 });
               window.pad = { index: 0, id: "Fake", axes: [0, 0, 0, 0],
                              buttons: Array.from({ length: 17 }, button) };
-              navigator.getGamepads = () => [window.pad, null];
+              // Another one rests, and must not hold it back.
+              const idle = { ...window.pad, index: 2, axes: [0, 0, 0, 0], buttons: [] };
+              navigator.getGamepads = () => [window.pad, null, idle];
               dispatchEvent(Object.assign(new Event("gamepadconnected"), { gamepad: pad }));
             })()"""
             await tab.evaluate(plug)
@@ -348,7 +352,7 @@ class Twins(ScrollGame):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.shown = "dream"
+        self.shown, self.ood = "dream", 2.5
 
     def view(self, slot):
         return self.shown
@@ -370,7 +374,8 @@ def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
             width = "document.getElementById('view').width"
             badge = "document.getElementById('badge-view')"
             assert await tab.evaluate(f"{width} === 128 && {badge}.hidden")
-            assert await tab.evaluate("!document.getElementById('badge-saving').hidden")
+            for there in ("badge-saving", "drift", "badge-drift", "drift-keep"):
+                assert await tab.evaluate(f"!document.getElementById('{there}').hidden"), there
             await tab.evaluate("document.querySelector('[data-do=view]').click()")
             await tab.until(f"!{badge}.hidden && {badge}.textContent === 'real game'")
             await tab.key("x", True)

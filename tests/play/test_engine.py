@@ -42,7 +42,8 @@ class Clock:
         """Poll as often as the engine wants."""
         end = self.now + seconds
         while self.now < end:
-            self.now += engine.poll()
+            wait = engine.poll()  # first: it moves the clock itself
+            self.now += wait
 
 
 class Dear(ScrollGame):
@@ -111,9 +112,12 @@ def test_everybody_due_shares_a_batch():
     seats = [Seat(engine) for _ in range(4)]
     for seat in seats:
         seat.session.control("lookahead", False)
+    while not all(s.pictures for s in seats):  # they come in one after the other
+        seats[0].play(1)
+    before = [len(s.pictures) for s in seats]
     seats[0].play(20)
     assert engine.game.batches[-1] == 4
-    counts = [len(s.pictures) for s in seats]
+    counts = [len(s.pictures) - b for s, b in zip(seats, before, strict=True)]
     assert max(counts) - min(counts) <= 2
 
 
@@ -267,11 +271,21 @@ def test_a_failing_model_stops_the_engine_and_says_so():
 
 
 class Timed(ScrollGame):
-    """A step takes 3 ms and 1 ms a denoising step, whatever the batch; a reset takes 20 ms."""
+    """A step takes 3 ms and 1 ms a denoising step, whatever the batch; a reset or view 20 ms."""
+
+    views = ("dream", "real")
 
     def __init__(self, clock, count, **kwargs):
         super().__init__(count, **kwargs)
         self.clock, self.resets = clock, [0] * count
+        self.shown = ["dream"] * count
+
+    def view(self, slot):
+        return self.shown[slot]
+
+    def set_view(self, slot, view):
+        self.shown[slot] = view
+        return self.reset(slot)
 
     def cost(self, rows):
         steps = {self.sampling[slot].steps for slot in rows}
@@ -321,18 +335,24 @@ def test_who_asks_for_more_slows_himself_not_the_others(monkeypatch, fps, modest
     assert free == pytest.approx(min(2 * fps, 1 / 0.035), rel=0.1)
 
 
-def test_who_resets_all_the_time_slows_himself_not_the_others(monkeypatch):
+@pytest.mark.parametrize("how", ["reset", "view", "join"])
+def test_who_begins_anew_all_the_time_slows_himself_not_the_others(monkeypatch, how):
     clock = Clock(monkeypatch)
-    engine = Engine(Timed(clock, 2, fps=30))
-    seat, other = Seat(engine), Seat(engine)
+    engine = Engine(Timed(clock, 2, fps=60))
+    seat, other = Seat(engine), Seat(engine, views=Timed.views)
     (alone, _) = rates(clock, engine, [seat, other])
-    end, before = clock.now + 8, len(seat.pictures)
+    end, before, begun = clock.now + 8, len(seat.pictures), engine.game.resets[1]
     while clock.now < end:
-        other.session.control("seed", 5)
-        clock.now += engine.poll()
+        if how == "join":
+            engine.leave(other.player)
+            other = Seat(engine)
+        else:
+            other.session.control("seed" if how == "reset" else how, 5 if how == "reset" else None)
+        for _ in range(2):
+            clock.play(engine, 1e-9)
     assert (len(seat.pictures) - before) / 8 > 0.75 * alone
-    assert engine.game.resets[1] > 20
-    # A reset now and then is done at once.
+    assert engine.game.resets[1] - begun > 20
+    # Now and then it is done at once.
     clock.play(engine, 1.0)
     began = clock.now
     other.session.control("seed", 6)

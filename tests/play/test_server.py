@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import io
 import json
 import os
 import resource
@@ -122,7 +123,9 @@ class Client:
         return self.headers[-1]
 
 
-def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded():
+def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded(monkeypatch):
+    monkeypatch.setattr(ScrollGame, "ood", 2.5)
+
     async def main():
         async with Running() as (server, http), Client(server, http, seed=5) as client:
             assert client.hello["keys"] == ["a", "d", "left", "right"]
@@ -136,6 +139,16 @@ def test_a_key_reaches_the_picture_and_the_film_can_be_downloaded():
             assert client.jpeg[:2] == b"\xff\xd8"
             async with http.get(f"{server.url}clip/{client.hello['key']}.mp4") as answer:
                 assert answer.status == 200 and (await answer.read())[4:8] == b"ftyp"
+            # Who wants another one at once waits; what led to a picture unlike real ones is there.
+            for kind, status in (("mp4", 429), ("npz", 200)):
+                async with http.get(f"{server.url}clip/{client.hello['key']}.{kind}") as answer:
+                    assert answer.status == status
+                    body = await answer.read()
+            kept = np.load(io.BytesIO(body))
+            assert client.headers[-1]["drift"] == 1.25 and set(kept["drift"].tolist()) == {2.5}
+            assert kept["frames"].shape[1:] == (96, 128, 3) and kept["seed"] == 5
+            assert len(kept["actions"]) == len(kept["frames"]) <= 256
+            assert (np.diff(kept["steps"]) == 1).all()
             async with http.get(f"{server.url}clip/wrong.mp4") as answer:
                 assert answer.status == 404
 

@@ -246,9 +246,12 @@ def test_a_film_that_cannot_be_written_is_said_before_the_play(tmp_path):
         with pytest.raises(OSError, match=rf"{path} cannot be written: \w+"):
             player.run(5)
         assert not shown and not pygame.display.get_init()
+    with pytest.raises(config.ConfigError, match="--save FOLDER"):
+        PlayConfig("BigFish", record="folder")
 
 
-def test_controls_reach_the_world(world):
+def test_controls_reach_the_world(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     script = {
         2: lambda p: post(pygame.KEYDOWN, pygame.K_F8),
         4: lambda p: post(pygame.KEYDOWN, pygame.K_F10),
@@ -256,12 +259,18 @@ def test_controls_reach_the_world(world):
         8: lambda p: post(pygame.KEYDOWN, pygame.K_F1),
         10: lambda p: post(pygame.KEYDOWN, pygame.K_F5),
         12: lambda p: post(pygame.KEYDOWN, pygame.K_j),
+        24: lambda p: post(pygame.KEYDOWN, pygame.K_b),
     }
-    shown = run(script, 25, game=Slots(world, 1, "cpu"), agent=lambda frame: 2)
+    shown = run(script, 30, game=Slots(world, 1, "cpu", drift=True), agent=lambda frame: 2)
     last = shown[-1].hud
     assert last["sampling_steps"] == 4 and last["agent"] and not last["lookahead"]
     assert last["seed"] != 1 and last["action"] == "left"
     assert last["speculation"] and last["acceptance"] is not None and not last["teacher"]
+    assert last["drift"] > 0
+    (kept,) = tmp_path.glob("nfd-drift-*.npz")
+    with np.load(kept) as trail:
+        assert len(trail["frames"]) == len(trail["drift"]) > 10 and trail["red"] == 2
+        assert (trail["drift"] > 0).all() and trail["actions"][-1] == 2
 
 
 def test_any_gymnasium_env_with_a_keymap():
@@ -366,6 +375,26 @@ def test_a_gamepad_steers_accelerates_and_presses_keys():
     pad.event(event(pygame.CONTROLLERBUTTONUP, button=pygame.CONTROLLER_BUTTON_A))
     assert chosen(session, keymap) == 0
     assert not pad.event(event(pygame.KEYDOWN, key=pygame.K_a))
+    # Two of them: one that rests, or lets go, holds nothing back that the other one presses.
+    pad, session, keymap = pads(CAR, SourceConfig(env_id="x"))
+    for which, value in ((7, -32768), (9, 4000), (9, 0)):
+        pad.event(event(pygame.CONTROLLERAXISMOTION, instance_id=which, value=value, **move))
+    assert chosen(session, keymap).tolist() == [-1, 0, 0]
+    pad, session, keymap = pads(spaces.Discrete(4), SourceConfig(env_id="x", action_names=names))
+    for which, kind in ((7, "DOWN"), (9, "DOWN"), (9, "UP")):
+        kind = getattr(pygame, f"CONTROLLERBUTTON{kind}")
+        pad.event(event(kind, instance_id=which, button=pygame.CONTROLLER_BUTTON_A))
+    assert [chosen(session, keymap) for _ in range(2)] == [3, 3]
+    # They are known by what stays theirs when another one is unplugged.
+    plugged = iter((7, 9, 12))
+    about = {"get_instance_id": lambda: next(plugged)}
+    made = types.SimpleNamespace(as_joystick=lambda: types.SimpleNamespace(**about))
+    pad._module = types.SimpleNamespace(Controller=lambda index: made)
+    for index in (0, 1):
+        pad.event(event(pygame.CONTROLLERDEVICEADDED, device_index=index))
+    pad.event(event(pygame.CONTROLLERDEVICEREMOVED, instance_id=7))
+    pad.event(event(pygame.CONTROLLERDEVICEADDED, device_index=1))
+    assert sorted(pad._controllers) == [9, 12]
 
 
 class Canvas(pygame.Surface):
@@ -385,15 +414,30 @@ def test_nothing_in_the_bar_or_the_help_is_cut_or_drawn_over(width, world):
     canvas = Canvas((width, 586))
     canvas.drawn = []
     slots = Slots(world, 1, "cpu")
+    slots.keymap = Keymap.from_source(SourceConfig(env_id="x"), CAR)
     numbers = Session(slots.keymap, slots.default_sampling).hud()
     numbers |= {"return": 1234.5, "step": 1234, "fps": 35.0, "acceptance": 1.0, "guessed": 1.0}
-    numbers |= {"agent": True, "teacher": True, "apart": 26.2, "view": "split", "seed": 2**32 - 1}
+    numbers |= {
+        "agent": True,
+        "teacher": True,
+        "apart": 26.2,
+        "view": "split",
+        "seed": 2**32 - 1,
+        "drift": 1.5,
+    }
     numbers |= {"action": "down right", "reward": -1.25, "sampling_steps": 18, "speculation": True}
+    numbers |= {"drift": 1.5}
     picture = types.SimpleNamespace(frame=np.zeros((64, 64, 3), np.uint8), hud=numbers)
     shown = hud.Hud(pygame, canvas, slots)
     shown.draw(picture, 0.123, True, True)
     bar = [(whole, drawn) for whole, drawn in canvas.drawn if whole.top >= 586 - hud.BAR]
     assert len(bar) > 20
+    canvas.drawn = []
+    numbers["action"] = "left 80%+accelerate 60%"
+    shown.draw(picture, 0.123, True, True)
+    both = [(whole, drawn) for whole, drawn in canvas.drawn if whole.top >= 586 - hud.BAR]
+    assert len(both) == len(bar) + 1
+    bar = both
     shown.help, canvas.drawn = True, []
     shown.draw(picture, 0.123, True, True)
     help_ = [(whole, drawn) for whole, drawn in canvas.drawn if whole.height < 60]

@@ -65,7 +65,8 @@ class Client:
         self.session: Session | None = None
         self.player: Player | None = None
         self.history: deque[bytes] = deque()
-        self.downloading = self._pixelated = False
+        self._pixelated = False
+        self.may_download: dict[str, float] = {}  # kind of file -> from when on, time.monotonic
         self.sent = self.dropped = self.players = 0
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from nfd_env.play.drift import Moment, save_trail
 from nfd_env.play.game import Game
 from nfd_env.play.recording import display_size
 from nfd_env.video import write_mp4
@@ -38,4 +39,11 @@ def film(pictures: Sequence[bytes], game: Game) -> bytes:
     pixelated = game.display == "pixelated"
     size = display_size(first.shape, game.display_aspect, 288, pixelated)
     write_mp4(target, frames(), game.fps, size=size, pixelated=pixelated, live=True)
+    return target.getvalue()
+
+
+def trail_bytes(trail: Sequence[Moment], seed: int | None) -> bytes:
+    """See ``save_trail``."""
+    target = io.BytesIO()
+    save_trail(trail, target, seed)
     return target.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import secrets
 import socket
@@ -28,12 +29,13 @@ from nfd_env.play.web import STATIC, protocol
 from nfd_env.play.web.access import SECURITY_HEADERS, Access, check_host, is_loopback
 from nfd_env.play.web.client import Client, Limits, new_socket, part
 from nfd_env.play.web.connection import Connection, Gate
-from nfd_env.play.web.pictures import film
+from nfd_env.play.web.pictures import film, trail_bytes
 from nfd_env.play.web.rooms import Room, Rooms
 from nfd_env.play.web.saving import Saver
 
 log = logging.getLogger(__name__)
 
+_FILM_REST = 4  # times as long as a film took, until its player may have another one
 _KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 
@@ -144,7 +146,7 @@ class PlayServer:
             app.router.add_get("/" if path.name == "index.html" else f"/{path.name}", self._file)
         app.router.add_get("/api/worlds", self._worlds)
         app.router.add_get("/ws", self._socket)
-        app.router.add_get("/clip/{key}.mp4", self._clip)
+        app.router.add_get("/clip/{key}.{kind:mp4|npz}", self._kept)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2)
         await self._runner.setup()
         assert self._runner.server is not None
@@ -236,28 +238,35 @@ class PlayServer:
             }
         )
 
-    async def _clip(self, request: web.Request) -> web.Response:
-        """The last minute of a player, who alone knows the key, as an MP4."""
+    async def _kept(self, request: web.Request) -> web.Response:
+        """A player's last minute as an MP4, or ``save_trail``'s; the player alone knows the key."""
         key = request.match_info["key"].encode(errors="replace")
         client = next(
             (c for c in self._clients if secrets.compare_digest(c.key.encode(), key)), None
         )
         room = None if client is None or client.player is None else self.rooms.of(client.player)
-        if client is None or room is None or not client.history:
+        if client is None or room is None or not client.history or client.session is None:
             raise web.HTTPNotFound(text="There is no such play (any more).\n")
-        if client.downloading:
-            raise web.HTTPTooManyRequests(text="One film at a time.\n")
-        client.downloading = True
+        kind = request.match_info["kind"]
+        if kind == "npz" and not client.session.trail:
+            raise web.HTTPNotFound(text="There is no drift to keep yet.\n")
+        began = time.monotonic()
+        if began < client.may_download.get(kind, 0.0):
+            raise web.HTTPTooManyRequests(text="One file at a time; wait a little.\n")
+        client.may_download[kind] = math.inf
         try:
-            body = await asyncio.get_running_loop().run_in_executor(
-                self._films, film, list(client.history), room.game
-            )
+            make = partial(film, list(client.history), room.game)
+            if kind == "npz":
+                make = partial(trail_bytes, tuple(client.session.trail), client.session.seed)
+            body = await asyncio.get_running_loop().run_in_executor(self._films, make)
         finally:
-            client.downloading = False
-        name = quote(f"{room.game.name}.mp4", safe="")
+            # Who asks all the time leaves the processor to the others for most of it.
+            now = time.monotonic()
+            client.may_download[kind] = now + _FILM_REST * (now - began)
+        name = quote(f"{room.game.name}.{kind}", safe="")
         return web.Response(
             body=body,
-            content_type="video/mp4",
+            content_type={"mp4": "video/mp4", "npz": "application/octet-stream"}[kind],
             headers={"Content-Disposition": f"attachment; filename*=UTF-8''{name}"},
         )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nfd_env.files import FolderError, FolderInUseError
+from nfd_env.files import FolderError, FolderInUseError, atomic_write
+from nfd_env.play.drift import save_trail
 from nfd_env.play.game import Game
 from nfd_env.play.recorder import PlayRecorder
 from nfd_env.play.recording import VideoFile, display_size
@@ -111,6 +112,16 @@ class Files:
             self.start_saving()
         except (ValueError, OSError, FolderError, FolderInUseError) as error:
             self._say(f"cannot save: {error}")
+
+    def keep_trail(self) -> None:
+        """Write what led to a red frame, in the current folder."""
+        path = Path(f"nfd-drift-{time.strftime('%Y%m%d-%H%M%S')}.npz")
+        try:
+            with atomic_write(path) as temporary, open(temporary, "wb") as target:
+                save_trail(tuple(self._session.trail), target, self._session.seed)
+            self._say(f"wrote {path}")
+        except (ValueError, OSError) as error:
+            self._say(str(error))
 
     def stop_film(self) -> None:
         """Finish the MP4."""

@@ -42,8 +42,8 @@ class Gamepads:
         """Listen to gamepads; ``plan`` says what they do to ``session``."""
         self._pygame, self._plan, self._session = pygame, plan, session
         self._controllers: dict[int, Any] = {}
-        self._tilts: dict[str, float] = {}
-        self._pressed: set[str] = set()
+        self._tilts: dict[str, dict[int, float]] = {}  # axis -> gamepad -> deflection
+        self._pressed: set[tuple[int, str]] = set()
         self._module: Any = None
         try:
             from pygame._sdl2 import controller
@@ -61,20 +61,22 @@ class Gamepads:
         pygame = self._pygame
         if self._module is None:
             return False
+        which = event.dict.get("instance_id", 0)
         if event.type == pygame.CONTROLLERDEVICEADDED:
             pad = self._module.Controller(event.device_index)
-            self._controllers[event.device_index] = pad
+            # Not by the index, which another one gets when one is unplugged.
+            self._controllers[pad.as_joystick().get_instance_id()] = pad
         elif event.type == pygame.CONTROLLERDEVICEREMOVED:
-            self._controllers.pop(event.instance_id, None)
+            self._controllers.pop(which, None)
             self.release()
         elif event.type in (pygame.CONTROLLERBUTTONDOWN, pygame.CONTROLLERBUTTONUP):
             name = self._buttons.get(event.button)
             if name is not None:
-                self._press(name, event.type == pygame.CONTROLLERBUTTONDOWN)
+                self._press(which, name, event.type == pygame.CONTROLLERBUTTONDOWN)
         elif event.type == pygame.CONTROLLERAXISMOTION:
             name = self._axes.get(event.axis)
             if name is not None:
-                self._move(name, max(-1.0, event.value / 32767))
+                self._move(which, name, max(-1.0, event.value / 32767))
         else:
             return False
         return True
@@ -85,31 +87,33 @@ class Gamepads:
         self._pressed.clear()
         self._session.release_all()
 
-    def _press(self, name: str, down: bool) -> None:
+    def _press(self, which: int, name: str, down: bool) -> None:
         key = self._plan.buttons.get(name)
-        if key is None or down == (name in self._pressed):
+        if key is None or down == ((which, name) in self._pressed):
             return
         if down:
-            self._pressed.add(name)
+            self._pressed.add((which, name))
             self._session.press(key)
         else:
-            self._pressed.discard(name)
-            if not any(self._plan.buttons.get(other) == key for other in self._pressed):
+            self._pressed.discard((which, name))
+            if not any(self._plan.buttons.get(other) == key for _, other in self._pressed):
                 self._session.release(key)
 
-    def _move(self, name: str, value: float) -> None:
+    def _move(self, which: int, name: str, value: float) -> None:
         size = max(0.0, (abs(value) - _DEAD) / (1 - _DEAD))
         value = round(size / _SPACING) * _SPACING * (1 if value > 0 else -1)
         if name.endswith("y"):  # SDL counts downwards
             value = -value
-        if self._tilts.get(name, 0.0) == value:
+        tilts = self._tilts.setdefault(name, {})
+        if tilts.get(which, 0.0) == value:
             return
-        self._tilts[name] = value
+        tilts[which] = value
         if name in self._plan.axes:
-            self._session.tilt(self._plan.axes[name], value)
+            # One that rests does not hold back another.
+            self._session.tilt(self._plan.axes[name], max(tilts.values(), key=abs))
         elif name in ("lt", "rt"):
-            self._press(name, value > _CROSS)
+            self._press(which, name, value > _CROSS)
         elif name in ("leftx", "lefty"):
             low, high = ("dpleft", "dpright") if name == "leftx" else ("dpdown", "dpup")
-            self._press(low, value < -_CROSS)
-            self._press(high, value > _CROSS)
+            self._press(which, low, value < -_CROSS)
+            self._press(which, high, value > _CROSS)

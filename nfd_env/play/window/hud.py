@@ -11,6 +11,7 @@ from nfd_env.play.engine import Shown
 from nfd_env.play.game import Game
 
 BAR = 74  # pixels of the HUD below the picture, before scaling
+_DRIFT = 4  # pixels of height of the thin bar
 _WIDE = 700  # pixels of a window whose bar has room for large numbers
 # The longest that usually stands in the bar's cells.
 _USUAL = "down right", "+0.00", "1234.5", "1234", "35.0", "123 ms", "18", "100%", "100%"
@@ -31,6 +32,7 @@ CONTROLS = (
     ("F12 K", "save the play for nfd train"),
     ("Tab", "dream / real game / both"),
     ("J", "speculation: frames drawn jointly"),
+    ("B", "keep what led here (--drift)"),
     ("Bksp M", "student / teacher"),
     ("Esc", "quit"),
 )
@@ -108,6 +110,10 @@ class Hud:
         pygame, window = self._pygame, self._window
         top = height - BAR
         pygame.draw.line(window, _LINE, (0, top), (width, top))
+        drift = hud["drift"]
+        if drift is not None:  # red from the middle on
+            colour = _LIVE if drift > 1 else _ACCENT
+            window.fill(colour, (0, top, round(width * min(drift / 2, 1)), _DRIFT))
         cells = [
             ("ACTION", hud["action"] or "-"),
             ("REWARD", f"{hud['reward']:+.2f}"),
@@ -127,14 +133,25 @@ class Hud:
             max(label.get_width(), values.size(usual)[0])
             for label, usual in zip(labels, _USUAL, strict=False)
         ]
+        keymap, small = self._game.keymap, self._fonts[18]
+        tilted = {binding.label for binding in keymap.bindings} if keymap.axes else ()
+        sizes[0] = max(sizes[0], *(small.size(f"{name} 100%")[0] for name in tilted), 0)
         spare = (width - 16 - sum(sizes)) / len(cells)
         x = 16.0
         for label, (_, value), size in zip(labels, cells, sizes, strict=True):
             window.blit(label, (x, top + 10))
-            words, cell = values.render(value, True, _TEXT), size + spare
-            window.blit(words, (x, top + 25), (0, 0, cell - 2, words.get_height()))
+            font, lines, cell = values, [value], size + spare
+            if font.size(value)[0] > cell - 2 and "+" in value:  # an action of several axes
+                parts = value.split("+")
+                half = (len(parts) + 1) // 2
+                font, lines = small, ["+".join(parts[:half]), "+".join(parts[half:])]
+            for number, line in enumerate(lines):
+                words = font.render(line, True, _TEXT)
+                place = x, top + 25 + (13 * number if len(lines) > 1 else 0)
+                window.blit(words, place, (0, 0, cell - 2, words.get_height()))
             x += cell
         marks = [
+            ("DRIFT, B keeps it", _LIVE, (drift or 0) > 1),
             ("REC", _LIVE, filming),
             ("SAVING", _WARN, saving),
             ("REAL GAME", _LIVE, hud["view"] == "real"),

@@ -189,6 +189,7 @@ class KeyboardPlayer:
             ("f12", ("k",), lambda: self._files.toggle_saving()),
             ("tab", (), lambda: control("view")),
             ("", ("j",), lambda: control("speculation")),
+            ("", ("b",), lambda: self._files.keep_trail()),
             ("backspace", ("m",), lambda: control("teacher")),
             ("escape", (), self.stop),
         ]
@@ -281,8 +282,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
     # What fails fast comes before the world is loaded.
     if real and sampling | {"device": "auto"} != Chosen().sampling():
         raise ValueError(
-            f"{world} is a real game: sampling_steps, speculative_frames and dynamics are of "
-            "learned worlds"
+            f"{world} is a real game: sampling_steps, speculative_frames, dynamics and drift are "
+            "of learned worlds"
         )
     if not real:
         find_world(world)

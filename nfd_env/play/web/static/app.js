@@ -1,7 +1,7 @@
 // The browser player: one connection, one canvas, no dependencies. This part holds the connection.
 
 import { editKeys, held, letGo, listen, setUpInput } from "./input.js";
-import { closeReplay, openReplay } from "./replay.js";
+import { closeReplay, keepDrift, openReplay } from "./replay.js";
 import { $, control, overlay, page, rate, send, state, toast } from "./small.js";
 import { enter, listWorlds } from "./transport.js";
 import { film, fitPicture, forget, gaps, latencies, picture } from "./view.js";
@@ -90,6 +90,7 @@ function setUp() {
   const there = { lookahead: hello.has_ahead, speculation: generated, teacher: hello.has_teacher, agent: hello.has_agent, view: hello.views?.length > 1 };
   for (const [name, is] of Object.entries(there)) document.querySelector(`[data-do="${name}"]`).hidden = !is;
   $("download").hidden = !hello.key;
+  $("drift-keep").hidden = true; // until there is some
   $("badge-saving").hidden = !hello.saving;
   setUpInput();
 }
@@ -102,7 +103,7 @@ const SHORTCUTS = {
   m: () => page.hello.has_teacher && control("teacher"), v: () => (film.replaying ? closeReplay() : openReplay()),
   "-": () => nudge("speed", -1), "+": () => nudge("speed", 1), "=": () => nudge("speed", 1),
   x: () => page.hello.views?.length > 1 && control("view"),
-  t: () => nudge("sampling", 1, true), e: editKeys,
+  t: () => nudge("sampling", 1, true), e: editKeys, b: keepDrift,
 };
 
 function nudge(id, by, around = false) {

@@ -246,7 +246,13 @@ function poll() {
   const pads = [...navigator.getGamepads()].filter(Boolean);
   polling = pads.length > 0;
   if (!polling) { letGo(); return; }
-  if (page.hello && !document.hidden && document.hasFocus() && !$("keymap").open) pads.forEach(read);
+  if (page.hello && !document.hidden && document.hasFocus() && !$("keymap").open) {
+    pads.forEach(read);
+    // One that rests does not hold back another.
+    for (const [name, entry] of Object.entries(page.hello.gamepad.axes)) {
+      tilt(entry, pads.map((pad) => deflection(pad, name)).reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a)));
+    }
+  }
   requestAnimationFrame(poll);
 }
 
@@ -262,12 +268,13 @@ function read(pad) {
     const source = `gamepad${pad.index} ${name}`;
     if (on) press(source, key); else release(source);
   }
-  for (const [name, entry] of Object.entries(plan.axes)) {
-    let raw = name in AXES ? value(name) : pad.buttons[BUTTONS[name]]?.value ?? 0;
-    if (name.endsWith("y")) raw = -raw; // browsers count downwards
-    const size = Math.max(0, (Math.abs(raw) - DEAD) / (1 - DEAD));
-    tilt(entry, Math.sign(raw) * Math.round(50 * Math.min(size, 1)) / 50 || 0);
-  }
+}
+
+function deflection(pad, name) {
+  let raw = (name in AXES ? pad.axes[AXES[name]] : pad.buttons[BUTTONS[name]]?.value) ?? 0;
+  if (name.endsWith("y")) raw = -raw; // browsers count downwards
+  const size = Math.max(0, (Math.abs(raw) - DEAD) / (1 - DEAD));
+  return Math.sign(raw) * Math.round(50 * Math.min(size, 1)) / 50 || 0;
 }
 
 function tilt(entry, value) {

@@ -52,28 +52,34 @@ function run(on) {
   }, 1000 / page.hello.fps);
 }
 
-async function download() {
+async function download(button, kind, what) {
   const { hello } = page;
   if (!hello) return;
-  $("download").disabled = true;
-  toast("Making the film…");
+  $(button).disabled = true;
+  toast(`Making the ${what}…`);
   try {
-    const answer = await fetch(`clip/${hello.key}.mp4`);
+    const answer = await fetch(`clip/${hello.key}.${kind}`);
     if (!answer.ok) throw new Error(await answer.text());
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await answer.blob());
-    link.download = `${hello.world}.mp4`;
+    link.download = `${hello.world}.${kind}`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    toast("The last minute is in your downloads.");
+    toast(`The ${what} is in your downloads.`);
   } catch (error) {
-    toast(`No film: ${error.message}`);
+    toast(`No ${what}: ${error.message}`);
   }
-  $("download").disabled = false;
+  $(button).disabled = false;
+}
+
+/** What led to this picture, where drift is measured. */
+export function keepDrift() {
+  if (!$("drift-keep").hidden) download("drift-keep", "npz", "drift of the last seconds");
 }
 
 $("replay-open").onclick = () => (film.replaying ? closeReplay() : openReplay());
 $("replay-close").onclick = closeReplay;
 $("replay-play").onclick = () => run(!replay.playing);
 $("replay-at").oninput = () => { run(false); seek(Number($("replay-at").value)); };
-$("download").onclick = download;
+$("download").onclick = () => download("download", "mp4", "film of the last minute");
+$("drift-keep").onclick = keepDrift;

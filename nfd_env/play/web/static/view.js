@@ -87,6 +87,7 @@ function show() {
   if (!important && now - lastShow < 90) return;
   lastShow = now;
   text("h-action", GLYPHS[hud.action] ? `${GLYPHS[hud.action]} ${hud.action}` : hud.action || "–");
+  $("h-action").classList.toggle("long", hud.action.length > 14); // of several axes, with their shares
   text("h-reward", hud.step ? (hud.reward >= 0 ? "+" : "") + hud.reward.toFixed(2) : "–");
   text("h-return", String(Math.round(hud.return * 10) / 10));
   text("h-step", String(hud.step));
@@ -106,10 +107,16 @@ function show() {
   $("badge-teacher").hidden = !hud.teacher;
   pressed("view", hud.view === "real" || hud.view === "split");
   $("badge-view").hidden = hud.view !== "real" && hud.view !== "split";
-  text("badge-view", hud.view === "split" ? `real | dream, ${hud.apart ?? "–"} dB apart` : "real game");
+  text("badge-view", hud.view === "split" ? `real | dream${hud.apart == null ? "" : `, ${hud.apart} dB apart`}` : "real game");
   $("badges").classList.toggle("split", hud.view === "split"); // beside what differs, not over a picture
   if (hud.notice && hud.notice !== noticed) toast(hud.notice);
   noticed = hud.notice;
+  const drift = hud.drift ?? null; // red above 1, in the middle of the bar
+  $("drift").hidden = $("badge-drift").hidden = drift === null;
+  $("badge-drift").hidden ||= drift <= 1;
+  $("drift").classList.toggle("red", drift > 1);
+  $("drift").firstChild.style.width = `${Math.min(50 * drift, 100)}%`;
+  if (drift !== null && hello?.key) $("drift-keep").hidden = false;
   $("badge-speed").hidden = hud.speed === 1;
   text("badge-speed", `×${hud.speed}`);
   if (!film.replaying && hello && !stopped) {
