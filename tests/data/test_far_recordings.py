@@ -174,15 +174,15 @@ def sparse(folder: Path, shards: int, episodes: int, length: int) -> Path:
     return folder
 
 
-def test_a_million_frames_are_indexed_at_once_and_take_no_memory(tmp_path: Path) -> None:
-    shards, episodes = 50, 20  # a tenth of ten million frames
+def test_ten_million_frames_are_indexed_at_once_and_take_no_memory(tmp_path: Path) -> None:
+    shards, episodes = 500, 20
     folder = sparse(tmp_path, shards, episodes, 999)
     begin = time.process_time()
     data = RecordedDataset(folder)
     data.check(32)
     seconds = time.process_time() - begin
-    assert data.frame_count == 1_000_000
-    assert seconds < 0.3  # ten times what it takes; the processor's, for machines are busy
+    assert data.frame_count == 10_000_000
+    assert seconds < 1  # three times what it takes; the processor's, for machines are busy
     tracemalloc.start()
     rng = np.random.default_rng(0)
     for round_ in range(2):
