@@ -88,12 +88,14 @@ def _told(status: int) -> int:
 
 def _lost_output(more: str = "") -> OSError | None:
     """Why what was printed, and ``more``, cannot arrive, if so; from then on it goes nowhere."""
+    stream = sys.stdout
+    if stream is None:
+        return None
     try:
-        if sys.stdout is not None:
-            sys.stdout.write(more)
-            sys.stdout.flush()
+        stream.write(more)
+        stream.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return error
     return None
 

@@ -249,7 +249,8 @@ class MonitoredVecEnv(VecMonitor):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See ``__getstate__``."""
-        self.__dict__.update(state, class_attributes=dict(inspect.getmembers(type(self))))
+        vars(self).update(state)
+        self.class_attributes = dict(inspect.getmembers(type(self)))
 
 
 def make_vec_env(

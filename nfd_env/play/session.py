@@ -190,7 +190,7 @@ class Session:
         elif name == "view":
             after = self.views[(self.views.index(self.view) + 1) % len(self.views)]
             if len(self.views) < 2:
-                only = {"dream": "the dream", "real": "the real game"}[self.views[0]]
+                only = {"dream": "the dream", "real": "the real game"}[self.view]
                 raise ControlError(f"there is only {only} to be seen here")
             if not (value is None or value in self.views):
                 raise ControlError(f"there is {' and '.join(self.views)} to be seen, not {value!r}")
