@@ -1,4 +1,4 @@
-"""How often a world ends episodes and gives rewards, beside the recordings it was made from.
+"""How a finished world plays on, beside the recordings it was made from.
 
 The heads have learned on recorded frames and are less sure on generated ones. One factor on the
 odds of an end is fitted so that, from the same moments and under the same actions, as many episodes
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nfd_env.data.shards import RecordedDataset
@@ -17,6 +18,7 @@ from nfd_env.recipe.replay import moments, replay
 from nfd_env.worlds.load import World
 
 _SHOWN = 4  # frames that the world is shown first
+_LONG, _ROLLOUTS = 512, 8  # frames and rollouts that tell whether pictures last
 _MOST_ODDS = 8.0  # a factor beyond this would hide that the heads do not see ends at all
 
 
@@ -71,6 +73,32 @@ def calibrate(
         windows=windows,
         frames=frames,
     )
+
+
+def energy_at_last(
+    world: World, recordings: RecordedDataset, frames: int = _LONG, seed: int = 0
+) -> tuple[int, float]:
+    """Whether pictures last: errors that add up make latents larger and larger.
+
+    Args:
+        world: plays held-out moments on under the recorded actions.
+        recordings: what it was trained on.
+        frames: frames ahead; fewer where no held-out episode is as long.
+        seed: of the choice of moments and of the world's noise.
+
+    Returns:
+        The frames ahead, and the mean square of the latents there over that of the recorded ones.
+    """
+    episodes = recordings.split("validation")
+    ahead = min(frames, max(len(e) for e in episodes) + 1 - _SHOWN)
+    where = moments(episodes, _SHOWN, ahead, _ROLLOUTS, seed)
+    made = 0.0
+    for drawn in replay(world, where, ahead, seed):
+        made = float(drawn.latents.double().square().mean())
+    shown = np.stack([m.episode.frames[m.now + ahead] for m in where])
+    with torch.inference_mode():
+        real = world.model.encode(torch.from_numpy(shown)).double().square().mean()
+    return ahead, made / float(real)
 
 
 def _expected(hazard: torch.Tensor, odds: float) -> float:

@@ -250,10 +250,18 @@ def distill_gates(metrics: Mapping[str, float], drawn: Drawn) -> list[Gate]:
     ]
 
 
-def world_gates(returned: float, ends: float) -> list[Gate]:
+def world_gates(returned: float, ends: float, ahead: int, energy: float) -> list[Gate]:
     """Of the finished world, under the recorded actions."""
     advice = "agents will learn from a distorted game: give more minutes"
-    return [
+    lasts = Gate(
+        f"energy of the latents after {ahead} frames, generated over real",
+        energy,
+        "1; more: errors add up until the picture breaks, less: it fades",
+        "pictures do not last, so that episodes are to be kept short: give more minutes",
+        0.5,
+        1.6,
+    )
+    return [lasts] + [
         Gate(
             f"{name} in the world over {name} in the recordings, same actions",
             value,

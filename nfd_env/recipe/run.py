@@ -28,7 +28,7 @@ from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.recipe import door, gates, rounds
 from nfd_env.recipe import plan as planning
-from nfd_env.recipe.calibration import calibrate
+from nfd_env.recipe.calibration import calibrate, energy_at_last
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import Gate, GateError
 from nfd_env.recipe.ledger import Ledger
@@ -186,7 +186,7 @@ class Recipe(Ledger):
                 else:
                     short = door.with_short_episodes(game, frames)
                     recordings = collect(short.collect_config(frames), self._shown)
-        for name in ("flow", "heads", "distill"):  # of which each would find out by itself, later
+        for name in ("flow", "distill"):  # each would find out by itself, later
             if frames := getattr(self.game, name).get("frames"):
                 recordings.check(frames, ("train",))
         measures = measure(recordings)
@@ -317,8 +317,10 @@ class Recipe(Ledger):
             if "hazard_odds" not in plan.export and found.hazard_odds != 1.0:
                 values["hazard_odds"] = found.hazard_odds
                 export(door.built_from("export", values))
+            ahead, energy = energy_at_last(world, self.round.recordings, seed=self.game.seed)
         record.metrics = {name: float(value) for name, value in asdict(found).items()}
-        self._finish("world", record, gates.world_gates(found.reward, found.ends))
+        record.metrics |= {"energy_at_last": energy}
+        self._finish("world", record, gates.world_gates(found.reward, found.ends, ahead, energy))
 
     def _report(self) -> None:
         from nfd_env.recipe.report import write_report

@@ -375,7 +375,7 @@ def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
             badge = "document.getElementById('badge-view')"
             assert await tab.evaluate(f"{width} === 128 && {badge}.hidden")
             for there in ("badge-saving", "drift", "badge-drift", "drift-keep"):
-                assert await tab.evaluate(f"!document.getElementById('{there}').hidden"), there
+                await tab.until(f"!document.getElementById('{there}').hidden")
             await tab.evaluate("document.querySelector('[data-do=view]').click()")
             await tab.until(f"!{badge}.hidden && {badge}.textContent === 'real game'")
             await tab.key("x", True)

@@ -105,14 +105,14 @@ def test_speculation_is_switched_on_and_off_while_playing(world):
     assert "acceptance" not in made[0].info
 
 
-def test_a_slot_with_the_teacher_is_the_teachers_env_and_leaves_the_others_alone():
-    """The shipped world has both."""
-    slots = Slots("DoomTakeCover", 2, "cpu")
+def test_a_slot_with_the_teacher_is_the_teachers_env_and_leaves_the_others_alone(tmp_path):
+    both = make_tiny_world(tmp_path / "both", hazard_bias=-30.0, distilled=True)
+    slots = Slots(both, 2, "cpu")
     steps = slots.steps_of
     assert steps and steps[0] < steps[1]
     slots.set_sampling(1, Sampling(2, teacher=True))
     envs = [
-        NFDEnv("DoomTakeCover", device="cpu", dynamics=name, sampling_steps=count)
+        NFDEnv(both, device="cpu", dynamics=name, sampling_steps=count)
         for name, count in (("student", steps[0]), ("teacher", 2))
     ]
     for slot, env in enumerate(envs):

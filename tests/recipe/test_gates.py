@@ -1,5 +1,7 @@
 """What counts as good enough to go on from."""
 
+import math
+
 import pytest
 
 from nfd_env.evaluation.clips import ActionReport
@@ -11,6 +13,7 @@ from nfd_env.recipe.gates import (
     fewest_steps,
     reading_gates,
     recording_gates,
+    world_gates,
 )
 from nfd_env.recipe.measure import GameMeasures
 
@@ -120,3 +123,14 @@ def test_keys_do_what_they_say(
 def test_actions_that_do_not_show_are_told_before_anything_is_trained() -> None:
     (shown,), (hidden,) = reading_gates({"f1": 0.8}), reading_gates({"r2": 0.1})
     assert shown.passed and not hidden.passed and hidden.line().startswith("warning R²")
+
+
+@pytest.mark.parametrize(
+    ("energy", "passes"),
+    [(0.75, True), (1.2, True), (5.6, False), (0.2, False), (math.inf, False), (math.nan, False)],
+)
+def test_a_world_whose_pictures_do_not_last_is_told(energy: float, passes: bool) -> None:
+    gate, *others = world_gates(1.0, math.nan, 512, energy)
+    assert gate.passed == passes and all(other.passed for other in others)
+    assert ("energy of the latents after 512 frames" in gate.line()) and not gate.stops
+    assert ("give more minutes" in gate.line()) == (not passes)

@@ -44,6 +44,8 @@ def test_the_world_steps_and_the_report_is_there(made: Path) -> None:
     assert "<svg" in report and "http://" not in report.replace("http://www.w3.org", "")
     records = yaml.safe_load((made / "run.yaml").read_text())
     assert list(records) == list(STAGES) and all(r["finished"] for r in records.values())
+    assert records["world"]["metrics"]["energy_at_last"] > 0
+    assert any("energy of the latents after" in line for line in records["world"]["gates"])
 
 
 def test_a_second_run_makes_nothing_again(copied: Path) -> None:
