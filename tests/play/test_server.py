@@ -522,7 +522,9 @@ def test_every_action_space_is_served(make_world, name):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_ends_the_server_in_order(monkeypatch, name):
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_signal_ends_the_server_in_order(monkeypatch, name, loading):
+    """Also while its world is loaded: a first process hears only what it has handlers for."""
     number, done = getattr(signal, name), []
 
     class Served:
@@ -537,6 +539,7 @@ def test_a_signal_ends_the_server_in_order(monkeypatch, name):
         async def open(self, world):
             loop = asyncio.get_running_loop()
             loop.call_later(0.2, os.kill, os.getpid(), number)
+            await asyncio.sleep(60 * loading)
 
         async def stop(self):
             done.append("stopped")

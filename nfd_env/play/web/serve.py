@@ -7,8 +7,10 @@ import logging
 import secrets
 import signal
 import sys
+from collections.abc import Coroutine
 from dataclasses import replace
 from socket import socket
+from typing import Any
 
 import torch
 
@@ -54,32 +56,47 @@ def serve(settings: ServeConfig) -> None:
         server = Workers(settings, alone.limits.head_seconds, work)
 
     async def main() -> None:
-        await server.start()
-        try:
-            if server is alone:
-                await alone.rooms.open(alone.rooms.names[0])
-            # A token that is somebody's own is known to them, and need not be in a log.
-            query = f"?token={secret}" if made_up else "?token=..." if secret else ""
-            print(f"Play at {server.url}{query}   (Ctrl+C stops)", flush=True)
-            if is_loopback(settings.host):
-                where = server.url.removeprefix("http://").rstrip("/")
-                print(
-                    f"From another machine: ssh -L {server.port}:{where} <this machine>, then "
-                    f"open http://127.0.0.1:{server.port}/",
-                    flush=True,
-                )
-            stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-            # Not by the loop's own handlers, which Windows does not have.
-            with told_by_signals(lambda *_: loop.call_soon_threadsafe(stopped.set)):
+        stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+        # Not by the loop's own handlers, which Windows does not have. From the start: a container's
+        # first process hears no signal that it has no handler for.
+        with told_by_signals(lambda *_: loop.call_soon_threadsafe(stopped.set)):
+            await server.start()
+            try:
+                if server is alone and await _stopped_before(
+                    alone.rooms.open(alone.rooms.names[0]), stopped
+                ):
+                    return
+                # A token that is somebody's own is known to them, and need not be in a log.
+                query = f"?token={secret}" if made_up else "?token=..." if secret else ""
+                print(f"Play at {server.url}{query}   (Ctrl+C stops)", flush=True)
+                if is_loopback(settings.host):
+                    where = server.url.removeprefix("http://").rstrip("/")
+                    print(
+                        f"From another machine: ssh -L {server.port}:{where} <this machine>, then "
+                        f"open http://127.0.0.1:{server.port}/",
+                        flush=True,
+                    )
                 if isinstance(server, Workers):
                     await server.serve_until(stopped)
                 else:
                     await stopped.wait()
-        finally:
-            await server.stop()
+            finally:
+                await server.stop()
 
     sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(main())
+
+
+async def _stopped_before(work: Coroutine[Any, Any, Any], stopped: asyncio.Event) -> bool:
+    """Whether ``stopped`` was set before ``work`` was done; raises what ``work`` does."""
+    doing, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stopped.wait())
+    await asyncio.wait((doing, stopping), return_when=asyncio.FIRST_COMPLETED)
+    for task in (doing, stopping):
+        if not task.done():
+            task.cancel()
+    if doing.done() and not doing.cancelled():
+        doing.result()
+    return stopped.is_set()
 
 
 def make_server(settings: ServeConfig, place: Place | None = None) -> PlayServer:
