@@ -149,11 +149,15 @@ def find_world(world: str | os.PathLike[str]) -> Path:
         return fetched_world(text)
     path = Path(text).expanduser()
     try:
-        if was_replaced(path):
-            _recover(path)
-        folder = path.is_dir()
-        if folder and found_file(path / "world.yaml", UnknownWorldError):
-            return path
+        while True:
+            seen = _identity(path)
+            if was_replaced(path):
+                _recover(path)
+            folder = path.is_dir()
+            if folder and found_file(path / "world.yaml", UnknownWorldError):
+                return path
+            if seen == _identity(path):  # else another process has just replaced it
+                break
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UnknownWorldError(f"unknown world {text!r}: {error.strerror}") from None
     known, env_id = shipped_worlds(), _ID.fullmatch(text)
@@ -372,6 +376,14 @@ def _recover(folder: Path) -> None:
             f"{folder.with_name(f'.{folder.name}.replaced')} and cannot be put back ({error}): "
             "rename that folder"
         ) from None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _folder_name(name: str) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -105,6 +106,35 @@ def test_seats_are_counted_across_workers_and_a_dead_one_is_replaced(make_world)
             await http.close()
 
     run(main, 700)
+
+
+def test_a_seat_and_who_takes_it_are_told_at_once():
+    """Else a place would be counted twice, or not at all, while somebody else is handed over."""
+
+    async def main():
+        parent, line = socket.socketpair()
+        client, connection = socket.socketpair()
+        for end in (parent, line):
+            end.setblocking(False)
+        channel, loop = Channel(line), asyncio.get_running_loop()
+
+        async def accept(connection, settled):
+            await asyncio.sleep(0)
+            channel.tell_players(1)
+            settled()
+            settled()  # once is enough
+            await asyncio.sleep(0.05)
+            connection.close()
+
+        listening = asyncio.ensure_future(channel.listen(accept, lambda number: None))
+        assert await loop.sock_recv(parent, 8) == struct.pack("<II", 0, 0)
+        socket.send_fds(parent, [struct.pack("<II", 0, 1)], [connection.fileno()])
+        assert await loop.sock_recv(parent, 64) == struct.pack("<II", 1, 1)
+        parent.close()
+        await listening
+        client.close(), connection.close(), line.close()
+
+    run(main)
 
 
 def test_workers_do_not_outlive_a_parent_that_is_killed(make_world):

@@ -63,7 +63,7 @@ class Connection(web.RequestHandler):
     ) -> None:
         """Wait for the connection to be made.
 
-        ``settled`` is called once, when a request has come or none will.
+        ``settled`` is called once, when its client has a seat, or asks for none any more.
         """
         super().__init__(
             manager,
@@ -97,6 +97,9 @@ class Connection(web.RequestHandler):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def settle(self) -> None:
+        """Its client has a seat now, or will have none."""
         if self._settled is not None:
             settled, self._settled = self._settled, None
             settled()
@@ -109,6 +112,7 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Leave."""
         self.head_arrived()
+        self.settle()
         if self._address is not None:
             self._gate.leave(self._address)
             self._address = None
@@ -124,6 +128,7 @@ class Connection(web.RequestHandler):
     ) -> Any:
         """Answer a malformed request: one line in the log, not a traceback."""
         self.head_arrived()
+        self.settle()
         if status >= 500:
             response = super().handle_error(request, status, exc, message)
         else:

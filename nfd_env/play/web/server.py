@@ -219,8 +219,11 @@ class PlayServer:
         async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
             if isinstance(request.protocol, Connection):
                 request.protocol.head_arrived()
-            self._access.check(request, f"nfd_token_{self.port}")
-            return await handler(request)
+            try:
+                self._access.check(request, f"nfd_token_{self.port}")
+                return await handler(request)
+            finally:
+                _settle(request)
 
         return guard
 
@@ -293,6 +296,7 @@ class PlayServer:
                 client.key = f"{self._place.number}-{client.key}"
             self._clients.add(client)
             self._tell_number()
+            _settle(request)
             await socket.send_json({"t": "loading", "world": name})
             room = await self._open(socket, name)
             if room is None:
@@ -404,6 +408,12 @@ class PlayServer:
                 elif now - session.last_input > self.limits.idle_seconds:
                     why = "you were away, so your place was given back"
                     await part(client.socket, protocol.IDLE, why)
+
+
+def _settle(request: web.Request) -> None:
+    """Whoever asks has a seat now, or will have none, see ``Connection``."""
+    if isinstance(request.protocol, Connection):
+        request.protocol.settle()
 
 
 def _act(client: Client, session: Session, engine: Engine, message: protocol.Message) -> None:

@@ -49,14 +49,23 @@ class Channel:
         """Over ``line``."""
         self._line = line
         self._received = self._players = 0
+        self._telling = False
 
     def tell_players(self, players: int) -> None:
         """So many play here now."""
         if players != self._players:  # an answer to each number from the parent would never end
             self._players = players
-            self._tell()
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        # Who takes a seat is looked at no more, and both are told at once: a place that is counted
+        # twice, or not at all, would send somebody to a full worker while another has room.
+        if not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
 
     def _tell(self) -> None:
+        self._telling = False
         with suppress(OSError):  # the parent is gone, which ``listen`` notices
             self._line.send(_MESSAGE.pack(self._received, self._players))
 
@@ -75,7 +84,7 @@ class Channel:
             def settled() -> None:
                 self._received += left.pop() if left else 0
                 if plays:
-                    self._tell()
+                    self._tell_soon()
 
             try:
                 await accept(connection, settled)
