@@ -381,7 +381,7 @@ def _recover(folder: Path) -> None:
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the latter: no name of a file
         return None
     return found.st_dev, found.st_ino
 

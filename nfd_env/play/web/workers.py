@@ -50,6 +50,7 @@ class Channel:
         self._line = line
         self._received = self._players = 0
         self._telling = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def tell_players(self, players: int) -> None:
         """So many play here now."""
@@ -60,9 +61,11 @@ class Channel:
     def _tell_soon(self) -> None:
         # Who takes a seat is looked at no more, and both are told at once: a place that is counted
         # twice, or not at all, would send somebody to a full worker while another has room.
-        if not self._telling:
+        if self._loop is None:
+            self._tell()
+        elif not self._telling:
             self._telling = True
-            asyncio.get_running_loop().call_soon(self._tell)
+            self._loop.call_soon(self._tell)
 
     def _tell(self) -> None:
         self._telling = False
@@ -75,7 +78,8 @@ class Channel:
         play_elsewhere: Callable[[int], None],
     ) -> None:
         """Say that all is ready, and take connections until the parent closes the line."""
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        self._loop = loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
         tasks: set[asyncio.Task[None]] = set()
 
         async def take(connection: socket.socket, plays: int) -> None:
