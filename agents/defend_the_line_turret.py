@@ -14,8 +14,8 @@ import numpy as np
 
 _NOOP, _SHOOT, _RIGHT, _LEFT = 0, 1, 2, 3
 _PLAYER = "DoomPlayer"
-_MONSTERS = ("Demon", "DoomImp", "MarineChainsaw", "ZombieMan", "ShotgunGuy")
-_WIDTH = 20.0  # map units: half of a monster's
+_MONSTERS = ("Demon", "DoomImp")
+_HALF_WIDTH = 20.0  # of a monster, map units
 
 
 class Turret:
@@ -49,11 +49,11 @@ class Turret:
             # The nearest, but rather one that is nearly aimed at than one to the side.
             self._target = min(monsters, key=lambda m: _effort(player, monsters[m]))
             self._kept = self._patience
-            self._aside = self._rng.normal(0, self._spread) * _WIDTH
+            self._aside = self._rng.normal(0, self._spread) * _HALF_WIDTH
         target = monsters[self._target]
         distance, turn = _seen_from(player, target)
-        turn += math.degrees(self._aside / max(distance, _WIDTH))
-        if abs(turn) <= max(1.5, math.degrees(_WIDTH / max(distance, _WIDTH))):
+        turn += math.degrees(self._aside / max(distance, _HALF_WIDTH))
+        if abs(turn) <= max(1.5, math.degrees(_HALF_WIDTH / max(distance, _HALF_WIDTH))):
             return _SHOOT
         return _LEFT if turn > 0 else _RIGHT
 

@@ -33,6 +33,10 @@ from nfd_env.worlds.load import World
 MOST_STEPS = 8  # of sampling: each is the whole network once more in the file, and in time
 _OPSET = 20
 _FEW = 256  # numbers: shorter tensors stay as they are
+# How many steps the largest weight of a row has: all that there are with 8 to 2 bits, mostly; else
+# (rounding that makes up for errors does not always reach the last one) fewer.
+_WHOLE = [2**bits - 1 for bits in range(7, 0, -1)]
+_STEPS_OF_LARGEST = [*_WHOLE, *(n for n in range(126, 0, -1) if n not in _WHOLE)]
 _RELATIVE = 1e-6  # what float32 loses of a weight between its int8 and its scale
 
 
@@ -175,8 +179,7 @@ def _in_steps(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     largest = np.abs(rows).max(1).astype(np.float32)
     steps, scales = np.zeros(rows.shape, np.int8), np.zeros(len(rows), np.float32)
     left = np.arange(len(rows))
-    # How many steps the largest weight has: all that there are, mostly.
-    for most in sorted(range(1, 128), key=lambda n: ((n + 1) & n != 0, -n)):
+    for most in _STEPS_OF_LARGEST:
         scale = largest[left] / np.float32(most)
         tried = np.round(rows[left] / np.maximum(scale, np.finfo(np.float32).tiny)[:, None])
         fits = np.isclose(tried * scale[:, None], rows[left], rtol=_RELATIVE, atol=0).all(1)
@@ -184,6 +187,6 @@ def _in_steps(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         left = left[~fits]
         if not len(left):
             return steps, scales
-        if most == 1 and len(left) > 0.9 * len(rows):  # after those of all bits: no such weights
+        if most == 1 and len(left) > 0.9 * len(rows):  # in no number of bits: not rounded at all
             return None
     return None
