@@ -151,11 +151,14 @@ def enlarge(frame: np.ndarray, height: int, aspect: float = 0.0) -> np.ndarray:
 
 
 def caption(frame: np.ndarray, text: str) -> np.ndarray:
-    """Put a line of ``text`` above ``frame``, 24 pixels high."""
+    """Put a line of ``text`` above ``frame``, 24 pixels high; smaller letters where it is long."""
     from PIL import Image, ImageDraw, ImageFont
 
-    bar = Image.new("RGB", (frame.shape[1], 24), (24, 24, 24))
-    ImageDraw.Draw(bar).text((6, 4), text, (235, 235, 235), ImageFont.load_default(14))
+    width = frame.shape[1]
+    bar = Image.new("RGB", (width, 24), (24, 24, 24))
+    fonts = [ImageFont.load_default(size) for size in range(14, 7, -1)]
+    font = next((f for f in fonts if f.getlength(text) <= width - 12), fonts[-1])
+    ImageDraw.Draw(bar).text((6, 12), text, (235, 235, 235), font, anchor="lm")
     return np.concatenate((np.array(bar), frame))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from nfd_env import video
 from nfd_env.play.recording import VideoFile
-from nfd_env.video import mp4_writer, read_mp4, write_gif, write_mp4
+from nfd_env.video import caption, mp4_writer, read_mp4, write_gif, write_mp4
 
 FRAMES = [np.full((32, 48, 3), 20 * i, np.uint8) for i in range(8)]
 
@@ -28,6 +28,13 @@ def test_frames_come_back(tmp_path: Path) -> None:
     target = io.BytesIO()
     write_mp4(target, FRAMES, 30)
     assert target.getvalue()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize("text", ["real   up", "generated, same actions   frame 1000"])
+def test_a_caption_is_readable_above_a_narrow_frame(text: str) -> None:
+    bar = caption(np.zeros((192, 192, 3), np.uint8), text)[:24]
+    written = np.flatnonzero((bar > 60).any((0, 2)))
+    assert written[0] >= 5 and written[-1] < 188  # nothing is cut off
 
 
 def test_a_film_is_read_only_as_far_as_it_may_go(
