@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nfd_env import parts
 from nfd_env.config import check_ranges, config_class
-from nfd_env.flow.path import interpolate, sample_levels
+from nfd_env.flow.path import data_from_velocity, expand, interpolate, sample_levels
 from nfd_env.flow.persistence import frame_change
 from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
@@ -24,6 +24,7 @@ _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
 _FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
 _COMPARED = 2048  # pairs of frames that their change is measured on
 _LIKELIHOOD = 0.5  # its weight beside the squared error
+_LARGEST = 3.0  # how many times as large as it makes them the network's own errors are shown to it
 _STEPS = 4  # Euler steps of its rollouts
 
 
@@ -39,19 +40,24 @@ class FlowTrainingConfig(HistoryTrainingConfig):
             have seen other frames (``window``), and a full adaLN projection is
             brought to ``model.modulation_rank``.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
+        own_errors: in [0, 1], the share of windows whose history has the network's own errors in
+            it; a third more time a step.
     """
 
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
     history: str = "two_copies"
     initial: str = ""
     level_shift: float = 3.0
+    own_errors: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the choices."""
         super().__post_init__()
-        check_ranges(self, level_shift="(0, inf)")
+        check_ranges(self, level_shift="(0, inf)", own_errors="[0, 1]")
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
+        if self.own_errors and self.history != "two_copies":
+            raise ValueError("own_errors belong into a history of its own: history: two_copies")
 
 
 class FlowStage(WindowStage):
@@ -137,11 +143,51 @@ class FlowStage(WindowStage):
             velocity = network(sample.x, levels, actions)
             return (velocity.float() - sample.velocity).square(), None
         history_levels = self.settings.history_levels.sample(shape, shift, self._device)
-        history = interpolate(latents, parts.randn_like(latents), history_levels).x
+        remembered = latents
+        if self.settings.own_errors:
+            remembered = self._as_remembered(network, latents, history_levels, actions)
+        history = interpolate(remembered, parts.randn_like(latents), history_levels).x
         velocity, deviation = network.two_copies(history, history_levels, sample.x, levels, actions)
         error = (velocity.float() - sample.velocity).square()
         # The first frame of a window has no history to follow from.
         return error[:, 1:], None if deviation is None else deviation.float()[:, 1:]
+
+    def _as_remembered(
+        self, network: Dynamics, latents: Tensor, history_levels: Tensor, actions: Tensor
+    ) -> Tensor:
+        """Frames with the network's own errors in them, as it will remember them when it plays.
+
+        Only what it is told to go back from, it goes back from: errors of its own kind, up to
+        ``_LARGEST`` times as large as one step makes them. In half of the windows every frame has
+        its own; in the other half one frame's stays through all of them, as what has crept into a
+        world stays.
+
+        Args:
+            network: predicts each frame from the real ones before it, in one step.
+            latents: (B, T, C, h, w), real.
+            history_levels: (B, T).
+            actions: (B, T, action_width).
+
+        Returns:
+            (B, T, C, h, w); as they were in all windows but a share of ``own_errors``.
+        """
+        shape = latents.shape[:2]
+        with torch.no_grad():
+            history = interpolate(latents, parts.randn_like(latents), history_levels).x
+            noise, top = parts.randn_like(latents), torch.ones_like(history_levels)
+            velocity = network.forward_two_copies(history, history_levels, noise, top, actions)
+            errors = (data_from_velocity(noise, velocity.float(), top) - latents)[:, 1:]
+        # The first frame of a window follows from nothing; it gets the second one's error.
+        errors = torch.cat((errors[:, :1], errors), 1)
+        rows = parts.rand((shape[0], 5), latents.device)
+        chosen = (rows[:, 0] * shape[1]).long()
+        lasting = errors[torch.arange(shape[0], device=latents.device), chosen][:, None]
+        errors = torch.where(expand(rows[:, 1] < 0.5, errors), lasting, errors)
+        size = _LARGEST * rows[:, 2].square() * (rows[:, 3] < self.settings.own_errors)
+        # One step makes a mean, whose contrast is too low; who always made up for that would make
+        # the contrast of its own frames higher and higher.
+        size = size * (2 * (rows[:, 4] < 0.5) - 1)
+        return latents + expand(size, errors) * errors
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
         """``flow``: the error on held-out windows; see also ``_judge``."""

@@ -28,6 +28,7 @@ __all__ = ["made"]  # a fixture
 
 STEPS = 5
 FLOW = {**SIZES["flow"], "ending_share": 0.3, "history_levels": {"draft_share": 0.2}}
+FLOW["own_errors"] = 0.5
 DISTILL = {
     **SIZES["distill"],
     "discrete_steps": 2,

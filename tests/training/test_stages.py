@@ -257,6 +257,27 @@ def test_flow_goes_on_from_finished_weights(
     assert np.isfinite(train(stage, settings.train, progress=False)["flow"])
 
 
+def test_flow_remembers_frames_with_its_own_errors(
+    flow: Trained, flow_settings: FlowTrainingConfig
+) -> None:
+    stage = FlowStage(replace(flow_settings, own_errors=0.5))
+    network = load_weights(flow.weights, Dynamics, DynamicsConfig)
+    latents, actions = stage.batch(np.random.default_rng(0), 128)
+    torch.manual_seed(0)
+    remembered = stage._as_remembered(network, latents, torch.zeros(latents.shape[:2]), actions)
+    errors = (remembered - latents).flatten(2)
+    changed = errors.abs().amax((1, 2)) > 0
+    assert 0.3 < changed.float().mean() < 0.7
+    lasting = errors[changed].std(1).amax(1) < 1e-5
+    assert 0.3 < lasting.float().mean() < 0.7
+    contrast = (errors * latents.flatten(2)).mean((1, 2))[changed]
+    assert (contrast < 0).any() and (contrast > 0).any()
+    torch.manual_seed(0)
+    assert torch.isfinite(stage.loss(network, (latents, actions))[0])
+    with pytest.raises(ValueError, match="own_errors.*two_copies"):
+        replace(flow_settings, history="shared", own_errors=0.5)
+
+
 def test_flow_goes_on_with_a_modulation_of_lower_rank(
     flow: Trained, flow_settings: FlowTrainingConfig
 ) -> None:
