@@ -14,11 +14,12 @@ def worlds() -> int:
     for path in sorted(Path(__file__).parent.glob("*/world.yaml")):
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
         height, width = spec["frame_size"]
+        space = spec["action_space"]
+        actions = f"{space['n']} actions" if "n" in space else f"{space['type']} actions"
         scores = ", ".join(f"{k} {v:g}" for k, v in (spec.get("scores") or {}).items())
         print(
-            f"{spec['name']:20} {height}x{width} at {spec['fps']:g} frames/s, "
-            f"{spec['action_space']['type']} actions, from {spec['source']['env_id']}"
-            f"{f'; {scores}' if scores else ''}"
+            f"{spec['name']:20} {height}x{width} at {spec['fps']:g} frames/s, {actions}, "
+            f"from {spec['source']['env_id']}{f'; returns in it: {scores}' if scores else ''}"
         )
     return 0
 

@@ -85,7 +85,7 @@ class WorldSpec:
         description: for people, a few sentences.
         recordings: data-set folder that the world was made from, on its maker's machine; "" for
             unknown.
-        scores: name of a measurement -> what it gave.
+        scores: who played -> mean return of an episode of the real game.
         format: version of the folder's layout.
     """
 
