@@ -33,6 +33,29 @@ AT = """(() => { const c = document.getElementById('view');
   for (let x = 0; x < c.width; x++) if (d[4 * x] < 60) blue.push(d[4 * x + 2]);
   blue.sort((a, b) => a - b); return blue[blue.length >> 1]; })()"""
 HELD = "nfd.held.join()"
+# Words that are cut, what is wider than the page, and what lies over a picture of the split view.
+AMISS = """(() => {
+  const found = [], box = (query) => document.querySelector(query).getBoundingClientRect();
+  const texts = "#hud *, figcaption *, #controls *, .badge, #keys span";
+  for (const words of document.querySelectorAll(texts)) {
+    if (words.clientWidth && words.scrollWidth > words.clientWidth + 1) found.push(words.outerHTML);
+  }
+  const { scrollWidth } = document.documentElement, frame = box("#view");
+  if (scrollWidth > innerWidth) found.push(`${scrollWidth} wide`);
+  if (nfd.hud.view === "split") {
+    for (const badge of document.querySelectorAll(".badge:not([hidden])")) {
+      const { left, right, top } = badge.getBoundingClientRect();
+      const quarter = frame.width / 4 + 1;
+      const beside = right <= frame.left + quarter || left >= frame.right - quarter;
+      if (!beside || top < frame.top + frame.height / 2) found.push(badge.outerHTML);
+    }
+    const keys = box("#keys"); // which are not shown on a telephone
+    if (keys.width && keys.left < frame.right - frame.width / 4) found.push("keys");
+  }
+  const { bottom } = box("#hint");
+  if (innerWidth > 1000 && bottom > innerHeight) found.push(`${bottom} high`);
+  return found;
+})()"""
 LIVE = "window.nfd && nfd.hello && nfd.hud.step > 3 && nfd.frames > 3"
 
 
@@ -345,7 +368,7 @@ def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
 
 
 class Twins(ScrollGame):
-    """Has a real game too, which looks the same."""
+    """Has a real game too, which looks the same: square, slow and with four ways to go."""
 
     display = "pixelated"
     views = ("dream", "real", "split")
@@ -353,6 +376,19 @@ class Twins(ScrollGame):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.shown, self.ood = "dream", 2.5
+        self.display_aspect, self.fps = 1.0, 15.0
+        ways = ["noop", "right", "left", "up", "down"]
+        source = SourceConfig("Ways-v0", action_names=ways)
+        self.keymap = Keymap.from_source(source, spaces.Discrete(5))
+
+    def cost(self, rows):
+        return 1.0  # too dear to be generated ahead
+
+    def outcome(self, slot, action, guessed):
+        made = super().outcome(slot, action, guessed)
+        if self.shown == "split":
+            made.info["apart"] = 18.62
+        return made
 
     def view(self, slot):
         return self.shown
@@ -367,20 +403,34 @@ class Twins(ScrollGame):
 
 def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
     async def main():
-        server = await serving(game=Twins, save=tmp_path)
+        server = await serving(game=Twins, save=tmp_path, agent="random")
         async with Browser(CHROMIUM) as browser:
-            tab = await browser.tab(server.url)
+            tab = await browser.tab("about:blank")
+
+            async def look():
+                for size in ((390, 844, True), (1280, 800)):
+                    await tab.size(*size)
+                    for aspect in (2.6667, 1.0):
+                        await tab.evaluate(f"nfd.hello.aspect = {aspect}")
+                        await tab.evaluate("dispatchEvent(new Event('resize'))")
+                        await asyncio.sleep(0.2)  # some pictures
+                        assert await tab.evaluate(AMISS) == []
+
+            await tab.size(1280, 800)
+            await tab.open(server.url)
             await tab.until(LIVE)
             width = "document.getElementById('view').width"
             badge = "document.getElementById('badge-view')"
             assert await tab.evaluate(f"{width} === 128 && {badge}.hidden")
             for there in ("badge-saving", "drift", "badge-drift", "drift-keep"):
                 await tab.until(f"!document.getElementById('{there}').hidden")
+            await look()
             await tab.evaluate("document.querySelector('[data-do=view]').click()")
             await tab.until(f"!{badge}.hidden && {badge}.textContent === 'real game'")
             await tab.key("x", True)
             await tab.key("x", False)
             await tab.until(f"{width} === 258 && {badge}.textContent.startsWith('real | dream')")
+            await look()
             box = "document.getElementById('view').getBoundingClientRect()"
             times = await tab.evaluate(f"{box}.height * devicePixelRatio") / 194
             assert times == pytest.approx(round(times), abs=0.002) and times > 0.9

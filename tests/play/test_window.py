@@ -186,7 +186,8 @@ def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
     file, folder = tmp_path / "pole.yaml", tmp_path / "kept"
     file.write_text(GAME)
     first = []
-    window.play(PlayConfig(str(file), save=str(folder), seed=3, max_frames=30), first.append)
+    # As a folder, record means the same as save.
+    window.play(PlayConfig(str(file), record=str(folder), seed=3, max_frames=30), first.append)
     assert first[0].frame.shape == (40, 60, 3)
     recorded = RecordedDataset(folder)
     source = load_game(file).source
@@ -199,6 +200,9 @@ def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
     assert np.array_equal(episode.frames, frames)
     with pytest.raises(ValueError, match="are of learned worlds"):
         window.play(PlayConfig(str(file), sampling_steps=2))
+    for wrong in ({"record": "play.mkv"}, {"record": ""}, {"record": "here", "save": "there"}):
+        with pytest.raises(config.ConfigError, match=r"such as play\.mp4"):
+            PlayConfig(str(file), **wrong)
 
 
 class OneBuffer(gymnasium.Env):
@@ -246,8 +250,6 @@ def test_a_film_that_cannot_be_written_is_said_before_the_play(tmp_path):
         with pytest.raises(OSError, match=rf"{path} cannot be written: \w+"):
             player.run(5)
         assert not shown and not pygame.display.get_init()
-    with pytest.raises(config.ConfigError, match="--save FOLDER"):
-        PlayConfig("BigFish", record="folder")
 
 
 def test_controls_reach_the_world(world, tmp_path, monkeypatch):

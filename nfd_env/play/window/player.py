@@ -23,6 +23,8 @@ from nfd_env.play.window.gamepad import Gamepads
 from nfd_env.play.window.hud import BAR, Hud
 from nfd_env.stopping import stopping
 
+_NARROWEST = 640  # pixels: in fewer the numbers of the bar stand so close that two look like one
+
 
 class KeyboardPlayer:
     """A window in which a person plays a game with the keyboard.
@@ -167,7 +169,7 @@ class KeyboardPlayer:
             desktop = pygame.display.get_desktop_sizes()[0]
             shrink = min(1.0, 0.85 * desktop[0] / width, 0.8 * desktop[1] / (height + BAR))
             width, height = round(width * shrink), round(height * shrink)
-        window = pygame.display.set_mode((max(width, 560), height + BAR), pygame.RESIZABLE)
+        window = pygame.display.set_mode((max(width, _NARROWEST), height + BAR), pygame.RESIZABLE)
         pygame.display.set_caption(f"{game.name} - nfd play (F1: help)")
         self._hud = Hud(pygame, window, game)
 
@@ -287,8 +289,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
         )
     if not real:
         find_world(world)
-    check_writable(settings.record)
-    check_writable(settings.save, folders=True)
+    check_writable(settings.film)
+    check_writable(settings.folder, folders=True)
     open_display()
     with ExitStack() as stack:
         if real:
@@ -307,8 +309,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
             seed=settings.seed,
             agent=settings.agent,
             trust=settings.trust,
-            record=settings.record,
-            save=settings.save,
+            record=settings.film,
+            save=settings.folder,
             source=config.to_dict(game.source),
             on_shown=on_shown,
         )
