@@ -36,6 +36,10 @@ HELD = "nfd.held.join()"
 # Words that are cut, what is wider than the page, and what lies over a picture of the split view.
 AMISS = """(() => {
   const found = [], box = (query) => document.querySelector(query).getBoundingClientRect();
+  // A long name, and where a page without a server computes.
+  document.getElementById("world").options[0].text = "AWorldWithALongName";
+  document.querySelector("#status b").textContent = "WASM, 2 threads";
+  if (box("#status").right > innerWidth - 10) found.push("status");
   const texts = "#hud *, figcaption *, #controls *, .badge, #keys span";
   for (const words of document.querySelectorAll(texts)) {
     if (words.clientWidth && words.scrollWidth > words.clientWidth + 1) found.push(words.outerHTML);
@@ -44,10 +48,11 @@ AMISS = """(() => {
   if (scrollWidth > innerWidth) found.push(`${scrollWidth} wide`);
   if (nfd.hud.view === "split") {
     for (const badge of document.querySelectorAll(".badge:not([hidden])")) {
-      const { left, right, top } = badge.getBoundingClientRect();
+      const { left, right, top, bottom } = badge.getBoundingClientRect();
       const quarter = frame.width / 4 + 1;
       const beside = right <= frame.left + quarter || left >= frame.right - quarter;
-      if (!beside || top < frame.top + frame.height / 2) found.push(badge.outerHTML);
+      const below = top >= frame.top + frame.height / 2 && bottom <= frame.bottom;
+      if (!beside || !below) found.push(badge.outerHTML);
     }
     const keys = box("#keys"); // which are not shown on a telephone
     if (keys.width && keys.left < frame.right - frame.width / 4) found.push("keys");
@@ -410,8 +415,9 @@ def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
             async def look():
                 for size in ((390, 844, True), (1280, 800)):
                     await tab.size(*size)
-                    for aspect in (2.6667, 1.0):
-                        await tab.evaluate(f"nfd.hello.aspect = {aspect}")
+                    for aspect, display in ((2.6667, "smooth"), (1.0, "pixelated")):
+                        about = f"{{ aspect: {aspect}, display: '{display}' }}"
+                        await tab.evaluate(f"Object.assign(nfd.hello, {about})")
                         await tab.evaluate("dispatchEvent(new Event('resize'))")
                         await asyncio.sleep(0.2)  # some pictures
                         assert await tab.evaluate(AMISS) == []
