@@ -130,6 +130,14 @@ def test_the_page_from_start_to_finish():
             await tab.until("!nfd.hud.teacher && nfd.hud.sampling_steps == 2")
             await tab.evaluate("document.querySelector('[data-do=pause]').click()")
             await tab.until("nfd.hud.paused")
+            # Whoever pauses or steps wants to see the picture.
+            covered = await tab.evaluate(
+                "(() => { const over = document.getElementById('overlay');"
+                "const area = (e) => e.clientWidth * e.clientHeight, style = getComputedStyle(over);"
+                "return [over.hidden, style.backgroundColor, style.backdropFilter,"
+                " area(over.firstElementChild) / area(over)]; })()"
+            )
+            assert covered[:3] == [False, "rgba(0, 0, 0, 0)", "none"] and covered[3] < 0.2
             step = await tab.evaluate("nfd.hud.step")
             await tab.evaluate("document.querySelector('[data-do=step]').click()")
             await tab.until(f"nfd.hud.step == {step + 1}")
@@ -234,7 +242,7 @@ def test_keys_of_ones_own_are_kept_by_the_browser():
             await tab.tap("a")  # one of the usual keys, of the other way
             assert json.loads(await tab.evaluate(stored)) == {"l": "d", "a": "d"}
             caps = f"[...{add}.previousSibling.children].map((cap) => cap.textContent).sort()"
-            assert await tab.evaluate(caps) == ["A", "D", "L", "▶"]
+            assert await tab.evaluate(caps) == ["A", "D", "L", "▶\ufe0e"]
             await tab.tap("escape")
             await tab.until(f"!{opened} && !nfd.hud.paused")
             for attempt in range(2):

@@ -93,7 +93,7 @@ def test_a_tap_counts_once():
 
 
 def test_pause_step_and_quit():
-    player_pictures, pressed = [], []
+    player_pictures, pressed, looks = [], [], []
 
     def on_shown(picture):
         player_pictures.append(picture)
@@ -104,11 +104,15 @@ def test_pause_step_and_quit():
         elif picture.hud["paused"] and picture.hud["step"] < 12:
             post(pygame.KEYDOWN, pygame.K_PERIOD)
         elif picture.hud["paused"]:
+            looks.append(pygame.surfarray.array3d(pygame.display.get_surface()))
             post(pygame.QUIT)
 
     window.KeyboardPlayer(ScrollGame(1, fps=100), on_shown=on_shown).run(500)
     assert 5 < len(player_pictures) and player_pictures[-1].hud["paused"]
     assert player_pictures[-1].hud["step"] < 100
+    # Whoever pauses or steps wants to see the picture: its middle is as bright as it was.
+    middle = looks[-1][200:-200, 80:-120]
+    assert (middle.max((0, 1)) >= 200).any() and (middle[..., 1] > 50).all()
 
 
 def test_play_draws_records_and_saves_what_train_reads(world, tmp_path):

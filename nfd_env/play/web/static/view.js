@@ -121,8 +121,9 @@ function show() {
   $("badge-speed").hidden = hud.speed === 1;
   text("badge-speed", `×${hud.speed}`);
   if (!film.replaying && hello && !stopped) {
-    if (hud.over) overlay("Episode over", `return ${Math.round(hud.return * 10) / 10} in ${hud.step} steps`, "", null, true);
-    else if (hud.paused) overlay("Paused", "", "Play on", () => control("pause", false), true);
+    const button = hud.paused ? "Play on" : "", play = () => control("pause", false);
+    if (hud.over) overlay("Episode over", `return ${Math.round(hud.return * 10) / 10} in ${hud.step} steps`, button, play, true);
+    else if (hud.paused) overlay("Paused", "", button, play, true);
     else overlay();
   }
   graph();
