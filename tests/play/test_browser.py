@@ -133,7 +133,8 @@ def test_the_page_from_start_to_finish():
             # Whoever pauses or steps wants to see the picture.
             covered = await tab.evaluate(
                 "(() => { const over = document.getElementById('overlay');"
-                "const area = (e) => e.clientWidth * e.clientHeight, style = getComputedStyle(over);"
+                "const area = (e) => e.clientWidth * e.clientHeight;"
+                "const style = getComputedStyle(over);"
                 "return [over.hidden, style.backgroundColor, style.backdropFilter,"
                 " area(over.firstElementChild) / area(over)]; })()"
             )
@@ -172,6 +173,21 @@ def test_the_page_from_start_to_finish():
     run(main)
 
 
+# Buttons of a world with these actions that a finger or an eye cannot tell apart.
+BUTTONS = """(async (labels) => {
+  nfd.hello.buttons = labels.map((label, number) => ({ label, key: `key ${number}` }));
+  (await import("./input.js")).setUpInput();
+  const bottom = document.getElementById("frame").getBoundingClientRect().bottom;
+  return [...document.getElementById("pad").children].map((button) => {
+    const { left, right, top, width, height } = button.getBoundingClientRect();
+    const cut = [button, ...button.children].some((e) => e.scrollWidth > e.clientWidth + 1);
+    const high = innerWidth > innerHeight ? top < innerHeight / 2 : top < bottom;
+    const fine = width >= 44 && height >= 44 && left >= 0 && right <= innerWidth && !cut && !high;
+    return fine ? "" : `${button.outerHTML} ${[left, right, top, width, height, cut]}`;
+  }).filter(Boolean);
+})"""
+
+
 def test_touch_buttons_on_a_phone_and_a_full_server():
     async def main():
         server = await serving(limits=Limits(clients=1))
@@ -191,6 +207,12 @@ def test_touch_buttons_on_a_phone_and_a_full_server():
             await turns(tab, -1)
             await tab.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
             await turns(tab, 0)
+            car = "left", "right", "accelerate", "brake"
+            for names in (range(1, 16), car, ("turn_right_fast",) * 9):
+                for size in ((844, 390, True), (390, 844, True)):
+                    await tab.size(*size)
+                    labels = json.dumps([str(name) for name in names])
+                    assert await tab.evaluate(f"{BUTTONS}({labels})") == [], (names, size)
             other = await browser.tab(server.url)
             await other.until(
                 "document.getElementById('overlay-title')?.textContent == 'The server is full'"
