@@ -349,6 +349,16 @@ def test_pictures_of_pixels_are_enlarged_by_whole_numbers():
     assert hud.fit((60, 80, 3), 1.0, 1000, 500, pixelated=True) == (480, 480)
 
 
+def test_the_window_has_room_for_whole_multiples_of_both_views():
+    game = ScrollGame(1)
+    game.frame_shape, game.display_aspect = (64, 64, 3), 0.0
+    game.display, game.views = "pixelated", ("dream", "real", "split")
+    with contextlib.closing(window.KeyboardPlayer(game, scale=1)):
+        width, height = pygame.display.get_surface().get_size()
+    assert hud.fit((64, 64, 3), 0.0, width, height - hud.BAR, True) == (512, 512)
+    assert hud.fit((130, 130, 3), 0.0, width, height - hud.BAR, True) == (520, 520)
+
+
 CAR = spaces.Box(np.array([-1, 0, 0], np.float32), np.array([1, 1, 1], np.float32))
 
 

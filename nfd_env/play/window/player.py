@@ -13,7 +13,7 @@ import gymnasium
 from nfd_env.files import check_writable
 from nfd_env.play.commands import Chosen, PlayConfig
 from nfd_env.play.engine import Engine, Shown
-from nfd_env.play.game import EnvGame, Game
+from nfd_env.play.game import EnvGame, Game, shape_of_both
 from nfd_env.play.keys import Keymap, key_name
 from nfd_env.play.recording import display_size
 from nfd_env.play.session import SPEEDS, ControlError, Session, agent_for, sampling_choices
@@ -164,7 +164,11 @@ class KeyboardPlayer:
         pygame.font.init()
         height = round(480 * (self._scale or 1.0))
         pixelated = game.display == "pixelated"
-        width, height = display_size(game.frame_shape, game.display_aspect, height, pixelated)
+        shapes = [game.frame_shape]
+        if "split" in game.views:  # which has other whole multiples
+            shapes.append(shape_of_both(game.frame_shape))
+        sizes = [display_size(s, game.display_aspect, height, pixelated) for s in shapes]
+        width, height = map(max, zip(*sizes, strict=True))
         if self._scale is None:
             desktop = pygame.display.get_desktop_sizes()[0]
             shrink = min(1.0, 0.85 * desktop[0] / width, 0.8 * desktop[1] / (height + BAR))
