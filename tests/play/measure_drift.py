@@ -70,7 +70,7 @@ def main():
         env = NFDVectorEnv(name, PLAYS, ood=True)
         starts = torch.cat([start.latents for start in env.world.starts])
         line(f"{name}: recorded moments", relative(env, starts))
-        line(f"{name}: the real game, random play", real(env, name, PLAYS * args.steps))
+        line(f"{name}: the real game, random play", real(env, name, 4 * PLAYS * args.steps))
         line(f"{name}: random play", played(env, args.steps))
         hot = 2 * env.model.sampling.temperature
         env.set_sampling(temperature=hot)
