@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
@@ -52,7 +53,7 @@ class PlayConfig(Chosen):
         world: world folder, shipped world (default: the first), or a game file: the real game.
         seed: of the first episode.
         scale: size of the window; 1 is about 480 pixels high; default: to fit the screen.
-        record: an MP4 file to write.
+        record: an MP4 file to write; or a folder, which means the same as save.
         save: folder of a data set that the play is appended to.
         max_episode_steps: cut episodes off there.
         max_frames: stop after so many pictures.
@@ -70,11 +71,29 @@ class PlayConfig(Chosen):
         """Check the ranges."""
         check_ranges(self, scale="[0.1, 20]", max_frames="[1, inf)", seed="[0, inf)")
         check_ranges(self, max_episode_steps="[1, inf)")
-        if self.record is not None and not self.record.lower().endswith(".mp4"):
+        if self.record is None or self.film is not None:
+            return
+        if not self.record or (Path(self.record).suffix and not Path(self.record).is_dir()):
             raise ConfigError(
-                f"record takes a film, such as play.mp4, got {self.record!r}; recordings to train "
-                "on: --save FOLDER"
+                "record takes a film, such as play.mp4, or a folder for recordings to train on, "
+                f"got {self.record!r}"
             )
+        if self.save is not None:
+            raise ConfigError(
+                f"both {self.record} (record) and {self.save} (save) are folders of recordings: "
+                "give one, and a film as record, such as play.mp4"
+            )
+
+    @property
+    def film(self) -> str | None:
+        """The MP4 to write."""
+        is_film = self.record is not None and self.record.lower().endswith(".mp4")
+        return self.record if is_film else None
+
+    @property
+    def folder(self) -> str | None:
+        """The data set to append to."""
+        return self.record if self.save is None and self.film is None else self.save
 
 
 @config_class

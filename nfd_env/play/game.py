@@ -232,6 +232,11 @@ class EnvGame(Game):
         return np.array(frame, order="C")  # a copy: the environment may draw over its own
 
 
+def shape_of_both(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Of ``side_by_side``'s picture, for frames of ``shape`` (H, W, 3)."""
+    return 2 * shape[0] + 2, 2 * shape[1] + 2, 3
+
+
 def side_by_side(real: np.ndarray, dream: np.ndarray) -> np.ndarray:
     """One picture of a frame's aspect: the game, the dream, and below them thrice what differs.
 
@@ -243,7 +248,7 @@ def side_by_side(real: np.ndarray, dream: np.ndarray) -> np.ndarray:
         uint8 (2 H + 2, 2 W + 2, 3).
     """
     height, width = real.shape[:2]
-    picture = np.full((2 * height + 2, 2 * width + 2, 3), 24, np.uint8)
+    picture = np.full(shape_of_both(real.shape), 24, np.uint8)
     picture[:height, :width], picture[:height, width + 2 :] = real, dream
     left = (width + 2) // 2
     difference = np.abs(real.astype(np.int16) - dream)

@@ -11,7 +11,14 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from nfd_env.sources.keys import NOOP, KeymapError, box_axes, default_controls, resting_action
+from nfd_env.sources.keys import (
+    NOOP,
+    KeymapError,
+    box_axes,
+    default_controls,
+    resting_action,
+    with_chords,
+)
 
 if TYPE_CHECKING:
     from nfd_env.sources.spec import SourceConfig
@@ -128,7 +135,7 @@ class Keymap:
         """The keymap of a world: its action names and keys; the default ones where it has none.
 
         The names are in the order of ``default_controls``. A key may be a chord, such as
-        "left+space".
+        "left+space"; see also ``with_chords``.
 
         Raises:
             KeymapError: when ``keys`` names an action that is not in ``action_names``.
@@ -138,6 +145,8 @@ class Keymap:
         if not keys:
             names, keys = default_controls(space, names)
         names = names or default_controls(space)[0]
+        if isinstance(space, spaces.Discrete):
+            keys = with_chords(names, keys)
         bindings = []
         for name, alternatives in keys.items():
             if name not in names or names.index(name) >= len(values):

@@ -352,13 +352,14 @@ class Session:
             self.ended_at = time.monotonic()
         self.frames.add()
         self.step_times.add(seconds)
-        self.guesses.add(float(outcome.guessed))
+        if self.shown_view == "dream":
+            self.guesses.add(float(outcome.guessed))
         if self.recorder is not None:
             self.recorder.took(choice.action, outcome, self.agent_on)
 
     def hud(self) -> dict[str, Any]:
         """What window and page show, plain values; times in milliseconds."""
-        rate = self.guesses.mean()
+        rate = self.guesses.mean() if self.lookahead and self.shown_view == "dream" else None
         hazard = self.info.get("hazard")
         acceptance, apart = self.info.get("acceptance"), self.info.get("apart")
         drift = self.info.get("ood")
@@ -378,7 +379,7 @@ class Session:
             "speculation": self.sampling is not None and self.sampling.speculation,
             "teacher": self.sampling is not None and self.sampling.teacher,
             "lookahead": self.lookahead,
-            "guessed": None if rate is None or not self.lookahead else round(rate, 3),
+            "guessed": None if rate is None else round(rate, 3),
             "acceptance": None if acceptance is None else round(float(acceptance), 3),
             "hazard": None if hazard is None else round(float(hazard), 4),
             "agent": self.agent_on,

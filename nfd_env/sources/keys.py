@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,8 @@ def default_controls(
     """Names for the actions of ``space``, and the keys that a person holds for them.
 
     ============== =================================================================
-    Discrete       a name an action; the first, or the one named "noop", has no key
+    Discrete       a name an action; the first, or the one named "noop", has no key, nor has one
+                   that ``with_chords`` gives some
     MultiDiscrete  a name a value: all of the first entry, then of the second, ...;
                    an entry rests at its first value, or at one named "noop ..."
     MultiBinary    a name a bit; keys held together set several
@@ -168,6 +170,9 @@ def default_controls(
             keys[name] = free
             taken.update(free)
     acting = [name for name in given if name.split()[:1] != [NOOP]]
+    if isinstance(space, spaces.Discrete):
+        chords = with_chords(given, keys).keys() - keys.keys()
+        acting = [name for name in acting if name not in chords]
     # The number keys count a Discrete space's actions, the resting one too.
     counted = given if isinstance(space, spaces.Discrete) else acting
     for name, key in zip(counted, _BUTTONS, strict=False):
@@ -175,6 +180,32 @@ def default_controls(
             keys[name] = [key]
             taken.add(key)
     return given, keys
+
+
+def with_chords(names: Sequence[str], keys: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """``keys``, and chords for the actions that are named after several others.
+
+    Such as "left_up", where "left" and "up" have keys, or Atari's "uprightfire": whoever holds both
+    means it.
+
+    Args:
+        names: of the actions of a Discrete space.
+        keys: action name -> key names.
+    """
+    # A single letter or a number is too little to tell what a name is made of.
+    single = {
+        name: [key for key in own if len(key) == 1 or "+" not in key]
+        for name, own in keys.items()
+        if len(name) > 1 and name.isalpha()
+    }
+    word = "|".join(sorted(map(re.escape, single), key=len, reverse=True))
+    found = {name: list(own) for name, own in keys.items()}
+    for name in names if word else ():
+        if name not in found and re.fullmatch(f"({word})([\\W_]*({word}))+", name):
+            parts = re.findall(word, name)
+            if len(set(parts)) == len(parts):
+                found[name] = ["+".join(chord) for chord in product(*(single[p] for p in parts))]
+    return found
 
 
 def check_controls(

@@ -4,7 +4,9 @@
 
 Exports the world, serves the page, plays it with keys that go down and up, and prints one line of
 JSON. Frame times are those between two pictures that the page shows; the rest between two episodes
-counts as none. At double speed, because no page is faster than its world's rate.
+counts as none. At double speed, because no page is faster than its world's rate. "core ms" is the
+browser's processor time a frame, which is to be trusted on a machine that does other things too,
+with --one-thread (several wait for each other in loops).
 """
 
 import argparse
@@ -33,6 +35,7 @@ async def measure(url, settings):
         await tab.evaluate("nfd.gaps.length = nfd.latencies.length = 0")
         keys = await tab.evaluate("nfd.hello.buttons.map((button) => button.key)")
         rng, gaps, latencies = np.random.default_rng(0), [], []
+        used, step = browser.seconds_used(), await tab.evaluate("nfd.hud.n")
         for _ in range(settings.seconds):
             key = json.dumps(str(rng.choice(keys)))
             for act in (f"press('measure', {key})", "release('measure')"):
@@ -41,6 +44,8 @@ async def measure(url, settings):
             # Every second, because the page forgets the older ones.
             gaps += await tab.evaluate("nfd.gaps.splice(0)")
             latencies += await tab.evaluate("nfd.latencies.splice(0)")
+        used = browser.seconds_used() - used
+        step = await tab.evaluate("nfd.hud.n") - step
         where = await tab.evaluate("document.getElementById('status').innerText")
         fps = await tab.evaluate("nfd.hello.fps")
         return {
@@ -52,6 +57,7 @@ async def measure(url, settings):
             "frames/s": round(1000 / np.mean(gaps), 1),
             "frame ms p50 p95": np.percentile(gaps, [50, 95]).round(1).tolist(),
             "key to picture ms p50 p95": np.percentile(latencies, [50, 95]).round().tolist(),
+            "core ms a frame": round(1000 * used / step, 1),
             "frames": len(gaps),
         }
 

@@ -24,7 +24,7 @@ from nfd_env.export import page as export  # noqa: E402
 from nfd_env.export.onnx import ExportError, to_onnx  # noqa: E402
 from nfd_env.export.page import RUNTIME, keymap_values  # noqa: E402
 from nfd_env.inference.sampling import SamplingConfig  # noqa: E402
-from nfd_env.play.keys import KeyLatch, Keymap  # noqa: E402
+from nfd_env.play.keys import KeyLatch, Keymap, PressedKey  # noqa: E402
 from nfd_env.sources.spec import SourceConfig  # noqa: E402
 from nfd_env.spaces import ActionCodec, space_from_dict  # noqa: E402
 from nfd_env.worlds.load import load_world  # noqa: E402
@@ -41,6 +41,11 @@ in_a_browser = pytest.mark.skipif(
 on_a_gpu = pytest.mark.skipif(
     "NFD_WEBGPU" not in os.environ,
     reason="TAKES MINUTES, a processor plays the GPU: NFD_WEBGPU=1 .venv/bin/python -m pytest "
+    "tests/export/test_web.py",
+)
+on_request = pytest.mark.skipif(
+    "NFD_SHIPPED" not in os.environ,
+    reason="TAKES A MINUTE a world: NFD_SHIPPED=1 .venv/bin/python -m pytest "
     "tests/export/test_web.py",
 )
 ISOLATED = {
@@ -79,11 +84,13 @@ def hosting(folder, headers):
 
 @pytest.fixture(scope="module")
 def page(request, make_world, tmp_path_factory):
-    """A page of a world whose episodes end now and then, and the world.
+    """A page of a shipped world, or one whose episodes end now and then, and the world.
 
-    Its dynamics has convolutions that see so many frames before.
+    The latter's dynamics has convolutions that see so many frames before.
     """
-    world = make_world(distilled=True, hazard_bias=-2.0, recent=request.param)
+    world = request.param
+    if isinstance(world, int):
+        world = make_world(distilled=True, hazard_bias=-2.0, recent=world)
     folder = tmp_path_factory.mktemp("page") / "here"
     arguments = [str(world), "-o", str(folder), "--runtime", str(PACKAGE)]
     assert main(["export-web", *arguments]) == 0
@@ -126,23 +133,25 @@ PLAY = """(async (seed, keys) => {
   }
   return JSON.stringify(seen);
 })"""
-NAMES = {0: "", 1: "ArrowRight", 2: "ArrowLeft"}
+CODES = {"": "", "right": "ArrowRight", "left": "ArrowLeft"}
 
 
-async def played(tab, seed, actions):
+async def played(tab, seed, keys):
     await tab.until("window.nfd && nfd.hello && nfd.hud.step >= 1", 600)
-    keys = json.dumps([NAMES[action] for action in actions])
+    keys = json.dumps([CODES[key] for key in keys])
     # Not in one call to the browser: that would have a limit in time.
     await tab.evaluate(f"{PLAY}({seed}, {keys}).then((seen) => {{ window.seen = seen; }}); 0")
     return json.loads(await tab.until("window.seen", 600))
 
 
-def expected(world, seed, actions):
+def expected(world, seed, keys):
     """Frames, reward and end of the same play of the environment."""
     env = NFDVectorEnv(world, device="cpu", precision="fp32")
+    keymap = Keymap.from_source(env.world.spec.source, env.single_action_space)
     frames, _ = env.reset(seed=seed)
     seen = [(frames[0], 0.0, False)]
-    for action in actions:
+    for key in keys:
+        action = keymap.choose([PressedKey(key, True)]).action
         frames, rewards, terminated, truncated, _ = env.step(np.array([action]))
         seen.append((frames[0], rewards[0], bool(terminated[0] or truncated[0])))
     return seen
@@ -155,19 +164,21 @@ def expected(world, seed, actions):
         (2, {}, 50, ""),
         (0, ISOLATED, 5, "webgpu"),
         pytest.param(2, {}, 12, "webgpu", marks=on_a_gpu),
+        pytest.param("BigFish", {}, 50, "wasm", marks=on_request),
+        pytest.param("DoomTakeCover", {}, 50, "wasm", marks=on_request),
     ],
-    ids=["one thread", "threads", "gpu"],
+    ids=["one thread", "threads", "gpu", "BigFish", "DoomTakeCover"],
     indirect=["page"],
 )
 def test_the_page_plays_as_the_environment_does(request, page, headers, steps, backend):
     world, folder = page
     on_gpu = "gpu" in request.node.callspec.id
-    seed, actions = 2**32 - 3, np.random.default_rng(0).integers(0, 3, steps).tolist()
+    seed, keys = 2**32 - 3, np.random.default_rng(0).choice(list(CODES), steps).tolist()
 
     async def go(url):
         async with Browser(CHROMIUM, SOFTWARE_GPU if on_gpu else FLAGS) as browser:
             tab = await browser.tab(f"{url}?backend={backend}")
-            seen = await played(tab, seed, actions)
+            seen = await played(tab, seed, keys)
             where = await tab.evaluate("document.getElementById('status').innerText")
             said = await tab.evaluate("document.getElementById('toast').innerText")
             assert tab.errors == []
@@ -181,14 +192,18 @@ def test_the_page_plays_as_the_environment_does(request, page, headers, steps, b
     else:  # whose browser has none
         assert where.startswith("WASM, ") and ("1 thread" in where) == (not headers)
         assert ("WASM computes, for WebGPU cannot" in said) == (backend == "webgpu")
-    wanted = expected(world, seed, actions)
+    wanted = expected(world, seed, keys)
     assert len(seen) == len(wanted)
+    # Where fire bursts in that world, what was rounded otherwise grows for some frames.
+    most = 1e-3 if world == "DoomTakeCover" else 0
     for one, (frame, reward, over) in zip(seen, wanted, strict=True):
-        shown = np.frombuffer(base64.b64decode(one["pixels"]), np.uint8).reshape(32, 48, 4)
-        assert np.abs(shown[..., :3].astype(int) - frame).max() <= 2, one["step"]
+        shown = np.frombuffer(base64.b64decode(one["pixels"]), np.uint8)
+        shown = shown.reshape(*frame.shape[:2], 4)
+        off = np.abs(shown[..., :3].astype(int) - frame)
+        assert (off > 2).mean() <= most, (one["step"], off.max())
         assert one["over"] == over
         assert one["reward"] == pytest.approx(reward, abs=1e-3)
-    assert steps < 50 or seen[-1]["episode"] >= 3
+    assert steps < 50 or isinstance(world, str) or seen[-1]["episode"] >= 3
 
 
 SPACES = {

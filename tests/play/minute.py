@@ -1,11 +1,12 @@
 """A minute of scripted play in the page and in the window, with screenshots for a person to judge.
 
-    python -m tests.play.minute WORLD_OR_GAME.yaml ... -o FOLDER [--only page|phone|window]
+    python -m tests.play.minute WORLD_OR_GAME.yaml ... -o FOLDER [--only page web window ...]
 
-The page is played in a headless Chromium with real keys (1280 x 800) and touches (390 x 844): the
-world, the real game where it is installed, both side by side, the key editor, a gamepad that is
-made up, the replay, a recording that is cut off by closing the tab. The window plays the same under
-SDL's dummy driver. Prints what was recorded; what it looks like is in FOLDER/*.png.
+The page is played in a headless Chromium with real keys ("page", 1280 x 800) and touches ("phone",
+390 x 844): the world, the real game where it is installed, both side by side, the key editor, a
+gamepad that is made up, the replay, a recording that is cut off by closing the tab. "web" and
+"web-phone" do so with the page that needs no server. The window plays the same under SDL's dummy
+driver. Prints what was recorded; what it looks like is in FOLDER/*.png.
 """
 
 import argparse
@@ -20,9 +21,11 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 from nfd_env import config  # noqa: E402
 from nfd_env.data.shards import RecordedDataset  # noqa: E402
+from nfd_env.export.page import export_web  # noqa: E402
 from nfd_env.play.game import EnvGame  # noqa: E402
 from nfd_env.play.web.server import PlayServer  # noqa: E402
 from nfd_env.worlds.load import make_real  # noqa: E402
+from tests.export.test_web import ISOLATED, PACKAGE, hosting  # noqa: E402
 from tests.play.browser import Browser, find_chromium  # noqa: E402
 
 # A gamepad as browsers show one; the real ones need hands.
@@ -57,19 +60,28 @@ def saved_in(folder):
         print(f"  recorded: {len(episodes)} episodes, steps by {dict(steps)}", flush=True)
 
 
-async def play_page(name, folder, phone, seconds):
+async def play_served(name, folder, kind, seconds):
     games = {Path(name).stem: lambda count: game_of(name, count)}
     server = PlayServer(games, port=0, agent="random", save=folder / "saved")
     await server.start()
-    numbers = iter(range(100))
-    kind = "phone" if phone else "page"
-    rng = random.Random(0)
+    # The tab is closed in the middle of a recording.
+    await play_page(server.url, name, folder, kind, seconds)
+    for _ in range(100):
+        if not server.counts()["clients"]:
+            break
+        await asyncio.sleep(0.1)
+    await server.stop()
+
+
+async def play_page(url, name, folder, kind, seconds):
+    phone = "phone" in kind
+    numbers, rng = iter(range(100)), random.Random(0)
 
     async with Browser(find_chromium()) as browser:
         tab = await browser.tab("about:blank")
         await tab.send("Emulation.setFocusEmulationEnabled", enabled=True)
         await tab.size(*((390, 844) if phone else (1280, 800)), phone)
-        await tab.open(server.url)
+        await tab.open(url)
 
         async def shot(what):
             await tab.screenshot(folder / f"{Path(name).stem}-{kind}-{next(numbers):02}-{what}.png")
@@ -97,7 +109,7 @@ async def play_page(name, folder, phone, seconds):
         async def click(query):
             await tab.evaluate(f"document.querySelector({query!r}).click()")
 
-        await tab.until("window.nfd && nfd.hello && nfd.hud.step > 3", 120)
+        await tab.until("window.nfd && nfd.hello && nfd.hud.step > 3", 300)
         await shot("first")
         await play(0.2, "held")
         await click("#keymap-open")
@@ -128,6 +140,9 @@ async def play_page(name, folder, phone, seconds):
         await click("[data-do=pause]")
         await tab.until("nfd.hud.paused")
         await shot("paused")
+        await click("[data-do=step]")
+        await asyncio.sleep(1)
+        await shot("stepped")
         await click("#replay-open")
         await asyncio.sleep(1)
         await shot("replay")
@@ -138,12 +153,7 @@ async def play_page(name, folder, phone, seconds):
             await play(0.05, "landscape")
         print(f"  {kind}: {await tab.evaluate('nfd.fps'):.1f} pictures/s, errors {tab.errors}")
         assert tab.errors == []
-        await browser.close_tab(tab)  # in the middle of a recording
-        for _ in range(100):
-            if not server.counts()["clients"]:
-                break
-            await asyncio.sleep(0.1)
-    await server.stop()
+        await browser.close_tab(tab)
 
 
 def play_window(name, folder, seconds):
@@ -182,13 +192,15 @@ def play_window(name, folder, seconds):
         (lambda: tap(pygame.K_F10), ""),
         (lambda: tap(pygame.K_BACKSPACE), "teacher"),
         (lambda: tap(pygame.K_BACKSPACE), ""),
-        (lambda: tap(pygame.K_F2), "paused"),
         (lambda: tap(pygame.K_F2), "end"),
     ]
 
     def on_shown(shown):
         while held:
             post(pygame.KEYUP, key=held.pop())
+        if shown.hud["paused"]:  # nothing more is shown until it goes on
+            shot("paused")
+            return tap(pygame.K_F2)
         act = script[len(done) - 1][1] if done else ""
         if time.monotonic() - began > seconds * (len(done) + 1) / (len(script) + 1):
             if act:
@@ -197,7 +209,7 @@ def play_window(name, folder, seconds):
                 return player.stop()
             script[len(done)][0]()
             done.append(shown.number)
-        elif act not in ("gamepad", "paused"):
+        elif act != "gamepad":
             held.append(pygame.key.key_code(rng.choice(sorted(game.keymap.keys))))
             post(pygame.KEYDOWN, key=held[-1])
 
@@ -217,19 +229,24 @@ def main():
     parser.add_argument("worlds", nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--only", choices=["page", "phone", "window"])
+    kinds = ["page", "phone", "web", "web-phone", "window"]
+    parser.add_argument("--only", choices=kinds, nargs="+", default=kinds)
     args = parser.parse_args()
     for name in args.worlds:
         print(name, flush=True)
-        for kind in ("page", "phone", "window"):
-            if args.only not in (None, kind):
-                continue
+        for kind in args.only:
+            if "web" in kind and name.endswith(".yaml"):
+                continue  # there is no world to export
             folder = args.output / f"{Path(name).stem}-{kind}"
             folder.mkdir(parents=True)
             if kind == "window":
                 play_window(name, folder, args.seconds)
+            elif "web" in kind:
+                page = export_web(name, str(folder / "page"), str(PACKAGE))
+                with hosting(page, ISOLATED) as url:
+                    asyncio.run(play_page(url, name, folder, kind, args.seconds))
             else:
-                asyncio.run(play_page(name, folder, kind == "phone", args.seconds))
+                asyncio.run(play_served(name, folder, kind, args.seconds))
             saved_in(folder / "saved")
 
 

@@ -33,6 +33,34 @@ AT = """(() => { const c = document.getElementById('view');
   for (let x = 0; x < c.width; x++) if (d[4 * x] < 60) blue.push(d[4 * x + 2]);
   blue.sort((a, b) => a - b); return blue[blue.length >> 1]; })()"""
 HELD = "nfd.held.join()"
+# Words that are cut, what is wider than the page, and what lies over a picture of the split view.
+AMISS = """(() => {
+  const found = [], box = (query) => document.querySelector(query).getBoundingClientRect();
+  // A long name, and where a page without a server computes.
+  document.getElementById("world").options[0].text = "AWorldWithALongName";
+  document.querySelector("#status b").textContent = "WASM, 2 threads";
+  if (box("#status").right > innerWidth - 10) found.push("status");
+  const texts = "#hud *, figcaption *, #controls *, .badge, #keys span";
+  for (const words of document.querySelectorAll(texts)) {
+    if (words.clientWidth && words.scrollWidth > words.clientWidth + 1) found.push(words.outerHTML);
+  }
+  const { scrollWidth } = document.documentElement, frame = box("#view");
+  if (scrollWidth > innerWidth) found.push(`${scrollWidth} wide`);
+  if (nfd.hud.view === "split") {
+    for (const badge of document.querySelectorAll(".badge:not([hidden])")) {
+      const { left, right, top, bottom } = badge.getBoundingClientRect();
+      const quarter = frame.width / 4 + 1;
+      const beside = right <= frame.left + quarter || left >= frame.right - quarter;
+      const below = top >= frame.top + frame.height / 2 && bottom <= frame.bottom;
+      if (!beside || !below) found.push(badge.outerHTML);
+    }
+    const keys = box("#keys"); // which are not shown on a telephone
+    if (keys.width && keys.left < frame.right - frame.width / 4) found.push("keys");
+  }
+  const { bottom } = box("#hint");
+  if (innerWidth > 1000 && bottom > innerHeight) found.push(`${bottom} high`);
+  return found;
+})()"""
 LIVE = "window.nfd && nfd.hello && nfd.hud.step > 3 && nfd.frames > 3"
 
 
@@ -102,6 +130,15 @@ def test_the_page_from_start_to_finish():
             await tab.until("!nfd.hud.teacher && nfd.hud.sampling_steps == 2")
             await tab.evaluate("document.querySelector('[data-do=pause]').click()")
             await tab.until("nfd.hud.paused")
+            # Whoever pauses or steps wants to see the picture.
+            covered = await tab.evaluate(
+                "(() => { const over = document.getElementById('overlay');"
+                "const area = (e) => e.clientWidth * e.clientHeight;"
+                "const style = getComputedStyle(over);"
+                "return [over.hidden, style.backgroundColor, style.backdropFilter,"
+                " area(over.firstElementChild) / area(over)]; })()"
+            )
+            assert covered[:3] == [False, "rgba(0, 0, 0, 0)", "none"] and covered[3] < 0.2
             step = await tab.evaluate("nfd.hud.step")
             await tab.evaluate("document.querySelector('[data-do=step]').click()")
             await tab.until(f"nfd.hud.step == {step + 1}")
@@ -136,6 +173,21 @@ def test_the_page_from_start_to_finish():
     run(main)
 
 
+# Buttons of a world with these actions that a finger or an eye cannot tell apart.
+BUTTONS = """(async (labels) => {
+  nfd.hello.buttons = labels.map((label, number) => ({ label, key: `key ${number}` }));
+  (await import("./input.js")).setUpInput();
+  const bottom = document.getElementById("frame").getBoundingClientRect().bottom;
+  return [...document.getElementById("pad").children].map((button) => {
+    const { left, right, top, width, height } = button.getBoundingClientRect();
+    const cut = [button, ...button.children].some((e) => e.scrollWidth > e.clientWidth + 1);
+    const high = innerWidth > innerHeight ? top < innerHeight / 2 : top < bottom;
+    const fine = width >= 44 && height >= 44 && left >= 0 && right <= innerWidth && !cut && !high;
+    return fine ? "" : `${button.outerHTML} ${[left, right, top, width, height, cut]}`;
+  }).filter(Boolean);
+})"""
+
+
 def test_touch_buttons_on_a_phone_and_a_full_server():
     async def main():
         server = await serving(limits=Limits(clients=1))
@@ -155,6 +207,12 @@ def test_touch_buttons_on_a_phone_and_a_full_server():
             await turns(tab, -1)
             await tab.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
             await turns(tab, 0)
+            car = "left", "right", "accelerate", "brake"
+            for names in (range(1, 16), car, ("turn_right_fast",) * 9):
+                for size in ((844, 390, True), (390, 844, True)):
+                    await tab.size(*size)
+                    labels = json.dumps([str(name) for name in names])
+                    assert await tab.evaluate(f"{BUTTONS}({labels})") == [], (names, size)
             other = await browser.tab(server.url)
             await other.until(
                 "document.getElementById('overlay-title')?.textContent == 'The server is full'"
@@ -206,7 +264,7 @@ def test_keys_of_ones_own_are_kept_by_the_browser():
             await tab.tap("a")  # one of the usual keys, of the other way
             assert json.loads(await tab.evaluate(stored)) == {"l": "d", "a": "d"}
             caps = f"[...{add}.previousSibling.children].map((cap) => cap.textContent).sort()"
-            assert await tab.evaluate(caps) == ["A", "D", "L", "▶"]
+            assert await tab.evaluate(caps) == ["A", "D", "L", "▶\ufe0e"]
             await tab.tap("escape")
             await tab.until(f"!{opened} && !nfd.hud.paused")
             for attempt in range(2):
@@ -345,7 +403,7 @@ def test_a_gamepad_turns_the_view_until_it_is_let_go_or_unplugged(game):
 
 
 class Twins(ScrollGame):
-    """Has a real game too, which looks the same."""
+    """Has a real game too, which looks the same: square, slow and with four ways to go."""
 
     display = "pixelated"
     views = ("dream", "real", "split")
@@ -353,6 +411,19 @@ class Twins(ScrollGame):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.shown, self.ood = "dream", 2.5
+        self.display_aspect, self.fps = 1.0, 15.0
+        ways = ["noop", "right", "left", "up", "down"]
+        source = SourceConfig("Ways-v0", action_names=ways)
+        self.keymap = Keymap.from_source(source, spaces.Discrete(5))
+
+    def cost(self, rows):
+        return 1.0  # too dear to be generated ahead
+
+    def outcome(self, slot, action, guessed):
+        made = super().outcome(slot, action, guessed)
+        if self.shown == "split":
+            made.info["apart"] = 18.62
+        return made
 
     def view(self, slot):
         return self.shown
@@ -367,20 +438,35 @@ class Twins(ScrollGame):
 
 def test_the_real_game_is_a_button_and_who_is_recorded_knows(tmp_path):
     async def main():
-        server = await serving(game=Twins, save=tmp_path)
+        server = await serving(game=Twins, save=tmp_path, agent="random")
         async with Browser(CHROMIUM) as browser:
-            tab = await browser.tab(server.url)
+            tab = await browser.tab("about:blank")
+
+            async def look():
+                for size in ((390, 844, True), (1280, 800)):
+                    await tab.size(*size)
+                    for aspect, display in ((2.6667, "smooth"), (1.0, "pixelated")):
+                        about = f"{{ aspect: {aspect}, display: '{display}' }}"
+                        await tab.evaluate(f"Object.assign(nfd.hello, {about})")
+                        await tab.evaluate("dispatchEvent(new Event('resize'))")
+                        await asyncio.sleep(0.2)  # some pictures
+                        assert await tab.evaluate(AMISS) == []
+
+            await tab.size(1280, 800)
+            await tab.open(server.url)
             await tab.until(LIVE)
             width = "document.getElementById('view').width"
             badge = "document.getElementById('badge-view')"
             assert await tab.evaluate(f"{width} === 128 && {badge}.hidden")
             for there in ("badge-saving", "drift", "badge-drift", "drift-keep"):
                 await tab.until(f"!document.getElementById('{there}').hidden")
+            await look()
             await tab.evaluate("document.querySelector('[data-do=view]').click()")
             await tab.until(f"!{badge}.hidden && {badge}.textContent === 'real game'")
             await tab.key("x", True)
             await tab.key("x", False)
             await tab.until(f"{width} === 258 && {badge}.textContent.startsWith('real | dream')")
+            await look()
             box = "document.getElementById('view').getBoundingClientRect()"
             times = await tab.evaluate(f"{box}.height * devicePixelRatio") / 194
             assert times == pytest.approx(round(times), abs=0.002) and times > 0.9

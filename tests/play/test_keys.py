@@ -4,7 +4,7 @@ import pytest
 from gymnasium import spaces
 
 from nfd_env.play.keys import KeyLatch, Keymap, KeymapError, PressedKey, key_name
-from nfd_env.sources.keys import default_controls
+from nfd_env.sources.keys import default_controls, with_chords
 from nfd_env.sources.spec import SourceConfig
 
 
@@ -80,6 +80,33 @@ def test_chords_win_over_their_parts():
     held = [PressedKey("space", False), PressedKey("left", False)]
     assert keymap.choose(held).action == 3
     assert keymap.choose(held[:1]).action == 2
+
+
+BIG_FISH = ["left_down", "left", "left_up", "down", "noop", "up", "right_down", "right", "right_up"]
+ATARI = ["noop", "fire", "up", "right", "left", "upright", "upfire", "uprightfire"]
+
+
+def test_actions_named_after_others_are_chords_of_their_keys():
+    ways = {"left": ["left", "a"], "right": ["right"], "up": ["up"], "down": ["down"]}
+    keymap = Keymap.from_source(source(BIG_FISH, ways), spaces.Discrete(9))
+
+    def chosen(*keys):
+        return keymap.choose([PressedKey(key, False) for key in keys]).label
+
+    assert chosen("left", "up") == chosen("up", "a") == "left_up"
+    assert chosen("right", "up", "left") == "left_up"  # of two opposite ones the newer wins
+    assert chosen("down") == "down" and chosen() == "noop"
+    assert [b["label"] for b in keymap.buttons()] == ["left", "right", "up", "down"]
+    assert keymap.gamepad().buttons == {f"dp{way}": way for way in ways}
+    keymap = Keymap.from_source(source(ATARI, {}), spaces.Discrete(8))
+    assert chosen("up", "space") == "upfire" and chosen("w", "d") == "upright"
+    assert chosen("right", "up", "space") == "uprightfire"
+    assert not {"6", "7", "8"} & keymap.keys
+    # Given keys stay; numbers and single letters make no names.
+    keymap = Keymap.from_source(source(BIG_FISH, ways | {"left_up": ["q"]}), spaces.Discrete(9))
+    assert chosen("left", "up") == "up" and chosen("q") == "left_up"
+    plain = {"1": ["x"], "0": ["y"], "a": ["u"], "b": ["v"]}
+    assert with_chords(["1", "0", "10", "a", "b", "a_b", "left", "left_left"], plain) == plain
 
 
 def test_additive_spaces():

@@ -227,6 +227,7 @@ def test_a_dreamed_picture_is_never_called_real(world: Path) -> None:
     assert person.session.hud()["view"] == "dream"
     person.play(1)
     assert person.pictures[-1].hud["view"] == "real" and (person.pictures[-1].frame == 10).all()
+    assert person.pictures[-1].hud["guessed"] is None  # a real game is not generated ahead
     person.session.control("view", "dream")
     assert person.session.hud()["view"] == "real"
     person.play(1)

@@ -93,7 +93,7 @@ def test_a_tap_counts_once():
 
 
 def test_pause_step_and_quit():
-    player_pictures, pressed = [], []
+    player_pictures, pressed, looks = [], [], []
 
     def on_shown(picture):
         player_pictures.append(picture)
@@ -104,11 +104,15 @@ def test_pause_step_and_quit():
         elif picture.hud["paused"] and picture.hud["step"] < 12:
             post(pygame.KEYDOWN, pygame.K_PERIOD)
         elif picture.hud["paused"]:
+            looks.append(pygame.surfarray.array3d(pygame.display.get_surface()))
             post(pygame.QUIT)
 
     window.KeyboardPlayer(ScrollGame(1, fps=100), on_shown=on_shown).run(500)
     assert 5 < len(player_pictures) and player_pictures[-1].hud["paused"]
     assert player_pictures[-1].hud["step"] < 100
+    # Whoever pauses or steps wants to see the picture: its middle is as bright as it was.
+    middle = looks[-1][200:-200, 80:-120]
+    assert (middle.max((0, 1)) >= 200).any() and (middle[..., 1] > 50).all()
 
 
 def test_play_draws_records_and_saves_what_train_reads(world, tmp_path):
@@ -186,7 +190,8 @@ def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
     file, folder = tmp_path / "pole.yaml", tmp_path / "kept"
     file.write_text(GAME)
     first = []
-    window.play(PlayConfig(str(file), save=str(folder), seed=3, max_frames=30), first.append)
+    # As a folder, record means the same as save.
+    window.play(PlayConfig(str(file), record=str(folder), seed=3, max_frames=30), first.append)
     assert first[0].frame.shape == (40, 60, 3)
     recorded = RecordedDataset(folder)
     source = load_game(file).source
@@ -199,6 +204,9 @@ def test_the_real_game_is_played_and_saved_before_there_is_a_world(tmp_path):
     assert np.array_equal(episode.frames, frames)
     with pytest.raises(ValueError, match="are of learned worlds"):
         window.play(PlayConfig(str(file), sampling_steps=2))
+    for wrong in ({"record": "play.mkv"}, {"record": ""}, {"record": "here", "save": "there"}):
+        with pytest.raises(config.ConfigError, match=r"such as play\.mp4"):
+            PlayConfig(str(file), **wrong)
 
 
 class OneBuffer(gymnasium.Env):
@@ -246,8 +254,6 @@ def test_a_film_that_cannot_be_written_is_said_before_the_play(tmp_path):
         with pytest.raises(OSError, match=rf"{path} cannot be written: \w+"):
             player.run(5)
         assert not shown and not pygame.display.get_init()
-    with pytest.raises(config.ConfigError, match="--save FOLDER"):
-        PlayConfig("BigFish", record="folder")
 
 
 def test_controls_reach_the_world(world, tmp_path, monkeypatch):
@@ -341,6 +347,16 @@ def test_pictures_of_pixels_are_enlarged_by_whole_numbers():
     assert hud.fit((64, 64, 3), 0.0, 1000, 500, pixelated=True) == (448, 448)
     assert hud.fit((64, 64, 3), 0.0, 1000, 50, pixelated=True) == (50, 50)
     assert hud.fit((60, 80, 3), 1.0, 1000, 500, pixelated=True) == (480, 480)
+
+
+def test_the_window_has_room_for_whole_multiples_of_both_views():
+    game = ScrollGame(1)
+    game.frame_shape, game.display_aspect = (64, 64, 3), 0.0
+    game.display, game.views = "pixelated", ("dream", "real", "split")
+    with contextlib.closing(window.KeyboardPlayer(game, scale=1)):
+        width, height = pygame.display.get_surface().get_size()
+    assert hud.fit((64, 64, 3), 0.0, width, height - hud.BAR, True) == (512, 512)
+    assert hud.fit((130, 130, 3), 0.0, width, height - hud.BAR, True) == (520, 520)
 
 
 CAR = spaces.Box(np.array([-1, 0, 0], np.float32), np.array([1, 1, 1], np.float32))

@@ -44,7 +44,7 @@ class Hud:
     def __init__(self, pygame: Any, window: Any, game: Game) -> None:
         """Draw ``game`` into ``window``."""
         self._pygame, self._window, self._game = pygame, window, game
-        self._fonts = {size: pygame.font.Font(None, size) for size in (18, 22, 26, 44)}
+        self._fonts = {size: pygame.font.Font(None, size) for size in (18, 22, 26)}
         self._notice, self._notice_until = "", 0.0
         self.help = False
 
@@ -75,9 +75,9 @@ class Hud:
         self._draw_bar(hud, width, height, latency, filming, saving)
         if hud["over"]:
             text = f"return {hud['return']:g} in {hud['step']} steps - any key goes on"
-            self._banner("Episode over", text, width, room)
+            self._banner("Episode over", text, width)
         elif hud["paused"]:
-            self._banner("Paused", "P goes on, . takes one step", width, room)
+            self._banner("Paused", "P goes on, . takes one step", width)
         if self.help:
             self._draw_help(width, room)
         notice = self._notice if time.monotonic() < self._notice_until else hud["notice"]
@@ -114,6 +114,7 @@ class Hud:
         if drift is not None:  # red from the middle on
             colour = _LIVE if drift > 1 else _ACCENT
             window.fill(colour, (0, top, round(width * min(drift / 2, 1)), _DRIFT))
+            window.fill(_TEXT, (width // 2, top, 1, _DRIFT))
         cells = [
             ("ACTION", hud["action"] or "-"),
             ("REWARD", f"{hud['reward']:+.2f}"),
@@ -150,12 +151,13 @@ class Hud:
                 place = x, top + 25 + (13 * number if len(lines) > 1 else 0)
                 window.blit(words, place, (0, 0, cell - 2, words.get_height()))
             x += cell
+        apart = "" if hud["apart"] is None else f", {hud['apart']} dB apart"
         marks = [
             ("DRIFT, B keeps it", _LIVE, (drift or 0) > 1),
             ("REC", _LIVE, filming),
             ("SAVING", _WARN, saving),
             ("REAL GAME", _LIVE, hud["view"] == "real"),
-            (f"REAL AND DREAM, {hud['apart']} dB apart", _LIVE, hud["apart"] is not None),
+            (f"REAL AND DREAM{apart}", _LIVE, hud["view"] == "split"),
             ("AGENT PLAYS", _ACCENT, hud["agent"]),
             ("TEACHER", _WARN, hud["teacher"]),
             (f"x{hud['speed']:g}", _DIM, hud["speed"] != 1.0),
@@ -172,17 +174,18 @@ class Hud:
                 window.blit(surface, (x, top + 53))
                 x += surface.get_width() + 14
 
-    def _banner(self, title: str, text: str, width: int, room: int) -> None:
-        pygame = self._pygame
-        shade = pygame.Surface((width, 96), pygame.SRCALPHA)
+    def _banner(self, title: str, text: str, width: int) -> None:
+        """A line at the top: the picture is what a person has stopped to look at."""
+        head, rest = (
+            self._fonts[26].render(title, True, _TEXT),
+            self._fonts[22].render(text, True, _DIM),
+        )
+        shade = self._pygame.Surface((width, 38), self._pygame.SRCALPHA)
         shade.fill((8, 10, 14, 190))
-        self._window.blit(shade, (0, room // 2 - 48))
-        for content, size, colour, offset in (
-            (title, 44, _TEXT, -16),
-            (text, 22, _DIM, 22),
-        ):
-            surface = self._fonts[size].render(content, True, colour)
-            self._window.blit(surface, surface.get_rect(center=(width // 2, room // 2 + offset)))
+        self._window.blit(shade, (0, 0))
+        x = (width - head.get_width() - rest.get_width() - 16) // 2
+        self._window.blit(head, (x, 11))
+        self._window.blit(rest, (x + head.get_width() + 16, 13))
 
     def _draw_help(self, width: int, room: int) -> None:
         pygame = self._pygame
@@ -190,7 +193,11 @@ class Hud:
         shade.fill((8, 10, 14, 225))
         self._window.blit(shade, (0, 0))
         keymap = self._game.keymap
-        own = [("+".join(sorted(b.keys)), b.label) for b in keymap.bindings]
+        own: list[tuple[str, str]] = []
+        for label in dict.fromkeys(binding.label for binding in keymap.bindings):
+            keys = ["+".join(sorted(b.keys)) for b in keymap.bindings if b.label == label]
+            # Of the many ways to hold two keys together one tells enough.
+            own.append(("  ".join(keys if "+" not in keys[0] else keys[:1]), label))
         x = 30
         for column, rows in enumerate((own, list(CONTROLS))):
             y = 24

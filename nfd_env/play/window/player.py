@@ -13,7 +13,7 @@ import gymnasium
 from nfd_env.files import check_writable
 from nfd_env.play.commands import Chosen, PlayConfig
 from nfd_env.play.engine import Engine, Shown
-from nfd_env.play.game import EnvGame, Game
+from nfd_env.play.game import EnvGame, Game, shape_of_both
 from nfd_env.play.keys import Keymap, key_name
 from nfd_env.play.recording import display_size
 from nfd_env.play.session import SPEEDS, ControlError, Session, agent_for, sampling_choices
@@ -22,6 +22,8 @@ from nfd_env.play.window.files import Files
 from nfd_env.play.window.gamepad import Gamepads
 from nfd_env.play.window.hud import BAR, Hud
 from nfd_env.stopping import stopping
+
+_NARROWEST = 640  # pixels: in fewer the numbers of the bar stand so close that two look like one
 
 
 class KeyboardPlayer:
@@ -162,12 +164,16 @@ class KeyboardPlayer:
         pygame.font.init()
         height = round(480 * (self._scale or 1.0))
         pixelated = game.display == "pixelated"
-        width, height = display_size(game.frame_shape, game.display_aspect, height, pixelated)
+        shapes = [game.frame_shape]
+        if "split" in game.views:  # which has other whole multiples
+            shapes.append(shape_of_both(game.frame_shape))
+        sizes = [display_size(s, game.display_aspect, height, pixelated) for s in shapes]
+        width, height = map(max, zip(*sizes, strict=True))
         if self._scale is None:
             desktop = pygame.display.get_desktop_sizes()[0]
             shrink = min(1.0, 0.85 * desktop[0] / width, 0.8 * desktop[1] / (height + BAR))
             width, height = round(width * shrink), round(height * shrink)
-        window = pygame.display.set_mode((max(width, 560), height + BAR), pygame.RESIZABLE)
+        window = pygame.display.set_mode((max(width, _NARROWEST), height + BAR), pygame.RESIZABLE)
         pygame.display.set_caption(f"{game.name} - nfd play (F1: help)")
         self._hud = Hud(pygame, window, game)
 
@@ -287,8 +293,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
         )
     if not real:
         find_world(world)
-    check_writable(settings.record)
-    check_writable(settings.save, folders=True)
+    check_writable(settings.film)
+    check_writable(settings.folder, folders=True)
     open_display()
     with ExitStack() as stack:
         if real:
@@ -307,8 +313,8 @@ def play(settings: PlayConfig, on_shown: Callable[[Shown], None] | None = None) 
             seed=settings.seed,
             agent=settings.agent,
             trust=settings.trust,
-            record=settings.record,
-            save=settings.save,
+            record=settings.film,
+            save=settings.folder,
             source=config.to_dict(game.source),
             on_shown=on_shown,
         )

@@ -15,6 +15,7 @@ export function openReplay() {
   replay.frames = film.frames.slice();
   $("replay").hidden = false;
   $("badge-replay").hidden = false;
+  $("drift").hidden = $("badge-drift").hidden = true;
   overlay();
   $("replay-at").max = String(replay.frames.length - 1);
   seek(0);

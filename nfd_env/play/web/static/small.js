@@ -13,7 +13,8 @@ export function control(name, value) {
   send(value === undefined ? { t: "control", do: name } : { t: "control", do: name, value });
 }
 
-export const GLYPHS = { left: "◀", right: "▶", up: "▲", down: "▼", fire: "●", jump: "⤒", attack: "✕" };
+// The sign behind the first two says that they are text: telephones show pictures of buttons.
+export const GLYPHS = { left: "◀\uFE0E", right: "▶\uFE0E", up: "▲", down: "▼", fire: "●", jump: "⤒", attack: "✕" };
 
 export function text(id, words) {
   const element = $(id);
@@ -42,8 +43,9 @@ export function escapeText(words) {
   return span.innerHTML;
 }
 
-/** A window over the picture; without a title it goes away. */
-export function overlay(title, body = "", button = "", act = null) {
+/** A window over the picture, which a `slight` one leaves to be seen; without a title it goes away. */
+export function overlay(title, body = "", button = "", act = null, slight = false) {
+  $("overlay").classList.toggle("slight", slight);
   const key = title ? `${title}|${body}|${button}` : "";
   if ($("overlay").dataset.key === key) return;
   $("overlay").dataset.key = key;

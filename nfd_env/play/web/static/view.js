@@ -78,14 +78,15 @@ export function fitPicture() {
   if (times >= 1) frame.style.width = `${times * rows / dots * aspect}px`;
 }
 
-let lastShow = 0, noticed = "";
+let lastShow = 0, noticed = "", shownView = "";
 
 function show() {
   const { hud, hello, stopped } = page;
   const now = performance.now();
-  const important = hud.over || hud.paused;
+  const important = hud.over || hud.paused || hud.view !== shownView;
   if (!important && now - lastShow < 90) return;
   lastShow = now;
+  shownView = hud.view;
   text("h-action", GLYPHS[hud.action] ? `${GLYPHS[hud.action]} ${hud.action}` : hud.action || "–");
   $("h-action").classList.toggle("long", hud.action.length > 14); // of several axes, with their shares
   text("h-reward", hud.step ? (hud.reward >= 0 ? "+" : "") + hud.reward.toFixed(2) : "–");
@@ -108,11 +109,11 @@ function show() {
   pressed("view", hud.view === "real" || hud.view === "split");
   $("badge-view").hidden = hud.view !== "real" && hud.view !== "split";
   text("badge-view", hud.view === "split" ? `real | dream${hud.apart == null ? "" : `, ${hud.apart} dB apart`}` : "real game");
-  $("badges").classList.toggle("split", hud.view === "split"); // beside what differs, not over a picture
+  $("frame").classList.toggle("split", hud.view === "split"); // beside what differs, not over a picture
   if (hud.notice && hud.notice !== noticed) toast(hud.notice);
   noticed = hud.notice;
   const drift = hud.drift ?? null; // red above 1, in the middle of the bar
-  $("drift").hidden = $("badge-drift").hidden = drift === null;
+  $("drift").hidden = $("badge-drift").hidden = drift === null || film.replaying; // of the newest
   $("badge-drift").hidden ||= drift <= 1;
   $("drift").classList.toggle("red", drift > 1);
   $("drift").firstChild.style.width = `${Math.min(50 * drift, 100)}%`;
@@ -120,8 +121,9 @@ function show() {
   $("badge-speed").hidden = hud.speed === 1;
   text("badge-speed", `×${hud.speed}`);
   if (!film.replaying && hello && !stopped) {
-    if (hud.over) overlay("Episode over", `return ${Math.round(hud.return * 10) / 10} in ${hud.step} steps`);
-    else if (hud.paused) overlay("Paused", "", "Play on", () => control("pause", false));
+    const button = hud.paused ? "Play on" : "", play = () => control("pause", false);
+    if (hud.over) overlay("Episode over", `return ${Math.round(hud.return * 10) / 10} in ${hud.step} steps`, button, play, true);
+    else if (hud.paused) overlay("Paused", "", button, play, true);
     else overlay();
   }
   graph();
@@ -131,7 +133,7 @@ function graph() {
   const canvas = $("times"), ratio = window.devicePixelRatio || 1;
   const width = canvas.clientWidth, height = canvas.clientHeight;
   if (!width) return;
-  if (canvas.width !== Math.round(width * ratio)) {
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
   }
@@ -151,5 +153,5 @@ function graph() {
     c.fillStyle = gap > 2 * goal ? "#ff6b6b" : gap > 1.4 * goal ? "#ffb84d" : "#6ea8ff";
     c.fillRect((first + i) * bar, y(gap), Math.max(bar - 1, 1), height - y(gap));
   });
-  text("graph-label", gaps.length ? `p50 ${percentile(gaps, 50).toFixed(0)} · p95 ${percentile(gaps, 95).toFixed(0)} · goal ${goal.toFixed(0)} ms` : "");
+  text("graph-label", gaps.length ? `p50 ${percentile(gaps, 50).toFixed(0)} · p95 ${percentile(gaps, 95).toFixed(0)} · goal ${goal.toFixed(0)}` : "");
 }
