@@ -117,7 +117,8 @@ def demo(
 
     def picture(index: int) -> np.ndarray:
         action = actions[first + index]
-        name = names[int(action)] if names and np.ndim(action) == 0 else str(action)
+        short = np.array2string(np.asarray(action), precision=1, suppress_small=True)
+        name = names[int(action)] if names and np.ndim(action) == 0 else short
         return beside(
             [
                 (shown[index], f"real recording   {name}"),
