@@ -10,7 +10,9 @@ import yaml
 
 import nfd_env  # noqa: F401  (registers the environments)
 from nfd_env.envs.vector_env import NFDVectorEnv
-from nfd_env.worlds.load import find_world, shipped_worlds
+from nfd_env.sources.spec import SourceError
+from nfd_env.worlds.clip import load_clip
+from nfd_env.worlds.load import find_world, make_real, shipped_worlds
 
 WORLDS = shipped_worlds()
 NOOP, RIGHT, LEFT = 0, 1, 2
@@ -29,6 +31,28 @@ def test_it_is_small_and_says_where_it_comes_from(world: str) -> None:
     for stage in provenance["stages"].values():
         assert stage["steps"] > 0 and stage["wall_seconds"] > 0 and stage["validation"]
     assert provenance["configs"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_real_game_is_seen_and_played_as_its_world_is(world: str) -> None:
+    try:
+        real = make_real(world)
+    except SourceError as error:
+        pytest.skip(f"the real game is not installed: {error}")
+    learned = NFDVectorEnv(world, num_envs=1)
+    assert real.observation_space == learned.single_observation_space
+    assert real.action_space == learned.single_action_space
+    frames = [real.reset(seed=0)[0]]
+    real.action_space.seed(0)
+    for _ in range(8):
+        frame, reward, terminated, truncated, _ = real.step(real.action_space.sample())
+        frames.append(frame)
+        assert np.isfinite(reward) and not terminated and not truncated
+    assert all(frame in real.observation_space for frame in frames)
+    # One palette: the real game is what the world has learnt, no other level or crop of it.
+    clip = load_clip(find_world(world)).frames
+    assert np.abs(np.mean(frames, (0, 1, 2)) - clip.mean((0, 1, 2))).max() < 60
+    real.close()
 
 
 def slide(frames: list[np.ndarray]) -> float:
