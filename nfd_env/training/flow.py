@@ -158,10 +158,10 @@ class FlowStage(WindowStage):
         """Frames with the network's own errors in them, as it will remember them when it plays.
 
         Matrix-Game 3 puts residuals into the history from a bank; here they are the window's own,
-        and of either sign. Only what it is told to go back from, it goes back from: errors of its own kind, up to
-        ``_LARGEST`` times as large as one step makes them. In half of the windows every frame has
-        its own; in the other half one frame's stays through all of them, as what has crept into a
-        world stays.
+        and of either sign. Only what it is told to go back from, it goes back from: errors of its
+        own kind, up to ``_LARGEST`` times as large as one step makes them. In half of the windows
+        every frame has its own; in the other half one frame's stays through all of them, as what
+        has crept into a world stays.
 
         Args:
             network: predicts each frame from the real ones before it, in one step.
