@@ -12,7 +12,7 @@ import torch
 
 from nfd_env import NFDVectorEnv
 from nfd_env.play.drift import RED
-from nfd_env.worlds.load import make_real
+from nfd_env.worlds.load import make_real, shipped_worlds
 
 PLAYS = 8  # copies that are played at a time
 QUANTILES = (0, 50, 95, 100)
@@ -61,7 +61,7 @@ def line(what, drift):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("worlds", nargs="*", default=["BigFish", "DoomTakeCover"])
+    parser.add_argument("worlds", nargs="*", default=shipped_worlds())
     parser.add_argument("--steps", type=int, default=60, help="of each play")
     args = parser.parse_args()
     print("| frames | number | drift: least / median / 95th percentile / most | red |")
