@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 RED = 2.0
-"""Of the mean of real frames: real ones of BigFish and TakeCover had 1.94 at most, of CarRacing 2 in
+"""Of the mean of real frames: those of BigFish and TakeCover had 1.94 at most, of CarRacing 2 in
 100 have more; what has more are mostly broken pictures (``python -m tests.play.measure_drift``)."""
 KEPT = 256
 """Frames of the last play that are kept, 7 seconds of a game of 35 a second."""
