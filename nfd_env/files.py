@@ -219,14 +219,26 @@ class Ownership:
 def owned_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Own ``folder`` (made where it is not there) for writing, as the only process.
 
+    What was made for it goes again where the work fails before anything was written.
+
     Raises:
         FolderInUseError: when another process owns it; says which.
         FolderError: when it cannot be made or written to.
     """
-    folder = make_folder(folder)
+    folder = Path(folder).expanduser()
+    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    make_folder(folder)
     ownership = Ownership(folder)
     try:
         yield folder
+    except BaseException:
+        ownership.release()
+        if made and os.listdir(folder) in ([], [".lock"]):
+            with suppress(OSError):  # another process may have come in the meantime
+                (folder / ".lock").unlink(missing_ok=True)
+                for place in made:
+                    place.rmdir()
+        raise
     finally:
         ownership.release()
 

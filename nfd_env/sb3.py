@@ -66,6 +66,7 @@ class SB3VecEnv(VecEnv):
             raise ValueError('Stable-Baselines3 needs a vector env made with output="numpy"')
         self.env: Any = env
         self.counted = CountedFromZero(env.single_action_space)
+        self._actions: Any = None  # between ``step_async`` and ``step_wait``
         super().__init__(env.num_envs, env.single_observation_space, self.counted.space)
         self.metadata = {**self.metadata, "render_fps": env.metadata.get("render_fps", 30)}
 
@@ -169,8 +170,14 @@ class SB3VecEnv(VecEnv):
         Returns:
             Observations, float32 rewards, dones and infos; after an end, the observation is the
             next episode's first.
+
+        Raises:
+            RuntimeError: without actions from ``step_async``, which are taken once.
         """
-        observation, reward, terminated, truncated, infos = self.env.step(self._actions)
+        actions, self._actions = self._actions, None
+        if actions is None:
+            raise RuntimeError("step_wait takes the actions of step_async: call that first")
+        observation, reward, terminated, truncated, infos = self.env.step(actions)
         done = np.asarray(terminated | truncated)
         final_obs, final_info = infos.pop("final_obs", None), infos.pop("final_info", {})
         rows = []
@@ -194,7 +201,7 @@ class SB3VecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The vector env's attribute, once for each index."""
-        return [self._find(attr_name)] * len(list(self._get_indices(indices)))
+        return [self._find(attr_name)] * len(self._numbers(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Set the vector env's attribute.
@@ -202,7 +209,7 @@ class SB3VecEnv(VecEnv):
         Raises:
             ValueError: for some of the environments only; they are one object.
         """
-        if len(set(self._get_indices(indices))) != self.num_envs:
+        if len(set(self._numbers(indices))) != self.num_envs:
             raise ValueError(f"{attr_name} can only be set for all environments together")
         setattr(self.env.unwrapped, attr_name, value)
 
@@ -214,14 +221,28 @@ class SB3VecEnv(VecEnv):
         **method_kwargs: Any,
     ) -> list[Any]:
         """Call the vector env's method once; its result, once for each index."""
-        result = self._find(method_name)(*method_args, **method_kwargs)
-        return [result] * len(list(self._get_indices(indices)))
+        numbers = self._numbers(indices)  # before anything is done
+        return [self._find(method_name)(*method_args, **method_kwargs)] * len(numbers)
 
     def env_is_wrapped(
         self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
         """False for each index: a wrapper of single environments cannot be around a batch."""
-        return [False] * len(list(self._get_indices(indices)))
+        return [False] * len(self._numbers(indices))
+
+    def _numbers(self, indices: VecEnvIndices) -> list[int]:
+        """Numbers of environments, from 0 on; negative ones count from the end, as in a list.
+
+        Raises:
+            IndexError: for one that there is not.
+        """
+        numbers = list(self._get_indices(indices))
+        for number in numbers:
+            if not is_number(number, whole=True) or not -self.num_envs <= number < self.num_envs:
+                raise IndexError(
+                    f"there is no environment {number!r}: there are {self.num_envs}, from 0 on"
+                )
+        return [number % self.num_envs for number in numbers]
 
     def _find(self, name: str) -> Any:
         env: Any = self.env

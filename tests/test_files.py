@@ -87,6 +87,20 @@ def test_a_second_process_is_refused_and_told_by_whom(
     assert not (tmp_path / ".owner.json").exists()
 
 
+def test_a_folder_of_work_that_was_refused_is_not_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="refused"), owned_folder(tmp_path / "runs" / "game"):
+        raise ValueError("refused")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), owned_folder(tmp_path / "mine"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "mine").is_dir()  # it was there before
+    with pytest.raises(ValueError, match="late"), owned_folder(tmp_path / "runs" / "game") as made:
+        (made / "begun").touch()
+        raise ValueError("late")
+    assert (tmp_path / "runs" / "game" / "begun").exists()
+
+
 def test_a_killed_owner_leaves_nothing_that_counts(
     tmp_path: Path, owner: subprocess.Popen[str]
 ) -> None:

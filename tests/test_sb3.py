@@ -55,6 +55,32 @@ def test_the_single_env_passes_the_checker(endless_world: Path, obs_type: str) -
         check_env(env)
 
 
+def test_actions_are_given_before_they_are_waited_for(tiny_world: Path) -> None:
+    venv = make(tiny_world, 2)
+    venv.reset()
+    with pytest.raises(RuntimeError, match="step_async"):
+        venv.step_wait()
+    venv.step_async(np.zeros(2, np.int64))
+    venv.step_wait()
+    with pytest.raises(RuntimeError, match="step_async"):
+        venv.step_wait()  # not the same ones again
+
+
+@pytest.mark.parametrize("wrong", [2, -3, True, 0.5, "0"])
+def test_environments_that_there_are_not(tiny_world: Path, wrong: Any) -> None:
+    venv = make(tiny_world, 2)
+    for call in (
+        lambda: venv.get_attr("num_envs", [wrong]),
+        lambda: venv.set_attr("spec", None, [0, 1, wrong]),
+        lambda: venv.env_method("close", indices=[wrong]),
+        lambda: venv.env_is_wrapped(gymnasium.Wrapper, [wrong]),
+    ):
+        with pytest.raises(IndexError, match="there are 2"):
+            call()
+    assert venv.get_attr("num_envs", [-1]) == [2]
+    venv.reset()  # nothing was closed
+
+
 def test_it_does_what_the_vector_env_does(tiny_world: Path) -> None:
     env, venv = native(tiny_world, max_episode_steps=7), make(tiny_world, max_episode_steps=7)
     assert np.array_equal(env.reset(seed=0)[0], venv.reset())

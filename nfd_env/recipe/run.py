@@ -102,15 +102,10 @@ class Recipe(Ledger):
         """
         if only is not None and only not in self.stages:
             raise ValueError(f"stage must be one of {', '.join(self.stages)}, got {only!r}")
-        made, self.round = not self.folder.exists(), rounds.Round(self.game)
+        self.round = rounds.Round(self.game)
         with stopping() as stop, stop.at_once(), owned_folder(self.folder):
             self.records = read_records(self.folder)
-            try:
-                self._pass_door()
-            except BaseException:
-                if made:  # nothing was begun, so nothing is left behind
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                raise
+            self._pass_door()
             name = self.stages[0]
             try:
                 for name in self.stages:
