@@ -121,7 +121,10 @@ def tokenizer_gates(metrics: Mapping[str, float], measures: GameMeasures) -> lis
         "small things are lost: give more minutes, lower `small`, or set "
         "tokenizer.model.encoder_channels to fewer levels"
     )
-    blurred = "frames are blurred: give more minutes or smaller frames (source.size)"
+    blurred = (
+        "frames are blurred: give more minutes, more tokenizer.model.latent_channels, or smaller "
+        "frames (source.size)"
+    )
     moving = "dB that moving pixels are better than in a frozen picture"
     return [
         Gate(moving, gain, "above 6", lost, 3.0, stops=True),

@@ -120,7 +120,8 @@ def settings(
     allowed = (len(own["encoder_channels"]),) if own.get("encoder_channels") else (2, 3, 4)
     patch = int((game.flow.get("model") or {}).get("patch", 0))
     grid = choose_grid(height, width, game.small or measures.small, allowed, patch)
-    grid = replace(grid, channels=own.get("latent_channels", grid.channels))
+    needed = max(grid.channels, measures.channels.get(grid.levels, 0))
+    grid = replace(grid, channels=own.get("latent_channels", needed))
     gpu = device.startswith("cuda")
     pixels = height * width
     tokenizer_batch = int(np.clip(32 * 64 * 64 / pixels, 8, 32)) * (8 if gpu else 1)

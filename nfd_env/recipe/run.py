@@ -188,7 +188,7 @@ class Recipe(Ledger):
         record.metrics = {
             name: float(value)
             for name, value in asdict(measures).items()
-            if not isinstance(value, list)
+            if not isinstance(value, list | dict)
         }
         skipped = len(recordings.skipped())
         failed = skipped / (skipped + len(recordings))

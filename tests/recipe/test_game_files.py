@@ -42,7 +42,8 @@ STAGES = {
 
 def measures(frame_size: list[int]) -> GameMeasures:
     values = dict.fromkeys((field.name for field in fields(GameMeasures)), 400)
-    return GameMeasures(**{**values, "frame_size": frame_size, "small": 6.0, "moved": 0.02})
+    own = {"frame_size": frame_size, "small": 6.0, "moved": 0.02, "channels": {}}
+    return GameMeasures(**{**values, **own})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, choose_grid, fitting_size
-from nfd_env.recipe.plan import SHARES, merged, share_of
+from nfd_env.recipe.measure import GameMeasures, channels_needed
+from nfd_env.recipe.plan import SHARES, merged, settings, share_of
+from nfd_env.sources.source import SourceConfig
 
 
 @pytest.mark.parametrize(
@@ -34,6 +39,35 @@ def test_the_grid_keeps_small_things_and_has_few_tokens(
 def test_a_size_that_cannot_be_cut_is_refused_with_one_that_can() -> None:
     with pytest.raises(PlanError, match=r"source.size"):
         choose_grid(90, 70, 3.0)
+
+
+def test_the_more_details_pictures_have_the_more_channels_their_latents_get() -> None:
+    rng = np.random.default_rng(0)
+    plain = np.zeros((64, 64, 96, 3), np.uint8)
+    for frame, row, column in zip(plain, *rng.integers(0, 56, (2, 64)), strict=True):
+        frame[row : row + 8, column : column + 8] = [200, 80, 40]
+    assert channels_needed(plain) == {2: 8, 3: 8, 4: 8}
+    assert channels_needed(rng.integers(0, 256, plain.shape, np.uint8)) == {2: 16, 3: 16, 4: 16}
+    assert channels_needed(plain[:, :60]).keys() == {2}  # 60 rows divide by 4, not by 8
+    # Twelve numbers that are spread over each patch, and next to nothing beside them.
+    basis = np.linalg.qr(rng.normal(size=(48, 12)))[0]
+    patches = 128 + 60 * rng.normal(size=(8192, 12)) @ basis.T
+    tiles = patches.clip(0, 255).astype(np.uint8).reshape(64, 8, 16, 4, 4, 3)
+    frames = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(64, 32, 64, 3)
+    assert channels_needed(frames)[2] == 12
+
+
+def test_the_game_file_has_the_last_word_on_channels() -> None:
+    def channels(**model: int) -> tuple[int, int]:
+        game = GameConfig("a", SourceConfig("a-v0"), tokenizer={"model": model})
+        plan = settings(game, measures, "cpu", 3)
+        chosen = plan.tokenizer["model"]["latent_channels"], plan.flow["model"]["latent_channels"]
+        return chosen
+
+    known = {field.name: 400 for field in fields(GameMeasures)}
+    measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
+    assert channels() == (12, 12)
+    assert channels(latent_channels=5) == (5, 5)
 
 
 @given(st.integers(30, 1080), st.integers(30, 1920))
