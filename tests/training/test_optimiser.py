@@ -40,6 +40,33 @@ class Stage(TinyStage):
 
 
 @needs_muon
+def test_a_processor_without_bf16_gets_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(bf16: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+        monkeypatch.setattr("nfd_env.training.optimiser.multiplies_bf16", lambda device: bf16)
+        # Torch's steps with all the digits, to be compared with.
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+        torch.manual_seed(0)
+        network, inputs = Net(), torch.randn(16, 4)
+        network.blocks.append(nn.Linear(8, 5, bias=False))
+        network.blocks.append(nn.Linear(5, 8, bias=False))
+        optimiser = Optimiser(network, "muon", 0.1)
+        kinds = [type(part).__name__ for part in optimiser._parts]
+        for _ in range(4):
+            optimiser.zero_grad()
+            x = network.embed(inputs)
+            (
+                network.blocks[4](network.blocks[3](network.blocks[0](x))) - 1
+            ).square().mean().backward()
+            optimiser.step(0.02)
+        return {n: p.detach() for n, p in network.named_parameters()}, kinds
+
+    (mine, kinds), (torchs, others) = trained(False), trained(True)
+    assert kinds[1] != others[1] == "Muon"
+    for name, value in torchs.items():
+        assert torch.allclose(mine[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@needs_muon
 def test_what_muon_is_for() -> None:
     torch.manual_seed(0)
     network = Net()
