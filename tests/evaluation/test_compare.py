@@ -148,7 +148,8 @@ def test_measurements_take_turns() -> None:
     assert calls[:6] == ["quick"] * 5 + ["slow"] and calls[6] == "slow"
 
 
-def test_compare(distilled_world: Path) -> None:
+def test_compare(distilled_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nfd_env.evaluation.compare.multiplies_bf16", lambda device: True)
     world = load_world(distilled_world, "cpu", "fp32")
     report = compare(world, (5, 1), (2,), seconds=0.05)
     rows = report.rows
@@ -177,9 +178,13 @@ def test_compare(distilled_world: Path) -> None:
     json.dumps(asdict(report))
 
 
-def test_compare_in_a_world_with_one_network(endless_world: Path) -> None:
+def test_compare_in_a_world_with_one_network_and_without_bf16(
+    endless_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nfd_env.evaluation.compare.multiplies_bf16", lambda device: False)
     report = compare(load_world(endless_world, "cpu", "fp32"), (2,), (), seconds=0.01)
-    assert [r.dynamics for r in report.rows] == ["flow"] * 4
+    assert [r.cache for r in report.rows] == ["plain fp32", "refilled", "ring"]
+    assert [r.dynamics for r in report.rows] == ["flow"] * 3
     assert "Speculation" not in format_comparison(report)
 
 
