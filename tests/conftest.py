@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from nfd_env import config
+from nfd_env.precision import PrecisionError, _computes_bf16
 from nfd_env.worlds.checksums import write_checksums
 from tests.counter_env import record_counter_episodes, source
 from tests.tiny_world import make_tiny_world
@@ -58,6 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     recipe = Path(__file__).parent / "recipe"
     items.sort(key=lambda item: recipe not in item.path.parents)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests of bf16 are for processors that can compute in it."""
+    try:
+        return (yield)
+    except PrecisionError as error:
+        if _computes_bf16(torch.device("cpu")):
+            raise
+        pytest.skip(f"this processor cannot compute in bf16: {error}")
 
 
 @pytest.fixture(scope="session")
