@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -81,6 +82,7 @@ def save_and_die(folder: Path, call: int, after: bool) -> bool:
 
         for module, name in PATCHED:
             setattr(module, name, fatal(getattr(module, name)))
+        gc.disable()  # what threads of the parent have left could wait for them, who are not here
         try:
             make_tiny_world(folder, seed=2)
         finally:
