@@ -232,10 +232,11 @@ def owned_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        ownership.release()
-        if made and os.listdir(folder) in ([], [".lock"]):
-            with suppress(OSError):  # another process may have come in the meantime
-                (folder / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):  # of what cannot be taken away, the lock at most is left
+            own = [folder / ".lock", folder / ".owner.json"]
+            if made and set(folder.iterdir()) <= {*own}:
+                for path in own:  # while it is owned: nobody else can be about to write
+                    path.unlink(missing_ok=True)
                 for place in made:
                     place.rmdir()
         raise

@@ -54,7 +54,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
         raise PrecisionError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "auto":
         return "bf16" if multiplies_bf16(device) else "fp32"
-    if precision == "bf16" and not _computes_bf16(device):
+    if precision == "bf16" and not computes_bf16(device):
         raise PrecisionError(
             f"precision='bf16' was asked for, which this machine's {device.type} processor cannot "
             "compute in; use precision='fp32', or 'auto' for what suits it"
@@ -86,8 +86,8 @@ def _processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _computes_bf16(device: torch.device) -> bool:
-    """Whether ``device`` can compute in bf16 at all, be it slowly."""
+def computes_bf16(device: torch.device) -> bool:
+    """Whether ``device`` can compute in bf16 at all, be it slowly; see also ``multiplies_bf16``."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():

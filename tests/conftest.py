@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from nfd_env import config
-from nfd_env.precision import PrecisionError, _computes_bf16
+from nfd_env.precision import PrecisionError, computes_bf16
 from nfd_env.worlds.checksums import write_checksums
 from tests.counter_env import record_counter_episodes, source
 from tests.tiny_world import make_tiny_world
@@ -67,7 +67,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     try:
         return (yield)
     except PrecisionError as error:
-        if _computes_bf16(torch.device("cpu")):
+        if computes_bf16(torch.device("cpu")):
             raise
         pytest.skip(f"this processor cannot compute in bf16: {error}")
 

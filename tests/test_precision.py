@@ -44,7 +44,7 @@ def test_auto_on_a_gpu(
 
 
 def test_bf16_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_computes_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "computes_bf16", lambda device: False)
     with pytest.raises(PrecisionError, match="this machine's cpu processor cannot"):
         choose_precision("bf16", CPU)
 

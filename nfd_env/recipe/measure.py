@@ -108,6 +108,7 @@ def channels_needed(frames: np.ndarray) -> dict[int, int]:
         projection reaches 29 dB, else 16.
     """
     found = {}
+    most = 255**2 / 10 ** (_LINEAR_PSNR / 10)  # squared error a number
     count, height, width, colours = frames.shape
     for levels in (2, 3, 4):
         side = 2**levels
@@ -115,10 +116,11 @@ def channels_needed(frames: np.ndarray) -> dict[int, int]:
             continue
         tiles = frames.reshape(count, height // side, side, width // side, side, colours)
         patches = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side * side * colours)
-        values = np.linalg.eigvalsh(np.cov(patches.astype(np.float32), rowvar=False))[::-1]
+        patches = patches.astype(np.float32)  # np.cov would make them twice as large, twice
+        patches -= patches.mean(0, dtype=np.float64)
+        values = np.linalg.eigvalsh(patches.T @ patches / len(patches))[::-1]
         lost = [max(values[n:].sum(), 0.0) / len(values) for n in _CHANNELS]
-        least = 255**2 / 10 ** (_LINEAR_PSNR / 10)
-        enough = (n for n, square in zip(_CHANNELS, lost, strict=True) if square <= least)
+        enough = (n for n, square in zip(_CHANNELS, lost, strict=True) if square <= most)
         found[levels] = next(enough, _CHANNELS[-1])
     return found
 

@@ -105,9 +105,9 @@ class Optimiser:
             torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99))
         ]
         if hidden:
-            kind_of = torch.optim.Muon if multiplies_bf16(hidden[0].device) else _Float32Muon
+            muon = torch.optim.Muon if multiplies_bf16(hidden[0].device) else _Float32Muon
             self._parts.append(
-                kind_of(hidden, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+                muon(hidden, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
 
     def step(self, rate: float) -> None:

@@ -61,8 +61,7 @@ def test_the_game_file_has_the_last_word_on_channels() -> None:
     def channels(**model: int) -> tuple[int, int]:
         game = GameConfig("a", SourceConfig("a-v0"), tokenizer={"model": model})
         plan = settings(game, measures, "cpu", 3)
-        chosen = plan.tokenizer["model"]["latent_channels"], plan.flow["model"]["latent_channels"]
-        return chosen
+        return plan.tokenizer["model"]["latent_channels"], plan.flow["model"]["latent_channels"]
 
     known = {field.name: 400 for field in fields(GameMeasures)}
     measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
