@@ -98,7 +98,7 @@ def channels_needed(frames: np.ndarray) -> dict[int, int]:
 
     Judged by principal components of the patches that a latent stands for: eight of them hold a
     game of plain sprites (31 dB of Breakout), but not light in water (25 dB of BigFish, whose
-    tokenizer of 8 channels lost all fine vertical lines). See docs/results.md.
+    tokenizer of 8 channels lost all fine vertical lines). See docs/trials.md.
 
     Args:
         frames: uint8 (n, H, W, 3).

@@ -202,7 +202,7 @@ def settings(
             "flow",
             batch_size=96 if gpu else 8,
             learning_rate=1.2e-3,
-            # As far as AdamW in a fifth fewer steps, see docs/results.md.
+            # As far as AdamW in a fifth fewer steps, see docs/trials.md.
             optimiser="muon" if has_muon() else "adamw",
             ema_decay=0.998,
             decay_fraction=0.5,
