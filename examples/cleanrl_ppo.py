@@ -19,7 +19,7 @@ torch.manual_seed(1)
 settings = {"obs_type": "latent", "frame_skip": 4, "autoreset_mode": "SameStep"}
 envs = gymnasium.make_vec("nfd_env:NFD/DoomTakeCover-v0", num_envs=args.num_envs, **settings)
 envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
-choices = 3  # stay, left, right
+choices = 3  # stay, right, left
 net = nn.Sequential(nn.Flatten(-3), nn.LazyLinear(256), nn.Tanh(), nn.LazyLinear(choices + 1))
 obs = torch.as_tensor(envs.reset(seed=1)[0])
 net(obs)  # gives the layers their sizes

@@ -13,6 +13,20 @@ class UntrustedError(ValueError):
     """A file could run its author's code, and nobody has said that the author is trusted."""
 
 
+def look_here() -> None:
+    """Let modules in the current folder be found, behind all that are installed.
+
+    A console script does not look where it is started. At the end, so that a file that lies there
+    by chance hides no installed module.
+    """
+    try:
+        here = os.getcwd()
+    except OSError:  # it was deleted
+        return
+    if "" not in sys.path and here not in sys.path:
+        sys.path.append(here)
+
+
 def import_named(name: str) -> Any:
     """What ``name``, "module:attribute", stands for.
 
@@ -22,11 +36,7 @@ def import_named(name: str) -> Any:
         ValueError: when there is no such module, nothing of that name in it, or it cannot be run.
     """
     module, _, attribute = name.partition(":")
-    here = os.getcwd()
-    # A console script does not look where it is started. At the end, so that a file that lies
-    # there by chance hides no installed module.
-    if "" not in sys.path and here not in sys.path:
-        sys.path.append(here)
+    look_here()
     try:
         return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # whatever the module's own code does

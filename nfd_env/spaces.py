@@ -13,6 +13,8 @@ from gymnasium import spaces
 from torch import Tensor
 from torch.nn import functional
 
+MOST_ACTIONS = 4096  # each is a number of the networks' input
+
 
 def space_to_dict(space: spaces.Space) -> dict[str, Any]:
     """Plain values of ``space``, for YAML.
@@ -42,7 +44,7 @@ def space_to_dict(space: spaces.Space) -> dict[str, Any]:
         }
     raise ValueError(
         f"a world's action space must be Discrete, or a one-dimensional MultiDiscrete, MultiBinary "
-        f"or Box, got {space}; flatten it with a wrapper, e.g. "
+        f"or Box, got {' '.join(str(space).split())}; flatten it with a wrapper, e.g. "
         "gymnasium.wrappers.TransformAction"
     )
 
@@ -104,7 +106,13 @@ class ActionCodec:
             if any(int(a) + int(n) > 2**63 for a, n in np.nditer([low, counts])):
                 raise ValueError(f"the actions of {space} lie beyond 64-bit integers")
             high = low + counts.astype(np.int64) - 1
-            self.width = int(counts.sum())
+            self.width = int(counts.sum(dtype=object))
+            if self.width > MOST_ACTIONS:
+                raise ValueError(
+                    f"{' '.join(str(space).split())} has {self.width} actions to tell apart, and a "
+                    f"world at most {MOST_ACTIONS}: give the game fewer by a wrapper, or choose "
+                    "some of a Discrete space's by source.actions"
+                )
             self._counts = counts.reshape(-1).tolist()
         self._low, self._high = (torch.from_numpy(np.array(bound)) for bound in (low, high))
         self.dtype = torch.float32 if isinstance(space, spaces.Box) else torch.int64

@@ -85,8 +85,16 @@ def test_the_drawings_of_the_architecture_name_files() -> None:
 
 @page
 def test_links(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        assert "://" in link or (path.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+        target = path.parent / link if link else path
+        assert "://" in link or target.exists(), link
+        assert "://" in link or not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as both GitHub and MkDocs name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_reference_of_the_env_has_every_argument_and_option() -> None:

@@ -29,7 +29,7 @@ from nfd_env.data.tables import (
     read_table,
     space_of,
 )
-from nfd_env.data.videos import VideoFrames, fitted, presentation_times
+from nfd_env.data.videos import VideoFrames, fitted, picture_size, presentation_times
 from nfd_env.files import found_file, make_folder, owned_folder
 from nfd_env.progress import progress_bar
 from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig
@@ -141,6 +141,14 @@ def _open_videos(source: SourceConfig) -> Foreign:
         found[video] = beside[0]
     if not found:
         raise RecordingError(f"{folder} holds no .mp4 files")
+    if not source.size and not source.crop:
+        sizes = {picture_size(video): video for video in reversed(found)}
+        if len(sizes) > 1:
+            told = ", ".join(f"{v.name} has {h}x{w}" for (h, w), v in sorted(sizes.items()))
+            raise RecordingError(
+                f"the videos of {folder} have pictures of several sizes ({told}): set source.size, "
+                "to which all are resized"
+            )
     space = None
     if settings.action_space:
         try:

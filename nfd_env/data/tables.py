@@ -27,7 +27,8 @@ class TableConfig:
         action_space: as plain values, e.g. {type: Discrete, n: 5}; empty to tell it by the
             actions: whole numbers that are Discrete or MultiDiscrete, or others from -1 to 1.
         columns: one for Discrete actions, or one that holds lists, else one for each number of an
-            action. Columns "reward", "terminated" and "truncated" are read where they are there.
+            action. Columns "reward", "terminated" and "truncated" are read where they are there; a
+            video is one episode, so that only its last action, or its last frame, can end it.
             In .jsonl, "mouse.dx" is the entry dx of mouse, and "keyboard.keys:key.w" is 1 where the
             list keys of keyboard holds "key.w", else 0; so are VPT's files read.
         clip: numbers beyond the bounds of a Box become the bounds, instead of an error.
@@ -89,10 +90,27 @@ def read_table(
             actions = np.clip(actions, space.low, space.high)
         codec.check(actions, count)
         rewards = _numbers(columns.get("reward", [0.0] * count)[:count])
-        terminated = bool(_numbers(columns.get("terminated", [0])[: count or 1])[-1])
+        if not np.isfinite(rewards).all():
+            raise ValueError("rewards must be finite numbers")
+        terminated = _ends(columns, "terminated", count)
+        _ends(columns, "truncated", count)  # where a video just stops it is truncated anyway
     except (TypeError, ValueError) as error:
         raise RecordingError(f"{path}: {error}") from None
     return actions.astype(space.dtype), rewards, terminated
+
+
+def _ends(columns: dict[str, list[Any]], name: str, count: int) -> bool:
+    """Whether an episode of ``count`` transitions ends so, by a column that may not be there."""
+    said = _numbers(columns.get(name, [0] * count))
+    if not np.isfinite(said).all():
+        raise ValueError(f"{name} must be 0 or 1 in each row")
+    early = np.flatnonzero(said[: count - 1])
+    if early.size:
+        raise ValueError(
+            f"row {early[0] + 1} says {name}, but its video goes on: cut the video there, or leave "
+            "the column out"
+        )
+    return bool(said[count - 1 :].any())
 
 
 def space_of(tables: Sequence[np.ndarray]) -> spaces.Space:
@@ -164,9 +182,11 @@ def read_columns(path: Path, settings: TableConfig) -> dict[str, list[Any]]:
                     f"{path} needs pyarrow: pip install 'nfd-env[parquet]'"
                 ) from None
             return parquet.read_table(path).to_pydict()
-        with open(path, encoding="utf-8", newline="") as file:
+        # Spreadsheets begin their files with a mark that is no part of the first name.
+        with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
-                rows = list(csv.DictReader(file, strict=True))
+                rows = list(csv.DictReader(file, strict=True, skipinitialspace=True))
+                rows = [{k and k.strip(): v for k, v in row.items()} for row in rows]
             else:
                 rows = (_flat(json.loads(line), settings.columns) for line in file if line.strip())
                 rows = list(rows)

@@ -74,7 +74,27 @@ def presentation_times(video: Path) -> tuple[np.ndarray, float]:
             times = np.sort(np.array([p.pts for p in packets], np.int64))
             if (np.diff(times) <= 0).any():
                 raise RecordingError(f"{video} cannot be used: two frames have the same time")
+            if len(times) < 2:
+                raise RecordingError(
+                    f"{video} has {len(times)} frames; an action lies between two: take it away"
+                )
             return times, float(stream.average_rate or 0)
+    except (av.FFmpegError, OSError, IndexError, TypeError) as error:
+        raise RecordingError(f"{video} cannot be read: {error}") from None
+
+
+def picture_size(video: Path) -> tuple[int, int]:
+    """Height and width of a video's pictures.
+
+    Raises:
+        RecordingError: when it cannot be read or holds no video.
+    """
+    import av
+
+    try:
+        with av.open(str(video)) as container:
+            stream = container.streams.video[0]
+            return int(stream.height), int(stream.width)
     except (av.FFmpegError, OSError, IndexError, TypeError) as error:
         raise RecordingError(f"{video} cannot be read: {error}") from None
 

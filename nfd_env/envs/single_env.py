@@ -103,8 +103,8 @@ class NFDEnv(gymnasium.Env):
                 batch = np.asarray(action)[None]
             except ValueError:
                 raise ValueError(f"actions of {self.action_space} cannot be {action!r}") from None
-        if isinstance(action, Tensor | np.ndarray) and self.action_space.shape == ():
-            batch = batch[0] if tuple(batch.shape) == (1, 1) else batch
+        if self.action_space.shape == () and tuple(batch.shape) == (1, 1):  # as agents hand out
+            batch = batch[0]
         observation, reward, terminated, truncated, info = self.vector.step(batch)
         ends = bool(terminated[0]), bool(truncated[0])
         return observation[0], float(reward[0]), *ends, _first(info)

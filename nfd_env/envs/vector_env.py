@@ -82,7 +82,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     ## Arguments
     world: a world folder or the name of a shipped world.
     num_envs: copies of the world.
-    device: "auto", "cpu", "cuda" or "cuda:N".
+    device: "auto", "cpu", "cuda", "cuda:N" or "mps".
     sampling_steps: denoising steps a frame; None for the world's default.
     frame_skip: frames an action is repeated for.
     speculative_frames: n >= 1, frames that one pass draws jointly on the assumption that the action
@@ -97,11 +97,11 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     autoreset_mode: one of Gymnasium's three.
     max_episode_steps: steps after which an episode is truncated; None for the world's default.
     render_mode: None or "rgb_array".
-    precision: "fp32", "bf16", or "auto" for bf16 where the machine is much faster in it.
+    precision: "fp32", "bf16", or "auto" for bf16 where the processor multiplies it in hardware.
     history_level: noise level in [0, 1) at which past frames are remembered; None for the world's
         default.
-    temperature: > 0, scale of the noise that frames are drawn from; None for the world's default.
-        See ``SamplingConfig`` for what more of either does.
+    temperature: > 0, at most 100, scale of the noise that frames are drawn from; None for the
+        world's default. See ``SamplingConfig`` for what more of either does.
     ood: report ``info["ood"]``, at the cost of decoding and encoding each frame once.
     context_observations: n of ``info["context"]``, for policies that look back; 0 for none. Where
         the recorded moment does not reach so far back, its first observation is repeated.

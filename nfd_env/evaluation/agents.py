@@ -44,7 +44,7 @@ class Scoring:
         seed: episode i has the environment seed ``seed`` + i.
         max_frames: longest episode in frames; default: the world's own limit, or a minute.
         greedy: take the most probable actions.
-        trust: a .zip may run code of its author.
+        trust: a .zip may run code of its author, and the world's real game import any module.
         num_envs: learned worlds stepped together.
         real_envs: real games beside each other.
         sampling_steps: of the learned world; default: its own.

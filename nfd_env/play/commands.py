@@ -25,7 +25,8 @@ class Chosen:
             switch to 2.
         dynamics: in a world that has both; players can switch.
         agent: whom players can hand over to: random, a file or name, or module:Class.
-        trust: an agent's .zip (Stable-Baselines3) may run its author's code.
+        trust: an agent's .zip (Stable-Baselines3) may run its author's code, and the world's real
+            game may import any module.
         drift: show by a thin bar how unlike real ones the pictures are (not whether they are right;
             costs an encoding a frame); what led to a red one can be kept.
     """

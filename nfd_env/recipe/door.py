@@ -6,12 +6,13 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from nfd_env import config
 from nfd_env.data.importers import open_foreign
@@ -32,12 +33,13 @@ from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, fitting_size
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import Plan
+from nfd_env.sources.frames import frame_rate
 from nfd_env.sources.keys import check_controls
 from nfd_env.sources.source import make_source
 from nfd_env.sources.spec import is_imported
-from nfd_env.spaces import ActionCodec
+from nfd_env.spaces import ActionCodec, space_to_dict
 from nfd_env.training.distill import DistillTrainingConfig
-from nfd_env.training.export import ExportConfig
+from nfd_env.training.export import ExportConfig, world_spec
 from nfd_env.training.flow import FlowTrainingConfig
 from nfd_env.training.heads import HeadsTrainingConfig
 from nfd_env.training.ranks import ALONE, Ranks
@@ -70,12 +72,16 @@ class Look:
         action_width: of encoded actions.
         rate: steps a second that one process plays; NaN where nothing is to be recorded.
         longest: transitions of the longest episode that was seen, or cut off.
+        action_space: see ``space_to_dict``; empty where it is not known.
+        fps: frames a second.
     """
 
     frame_size: list[int]
     action_width: int
     rate: float = math.nan
     longest: int = 10**6
+    action_space: dict[str, Any] = field(default_factory=dict)
+    fps: float = 30.0
 
 
 def look(game: GameConfig) -> Look:
@@ -93,14 +99,16 @@ def look(game: GameConfig) -> Look:
         foreign = open_foreign(game.source)
         size = [int(side) for side in foreign.frame().shape[:2]]
         check_controls(foreign.action_space, game.source.action_names, game.source.keys)
-        return Look(size, ActionCodec(foreign.action_space).width)
+        return _look(size, foreign.action_space, foreign.fps)
     for policy in game.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
     env = make_source(game.source, **game.recording_kwargs)
     try:
         shape = env.observation_space.shape
         assert shape is not None
-        width = ActionCodec(env.action_space).width
+        space = env.action_space
+        ActionCodec(space)  # refuses what no world can have
+        fps = frame_rate(env)
         check_controls(env.action_space, game.source.action_names, game.source.keys)
         rate, longest, moves = 0.0, 0, False
         shares = sum(policy.share for policy in game.policies)
@@ -140,7 +148,13 @@ def look(game: GameConfig) -> Look:
             f"nothing moves in the frames of {game.source.env_id}: check source.frames, source.key "
             "and source.crop"
         )
-    return Look([int(shape[0]), int(shape[1])], width, 1 / rate, longest)
+    size = [int(shape[0]), int(shape[1])]
+    return replace(_look(size, space, fps), rate=1 / rate, longest=longest)
+
+
+def _look(frame_size: list[int], space: spaces.Space, fps: float) -> Look:
+    described = space_to_dict(space)
+    return Look(frame_size, ActionCodec(space).width, action_space=described, fps=fps)
 
 
 class _Timed:
@@ -191,8 +205,8 @@ def look_at_recordings(game: GameConfig) -> Look:
             f"{recordings.folder} holds no episodes: set recordings to a data set's folder, or "
             "leave it out to record the game"
         )
-    codec = recordings.spec.codec
-    return Look(list(recordings.spec.frame_shape[:2]), codec.width)
+    spec = recordings.spec
+    return _look(list(spec.frame_shape[:2]), spec.codec.space, spec.fps)
 
 
 def check_kinds(game: GameConfig) -> None:
@@ -234,6 +248,7 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
     built = check_settings(plan, seen)
     check_parts(built, ranks)
     _check_at_hand(game, built)
+    _check_world(game, built["export"], seen)
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
     _check_room(game, seen, networks)
@@ -319,6 +334,23 @@ def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
             "heads.signal_weight asks for signals, which are not recorded: set signals, or leave "
             "it out"
         )
+
+
+def _check_world(game: GameConfig, export: ExportConfig, seen: Look) -> None:
+    """Refuse what the world could not say of itself, and starts that no episode can have."""
+    window = export.start_frames + export.start_margin
+    if not (game.recordings or is_imported(game.source.env_id)):
+        if window > game.max_episode_steps + 1:
+            raise config.ConfigError(
+                f"export.start_frames and export.start_margin ask for episodes of {window} frames, "
+                f"but max_episode_steps cuts them off after {game.max_episode_steps + 1}"
+            )
+    if seen.action_space:
+        told = config.to_dict(game.source)
+        try:
+            world_spec(export, seen.frame_size, seen.fps, seen.action_space, told)
+        except ValueError as error:
+            raise config.ConfigError(f"export: {error}") from None
 
 
 def _check_fit(built: dict[str, Any], seen: Look) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nfd_env import config
 from nfd_env.data.collect import CollectConfig, PolicyConfig
+from nfd_env.named import look_here
 from nfd_env.sources.source import SourceConfig
 
 # What the files of the stages began with, when each had one.
@@ -142,6 +143,7 @@ def load_game(
         ConfigError: naming the key that is unknown, missing or of the wrong type.
     """
     path = Path(path).expanduser()
+    look_here()  # for the game's own modules, as its policies are looked for
     _check_kind(path)
     game = config.load(GameConfig, path, overrides)
     given = {"minutes": minutes, "device": device}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,20 +20,21 @@ from gymnasium import spaces
 from nfd_env.data.importers import open_foreign
 from nfd_env.data.worker import close
 from nfd_env.files import check_writable, save_text
-from nfd_env.named import described
+from nfd_env.named import described, look_here
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.grid import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
-from nfd_env.sources.frames import frame_rate
+from nfd_env.sources.frames import FrameRateError, frame_rate
 from nfd_env.sources.keys import default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import VIDEOS, area_resize, is_imported
-from nfd_env.spaces import space_to_dict
+from nfd_env.spaces import ActionCodec, space_to_dict
 from nfd_env.video import write_png
 
 _LOOKED_AT = 24  # steps that are played to see the game
 _PLAYED_TO_THE_END = 300  # steps at most, to see how the game shows an end; slow games take 10 s
 _ATTEMPTS = 5  # a game may fail in some of its episodes
+_FRAME_RATE = 30.0  # where a game says what cannot be
 _SMALLEST = 24  # pixels; a smaller "image" is a map of symbols (MiniGrid's is 7 x 7)
 
 # Packages that register ids when they are imported, by the beginning of the id.
@@ -132,6 +134,7 @@ def write_game(
         FolderError: when it cannot be written.
     """
     path = Path(output or f"{snake_case(_name(env_id))}.yaml").expanduser()
+    look_here()
     picture = path.with_suffix(".png")
     if picture == path:
         raise ValueError(f"{path}: that is the preview's name; name the game file with .yaml")
@@ -155,29 +158,44 @@ def _with_frames(
     tried = []
     for where in _places(source):
         try:
-            env = make_source(where)
+            where, env = _made(where)
         except SourceError as error:
-            tried.append(str(error))
+            if not where.key or not str(error).endswith(f"entry {where.key!r}"):  # a guess of ours
+                tried.append(str(error))
             continue
+        try:
+            ActionCodec(env.action_space)  # another place for the frames would not help
+        except ValueError as error:
+            close(env)
+            raise SourceError(f"{source.env_id}: {error}") from None
         try:
             raw = _played(env)
         except SourceError as error:
-            env.close()
+            close(env)
             tried.append(str(error))
             continue
         height, width = raw.shape[:2]
         if min(height, width) < _SMALLEST:
-            env.close()
+            close(env)
             tried.append(f"{where.frames} of {height}x{width} is no picture, but a map of symbols")
             continue
         size = fitting_size(height, width)
         sized = replace(where, size=size)
         seen = resize(raw, (size[0], size[1]))
-        env.close()
+        close(env)
         return sized, raw, seen, make_source(sized)
     raise SourceError(
         f"{source.env_id} shows no frames to record: {'; '.join(dict.fromkeys(tried))}"
     )
+
+
+def _made(source: SourceConfig) -> tuple[SourceConfig, gymnasium.Env]:
+    """The environment; one that says of itself what is no frame rate gets the usual one."""
+    try:
+        return source, make_source(source)
+    except FrameRateError:
+        source = replace(source, fps=_FRAME_RATE)
+        return source, make_source(source)
 
 
 def _places(source: SourceConfig) -> list[SourceConfig]:
@@ -263,7 +281,7 @@ def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
     own: Any = getattr(inner, "get_keys_to_action", None)
     if own is None or not names:
         return names, keys
-    for chord, action in own().items():
+    for chord, action in (own() or {}).items():
         pressed = chord if isinstance(chord, tuple) else (chord,)
         place = int(action) - int(space.start)
         if len(pressed) == 1 and 0 <= place < len(names):
@@ -283,7 +301,7 @@ def _names(inner: Any, count: int) -> list[str]:
         members: list[Any] = sorted(actions, key=_value)
         told = [str(member.name).lower() for member in members]
     if meanings is not None:
-        told = [str(name).lower() for name in meanings()]
+        told = [str(name).lower() for name in meanings() or ()]
     elif hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):  # ViZDoom
         buttons = inner.game.get_available_buttons()
         told = ["noop", *(button.name.lower() for button in reversed(buttons))]
@@ -296,7 +314,7 @@ def _value(member: Any) -> Any:
 
 def _frame_rate(env: gymnasium.Env, source: SourceConfig) -> float:
     """Steps a second at which a person plays: native frames over the frame skip."""
-    told = frame_rate(env)
+    told = source.fps or frame_rate(env)
     if source.env_id.startswith(PREFIX):
         return told  # counted there already
     if "ale_py" in source.imports:
@@ -334,14 +352,18 @@ def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[lis
     grid = choose_grid(height, width, math.inf)
 
     def flow(value: Any) -> str:
+        if isinstance(value, str):  # plain where it cannot be taken for anything else
+            plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_/:.-]*[A-Za-z0-9]", value)
+            plain = plain and yaml.safe_load(value) == value
+            return value if plain else json.dumps(value, ensure_ascii=False)
         return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
 
     lines = [
-        f"# {source.env_id}: {space}",
+        f"# {' '.join(source.env_id.split())}: {' '.join(str(space).split()):.200}",
         f"# nfd train {snake_case(name)}.yaml  makes a world of it; run it again to go on",
-        f"name: {name}",
+        f"name: {flow(name)}",
         "source:",
-        f"  env_id: {source.env_id}",
+        f"  env_id: {flow(source.env_id)}",
     ]
     if source.imports:
         lines.append(f"  imports: {flow(source.imports)}  # these register the id")
@@ -351,7 +373,7 @@ def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[lis
     if played:
         lines.append(f"  frames: {source.frames}  # or: {_other(source.frames)}")
     if source.key:
-        lines.append(f"  key: {source.key}")
+        lines.append(f"  key: {flow(source.key)}")
     lines += [
         "  crop: []  # [top, bottom, left, right] in pixels of the game's own frame",
         f"  size: {flow(source.size)}  # [height, width]; {grid.tokens} or more tokens a frame",

@@ -184,6 +184,9 @@ class Recipe(Ledger):
         for name in ("flow", "distill"):  # each would find out by itself, later
             if frames := getattr(self.game, name).get("frames"):
                 recordings.check(frames, ("train",))
+        own = self.game.export
+        if window := own.get("start_frames", 0) + own.get("start_margin", 0):
+            recordings.check(window, ("train",))
         measures = measure(recordings)
         record.metrics = {
             name: float(value)

@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from nfd_env.named import described
 from nfd_env.sources.keys import KeymapError, resting_action
+from nfd_env.sources.place import OwnPlace
 from nfd_env.sources.processes import GUARD
 from nfd_env.sources.spec import (
     GameFailedError,
@@ -23,6 +24,10 @@ from nfd_env.sources.spec import (
     short,
 )
 from nfd_env.stopping import asked_by_signal
+
+
+class FrameRateError(SourceError):
+    """An environment says of itself what is no frame rate."""
 
 
 class FrameObservation(gymnasium.Wrapper):
@@ -39,7 +44,11 @@ class FrameObservation(gymnasium.Wrapper):
     fps: float
 
     def __init__(
-        self, env: gymnasium.Env, source: SourceConfig, render_mode: str | None = None
+        self,
+        env: gymnasium.Env,
+        source: SourceConfig,
+        render_mode: str | None = None,
+        place: OwnPlace | None = None,
     ) -> None:
         """Wrap ``env``; see ``SourceConfig``.
 
@@ -47,12 +56,16 @@ class FrameObservation(gymnasium.Wrapper):
             env: the environment.
             source: what it is.
             render_mode: "rgb_array" to show what is observed whatever the environment can show.
+            place: where the environment is, if it has changed the current folder.
 
         Raises:
             SourceError: when it shows no RGB frames, or has no such actions.
         """
         super().__init__(env)
         self.source, self._shows = source, render_mode
+        self._place = place or OwnPlace()
+        if not isinstance(getattr(env, "action_space", None), spaces.Space):
+            raise SourceError(f"{source.env_id} has no action_space")
         if source.actions:
             self.action_space = _chosen_actions(env.action_space, source)
         if source.opening:
@@ -139,7 +152,8 @@ class FrameObservation(gymnasium.Wrapper):
     def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call foreign code, which must not end this program."""
         try:
-            return function(*args, **kwargs)
+            with self._place:
+                return function(*args, **kwargs)
         except (gymnasium.error.ResetNeeded, gymnasium.error.ClosedEnvironmentError):
             raise  # of whoever calls
         except KeyboardInterrupt:
@@ -232,7 +246,7 @@ def frame_rate(env: gymnasium.Env) -> float:
     """Steps a second of ``env``, by what it says of itself; 30 where it says nothing.
 
     Raises:
-        SourceError: when it says what is no frame rate.
+        FrameRateError: when it says what is no frame rate.
     """
     layer = env
     while isinstance(layer, gymnasium.Wrapper):
@@ -245,7 +259,7 @@ def frame_rate(env: gymnasium.Env) -> float:
         check_fps("render_fps", rate)
     except (TypeError, ValueError):
         name = env.spec.id if env.spec else type(env.unwrapped).__name__
-        raise SourceError(
+        raise FrameRateError(
             f"the metadata of {name} say that its render_fps is {short(told)}, which is no frame "
             "rate; set source.fps in the game's file"
         ) from None

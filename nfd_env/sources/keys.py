@@ -219,14 +219,26 @@ def check_controls(
         keys: action name -> key names.
 
     Raises:
-        KeymapError: when there are more names than actions, or keys of an action of no such name.
+        KeymapError: when there are more names than actions, names that are empty or alike, keys of
+            an action of no such name, or one key for two actions.
     """
+    for name in names:
+        if not name.strip():
+            raise KeymapError("action_names must not be empty")
+    if alike := sorted({name for name in names if list(names).count(name) > 1}):
+        raise KeymapError(f"action_names has {alike[0]!r} twice")
     if isinstance(space, spaces.Discrete) and len(names) > space.n:
         raise KeymapError(f"there are {len(names)} action_names for {space.n} actions")
     known = list(names) or (default_controls(space)[0] if keys else [])
     for name in keys:
         if name not in known:
             raise KeymapError(f"keys are given for {name!r}, which is no action of {known}")
+    means: dict[str, str] = {}
+    for name, own in keys.items():
+        for key in own:
+            other = means.setdefault(key.strip().lower() or key, name)
+            if other != name:
+                raise KeymapError(f"the key {key!r} is given for both {other!r} and {name!r}")
 
 
 def _plain_names(space: spaces.Space) -> Iterator[str]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import gymnasium
 
+from nfd_env.named import described
 from nfd_env.sources.envpool_env import PREFIX, EnvPoolEnv
 from nfd_env.sources.frames import FrameObservation
+from nfd_env.sources.place import OwnPlace
 from nfd_env.sources.processes import GUARD
 from nfd_env.sources.spec import (
     PRESENTATION,
@@ -19,6 +21,7 @@ from nfd_env.sources.spec import (
     is_imported,
 )
 from nfd_env.sources.vizdoom import OwnFolder
+from nfd_env.stopping import asked_by_signal
 
 __all__ = ["PRESENTATION", "SourceConfig", "SourceError", "make_source"]
 
@@ -39,14 +42,7 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
             f"{source.env_id} are recordings that were made elsewhere: there is no game to make"
         )
     for module in source.imports:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            package = module.split(".")[0]
-            raise SourceError(
-                f"the real game {source.env_id} needs the package {package!r}: "
-                f"pip install {package} ({error})"
-            ) from None
+        _import(module, source.env_id)
     arguments = {**source.kwargs, **kwargs}
     if source.frames == "render":
         arguments.setdefault("render_mode", "rgb_array")
@@ -54,10 +50,11 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
     shows = source.frames == "observation" and arguments.get("render_mode") == "rgb_array"
     if shows:
         del arguments["render_mode"]
-    with GUARD.watching():
+    place = OwnPlace()
+    with GUARD.watching(), place:
         env = OwnFolder(_make(source.env_id, arguments))
     try:
-        return FrameObservation(env, source, "rgb_array" if shows else None)
+        return FrameObservation(env, source, "rgb_array" if shows else None, place)
     except BaseException as error:
         with suppress(Exception, SystemExit):
             env.close()
@@ -68,13 +65,37 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
         raise SourceError(f"{source.env_id} fails at its first reset: {said}") from cause
 
 
+def _import(module: str, env_id: str) -> None:
+    """Import what registers the game; raises SourceError, whatever its code does."""
+    try:
+        importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever foreign code may raise
+        if asked_by_signal(error):
+            raise
+        package = module.split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
+            raise SourceError(
+                f"the real game {env_id} needs the package {package!r}: pip install {package}, or, "
+                f"where it is a module of your own, start in the folder that it lies in ({error})"
+            ) from None
+        raise SourceError(
+            f"the real game {env_id} needs {module!r}, which cannot be imported: {described(error)}"
+        ) from error
+
+
 def _make(env_id: str, arguments: dict[str, Any]) -> gymnasium.Env:
     try:
         if env_id.startswith(PREFIX):
             return EnvPoolEnv(env_id.removeprefix(PREFIX), **arguments)
         return gymnasium.make(env_id, **arguments)
-    # Whatever the game's own code raises; it is shown behind this with --debug.
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    # Whatever the game's own code raises, Rust's too; it is shown behind this with --debug.
+    except BaseException as error:
+        if asked_by_signal(error):
+            raise
         if isinstance(error, TypeError) and "render_mode" in str(error) and arguments:
             left = {k: v for k, v in arguments.items() if k != "render_mode"}
             if len(left) < len(arguments):  # it has no such argument, and may render all the same

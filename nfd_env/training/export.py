@@ -32,6 +32,7 @@ from nfd_env.models.weights import (
     load_weights,
     read_origin,
 )
+from nfd_env.sources.keys import check_controls
 from nfd_env.sources.source import PRESENTATION, SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict
 from nfd_env.worlds.clip import Clip
@@ -170,23 +171,8 @@ def export(settings: ExportConfig) -> Path:
         teacher = load_weights(paths["teacher"], Dynamics, DynamicsConfig)
     origins = {n: found for n, path in paths.items() if (found := read_origin(path)) is not None}
     recordings = RecordedDataset(settings.recordings)
-    spec = WorldSpec(
-        name=settings.name,
-        frame_size=list(recordings.spec.frame_shape[:2]),
-        fps=settings.presentation.get("fps") or recordings.spec.fps,
-        action_space=recordings.spec.action_space,
-        source=config.from_mapping(
-            SourceConfig, recordings.spec.source | settings.presentation, "source", foreign=True
-        ),
-        sampling=settings.sampling,
-        teacher=settings.teacher_sampling if teacher else None,
-        max_episode_steps=settings.max_episode_steps,
-        display=settings.display,
-        title=settings.title,
-        description=settings.description,
-        recordings=settings.recordings,
-        scores=settings.scores,
-    )
+    told = recordings.spec
+    spec = world_spec(settings, told.frame_shape, told.fps, told.action_space, told.source)
     # Before the starts are encoded: parts that do not belong together are refused at once.
     check_fit(folder, spec, tokenizer, dynamics, heads, teacher)
     check_origins(folder, spec, origins, paths)
@@ -228,6 +214,47 @@ def export(settings: ExportConfig) -> Path:
         origins,
         _clip(recordings, settings.clip_frames),
     )
+
+
+def world_spec(
+    settings: ExportConfig,
+    frame_size: Sequence[int],
+    fps: float,
+    action_space: dict[str, Any],
+    source: Mapping[str, Any],
+) -> WorldSpec:
+    """What the world will say of itself.
+
+    Args:
+        settings: of the stage.
+        frame_size: height, width and whatever else, of what was recorded, as is the rest.
+        fps: frames a second.
+        action_space: see ``space_to_dict``.
+        source: plain values of a ``SourceConfig``.
+
+    Raises:
+        ValueError: when no world could say so.
+    """
+    spec = WorldSpec(
+        name=settings.name,
+        frame_size=list(frame_size[:2]),
+        fps=settings.presentation.get("fps") or fps,
+        action_space=action_space,
+        source=config.from_mapping(
+            SourceConfig, {**source, **settings.presentation}, "source", foreign=True
+        ),
+        sampling=settings.sampling,
+        teacher=settings.teacher_sampling if settings.teacher else None,
+        max_episode_steps=settings.max_episode_steps,
+        display=settings.display,
+        title=settings.title,
+        description=settings.description,
+        recordings=settings.recordings,
+        scores=settings.scores,
+    )
+    space = space_from_dict(action_space)
+    check_controls(space, spec.source.action_names, spec.source.keys)
+    return spec
 
 
 def _check_recordings(recordings: RecordedDataset, origins: Mapping[str, Origin]) -> None:

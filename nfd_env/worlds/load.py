@@ -25,6 +25,7 @@ from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import CheckpointError, load_weights, neutral_torch, read_origin
+from nfd_env.named import look_here
 from nfd_env.precision import choose_precision
 from nfd_env.sources.source import make_source
 from nfd_env.spaces import ActionCodec, space_from_dict
@@ -136,6 +137,8 @@ def shipped_worlds() -> list[str]:
 def find_world(world: str | os.PathLike[str]) -> Path:
     """The folder of a world given by path (``~`` too), shipped name or id, or ``hf://owner/name``.
 
+    The folder of a run is that of the world which it has made.
+
     A world whose writer was killed in the middle of replacing it is put back first. One on the
     hub is fetched when it has not been yet.
 
@@ -156,6 +159,9 @@ def find_world(world: str | os.PathLike[str]) -> Path:
             folder = path.is_dir()
             if folder and found_file(path / "world.yaml", UnknownWorldError):
                 return path
+            made = path / "world"
+            if folder and (made.is_dir() or was_replaced(made)):
+                return find_world(made)
             if seen == _identity(path):  # else another process has just replaced it
                 break
     except OSError as error:  # a name that is too long, a folder that may not be read
@@ -167,7 +173,9 @@ def find_world(world: str | os.PathLike[str]) -> Path:
     if env_id and name == "world":
         raise UnknownWorldError(f"{text} is an env of any world: name the world or its folder here")
     if folder:
-        raise UnknownWorldError(f"{path} is no world folder: it has no world.yaml")
+        raise UnknownWorldError(
+            f"{path} is no world folder (it has no world.yaml), nor a run that has made a world"
+        )
     raise UnknownWorldError(
         f"unknown world {text!r}: neither a folder nor a shipped world "
         f"({', '.join(known) or 'none are shipped'})"
@@ -345,6 +353,8 @@ def make_real(
     source = read_spec(folder).source
     if trust is not True:  # "no" is none
         check_trusted(source, folder)
+    else:
+        look_here()
     return make_source(source, **kwargs)
 
 

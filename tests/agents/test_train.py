@@ -144,16 +144,17 @@ def test_agents_are_kept_from_poor_to_good(tiny_world: Path, tmp_path: Path) -> 
     assert torch.equal(last, newest)
     assert not torch.equal(first, second) and not torch.equal(second, last)
     # An update has 32 decisions, and the first one's learning rate is the same for all.
-    train_ppo.train(replace(plan, folder=str(tmp_path / "short"), decisions=32, keep=[]), False)
+    train_ppo.train(replace(plan, folder=str(tmp_path / "short"), decisions=32), False)
     stopped = agents_of(tmp_path / "short")["agent.safetensors"]
     assert all(torch.equal(value, kept[names[1]][name]) for name, value in stopped.items())
+    assert names[2] not in agents_of(tmp_path / "short")  # what is beyond its end is not reached
     more = replace(plan, decisions=128, keep=[*plan.keep, 128])
     train_ppo.train(more, progress=False)  # it goes on, and keeps what is new
     assert "agent-000000128.safetensors" in agents_of(tmp_path)
     with pytest.raises(AgentError, match=r"is at 128 decisions and has not kept .* after \[40\]"):
         train_ppo.train(replace(more, keep=[40]), progress=False)
-    with pytest.raises(ValueError, match=r"keep must lie within 0 and decisions 64, got \[65\]"):
-        replace(plan, keep=[65])
+    with pytest.raises(ValueError, match=r"keep must be numbers of decisions from 0, got \[-1\]"):
+        replace(plan, keep=[-1, 65])
 
 
 @pytest.mark.parametrize("trainer", ["native", "sb3"])

@@ -69,6 +69,63 @@ def assert_aligned(data: RecordedDataset, lengths: list[int]) -> None:
         assert np.array_equal(episode.rewards, move(episode.actions))
 
 
+def one_video(folder: Path, text: str, frames: int = 4, size: int = 32, name: str = "a") -> Path:
+    folder.mkdir(exist_ok=True)
+    pictures = np.arange(frames, dtype=np.uint8)[:, None, None, None].repeat(size, 1).repeat(32, 2)
+    write_mp4(folder / f"{name}.mp4", pictures.repeat(3, 3), 25)
+    (folder / f"{name}.csv").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "rewards"),
+    [
+        ("action,terminated\n1,0\n2,0\n0,1\n", True, 0),  # a row for each action
+        ("action,terminated\n1,0\n2,0\n0,0\n0,1\n", True, 0),  # a row for each frame
+        ("action,truncated\n1,0\n2,0\n0,1\n", False, 0),
+        ("action,terminated\n1,0\n2,0\n0,0\n", False, 0),
+        ("\ufeffaction, reward, terminated\n1, 1, 0\n2, 2, 0\n0, 3, 1\n", True, 6),
+    ],
+)
+def test_how_a_video_ends(tmp_path: Path, text: str, ends: bool, rewards: float) -> None:
+    data = import_recordings(of(one_video(tmp_path / "v", text)), tmp_path / "d")
+    (episode,) = data
+    assert bool(episode.terminated[-1]) == ends and episode.total_reward == rewards
+    assert not episode.terminated[:-1].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("action,terminated\n1,1\n2,0\n0,0\n", r"a.csv: row 1 says terminated, but its video go"),
+        ("action,truncated\n1,0\n2,1\n0,0\n", r"a.csv: row 2 says truncated, but its video go"),
+        ("action,terminated\n1,nan\n2,0\n0,0\n", r"a.csv: terminated must be 0 or 1 in each row"),
+        ("action,reward\n1,nan\n2,0\n0,0\n", r"a.csv: rewards must be finite"),
+    ],
+)
+def test_ends_and_rewards_that_no_episode_has(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecordingError, match=message):
+        import_recordings(of(one_video(tmp_path / "v", text)), tmp_path / "d")
+    assert not (tmp_path / "d" / "dataset.yaml").exists()
+
+
+def test_a_video_of_one_frame_and_videos_of_two_sizes_are_named(tmp_path: Path) -> None:
+    folder = one_video(tmp_path / "v", "action\n1\n", 1)
+    with pytest.raises(RecordingError, match=r"a.mp4 has 1 frames; an action lies between two"):
+        open_foreign(SourceConfig(f"videos:{folder}"))
+    one_video(folder, "action\n1\n1\n1\n")
+    one_video(folder, "action\n1\n1\n1\n", size=64, name="b")
+    with pytest.raises(RecordingError, match=r"a.mp4 has 32x32, b.mp4 has 64x32.*set source.size"):
+        open_foreign(of(folder))
+    assert open_foreign(of(folder, size=[32, 32])).frame().shape == (32, 32, 3)
+
+
+def test_actions_that_are_times_are_refused_at_once(tmp_path: Path) -> None:
+    text = "action\n" + "".join(f"{1_700_000_000_000 + i}\n" for i in range(3))
+    with pytest.raises(ValueError, match="1700000000003 actions to tell apart"):
+        open_foreign(SourceConfig(f"videos:{one_video(tmp_path / 'v', text)}"))
+
+
 @pytest.mark.parametrize(("kind", "rows"), [("csv", 30), ("jsonl", 31), ("parquet", 30)])
 def test_videos_with_actions(tmp_path: Path, played: RecordedDataset, kind: str, rows: int) -> None:
     where = videos(tmp_path / "v", played, kind, rows)

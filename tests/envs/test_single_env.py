@@ -70,7 +70,7 @@ def test_forms_of_a_seed(endless_world: Path, seed: Any) -> None:
     assert env.np_random.random() == expected.np_random.random()
 
 
-@pytest.mark.parametrize("action", [3, -1, 1.0, [1], None, "left", [[1], [0, 1]]])
+@pytest.mark.parametrize("action", [3, -1, 1.0, [0, 1], [[1]], None, "left", [[1], [0, 1]]])
 def test_wrong_actions(endless_world: Path, action: Any) -> None:
     env = make(endless_world)
     env.reset(seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -13,6 +14,10 @@ from gymnasium import spaces
 from tests.recipe.dots import SIZE, DotsEnv
 
 HOSTILE = "tests/Hostile-v0"
+
+
+class Panic(BaseException):
+    """What a game written in Rust raises is no Exception."""
 
 
 class HostileEnv(DotsEnv):
@@ -27,6 +32,20 @@ class HostileEnv(DotsEnv):
             self.action_space = spaces.MultiDiscrete([3, 2])
         if fault == "multi_binary":
             self.action_space = spaces.MultiBinary(2)
+        spaces_of = {
+            "dict": spaces.Dict(a=spaces.Discrete(2)),
+            "huge": spaces.Discrete(10**9),
+            "many_bounds": spaces.Box(np.arange(-20, 0) / 7, np.arange(1, 21) / 7, (20,), float),
+        }
+        self.action_space = spaces_of.get(fault, self.action_space)
+        if fault == "none":
+            del self.action_space
+        if fault == "rust":
+            raise Panic("rust")
+        if fault == "rate":
+            self.metadata = {**self.metadata, "render_fps": float("nan")}
+        if fault == "elsewhere":
+            os.chdir("/")
         if fault == "large":
             self.observation_space = spaces.Box(0, 255, (90, 70, 3), np.uint8)
 
@@ -42,11 +61,17 @@ class HostileEnv(DotsEnv):
             return np.resize(frame, (90, 70, 3)).astype(np.uint8)
         return np.zeros_like(frame) if self.fault == "still" else frame
 
+    def close(self) -> None:
+        if self.fault == "close":
+            sys.exit(9)
+
     def step(self, action: Any) -> Any:
         if self.pause:
             time.sleep(self.pause)
         if self.fault == "multi_discrete":
             action = action[0]
+        if self.fault == "many_bounds":
+            action = 0
         if self.fault == "multi_binary":
             action = 1 + int(action[0]) - int(action[1])
         frame, reward, terminated, truncated, info = super().step(action)

@@ -59,6 +59,9 @@ def test_a_game_that_cannot_be_recorded(fault: str, message: str, tmp_path: Path
     [
         ({"keys": {"jump": ["space"]}}, "keys are given for 'jump', which is no action of"),
         ({"action_names": ["a", "b", "c", "d"]}, "there are 4 action_names for 3 actions"),
+        ({"action_names": ["a", "a", "b"]}, "action_names has 'a' twice"),
+        ({"action_names": ["a", " ", "b"]}, "action_names must not be empty"),
+        ({"keys": {"l": ["a"], "r": ["A"]}}, "'A' is given for both 'l' and 'r'"),
     ],
 )
 def test_controls_that_no_world_could_be_played_by(
@@ -115,6 +118,19 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"policies": [PolicyConfig("random_held", kwargs={"lo": 1})]}, "random_held.*lo"),
         ({"recordings": "/no/such/folder"}, "/no/such/folder"),
         ({"max_episode_steps": 5}, "at most 6 frames.*max_episode_steps"),
+        # What a world could not say of itself would else come out when all is trained.
+        ({"name": "x" * 120}, "export: name must have 1 to 100 printable characters"),
+        (
+            {"export": {"presentation": {"action_names": ["a", "b", "c", "d"]}}},
+            "export: there are 4 action_names for 3 actions",
+        ),
+        ({"export": {"presentation": {"keys": {"jump": ["space"]}}}}, "export: keys .*'jump'"),
+        ({"export": {"sampling": {"steps": 5000}}}, "export: sampling.steps must be at most 1000"),
+        (
+            {"teacher": True, "export": {"teacher_sampling": {"steps": 5000}}},
+            "export: teacher.steps must be at most 1000",
+        ),
+        ({"export": {"start_frames": 10**6}}, "ask for episodes of .* max_episode_steps cuts"),
     ],
 )
 def test_settings_that_are_wrong(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import cv2
+import gymnasium
+import numpy as np
 import pytest
 import yaml
 
 from nfd_env.recipe.game import load_game, snake_case
 from nfd_env.recipe.inspect import write_game
-from nfd_env.sources.source import SourceError
+from nfd_env.sources.source import SourceError, make_source
+from nfd_env.video import write_mp4
+from tests.recipe.dots import DotsEnv
 
 DOTS = ["tests.recipe.dots", "tests.recipe.hostile"]
 
@@ -60,6 +65,10 @@ def test_files_and_folders_are_named_after_the_game(name: str, file: str) -> Non
         ("envpool/NoSuchGame-v0", "no task|needs EnvPool"),
         ("tests/Hostile-v0:reset", "fails in every episode.*no level.*first reset"),
         ("tests/Hostile-v0:exit", r"fails in every episode.*exit\(3\)"),
+        ("tests/Hostile-v0:dict", "must be Discrete, or .* flatten it with a wrapper"),
+        ("tests/Hostile-v0:huge", "1000000000 actions to tell apart, and a world at most 4096"),
+        ("tests/Hostile-v0:none", "has no action_space"),
+        ("tests/Hostile-v0:rust", "cannot be made: rust"),
     ],
 )
 def test_what_cannot_be_recorded_is_said_and_nothing_is_written(
@@ -72,11 +81,78 @@ def test_what_cannot_be_recorded_is_said_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fault", ["sometimes", "multi_discrete", "multi_binary", "endless"])
+@pytest.mark.parametrize(
+    "fault",
+    ["sometimes", "multi_discrete", "multi_binary", "endless", "many_bounds", "rate", "close"],
+)
 def test_difficult_games_get_a_file_that_can_be_read(fault: str, tmp_path: Path) -> None:
     path, _ = write_game("tests/Hostile-v0", tmp_path / "g.yaml", {"fault": fault}, DOTS)
     game = load_game(path)
     assert game.source.kwargs == {"fault": fault} and game.source.terminal_frame
+
+
+def test_a_game_that_goes_elsewhere_does_not_take_the_file_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_game("tests/Hostile-v0", "g.yaml", {"fault": "elsewhere"}, DOTS)
+    assert Path.cwd() == tmp_path and load_game(tmp_path / path).source.size == [48, 48]
+
+
+@pytest.mark.parametrize("name", ["null", "1e5", "On", "Pong"])
+def test_names_that_yaml_would_take_for_something_else(name: str, tmp_path: Path) -> None:
+    gymnasium.register(f"{name}-v0", entry_point=DotsEnv)
+    path, _ = write_game(f"{name}-v0", tmp_path / "g.yaml", imports=DOTS)
+    game = load_game(path)
+    assert (game.name, game.source.env_id) == (name, f"{name}-v0")
+
+
+def test_a_folder_whose_name_yaml_would_cut_off(tmp_path: Path) -> None:
+    where = tmp_path / "my #1 videos"
+    where.mkdir()
+    write_mp4(where / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 25)
+    (where / "a.csv").write_text("action\n" + "1\n" * 4)
+    path, _ = write_game(f"videos:{where}", tmp_path / "g.yaml")
+    assert load_game(path).source.env_id == f"videos:{where}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = undefined_name", "cannot be imported: NameError: .*undefined_name.*line 1"),
+        ("raise SystemExit(5)", "cannot be imported: SystemExit: 5"),
+        ("import not_there_at_all", "cannot be imported: ModuleNotFoundError.*not_there_at_all"),
+        ("def", "cannot be imported: SyntaxError"),
+        (None, "needs the package 'own_game': pip install own_game, or, .* a module of your own"),
+    ],
+)
+def test_a_module_of_ones_own_that_cannot_be_imported(
+    text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if text is not None:
+        (tmp_path / "own_game.py").write_text(text)
+    with pytest.raises(SourceError, match=message) as caught:
+        write_game("Own-v0", "g.yaml", imports=["own_game"])
+    assert "\n" not in str(caught.value)
+    sys.modules.pop("own_game", None)
+
+
+def test_a_module_of_ones_own_is_found_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "found_game.py").write_text(
+        "import gymnasium\nfrom tests.recipe.dots import DotsEnv\n"
+        "gymnasium.register('Found-v0', entry_point=DotsEnv)\n"
+    )
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p] + [str(Path.cwd())])
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_game("Found-v0", "g.yaml", imports=["found_game"])
+    del sys.modules["found_game"]
+    sys.path.remove(str(tmp_path))
+    assert make_source(load_game(path).source).reset(seed=0)[0].shape == (48, 48, 3)
+    sys.modules.pop("found_game", None)
 
 
 def test_an_unknown_key_and_a_bad_budget_are_named(tmp_path: Path) -> None:

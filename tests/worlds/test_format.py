@@ -114,6 +114,17 @@ def test_unknown_worlds(tmp_path: Path) -> None:
     assert issubclass(UnknownWorldError, CheckpointError)
 
 
+def test_a_run_is_the_world_that_it_has_made(tmp_path: Path, tiny_world: Path) -> None:
+    shutil.copytree(tiny_world, tmp_path / "run" / "world")
+    assert find_world(tmp_path / "run") == tmp_path / "run" / "world"
+    assert load_world(tmp_path / "run").folder == (tmp_path / "run" / "world").resolve()
+    (tmp_path / "run" / "world").rename(tmp_path / "run" / ".world.replaced")  # a writer was killed
+    assert find_world(tmp_path / "run") == tmp_path / "run" / "world"
+    (tmp_path / "run" / "world" / "world.yaml").unlink()
+    with pytest.raises(UnknownWorldError, match="run/world is no world folder"):
+        find_world(tmp_path / "run")
+
+
 def test_a_shipped_world_is_found_by_either_name(
     tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
