@@ -344,7 +344,7 @@ def _next(frames: Iterator[np.ndarray], recording: _Recording) -> np.ndarray:
 def _video_frames(video: Path, source: SourceConfig) -> Iterator[np.ndarray]:
     import av
 
-    with av.open(str(video)) as container:
+    with av.open(str(video.absolute())) as container:
         for frame in container.decode(video=0):
             picture = frame.to_ndarray(format="rgb24")
             yield fitted(picture, str(video), source.crop, source.size)

@@ -68,7 +68,7 @@ def presentation_times(video: Path) -> tuple[np.ndarray, float]:
     import av
 
     try:
-        with av.open(str(video)) as container:
+        with av.open(str(video.absolute())) as container:
             stream = container.streams.video[0]
             packets = (p for p in container.demux(stream) if p.size > 0)
             times = np.sort(np.array([p.pts for p in packets], np.int64))
@@ -92,7 +92,7 @@ def picture_size(video: Path) -> tuple[int, int]:
     import av
 
     try:
-        with av.open(str(video)) as container:
+        with av.open(str(video.absolute())) as container:
             stream = container.streams.video[0]
             return int(stream.height), int(stream.width)
     except (av.FFmpegError, OSError, IndexError, TypeError) as error:
@@ -134,7 +134,7 @@ class _Decoder:
 
         self._video, self._fit = video, (crop, size)
         try:
-            self._container = av.open(str(video))
+            self._container = av.open(str(video.absolute()))
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, OSError, IndexError) as error:
             raise RecordingError(
