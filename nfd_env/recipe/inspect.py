@@ -286,10 +286,13 @@ def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
         place = int(action) - int(space.start)
         if len(pressed) == 1 and 0 <= place < len(names):
             key = chr(pressed[0]) if isinstance(pressed[0], int) else str(pressed[0])
-            known = keys.setdefault(names[place], [])
-            if key.strip() and key not in known:
-                known.append(key)
-    return names, keys
+            if not key.strip() or key in keys.get(names[place], ()):
+                continue
+            for others in keys.values():  # what the game says of a key goes before a guess
+                if key in others:
+                    others.remove(key)
+            keys.setdefault(names[place], []).append(key)
+    return names, {name: own for name, own in keys.items() if own}
 
 
 def _names(inner: Any, count: int) -> list[str]:
