@@ -13,7 +13,7 @@ from gymnasium import spaces
 from torch import Tensor
 from torch.nn import functional
 
-MOST_ACTIONS = 4096  # each is a number of the networks' input
+_MOST_ACTIONS = 4096  # each is a number of the networks' input
 
 
 def space_to_dict(space: spaces.Space) -> dict[str, Any]:
@@ -107,10 +107,10 @@ class ActionCodec:
                 raise ValueError(f"the actions of {space} lie beyond 64-bit integers")
             high = low + counts.astype(np.int64) - 1
             self.width = int(counts.sum(dtype=object))
-            if self.width > MOST_ACTIONS:
+            if self.width > _MOST_ACTIONS:
                 raise ValueError(
                     f"{' '.join(str(space).split())} has {self.width} actions to tell apart, and a "
-                    f"world at most {MOST_ACTIONS}: give the game fewer by a wrapper, or choose "
+                    f"world at most {_MOST_ACTIONS}: give the game fewer by a wrapper, or choose "
                     "some of a Discrete space's by source.actions"
                 )
             self._counts = counts.reshape(-1).tolist()

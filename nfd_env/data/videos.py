@@ -8,6 +8,7 @@ the frames that it decoded last: what goes on where the last reading ended is de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,17 @@ def presentation_times(video: Path) -> tuple[np.ndarray, float]:
     Raises:
         RecordingError: when it cannot be read or holds no video.
     """
-    import av
-
-    try:
-        with av.open(str(video.absolute())) as container:
-            stream = container.streams.video[0]
-            packets = (p for p in container.demux(stream) if p.size > 0)
-            times = np.sort(np.array([p.pts for p in packets], np.int64))
-            if (np.diff(times) <= 0).any():
-                raise RecordingError(f"{video} cannot be used: two frames have the same time")
-            if len(times) < 2:
-                raise RecordingError(
-                    f"{video} has {len(times)} frames; an action lies between two: take it away"
-                )
-            return times, float(stream.average_rate or 0)
-    except (av.FFmpegError, OSError, IndexError, TypeError) as error:
-        raise RecordingError(f"{video} cannot be read: {error}") from None
+    with _stream(video) as stream:
+        packets = (p for p in stream.container.demux(stream) if p.size > 0)
+        times = np.sort(np.array([p.pts for p in packets], np.int64))
+        rate = float(stream.average_rate or 0)
+    if (np.diff(times) <= 0).any():
+        raise RecordingError(f"{video} cannot be used: two frames have the same time")
+    if len(times) < 2:
+        raise RecordingError(
+            f"{video} has {len(times)} frames; an action lies between two: take it away"
+        )
+    return times, rate
 
 
 def picture_size(video: Path) -> tuple[int, int]:
@@ -89,12 +85,19 @@ def picture_size(video: Path) -> tuple[int, int]:
     Raises:
         RecordingError: when it cannot be read or holds no video.
     """
+    with _stream(video) as stream:
+        return int(stream.height), int(stream.width)
+
+
+@contextmanager
+def _stream(video: Path) -> Iterator[Any]:
+    """The pictures of an open video; what goes wrong with it within the block is told by name."""
     import av
 
     try:
+        # A relative path may look like a protocol's address.
         with av.open(str(video.absolute())) as container:
-            stream = container.streams.video[0]
-            return int(stream.height), int(stream.width)
+            yield container.streams.video[0]
     except (av.FFmpegError, OSError, IndexError, TypeError) as error:
         raise RecordingError(f"{video} cannot be read: {error}") from None
 

@@ -6,13 +6,12 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 
 from nfd_env import config
 from nfd_env.data.importers import open_foreign
@@ -37,7 +36,7 @@ from nfd_env.sources.frames import frame_rate
 from nfd_env.sources.keys import check_controls
 from nfd_env.sources.source import make_source
 from nfd_env.sources.spec import is_imported
-from nfd_env.spaces import ActionCodec, space_to_dict
+from nfd_env.spaces import ActionCodec, space_from_dict, space_to_dict
 from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig, world_spec
 from nfd_env.training.flow import FlowTrainingConfig
@@ -69,19 +68,20 @@ class Look:
 
     Attributes:
         frame_size: [H, W].
-        action_width: of encoded actions.
-        rate: steps a second that one process plays; NaN where nothing is to be recorded.
-        longest: transitions of the longest episode that was seen, or cut off.
-        action_space: see ``space_to_dict``; empty where it is not known.
+        action_space: see ``space_to_dict``.
         fps: frames a second.
+        rate: steps a second that one process plays; NaN where nothing is to be recorded.
     """
 
     frame_size: list[int]
-    action_width: int
+    action_space: dict[str, Any]
+    fps: float
     rate: float = math.nan
-    longest: int = 10**6
-    action_space: dict[str, Any] = field(default_factory=dict)
-    fps: float = 30.0
+
+    @property
+    def action_width(self) -> int:
+        """Of encoded actions."""
+        return ActionCodec(space_from_dict(self.action_space)).width
 
 
 def look(game: GameConfig) -> Look:
@@ -99,17 +99,15 @@ def look(game: GameConfig) -> Look:
         foreign = open_foreign(game.source)
         size = [int(side) for side in foreign.frame().shape[:2]]
         check_controls(foreign.action_space, game.source.action_names, game.source.keys)
-        return _look(size, foreign.action_space, foreign.fps)
+        return Look(size, space_to_dict(foreign.action_space), foreign.fps)
     for policy in game.policies:
         make_policy(policy.policy, dict(policy.kwargs), policy.mistakes)
     env = make_source(game.source, **game.recording_kwargs)
     try:
         shape = env.observation_space.shape
         assert shape is not None
-        space = env.action_space
-        ActionCodec(space)  # refuses what no world can have
-        fps = frame_rate(env)
-        check_controls(env.action_space, game.source.action_names, game.source.keys)
+        space, fps = ActionCodec(env.action_space).space, frame_rate(env)
+        check_controls(space, game.source.action_names, game.source.keys)
         rate, longest, moves = 0.0, 0, False
         shares = sum(policy.share for policy in game.policies)
         for policy in game.policies:
@@ -149,12 +147,7 @@ def look(game: GameConfig) -> Look:
             "and source.crop"
         )
     size = [int(shape[0]), int(shape[1])]
-    return replace(_look(size, space, fps), rate=1 / rate, longest=longest)
-
-
-def _look(frame_size: list[int], space: spaces.Space, fps: float) -> Look:
-    described = space_to_dict(space)
-    return Look(frame_size, ActionCodec(space).width, action_space=described, fps=fps)
+    return Look(size, space_to_dict(space), fps, 1 / rate)
 
 
 class _Timed:
@@ -206,7 +199,7 @@ def look_at_recordings(game: GameConfig) -> Look:
             "leave it out to record the game"
         )
     spec = recordings.spec
-    return _look(list(spec.frame_shape[:2]), spec.codec.space, spec.fps)
+    return Look(list(spec.frame_shape[:2]), spec.action_space, spec.fps)
 
 
 def check_kinds(game: GameConfig) -> None:
@@ -248,7 +241,7 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
     built = check_settings(plan, seen)
     check_parts(built, ranks)
     _check_at_hand(game, built)
-    _check_world(game, built["export"], seen)
+    _check_starts(game, built["export"])
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
     _check_room(game, seen, networks)
@@ -296,6 +289,10 @@ def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
     """
     built = {name: built_from(name, getattr(plan, name)) for name in SCHEMAS}
     _check_fit(built, seen)
+    try:
+        world_spec(built["export"], seen.frame_size, seen.fps, seen.action_space)
+    except ValueError as error:
+        raise config.ConfigError(f"export: {error}") from None
     return built
 
 
@@ -336,21 +333,14 @@ def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
         )
 
 
-def _check_world(game: GameConfig, export: ExportConfig, seen: Look) -> None:
-    """Refuse what the world could not say of itself, and starts that no episode can have."""
-    window = export.start_frames + export.start_margin
-    if not (game.recordings or is_imported(game.source.env_id)):
-        if window > game.max_episode_steps + 1:
-            raise config.ConfigError(
-                f"export.start_frames and export.start_margin ask for episodes of {window} frames, "
-                f"but max_episode_steps cuts them off after {game.max_episode_steps + 1}"
-            )
-    if seen.action_space:
-        told = config.to_dict(game.source)
-        try:
-            world_spec(export, seen.frame_size, seen.fps, seen.action_space, told)
-        except ValueError as error:
-            raise config.ConfigError(f"export: {error}") from None
+def _check_starts(game: GameConfig, export: ExportConfig) -> None:
+    """Refuse starts that are longer than any episode that will be recorded."""
+    window, most = export.start_frames + export.start_margin, game.max_episode_steps + 1
+    if not game.recordings and window > most:
+        raise config.ConfigError(
+            f"export.start_frames and export.start_margin ask for episodes of {window} frames, "
+            f"but max_episode_steps cuts them off after {most}"
+        )
 
 
 def _check_fit(built: dict[str, Any], seen: Look) -> None:

@@ -24,7 +24,7 @@ from nfd_env.named import described, look_here
 from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.grid import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
-from nfd_env.sources.frames import FrameRateError, frame_rate
+from nfd_env.sources.frames import FRAME_RATE, FrameRateError, frame_rate
 from nfd_env.sources.keys import default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import VIDEOS, area_resize, is_imported
@@ -34,7 +34,6 @@ from nfd_env.video import write_png
 _LOOKED_AT = 24  # steps that are played to see the game
 _PLAYED_TO_THE_END = 300  # steps at most, to see how the game shows an end; slow games take 10 s
 _ATTEMPTS = 5  # a game may fail in some of its episodes
-_FRAME_RATE = 30.0  # where a game says what cannot be
 _SMALLEST = 24  # pixels; a smaller "image" is a map of symbols (MiniGrid's is 7 x 7)
 
 # Packages that register ids when they are imported, by the beginning of the id.
@@ -160,7 +159,7 @@ def _with_frames(
         try:
             where, env = _made(where)
         except SourceError as error:
-            if not where.key or not str(error).endswith(f"entry {where.key!r}"):  # a guess of ours
+            if not where.key:  # else a guess of ours
                 tried.append(str(error))
             continue
         try:
@@ -194,7 +193,7 @@ def _made(source: SourceConfig) -> tuple[SourceConfig, gymnasium.Env]:
     try:
         return source, make_source(source)
     except FrameRateError:
-        source = replace(source, fps=_FRAME_RATE)
+        source = replace(source, fps=FRAME_RATE)
         return source, make_source(source)
 
 
@@ -317,7 +316,7 @@ def _value(member: Any) -> Any:
 
 def _frame_rate(env: gymnasium.Env, source: SourceConfig) -> float:
     """Steps a second at which a person plays: native frames over the frame skip."""
-    told = source.fps or frame_rate(env)
+    told = frame_rate(env)
     if source.env_id.startswith(PREFIX):
         return told  # counted there already
     if "ale_py" in source.imports:

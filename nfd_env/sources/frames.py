@@ -152,7 +152,7 @@ class FrameObservation(gymnasium.Wrapper):
     def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call foreign code, which must not end this program."""
         try:
-            with self._place:
+            with self._place.entered():
                 return function(*args, **kwargs)
         except (gymnasium.error.ResetNeeded, gymnasium.error.ClosedEnvironmentError):
             raise  # of whoever calls
@@ -253,7 +253,7 @@ def frame_rate(env: gymnasium.Env) -> float:
         if isinstance(layer, FrameObservation):
             return layer.fps
         layer = layer.env
-    told = (env.metadata or {}).get("render_fps") or _FRAME_RATE
+    told = (env.metadata or {}).get("render_fps") or FRAME_RATE
     try:
         rate = float(told)
         check_fps("render_fps", rate)
@@ -267,7 +267,7 @@ def frame_rate(env: gymnasium.Env) -> float:
 
 
 _TRANSITION = "observation", "reward", "terminated", "truncated", "info"
-_FRAME_RATE = 30.0  # as ``gymnasium.utils.play`` has it
+FRAME_RATE = 30.0  # of games that say nothing; as ``gymnasium.utils.play`` has it
 _INSTEAD = "set frames: render to record its picture instead"
 _LARGEST = float(np.finfo(np.float32).max)  # rewards are recorded as float32
 

@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 class OwnPlace:
-    """While foreign code runs, it is where it last was; behind it, everybody is where they were.
+    """Where a game's code has gone, which is nobody else's affair.
 
-    A context manager. Else relative paths, of what is being written too, would mean others.
+    Else relative paths, of what is being written too, would mean others.
     """
 
     def __init__(self) -> None:
-        """Where everybody is, for now."""
+        """It is where everybody is."""
         self._own: str | None = None
-        self._here: str | None = None
 
-    def __enter__(self) -> None:
-        """Go to where the foreign code was."""
-        self._here = _current()
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The game's code runs within the block, where it last was; behind it all is as before."""
+        here = _current()
         if self._own is not None:
             _go(self._own)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        """Go back, and remember where it is now."""
-        now = _current()
-        if self._here is not None and now != self._here:
-            self._own = now
-            _go(self._here)
-        elif self._own is not None and now == self._here:
-            self._own = None
+        try:
+            yield
+        finally:
+            now = _current()
+            self._own = now if now != here else None
+            if here is not None and now != here:
+                _go(here)
 
 
 def _current() -> str | None:
-    try:
+    with suppress(OSError):  # it was deleted
         return os.getcwd()
-    except OSError:  # it was deleted
-        return None
+    return None
 
 
 def _go(folder: str) -> None:
-    try:
+    with suppress(OSError):  # it is gone meanwhile: stay
         os.chdir(folder)
-    except OSError:  # gone meanwhile: stay
-        pass

@@ -51,7 +51,7 @@ def make_source(source: SourceConfig, **kwargs: Any) -> gymnasium.Env:
     if shows:
         del arguments["render_mode"]
     place = OwnPlace()
-    with GUARD.watching(), place:
+    with GUARD.watching(), place.entered():
         env = OwnFolder(_make(source.env_id, arguments))
     try:
         return FrameObservation(env, source, "rgb_array" if shows else None, place)

@@ -172,7 +172,8 @@ def export(settings: ExportConfig) -> Path:
     origins = {n: found for n, path in paths.items() if (found := read_origin(path)) is not None}
     recordings = RecordedDataset(settings.recordings)
     told = recordings.spec
-    spec = world_spec(settings, told.frame_shape, told.fps, told.action_space, told.source)
+    size = list(told.frame_shape[:2])
+    spec = world_spec(settings, size, told.fps, told.action_space, told.source)
     # Before the starts are encoded: parts that do not belong together are refused at once.
     check_fit(folder, spec, tokenizer, dynamics, heads, teacher)
     check_origins(folder, spec, origins, paths)
@@ -218,30 +219,34 @@ def export(settings: ExportConfig) -> Path:
 
 def world_spec(
     settings: ExportConfig,
-    frame_size: Sequence[int],
+    frame_size: list[int],
     fps: float,
     action_space: dict[str, Any],
-    source: Mapping[str, Any],
+    source: Mapping[str, Any] | None = None,
 ) -> WorldSpec:
     """What the world will say of itself.
 
     Args:
         settings: of the stage.
-        frame_size: height, width and whatever else, of what was recorded, as is the rest.
-        fps: frames a second.
+        frame_size: [H, W] of what was recorded.
+        fps: frames a second at which it was.
         action_space: see ``space_to_dict``.
-        source: plain values of a ``SourceConfig``.
+        source: plain values of the ``SourceConfig`` it is of; None to check only what
+            ``settings`` say.
 
     Raises:
         ValueError: when no world could say so.
     """
     spec = WorldSpec(
         name=settings.name,
-        frame_size=list(frame_size[:2]),
+        frame_size=frame_size,
         fps=settings.presentation.get("fps") or fps,
         action_space=action_space,
         source=config.from_mapping(
-            SourceConfig, {**source, **settings.presentation}, "source", foreign=True
+            SourceConfig,
+            {**(source or {"env_id": settings.name}), **settings.presentation},
+            "source",
+            foreign=True,
         ),
         sampling=settings.sampling,
         teacher=settings.teacher_sampling if settings.teacher else None,

@@ -105,7 +105,7 @@ def test_the_papers_sizes_are_games_that_can_be_planned(path: Path) -> None:
     width = ActionCodec(space_from_dict(source.action_space)).width
     assert width == len(source.columns) == 25 and not source.copy
     plan = settings(game, measures([224, 384]), "cpu", width, processes=8)
-    built = check_settings(plan, Look([224, 384], width))
+    built = check_settings(plan, Look([224, 384], source.action_space, 20.0))
     check_parts(built, Ranks(0, 8))
     flow = built["flow"]
     assert (flow.model.tokens, flow.frames, flow.model.window) == (84, 32, 32)
