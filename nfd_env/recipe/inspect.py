@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import EnumType
@@ -25,7 +26,7 @@ from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.grid import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
 from nfd_env.sources.frames import FRAME_RATE, FrameRateError, frame_rate
-from nfd_env.sources.keys import default_controls
+from nfd_env.sources.keys import NOOP, default_controls
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import VIDEOS, area_resize, is_imported
 from nfd_env.spaces import ActionCodec, space_to_dict
@@ -49,7 +50,10 @@ _REGISTERED_BY = {
 
 
 def inspect_game(
-    env_id: str, kwargs: Mapping[str, Any] | None = None, imports: list[str] | None = None
+    env_id: str,
+    kwargs: Mapping[str, Any] | None = None,
+    imports: list[str] | None = None,
+    file: str = "",
 ) -> tuple[SourceConfig, str, np.ndarray]:
     """Make the game, play a few steps of it, and decide how to record it.
 
@@ -58,6 +62,7 @@ def inspect_game(
             ("videos:" and a folder, "minari:" and a data set).
         kwargs: of ``gymnasium.make``; see ``SourceConfig.kwargs`` for recordings.
         imports: modules that register the id; None for those of well-known games.
+        file: what the game file will be called, which it says itself; "" for ``default_file``.
 
     Returns:
         How to record it; the text of a game file; a preview, uint8 RGB (H, W, 3): the game's own
@@ -69,11 +74,12 @@ def inspect_game(
     if imports is None:
         imports = [m for start, m in _REGISTERED_BY.items() if env_id.startswith(start)]
     source = SourceConfig(env_id, imports=imports, kwargs=dict(kwargs or {}))
+    file = file or default_file(env_id)
     if is_imported(env_id):
-        return _foreign(source)
+        return _foreign(source, file)
     source, raw, seen, env = _with_frames(source)
     try:
-        return _inspected(source, raw, seen, env)
+        return _inspected(source, file, raw, seen, env)
     except SourceError:
         raise
     except (Exception, SystemExit) as error:  # whatever foreign code may raise
@@ -85,7 +91,12 @@ def inspect_game(
         close(env)
 
 
-def _foreign(source: SourceConfig) -> tuple[SourceConfig, str, np.ndarray]:
+def default_file(env_id: str) -> str:
+    """What the file of a game is called, unless somebody says otherwise."""
+    return f"{snake_case(_name(env_id))}.yaml"
+
+
+def _foreign(source: SourceConfig, file: str) -> tuple[SourceConfig, str, np.ndarray]:
     """What ``inspect_game`` returns of recordings that were made elsewhere."""
     found = open_foreign(source)
     raw, space = found.frame(), found.action_space
@@ -97,11 +108,11 @@ def _foreign(source: SourceConfig) -> tuple[SourceConfig, str, np.ndarray]:
     if source.env_id.startswith(VIDEOS) and "action_space" not in source.kwargs:
         told = space_to_dict(space)  # so that more recordings will not change it
         source = replace(source, kwargs={**source.kwargs, "action_space": told})
-    return source, _text(source, space, 2000, []), _preview(raw, open_foreign(source).frame())
+    return source, _text(source, file, space, 2000, []), _preview(raw, open_foreign(source).frame())
 
 
 def _inspected(
-    source: SourceConfig, raw: np.ndarray, seen: np.ndarray, env: gymnasium.Env
+    source: SourceConfig, file: str, raw: np.ndarray, seen: np.ndarray, env: gymnasium.Env
 ) -> tuple[SourceConfig, str, np.ndarray]:
     names, keys = _controls(env)
     fps = _frame_rate(env, source)
@@ -110,7 +121,7 @@ def _inspected(
     alike = _attempted(lambda: _alike(env), [])
     source = replace(source, terminal_frame=_attempted(lambda: _shows_its_end(env, source), True))
     source = replace(source, action_names=names, keys=keys, fps=round(fps, 3))
-    return source, _text(source, space, steps, alike), _preview(raw, seen)
+    return source, _text(source, file, space, steps, alike), _preview(raw, seen)
 
 
 def write_game(
@@ -132,7 +143,7 @@ def write_game(
         FileExistsError: when one of them is there; it may be somebody's work.
         FolderError: when it cannot be written.
     """
-    path = Path(output or f"{snake_case(_name(env_id))}.yaml").expanduser()
+    path = Path(output or default_file(env_id)).expanduser()
     look_here()
     picture = path.with_suffix(".png")
     if picture == path:
@@ -143,7 +154,7 @@ def write_game(
                 f"{file} is there already; name another file with -o, or remove it"
             )
     check_writable(path, picture)
-    _, text, preview = inspect_game(env_id, kwargs, imports)
+    _, text, preview = inspect_game(env_id, kwargs, imports, path.name)
     write_png(picture, preview)
     save_text(path, text)
     return path, picture
@@ -273,12 +284,10 @@ def _alike(env: gymnasium.Env) -> list[list[int]]:
 def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
     """Names and keys of actions: the game's own where it says, else sensible ones."""
     space, inner = env.action_space, env.unwrapped
-    if not isinstance(space, spaces.Discrete):
-        return default_controls(space)
-    names = _names(inner, int(space.n))
+    names = _names(inner, space)
     names, keys = default_controls(space, names)
     own: Any = getattr(inner, "get_keys_to_action", None)
-    if own is None or not names:
+    if own is None or not isinstance(space, spaces.Discrete):
         return names, keys
     for chord, action in (own() or {}).items():
         pressed = chord if isinstance(chord, tuple) else (chord,)
@@ -294,20 +303,34 @@ def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
     return names, {name: own for name, own in keys.items() if own}
 
 
-def _names(inner: Any, count: int) -> list[str]:
-    """The game's own names of its Discrete actions; none where it has none, or others."""
-    meanings: Any = getattr(inner, "get_action_meanings", None)
+def _names(inner: Any, space: spaces.Space) -> list[str]:
+    """The game's own names of its actions; none where it has none, or others."""
     told: list[str] = []
-    actions = getattr(inner, "actions", None)
-    if isinstance(actions, EnumType):  # as MiniGrid has it, and what is built like it
-        members: list[Any] = sorted(actions, key=_value)
-        told = [str(member.name).lower() for member in members]
-    if meanings is not None:
-        told = [str(name).lower() for name in meanings() or ()]
-    elif hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):  # ViZDoom
-        buttons = inner.game.get_available_buttons()
-        told = ["noop", *(button.name.lower() for button in reversed(buttons))]
-    return told if len(told) == count == len(set(told)) else []
+    if hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):
+        told = _button_names(inner, space)
+    elif isinstance(space, spaces.Discrete):
+        meanings: Any = getattr(inner, "get_action_meanings", None)
+        actions = getattr(inner, "actions", None)
+        if isinstance(actions, EnumType):  # as MiniGrid has it, and what is built like it
+            members: list[Any] = sorted(actions, key=_value)
+            told = [str(member.name).lower() for member in members]
+        if meanings is not None:
+            told = [str(name).lower() for name in meanings() or ()]
+    fits = told and len(told) == len(default_controls(space)[0]) == len(set(told))
+    return told if fits else []
+
+
+def _button_names(inner: Any, space: spaces.Space) -> list[str]:
+    """Of ViZDoom's actions, which are buttons that are held together or alone."""
+    buttons = [str(button.name).lower() for button in inner.game.get_available_buttons()]
+    if isinstance(space, spaces.MultiBinary):
+        return buttons
+    if isinstance(space, spaces.MultiDiscrete):  # one by one, each up or down
+        return [name for button in buttons for name in (f"{NOOP} {button}", button)]
+    if isinstance(space, spaces.Discrete):  # each a row of ``button_map``, see its source
+        held = [[b for b, on in zip(buttons, row, strict=True) if on] for row in inner.button_map]
+        return ["+".join(pressed) or NOOP for pressed in held]
+    return []
 
 
 def _value(member: Any) -> Any:
@@ -347,11 +370,14 @@ def _name(env_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "", name) or "Game"
 
 
-def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[list[int]]) -> str:
+def _text(
+    source: SourceConfig, file: str, space: spaces.Space, steps: int, alike: list[list[int]]
+) -> str:
     """The game file, with comments."""
     name = _name(source.env_id)
     height, width = source.size
     grid = choose_grid(height, width, math.inf)
+    command = " ".join(shlex.quote(file).splitlines())
 
     def flow(value: Any) -> str:
         if isinstance(value, str):  # plain where it cannot be taken for anything else
@@ -362,7 +388,7 @@ def _text(source: SourceConfig, space: spaces.Space, steps: int, alike: list[lis
 
     lines = [
         f"# {' '.join(source.env_id.split())}: {' '.join(str(space).split()):.200}",
-        f"# nfd train {snake_case(name)}.yaml  makes a world of it; run it again to go on",
+        f"# nfd train {command}  makes a world of it; run it again to go on",
         f"name: {flow(name)}",
         "source:",
         f"  env_id: {flow(source.env_id)}",

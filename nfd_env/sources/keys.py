@@ -22,12 +22,22 @@ _PAIRS = [
 ]
 _PEDALS = ("up", "down", "w", "s", "space", "left shift", "e", "q", "c", "v")
 _BUTTONS = tuple("1234567890") + tuple("qwertyuiop")
-# What the names of actions mean in many games, and a second key for the hand on the letters.
+# What the names of actions mean in many games, and a second key for the hand on the letters. Where
+# one turns and steps aside, the arrows turn and the letters step.
+_LEFT, _RIGHT, _UP, _DOWN = ("left", "a"), ("right", "d"), ("up", "w"), ("down", "s")
 _KNOWN = {
-    "left": ("left", "a"),
-    "right": ("right", "d"),
-    "up": ("up", "w"),
-    "down": ("down", "s"),
+    "left": _LEFT,
+    "right": _RIGHT,
+    "up": _UP,
+    "down": _DOWN,
+    "turn_left": _LEFT,
+    "turn_right": _RIGHT,
+    "move_left": _LEFT[::-1],
+    "move_right": _RIGHT[::-1],
+    "forward": _UP,
+    "move_forward": _UP,
+    "backward": _DOWN,
+    "move_backward": _DOWN,
     "fire": ("space",),
     "jump": ("space",),
     "shoot": ("space",),
@@ -164,11 +174,13 @@ def default_controls(
     if isinstance(space, spaces.Box):
         renamed = dict(zip(made, given, strict=True))
         return given, {renamed[name]: [key] for name, key in wanted.items()}
-    for name in given:
-        free = [key for key in _KNOWN.get(name.lower(), ()) if key not in taken]
-        if free:
-            keys[name] = free
-            taken.update(free)
+    usual = {name: _KNOWN.get(name.lower(), ()) for name in given}
+    for turn in range(2):  # the first key of each goes before the second key of another
+        for name, wanted_keys in usual.items():
+            for key in wanted_keys[turn : turn + 1]:
+                if key not in taken:
+                    keys.setdefault(name, []).append(key)
+                    taken.add(key)
     acting = [name for name in given if name.split()[:1] != [NOOP]]
     if isinstance(space, spaces.Discrete):
         chords = with_chords(given, keys).keys() - keys.keys()
@@ -196,7 +208,7 @@ def with_chords(names: Sequence[str], keys: Mapping[str, Sequence[str]]) -> dict
     single = {
         name: [key for key in own if len(key) == 1 or "+" not in key]
         for name, own in keys.items()
-        if len(name) > 1 and name.isalpha()
+        if len(name) > 1 and name.replace("_", "").isalpha()
     }
     word = "|".join(sorted(map(re.escape, single), key=len, reverse=True))
     found = {name: list(own) for name, own in keys.items()}

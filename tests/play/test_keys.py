@@ -242,6 +242,10 @@ def test_names_bring_the_usual_keys():
         "fire": ["space"],
         "duck": ["5"],
     }
+    names = ["noop", "move_left", "turn_left", "move_forward", "move_forward+turn_left"]
+    _, keys = default_controls(spaces.Discrete(5), names)
+    assert keys == {"move_left": ["a"], "turn_left": ["left"], "move_forward": ["up", "w"]}
+    assert with_chords(names, keys)[names[-1]] == ["up+left", "w+left"]
     with pytest.raises(KeymapError, match="3 actions to name, but 2"):
         default_controls(spaces.Discrete(3), ["a", "b"])
     for space in (spaces.Dict(), spaces.Text(3)):

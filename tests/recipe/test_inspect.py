@@ -28,6 +28,7 @@ def test_the_file_says_what_was_found_and_can_be_trained_as_it_is(tmp_path: Path
     assert game.source.action_names == ["left", "noop", "right"]
     assert "left" in game.source.keys["left"] and "right" in game.source.keys["right"]
     assert len(path.read_text().splitlines()) <= 25
+    assert "# nfd train dots.yaml " in path.read_text()
     preview = cv2.imread(str(picture))
     assert preview is not None and preview.shape[0] >= 256
     drawn = picture.read_bytes()
@@ -36,6 +37,35 @@ def test_the_file_says_what_was_found_and_can_be_trained_as_it_is(tmp_path: Path
             write_game("tests/Dots-v0", path, imports=DOTS)
         path.unlink(missing_ok=True)
     assert picture.read_bytes() == drawn
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kwargs", "names"),
+    [
+        ("HealthGathering", {"max_buttons_pressed": 0}, "turn_left turn_right move_forward"),
+        ("TakeCover", {}, "noop move_right move_left"),
+        (
+            "Basic",
+            {"max_buttons_pressed": 2},
+            "noop attack move_right move_right+attack move_left move_left+attack "
+            "move_left+move_right",
+        ),
+        (
+            "TakeCover",
+            {"max_buttons_pressed": 0, "use_multi_binary_action_space": False},
+            "noop_move_left move_left noop_move_right move_right",
+        ),
+    ],
+)
+def test_buttons_of_doom_have_their_names_and_keys(
+    env_id: str, kwargs: dict[str, int], names: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("vizdoom")
+    path, _ = write_game(f"Vizdoom{env_id}-v1", tmp_path / "my game.yaml", kwargs)
+    source = load_game(path).source
+    assert source.action_names == [name.replace("noop_", "noop ") for name in names.split()]
+    assert "left" in source.keys.get("turn_left", source.keys.get("move_left", []))
+    assert "# nfd train 'my game.yaml' " in path.read_text()
 
 
 def test_pictures_that_are_only_rendered_are_found(tmp_path: Path) -> None:
