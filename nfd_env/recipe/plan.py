@@ -25,13 +25,19 @@ from nfd_env.training.latent_stage import CONTEXT, LEAST_HORIZON
 from nfd_env.training.optimiser import has_muon
 
 # Shares of the time that is left after recording. The flow model profits longest from more steps.
-SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.45, "heads": 0.08, "distill": 0.15}
+# What a student learns in such times was never better than the flow model's own one or two steps
+# (docs/trials.md, "What draws the frames"), so that it gets little more than comparing them takes.
+SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.53, "heads": 0.08, "distill": 0.07}
 SHARED = ("tokenizer", "flow", "distill")  # stages that several processes train together
 _RESERVE = 0.1  # for encoding, calibration and the report
 AGENT_SHARE = 0.25  # of a later round's time, see nfd_env.recipe.rounds
 _VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
 _FEWEST = {"inverse_dynamics": 60, "tokenizer": 60, "flow": 60, "heads": 40, "distill": 20}
 LEAST_STEPS = 10  # of each stage, however small the budget
+# In a short training of the tokenizer on a CPU many steps of few frames learn more than few steps
+# of many (docs/trials.md): its batch is made so much smaller, down to an eighth, for so many steps.
+_WANTED = {"tokenizer": 2_000}
+_SMALLEST_PART = 8
 _MOST = {
     "inverse_dynamics": 2_000,
     "tokenizer": 30_000,
@@ -301,18 +307,24 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def with_smaller_batch(
     plan: Plan, game: GameConfig, name: str, seconds: float, per_step: float, parts: int = 1
 ) -> Plan:
-    """``plan`` with a batch so small that there is time for a few steps; see ``with_steps``.
+    """``plan`` with a batch so small that there is time for enough steps; see ``with_steps``.
 
     A batch of ``parts`` equal ones stays one.
     """
     values = getattr(plan, name)
     own = getattr(game, name).get("train", {})
-    share = max(0.0, seconds) / (per_step * _FEWEST[name])
-    if share >= 1 or "steps" in own or "batch_size" in own:
+    if "steps" in own or "batch_size" in own:
         return plan
     train = values["train"]
-    size = max(2, int(train["batch_size"] * share))
+    batch, steps = train["batch_size"], max(0.0, seconds) / per_step
+    size = min(batch, int(batch * steps / _FEWEST[name]))
+    if not train["device"].startswith("cuda"):  # there a step of few takes as long as one of many
+        wanted = int(batch * steps / _WANTED.get(name, 1))
+        size = min(size, max(batch // _SMALLEST_PART, wanted))
+    size = max(2, size)
     size = max(parts, size // parts * parts)
+    if size >= batch:
+        return plan
     return replace(plan, **{name: {**values, "train": {**train, "batch_size": size}}})
 
 
