@@ -12,38 +12,19 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env.sources.keys import (
+    NAMED_KEYS,
     NOOP,
     KeymapError,
     box_axes,
+    chord_keys,
     default_controls,
+    key_name,
     resting_action,
     with_chords,
 )
 
 if TYPE_CHECKING:
     from nfd_env.sources.spec import SourceConfig
-
-_ALIASES = {
-    " ": "space",
-    "enter": "return",
-    "esc": "escape",
-    "ctrl": "left ctrl",
-    "control": "left ctrl",
-    "shift": "left shift",
-    "alt": "left alt",
-    "arrowleft": "left",
-    "arrowright": "right",
-    "arrowup": "up",
-    "arrowdown": "down",
-}
-
-
-def key_name(key: str | int) -> str:
-    """One name for a key: "a", "left", "space"; an int is a character code, as Gymnasium has it."""
-    if isinstance(key, int):
-        key = chr(key) if 0 < key < 0x110000 else str(key)
-    lowered = key if key == " " else key.strip().lower()
-    return _ALIASES.get(lowered, lowered)
 
 
 @dataclass(frozen=True)
@@ -152,8 +133,7 @@ class Keymap:
             if name not in names or names.index(name) >= len(values):
                 raise KeymapError(f"keys are given for {name!r}, which is no action of {names}")
             for chord in alternatives:
-                parts = frozenset(key_name(k) for k in chord.split("+") if k) or frozenset("+")
-                bindings.append(Binding(parts, values[names.index(name)], name))
+                bindings.append(Binding(chord_keys(chord), values[names.index(name)], name))
         return cls(space, bindings, names, additive=not isinstance(space, spaces.Discrete))
 
     @classmethod
@@ -180,7 +160,7 @@ class Keymap:
         bindings = []
         for keys, action in (keys_to_action or {}).items():
             chord = [keys] if isinstance(keys, int) else list(keys)
-            if isinstance(keys, str) and len(keys) > 1 and key_name(keys) in _NAMED:
+            if isinstance(keys, str) and len(keys) > 1 and key_name(keys) in NAMED_KEYS:
                 chord = [keys]
             if not chord:
                 noop = action if noop is None else noop
@@ -313,11 +293,6 @@ class Gamepad:
 
     axes: dict[str, int]
     buttons: dict[str, str]
-
-
-_NAMED = {"left", "right", "up", "down", "space", "return", "tab", "backspace"} | set(
-    _ALIASES.values()
-)
 
 
 class KeyLatch:

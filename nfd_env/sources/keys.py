@@ -52,6 +52,44 @@ class KeymapError(ValueError):
     """Keys do not fit an action space."""
 
 
+_ALIASES = {
+    " ": "space",
+    "enter": "return",
+    "esc": "escape",
+    "ctrl": "left ctrl",
+    "control": "left ctrl",
+    "shift": "left shift",
+    "alt": "left alt",
+    "arrowleft": "left",
+    "arrowright": "right",
+    "arrowup": "up",
+    "arrowdown": "down",
+}
+
+
+# Those with more than one letter; the window and the page know them.
+NAMED_KEYS = {"left", "right", "up", "down", "space", "return", "tab", "backspace"} | {
+    "left shift",
+    "right shift",
+    "left ctrl",
+    "right ctrl",
+    "left alt",
+}
+
+
+def key_name(key: str | int) -> str:
+    """One name for a key: "a", "left", "space"; an int is a character code, as Gymnasium has it."""
+    if isinstance(key, int):
+        key = chr(key) if 0 < key < 0x110000 else str(key)
+    lowered = key if key == " " else key.strip().lower()
+    return _ALIASES.get(lowered, lowered)
+
+
+def chord_keys(chord: str) -> frozenset[str]:
+    """The keys of "left+space", or of a single one."""
+    return frozenset(key_name(key) for key in chord.split("+") if key) or frozenset("+")
+
+
 @dataclass(frozen=True)
 class Axis:
     """One number of a Box action.
@@ -155,7 +193,7 @@ def default_controls(
         names: given ones are kept, and one such as "left" or "fire" gets the usual key.
 
     Returns:
-        The names, all different, and action name -> key names (see ``play.keys.key_name``). Spaces
+        The names, all different, and action name -> key names (see ``key_name``). Spaces
         with more actions than there are handy keys leave the last ones without.
 
     Raises:
@@ -232,7 +270,7 @@ def check_controls(
 
     Raises:
         KeymapError: when there are more names than actions, names that are empty or alike, keys of
-            an action of no such name, or one key for two actions.
+            an action of no such name, one key for two actions, or keys that there are not.
     """
     for name in names:
         if not name.strip():
@@ -245,10 +283,18 @@ def check_controls(
     for name in keys:
         if name not in known:
             raise KeymapError(f"keys are given for {name!r}, which is no action of {known}")
-    means: dict[str, str] = {}
+    means: dict[frozenset[str], str] = {}
     for name, own in keys.items():
         for key in own:
-            other = means.setdefault(key.strip().lower() or key, name)
+            pressed = chord_keys(key)
+            unknown = sorted(k for k in pressed if len(k) != 1 and k not in NAMED_KEYS)
+            if unknown or not key:
+                raise KeymapError(
+                    f"{name!r} has the key {[*unknown, ''][0]!r}, which is none: give a letter, a "
+                    f"number, or one of {', '.join(sorted(NAMED_KEYS))}; several at once as "
+                    "'left+space'"
+                )
+            other = means.setdefault(pressed, name)
             if other != name:
                 raise KeymapError(f"the key {key!r} is given for both {other!r} and {name!r}")
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from nfd_env.play.keys import KeyLatch, Keymap, KeymapError, PressedKey, key_name
-from nfd_env.sources.keys import default_controls, with_chords
+from nfd_env.play.keys import KeyLatch, Keymap, PressedKey
+from nfd_env.sources.keys import KeymapError, default_controls, key_name, with_chords
 from nfd_env.sources.spec import SourceConfig
 
 

@@ -62,6 +62,11 @@ def test_a_game_that_cannot_be_recorded(fault: str, message: str, tmp_path: Path
         ({"action_names": ["a", "a", "b"]}, "action_names has 'a' twice"),
         ({"action_names": ["a", " ", "b"]}, "action_names must not be empty"),
         ({"keys": {"l": ["a"], "r": ["A"]}}, "'A' is given for both 'l' and 'r'"),
+        ({"keys": {"l": ["Enter"], "r": ["return"]}}, "'return' is given for both 'l' and 'r'"),
+        ({"keys": {"l": ["a+w"], "r": ["w+a"]}}, r"'w\+a' is given for both 'l' and 'r'"),
+        ({"keys": {"l": ["spcae"]}}, "'l' has the key 'spcae', which is none: give a letter.*left"),
+        ({"keys": {"l": ["left+"], "r": ["up+none"]}}, "'r' has the key 'none'"),
+        ({"keys": {"l": [""]}}, "'l' has the key '', which is none"),
     ],
 )
 def test_controls_that_no_world_could_be_played_by(

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nfd_env.play.keys import Keymap, key_name
+from nfd_env.play.keys import Keymap
 from nfd_env.play.session import SPEEDS
+from nfd_env.sources.keys import key_name
 
 # Close codes of the WebSocket, in the range for applications.
 FULL, IDLE, BAD_MESSAGE, TOO_FAST, FAILED, GOING = 4001, 4002, 4003, 4004, 4005, 4006

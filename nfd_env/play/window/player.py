@@ -14,13 +14,14 @@ from nfd_env.files import check_writable
 from nfd_env.play.commands import Chosen, PlayConfig
 from nfd_env.play.engine import Engine, Shown
 from nfd_env.play.game import EnvGame, Game, shape_of_both
-from nfd_env.play.keys import Keymap, key_name
+from nfd_env.play.keys import Keymap
 from nfd_env.play.recording import display_size
 from nfd_env.play.session import SPEEDS, ControlError, Session, agent_for, sampling_choices
 from nfd_env.play.window.display import import_pygame, open_display
 from nfd_env.play.window.files import Files
 from nfd_env.play.window.gamepad import Gamepads
 from nfd_env.play.window.hud import BAR, Hud
+from nfd_env.sources.keys import key_name
 from nfd_env.stopping import stopping
 
 _NARROWEST = 640  # pixels: in fewer the numbers of the bar stand so close that two look like one
