@@ -41,8 +41,8 @@ class InverseDynamicsConfig:
     Attributes:
         action_space: see ``nfd_env.spaces.space_to_dict``.
         frame_size: [H, W].
-        window: frames that it looks at; it reads the action that was taken at the middle one, and
-            what a key does often shows only some frames later.
+        window: frames that it looks at, at most 64; it reads the action that was taken at the
+            middle one, and what a key does often shows only some frames later.
         channels: of the first convolution.
     """
 
@@ -53,7 +53,7 @@ class InverseDynamicsConfig:
 
     def __post_init__(self) -> None:
         """Check that there is a frame before the action and one after it."""
-        check_ranges(self, window="[2, inf)", channels="[1, inf)")
+        check_ranges(self, window="[2, 64]", channels="[1, inf)")
 
     @property
     def asked(self) -> int:
@@ -186,7 +186,7 @@ class InverseDynamicsTrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_ranges(self, window="[2, inf)", channels="[1, inf)", validation_windows="[1, inf)")
+        check_ranges(self, window="[2, 64]", channels="[1, inf)", validation_windows="[1, inf)")
 
 
 class InverseDynamicsStage:

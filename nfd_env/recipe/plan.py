@@ -251,7 +251,6 @@ def settings(
             keep_best="steps1_texture",
         ),
     }
-    margin = int(np.clip(measures.median_length // 8, 2, 16))
     export: dict[str, Any] = {
         "name": game.name,
         "folder": str(game.world_folder),
@@ -260,12 +259,17 @@ def settings(
         "dynamics": str(folder / "distill"),
         "heads": str(folder / "heads"),
         "teacher": str(folder / "flow") if game.teacher else "",
-        "start_margin": margin,
+        "start_margin": start_margin(measures),
         "max_episode_steps": game.world_steps,
         "presentation": {name: getattr(game.source, name) for name in PRESENTATION},
     }
     plan = Plan({}, {}, {}, inverse_dynamics, tokenizer, flow, heads, distill, export)
     return _overridden(plan, game)
+
+
+def start_margin(measures: GameMeasures) -> int:
+    """Frames that recorded episodes must still go on for after a start."""
+    return int(np.clip(measures.median_length // 8, 2, 16))
 
 
 def has_compiler() -> bool:

@@ -41,7 +41,7 @@ from nfd_env.sources.spec import is_imported
 from nfd_env.stopping import stopping
 from nfd_env.training.distill import DistillStage
 from nfd_env.training.encode import EncodeConfig, encode
-from nfd_env.training.export import export
+from nfd_env.training.export import ExportConfig, export
 from nfd_env.training.flow import FlowStage
 from nfd_env.training.heads import HeadsStage
 from nfd_env.training.loop import train
@@ -181,13 +181,16 @@ class Recipe(Ledger):
                 else:
                     short = door.with_short_episodes(game, frames)
                     recordings = collect(short.collect_config(frames), self._shown)
-        for name in ("flow", "distill"):  # each would find out by itself, later
+        measures = measure(recordings)
+        # Each stage would find out by itself, later.
+        if window := self.game.inverse_dynamics.get("window"):
+            recordings.check(window)
+        for name in ("flow", "distill"):
             if frames := getattr(self.game, name).get("frames"):
                 recordings.check(frames, ("train",))
         own = self.game.export
-        if window := own.get("start_frames", 0) + own.get("start_margin", 0):
-            recordings.check(window, ("train",))
-        measures = measure(recordings)
+        margin = own.get("start_margin", planning.start_margin(measures))
+        recordings.check(own.get("start_frames", ExportConfig.start_frames) + margin, ("train",))
         record.metrics = {
             name: float(value)
             for name, value in asdict(measures).items()

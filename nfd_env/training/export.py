@@ -72,7 +72,8 @@ class ExportConfig:
         bits: those of tokenizer, dynamics, heads and teacher that are stored in fewer than 16 bits
             a weight, and in how many, from 4 to 8, e.g. {dynamics: 8}; the error that this makes is
             written into the provenance.
-        starts: recorded moments that episodes start from, drawn evenly from all training frames.
+        starts: recorded moments that episodes start from, at most 100,000, drawn evenly from all
+            training frames.
         beginnings: how many of them are beginnings of episodes instead.
         start_frames: frames each of them brings along.
         start_margin: frames that a recorded episode must still go on for after a start.
@@ -114,7 +115,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Check the ranges and the names of networks."""
         some = "[1, inf)"
-        check_ranges(self, clip_frames=some, starts=some, start_frames=some, start_margin=some)
+        check_ranges(self, clip_frames=some, start_frames=some, start_margin=some)
+        check_ranges(self, starts="[1, 100000]")  # all of them are loaded with the world
         check_ranges(self, hazard_odds="(0, inf)", beginnings=f"[0, {self.starts}]")
         check_ranges(self, modulation_rank="[0, inf)", max_episode_steps="[0, inf)")
         if self.display not in DISPLAYS:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import pytest
 import yaml
 
 import nfd_env  # noqa: F401
+from nfd_env.data.shards import RecordingError
 from nfd_env.recipe.gates import GateError
 from nfd_env.recipe.rounds import STAGES
 from nfd_env.recipe.run import Recipe
@@ -120,3 +122,21 @@ def test_a_game_of_twelve_steps_that_fails_now_and_then_ends_in_a_world(tmp_path
     env.reset(seed=0)
     assert env.step(2)[0].shape == (48, 48, 3)
     assert (tmp_path / "short" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inverse_dynamics": {"window": 30}},
+        {"export": {"start_frames": 12}},
+        {"flow": {"frames": 20}},
+    ],
+)
+def test_windows_longer_than_any_episode_are_told_of_before_anything_is_trained(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    source = SourceConfig(HOSTILE, imports=["tests.recipe.hostile"], kwargs={"length": 12})
+    with pytest.raises(RecordingError, match=r"has \d+ frames, the longest has 13"):
+        run(game(tmp_path / "short", source=source, minutes=30.0, **changes))
+    made = {path.name for path in (tmp_path / "short").iterdir() if path.is_dir()}
+    assert made == {"recordings"}
