@@ -212,8 +212,8 @@ def settings(
             optimiser="muon" if has_muon() else "adamw",
             ema_decay=0.998,
             decay_fraction=0.5,
-            # On a CPU steps are a seventh faster for a minute of compiling.
-            compile=gpu or (game.minutes >= 60 and has_compiler()),
+            # On a CPU steps are a seventh faster, for one to three minutes of compiling.
+            compile=gpu or (game.minutes >= 120 and has_compiler()),
         ),
     }
     heads: dict[str, Any] = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, choose_grid, fitting_size
-from nfd_env.recipe.measure import GameMeasures, channels_needed
+from nfd_env.recipe.measure import GameMeasures, channels_needed, side_of_small
 from nfd_env.recipe.plan import SHARES, merged, settings, share_of
 from nfd_env.sources.source import SourceConfig
 
@@ -91,3 +91,9 @@ def test_the_stages_share_what_is_left_and_leave_a_reserve() -> None:
     for name in SHARES:
         left -= left * share_of(name)
     assert 0.05 < left < 0.2
+
+
+def test_specks_of_a_large_thing_that_moves_are_no_small_things() -> None:
+    assert side_of_small([4, 4, 4, 9]) == 2.0  # a ball and a paddle
+    assert side_of_small([2] * 40 + [400, 900]) == 30.0  # a wall that comes near
+    assert side_of_small([2]) == pytest.approx(2**0.5)
