@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import EnumType
 from pathlib import Path
@@ -78,6 +78,10 @@ def inspect_game(
     if is_imported(env_id):
         return _foreign(source, file)
     source, raw, seen, env = _with_frames(source)
+    if acting := getattr(env.unwrapped, "get_acting", list)():
+        source = replace(source, actions=acting)
+        close(env)
+        env = make_source(source)
     try:
         return _inspected(source, file, raw, seen, env)
     except SourceError:
@@ -114,11 +118,13 @@ def _foreign(source: SourceConfig, file: str) -> tuple[SourceConfig, str, np.nda
 def _inspected(
     source: SourceConfig, file: str, raw: np.ndarray, seen: np.ndarray, env: gymnasium.Env
 ) -> tuple[SourceConfig, str, np.ndarray]:
-    names, keys = _controls(env)
+    names, keys = _controls(env, source.actions)
     fps = _frame_rate(env, source)
     space = env.action_space
     steps = _longest(env)
     alike = _attempted(lambda: _alike(env), [])
+    if source.actions:  # of the game's own numbers, as they stand in the file
+        alike = [[source.actions[number] for number in group] for group in alike]
     source = replace(source, terminal_frame=_attempted(lambda: _shows_its_end(env, source), True))
     source = replace(source, action_names=names, keys=keys, fps=round(fps, 3))
     return source, _text(source, file, space, steps, alike), _preview(raw, seen)
@@ -281,10 +287,10 @@ def _alike(env: gymnasium.Env) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
+def _controls(env: gymnasium.Env, chosen: Sequence[int]) -> tuple[list[str], dict[str, list[str]]]:
     """Names and keys of actions: the game's own where it says, else sensible ones."""
     space, inner = env.action_space, env.unwrapped
-    names = _names(inner, space)
+    names = _names(inner, space, chosen)
     names, keys = default_controls(space, names)
     own: Any = getattr(inner, "get_keys_to_action", None)
     if own is None or not isinstance(space, spaces.Discrete):
@@ -303,8 +309,8 @@ def _controls(env: gymnasium.Env) -> tuple[list[str], dict[str, list[str]]]:
     return names, {name: own for name, own in keys.items() if own}
 
 
-def _names(inner: Any, space: spaces.Space) -> list[str]:
-    """The game's own names of its actions; none where it has none, or others."""
+def _names(inner: Any, space: spaces.Space, chosen: Sequence[int]) -> list[str]:
+    """The game's own names of its (chosen) actions; none where it has none, or others."""
     told: list[str] = []
     if hasattr(inner, "game") and hasattr(inner.game, "get_available_buttons"):
         told = _button_names(inner, space)
@@ -316,6 +322,7 @@ def _names(inner: Any, space: spaces.Space) -> list[str]:
             told = [str(member.name).lower() for member in members]
         if meanings is not None:
             told = [str(name).lower() for name in meanings() or ()]
+        told = [told[number] for number in chosen] if told and chosen else told
     fits = told and len(told) == len(default_controls(space)[0]) == len(set(told))
     return told if fits else []
 
@@ -411,7 +418,8 @@ def _text(
         lines.append("  terminal_frame: false  # the game shows no picture at its end")
     if isinstance(space, spaces.Discrete) and played:
         hint = f"; these looked alike in a few steps: {alike}" if alike else ""
-        lines.append(f"  actions: []  # those that the world has, [] for all{hint}")
+        others = "the others do nothing in this game" if source.actions else "[] for all"
+        lines.append(f"  actions: {source.actions}  # those that the world has, {others}{hint}")
     if source.action_names:
         lines.append(f"  action_names: {flow(source.action_names)}")
     lines.append(f"  keys: {flow(source.keys)}  # names and keys can change at any time")

@@ -18,11 +18,14 @@ PREFIX = "envpool/"
 _COLOUR = {"gray_scale": False, "stack_num": 1}
 
 
-# Of every Procgen game; a game may take no notice of some.
-_PROCGEN_ACTIONS = (
+# Of every Procgen game. The last six do nothing in most: held for 8 frames from 16 moments of each
+# game, they led to the frames of "noop" but for the first one in some, and for all of them in two.
+_PROCGEN_MOVES = (
     *("left_down", "left", "left_up", "down", "noop", "up", "right_down", "right", "right_up"),
-    *("d", "a", "w", "s", "q", "e"),
 )
+_PROCGEN_MORE = ("d", "a", "w", "s", "q", "e")
+_PROCGEN_FIRE = ("Bossfight", "Caveflyer", "Dodgeball", "Fruitbot", "Plunder")
+_PROCGEN_ALL = ("Ninja", "Starpilot")
 
 
 class EnvPoolError(RuntimeError):
@@ -86,7 +89,19 @@ class EnvPoolEnv(gymnasium.Env):
 
     def get_action_meanings(self) -> list[str]:
         """Names of the Discrete actions, where they are known; else none."""
-        return list(_PROCGEN_ACTIONS) if "distribution_mode" in self._known else []
+        if "distribution_mode" not in self._known:
+            return []
+        more = ("fire", *_PROCGEN_MORE[1:]) if self._is(_PROCGEN_FIRE) else _PROCGEN_MORE
+        return [*_PROCGEN_MOVES, *more]
+
+    def get_acting(self) -> list[int]:
+        """Discrete actions that do something, where it is known that others do not; else none."""
+        if "distribution_mode" not in self._known or self._is(_PROCGEN_ALL):
+            return []
+        return list(range(len(_PROCGEN_MOVES) + self._is(_PROCGEN_FIRE)))
+
+    def _is(self, games: tuple[str, ...]) -> bool:
+        return self._task.startswith(games)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

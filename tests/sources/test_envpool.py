@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
 
+from nfd_env.recipe.game import load_game
+from nfd_env.recipe.inspect import write_game
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 
 pytest.importorskip("envpool", reason="EnvPool is not installed: pip install 'nfd-env[envpool]'")
@@ -42,6 +46,28 @@ def test_the_same_seed_gives_the_same_episode_and_frames_are_copies() -> None:
 def test_what_cannot_be_made_is_said_at_the_door(source: SourceConfig, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         make_source(source)
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("ChaserEasy", ["noop", "up", "right_down", "right", "right_up"]),
+        ("FruitbotEasy", ["up", "right_down", "right", "right_up", "fire"]),
+        ("NinjaEasy", ["a", "w", "s", "q", "e"]),
+    ],
+)
+def test_actions_that_do_nothing_are_left_out(task: str, names: list[str], tmp_path: Path) -> None:
+    try:
+        path, _ = write_game(f"envpool/{task}-v0", tmp_path / "g.yaml")
+    except SourceError as error:
+        if "libqt5gui5" in str(error):
+            pytest.skip(str(error))
+        raise
+    source = load_game(path).source
+    assert source.action_names[-5:] == names
+    assert source.actions == ([] if task == "NinjaEasy" else [*range(len(source.action_names))])
+    assert make_source(source).action_space == gymnasium.spaces.Discrete(len(source.action_names))
+    assert ("the others do nothing" in path.read_text()) == bool(source.actions)
 
 
 def test_chosen_actions_and_a_frame_rate_of_ones_own() -> None:
