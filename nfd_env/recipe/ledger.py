@@ -156,7 +156,8 @@ class Ledger:
             inputs["teacher"] = round.digest("flow")
         if round.number > 1 and stage in ("tokenizer", "flow", "distill"):
             inputs["before"] = round.before.digest(stage)
-        values = getattr(self._plan(), "export" if stage == "world" else stage)
+        plan = self._plan()
+        values = getattr(plan, "export" if stage == "world" else stage)
         left_out = (*planning.PATHS, "discrete_steps", *planning.BEGUN_FROM * (round.number > 1))
         content = {key: value for key, value in values.items() if key not in left_out}
         if stage == "world":
@@ -166,6 +167,7 @@ class Ledger:
         else:
             trained = values["train"].items()
             content["train"] = {key: value for key, value in trained if key not in _WITHOUT_EFFECT}
+            content["train"]["batch_size"] = plan.batch_size(stage)
         return fingerprint_values({"settings": content, "inputs": inputs})
 
     def _agent_settings(self) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class Plan:
         made_for: what it was derived from: measures, budget and device.
         seconds: expected, of each stage.
         seconds_per_step: measured.
+        batches: of stages whose batch was made smaller for the time there is: what it would be.
         inverse_dynamics: of ``InverseDynamicsTrainingConfig``.
         tokenizer: of ``TokenizerTrainingConfig`` and so on.
         flow: see there.
@@ -113,6 +114,11 @@ class Plan:
     heads: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+
+    def batch_size(self, name: str) -> int:
+        """Of a stage, as it is derived, whatever the time allowed: what it is known by."""
+        return self.batches.get(name, getattr(self, name)["train"]["batch_size"])
 
 
 def settings(
@@ -329,7 +335,8 @@ def with_smaller_batch(
     size = max(parts, size // parts * parts)
     if size >= batch:
         return plan
-    return replace(plan, **{name: {**values, "train": {**train, "batch_size": size}}})
+    smaller = {**values, "train": {**train, "batch_size": size}}
+    return replace(plan, batches={**plan.batches, name: batch}, **{name: smaller})
 
 
 def with_steps(
@@ -373,27 +380,35 @@ def as_begun(plan: Plan, game: GameConfig, name: str) -> dict[str, Any]:
     values = {k: v for k, v in getattr(plan, name).items() if k not in _WITH_STEPS or k in own}
     given = own.get("train", {})
     train = {k: v for k, v in values["train"].items() if k not in _WITH_STEPS or k in given}
+    train["batch_size"] = plan.batch_size(name)
     return {**values, "train": {"steps": _FEWEST[name], **train}}
 
 
 def with_decisions(plan: Plan, old: Plan, game: GameConfig) -> Plan:
     """``plan`` with the steps that ``old`` decided on for stages that are otherwise the same."""
 
-    def content(values: Mapping[str, Any]) -> dict[str, Any]:
+    def content(plan: Plan, name: str) -> dict[str, Any]:
+        values = getattr(plan, name)
         left_out = {*PATHS, *BEGUN_FROM, *_WITH_STEPS, "folder"}
         train = {k: v for k, v in values["train"].items() if k not in left_out}
+        train["batch_size"] = plan.batch_size(name)
         return {**{k: v for k, v in values.items() if k not in left_out}, "train": train}
 
     for name in SHARES:
         mine, its = getattr(plan, name), getattr(old, name)
-        if name not in old.seconds or content(mine) != content(its):
+        if name not in old.seconds or content(plan, name) != content(old, name):
             continue
         own = getattr(game, name).get("train", {})
         free = [key for key in _WITH_STEPS if key not in own]
         decided = {k: v for k, v in its["train"].items() if k in free}
         others = {k: v for k, v in its.items() if k in _WITH_STEPS}
+        batches = dict(plan.batches)
+        if name in old.batches and "batch_size" not in own:
+            batches[name] = old.batches[name]
+            decided["batch_size"] = its["train"]["batch_size"]
         plan = replace(
             plan,
+            batches=batches,
             seconds={**plan.seconds, name: old.seconds[name]},
             seconds_per_step={**plan.seconds_per_step, name: old.seconds_per_step[name]},
             **{name: {**mine, **others, "train": {**mine["train"], **decided}}},

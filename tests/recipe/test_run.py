@@ -21,11 +21,11 @@ from tests.recipe.hostile import HOSTILE
 from tests.recipe.tiny import TINY, game, run
 
 
-def written(folder: Path) -> dict[str, int]:
-    """When each stage's result was written last."""
-    names = ("tokenizer", "flow", "heads", "distill")
-    times = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in names}
-    return {**times, "world": (folder / "world" / "world.yaml").stat().st_mtime_ns}
+def written(folder: Path, *names: str) -> dict[str, int]:
+    """When each stage's result was written last; of ``names`` only, if there are some."""
+    trained = names or ("tokenizer", "flow", "heads", "distill")
+    times = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in trained}
+    return times if names else {**times, "world": (folder / "world/world.yaml").stat().st_mtime_ns}
 
 
 @pytest.fixture
@@ -75,6 +75,24 @@ def test_what_depends_on_a_change_is_made_again_and_nothing_else(copied: Path) -
 
 
 @pytest.mark.usefixtures("without_report")
+def test_a_batch_that_was_made_smaller_for_the_time_is_no_change(tmp_path: Path) -> None:
+    """Once the tokenizer was trained again at every run, in the end with ten steps."""
+    tokenizer = {"model": TINY["tokenizer"]["model"]}
+    settings = game(tmp_path / "dots", tokenizer=tokenizer)
+    run(settings, "record")
+    run(settings, "tokenizer")
+    made = written(tmp_path / "dots", "tokenizer")
+    plan = yaml.safe_load((tmp_path / "dots" / "plan.yaml").read_text())
+    assert plan["tokenizer"]["train"]["batch_size"] < plan["batches"]["tokenizer"]
+    renamed = replace(settings, source=replace(settings.source, action_names=["a", "b", "c"]))
+    for changed in (settings, renamed, renamed):
+        said = run(changed, "tokenizer") + run(changed, "encode")
+        assert not any("made anew" in line for line in said)
+        assert written(tmp_path / "dots", "tokenizer") == made
+    after = yaml.safe_load((tmp_path / "dots" / "plan.yaml").read_text())
+    assert after["tokenizer"] == plan["tokenizer"] and after["batches"] == plan["batches"]
+
+
 def test_names_and_keys_change_the_world_alone(copied: Path) -> None:
     before = written(copied)
     source = replace(game(copied).source, action_names=["west", "rest", "east"], fps=10.0)
