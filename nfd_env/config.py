@@ -93,7 +93,11 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def from_mapping(
-    schema: type[T], values: Mapping[str, Any], where: str = "config", foreign: bool = False
+    schema: type[T],
+    values: Mapping[str, Any],
+    where: str = "config",
+    foreign: bool = False,
+    measured: bool = False,
 ) -> T:
     """Build the dataclass ``schema`` from nested plain ``values``.
 
@@ -103,13 +107,14 @@ def from_mapping(
         where: named in error messages, e.g. the file's path.
         foreign: the values may come from a stranger: ``${...}``, which could read this machine's
             environment, is refused.
+        measured: they are figures, and NaN is one that could not be measured; no setting is NaN.
 
     Raises:
         ConfigError: on an unknown key, a missing value or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {mistake(schema, values)}")
-    _check(values, where, foreign)
+    _check(values, where, foreign, measured)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
         missing = OmegaConf.missing_keys(merged)
@@ -299,20 +304,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _check(value: Any, where: str, foreign: bool, level: int = 0) -> None:
+def _check(value: Any, where: str, foreign: bool, measured: bool, level: int = 0) -> None:
     """Refuse what is too deep or is not a number, and what a stranger wants to be resolved."""
     if level > _MOST_LEVELS:
         raise ConfigError(f"{where}: is nested deeper than {_MOST_LEVELS} levels")
     if isinstance(value, Mapping):
         for key, part in value.items():
-            _check(key, where, foreign, level + 1)
-            _check(part, f"{where}.{key}" if level else f"{where}: {key}", foreign, level + 1)
+            _check(key, where, foreign, measured, level + 1)
+            place = f"{where}.{key}" if level else f"{where}: {key}"
+            _check(part, place, foreign, measured, level + 1)
     elif isinstance(value, list | tuple):
         for part in value:
-            _check(part, where, foreign, level + 1)
+            _check(part, where, foreign, measured, level + 1)
     elif isinstance(value, str) and "${" in value and foreign:
         raise ConfigError(f"{where}: ${{...}} is not allowed here, got {value[:80]!r}")
-    elif isinstance(value, float) and value != value:
+    elif isinstance(value, float) and value != value and not measured:
         raise ConfigError(f"{where}: must be a number, got {value}")
 
 

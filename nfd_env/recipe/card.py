@@ -181,7 +181,7 @@ def _metrics(scores: Mapping[str, float], run: Path | None) -> list[str]:
         )
         read_back = records["report"].extra if "report" in records else None
         if read_back:
-            report = config.from_mapping(ActionReport, read_back, f"{run}: report")
+            report = config.from_mapping(ActionReport, read_back, f"{run}: report", measured=True)
             parts.append(actions_sentence(report))
             if report.clips is not None:
                 parts += [_table(*clip_rows(report.clips)), clips_sentence(report.clips)]

@@ -230,7 +230,6 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
         frame_size=seen.frame_size,
         small=4.0,
         moved=0.02,
-        frozen_moving_psnr=10.0,
         episodes=100,
         median_length=1000.0,
         longest=1000,

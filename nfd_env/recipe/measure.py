@@ -10,9 +10,10 @@ from skimage.measure import label
 
 from nfd_env.data.episodes import Episodes
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.metrics import moving_pixels
 
 _PAIRS = 256  # pairs of consecutive frames that are looked at
-_MOVED = 24  # grey levels by which a pixel must change to count as moved
+_MOVED = 24  # grey levels by which a pixel must change to belong to a thing that moves
 _ALL_MOVES = 0.25  # share of moved pixels from which on the camera moves, not things
 _SMALL = 0.5  # share of the moved pixels that belong to things no larger than those to be kept
 _CHANNELS = (8, 12, 16)  # of a tokenizer's latents, to choose from
@@ -28,8 +29,6 @@ class GameMeasures:
         small: side in pixels of small moving things, half of the moved pixels belong to such or
             smaller ones; infinite where the whole picture moves.
         moved: mean share of the pixels that change from one frame to the next.
-        frozen_moving_psnr: PSNR (dB) of the frame before, at the pixels that moved: what a picture
-            without the moving things reaches there.
         episodes: training episodes.
         median_length: of the episodes, in transitions.
         longest: of the held-out episodes, in transitions.
@@ -42,7 +41,6 @@ class GameMeasures:
     frame_size: list[int]
     small: float
     moved: float
-    frozen_moving_psnr: float
     episodes: int
     median_length: float
     longest: int
@@ -65,17 +63,16 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
                 "lower validation_every"
             )
     rng = np.random.default_rng(seed)
-    things, shares, squares, count = list[int](), [], 0.0, 0
+    things, shares, changes = list[int](), list[float](), False
     pairs = _pairs(train, rng)
     for before, after in pairs:
         difference = np.abs(after.astype(np.int16) - before)
+        changes |= bool(moving_pixels(before, after).any())
         moved = difference.max(-1) > _MOVED
-        shares.append(moved.mean())
-        squares += float((difference[moved].astype(np.float64) ** 2).sum())
-        count += 3 * int(moved.sum())
+        shares.append(float(moved.mean()))
         areas = np.bincount(np.ravel(np.asarray(label(moved, connectivity=2))))[1:]
         things += [int(area) for area in areas if area > 1]
-    if not count:
+    if not changes:
         raise RecordingError(
             f"{recordings.folder}: nothing moves in the recorded frames; check source.frames, "
             "source.key and source.crop"
@@ -85,7 +82,6 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
         frame_size=list(recordings.spec.frame_shape[:2]),
         small=float("inf") if whole else side_of_small(things),
         moved=float(np.mean(shares)),
-        frozen_moving_psnr=float(10 * np.log10(255**2 / max(squares / count, 1e-9))),
         episodes=len(train),
         median_length=float(np.median(train.lengths)),
         longest=int(held_out.lengths.max()),

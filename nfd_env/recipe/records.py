@@ -52,7 +52,7 @@ def read_records(folder: Path) -> dict[str, StageRecord]:
     if not found_file(path, config.ConfigError):
         return {}
     return {
-        name: config.from_mapping(StageRecord, value, f"{path}: {name}")
+        name: config.from_mapping(StageRecord, value, f"{path}: {name}", measured=True)
         for name, value in config.read(path).items()
     }
 
@@ -69,15 +69,14 @@ def write_yaml(path: Path, values: Any) -> None:
 def write_records(folder: Path, records: dict[str, StageRecord]) -> None:
     """Write ``run.yaml``; see ``write_yaml``.
 
-    What could not be measured, NaN, is left out, as of episodes that are too short for it.
+    A metric that could not be measured, NaN, is left out, as of episodes that are too short for it.
     """
-    write_yaml(folder / "run.yaml", _measured({k: asdict(record) for k, record in records.items()}))
-
-
-def _measured(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {key: _measured(value) for key, value in values.items() if value == value}
+    written = {}
+    for name, record in records.items():
+        metrics = record.metrics
+        known = metrics and {key: value for key, value in metrics.items() if value == value}
+        written[name] = {**asdict(record), "metrics": known}
+    write_yaml(folder / "run.yaml", written)
 
 
 def recordings_digest(recordings: RecordedDataset) -> str:

@@ -188,7 +188,7 @@ def _actions(recipe: Recipe) -> list[str]:
     found = recipe.records["report"].extra
     if not found:
         return []
-    report = config.from_mapping(ActionReport, found, "run.yaml: report")
+    report = config.from_mapping(ActionReport, found, "run.yaml: report", measured=True)
     parts = ["<h2>Do keys do what they say?</h2>", _table(*action_rows(report))]
     parts.append(f"<p>{actions_sentence(report)}</p>")
     if report.clips is not None:

@@ -226,11 +226,7 @@ class Recipe(Ledger):
     def _tokenizer(self) -> None:
         if self.round.number > 1 and self._keep_tokenizer():
             return
-        self._train(
-            "tokenizer",
-            TokenizerStage,
-            lambda m: gates.tokenizer_gates(m, self._measures(self.round)),
-        )
+        self._train("tokenizer", TokenizerStage, gates.tokenizer_gates)
 
     def _keep_tokenizer(self) -> bool:
         """Take over that of the round before, if it is good enough for where the agent goes."""
@@ -242,7 +238,7 @@ class Recipe(Ledger):
             with self._timed(record):
                 stage = TokenizerStage(door.built_from("tokenizer", values))
                 record.metrics = judge(stage, self.device)
-            found = gates.tokenizer_gates(record.metrics, measure(own))
+            found = gates.tokenizer_gates(record.metrics)
             record.extra = {"kept": all(gate.passed for gate in found)}
             record.gates = [gate.line() for gate in found]
         if not record.extra["kept"]:
@@ -328,8 +324,11 @@ class Recipe(Ledger):
 
         record = self._begin("report")
         with self._timed(record):
-            record.extra = record.extra or asdict(self._read_actions())
-            report = config.from_mapping(ActionReport, record.extra, "run.yaml: report")
+            if not (record.extra and record.finished):
+                record.extra = asdict(self._read_actions())
+            report = config.from_mapping(
+                ActionReport, record.extra, "run.yaml: report", measured=True
+            )
             found = gates.action_gates(report)
             record.gates = [gate.line() for gate in found]
             path = write_report(self)

@@ -153,7 +153,8 @@ class TokenizerStage:
         """How well held-out frames come back.
 
         ``psnr``: in dB over all pixels; ``hard_psnr``: over the 5 % worst; ``moving_psnr``: over
-        those that changed since the frame before, NaN where none did. ``sharpness``: gradients over
+        those that changed since the frame before, NaN where none did; ``moving_psnr_frozen``: what
+        that frame has there. ``sharpness``: gradients over
         the real ones, ``gradient_correlation``: whether they are at the same places.
         """
         self._set_statistics(network, _STATISTICS_OF_VALIDATION)
@@ -161,11 +162,18 @@ class TokenizerStage:
         real = self._held_out.numpy()
         square = ((made.astype(np.float32) - real) ** 2).mean(-1)
         hard = np.partition(square.ravel(), -(square.size // 20))[-(square.size // 20) :]
-        moved = square[moving_pixels(self._before.numpy(), real)]
+        before = self._before.numpy()
+        moved = moving_pixels(before, real)
+        frozen = ((before.astype(np.float32) - real) ** 2).mean(-1)
+
+        def over_moved(squares: np.ndarray) -> float:
+            return psnr(float(squares[moved].mean())) if moved.any() else float("nan")
+
         return {
             "psnr": psnr(float(square.mean())),
             "hard_psnr": psnr(float(hard.mean())),
-            "moving_psnr": psnr(float(moved.mean())) if moved.size else float("nan"),
+            "moving_psnr": over_moved(square),
+            "moving_psnr_frozen": over_moved(frozen),
             "sharpness": sharpness(made) / max(sharpness(real), 1e-6),
             "gradient_correlation": gradient_correlation(real, made),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.evaluation.clips import ActionReport, Clips, format_actions, judge_clips
 from nfd_env.evaluation.inverse_dynamics import InverseDynamics, InverseDynamicsConfig
 from nfd_env.metrics import FrechetReference
-from nfd_env.recipe.records import StageRecord
+from nfd_env.recipe.records import StageRecord, read_records, write_records
 from nfd_env.recipe.report import _actions
 
 SPACE = {"type": "Discrete", "n": 3, "start": 0}
@@ -96,7 +97,7 @@ def test_too_few_clips_have_no_distance(clips: Clips, network: InverseDynamics) 
     assert report.clips is None and "Fréchet" not in format_actions(report)
 
 
-def test_a_report_is_read_back(clips: Clips, network: InverseDynamics) -> None:
+def test_a_report_is_read_back(clips: Clips, network: InverseDynamics, tmp_path: Path) -> None:
     report = judge_clips(clips, network)
     text = format_actions(report)
     for part in ("| a still picture |", "| real |", "clips of 16 frames", "not FVD"):
@@ -108,6 +109,12 @@ def test_a_report_is_read_back(clips: Clips, network: InverseDynamics) -> None:
     del values["clips"]  # of a run from before there were distances
     assert config.from_mapping(ActionReport, values) == replace(report, clips=None)
     assert "still picture" not in "".join(_actions(stages))
+    # What could not be measured, as the error of a single episode, is read back too.
+    unknown = {**asdict(report), "relative": math.nan, "parts": [[math.nan] * 5]}
+    write_records(tmp_path, {"report": StageRecord("", metrics={"f1": math.nan}, extra=unknown)})
+    stages.records = read_records(tmp_path)
+    assert stages.records["report"].metrics == {}
+    assert "<td>a still picture<td>" in "".join(_actions(stages))
 
 
 def test_clips_are_written_for_other_measures(

@@ -8,11 +8,13 @@ from nfd_env.evaluation.clips import ActionReport
 from nfd_env.recipe.gates import (
     FALLBACK,
     Drawn,
+    Gate,
     action_gates,
     distill_gates,
     fewest_steps,
     reading_gates,
     recording_gates,
+    tokenizer_gates,
     world_gates,
 )
 from nfd_env.recipe.measure import GameMeasures
@@ -21,7 +23,6 @@ MEASURES = GameMeasures(
     frame_size=[64, 64],
     small=3.0,
     moved=0.02,
-    frozen_moving_psnr=10.0,
     episodes=40,
     median_length=80,
     longest=200,
@@ -134,3 +135,13 @@ def test_a_world_whose_pictures_do_not_last_is_told(energy: float, passes: bool)
     assert gate.passed == passes and all(other.passed for other in others)
     assert ("energy of the latents after 512 frames" in gate.line()) and not gate.stops
     assert ("give more minutes" in gate.line()) == (not passes)
+
+
+def test_a_tokenizer_that_shows_the_frame_before_does_not_pass() -> None:
+    def gate(moving: float) -> Gate:
+        metrics = {"psnr": 40.0, "moving_psnr": moving, "moving_psnr_frozen": 17.0}
+        return tokenizer_gates(metrics)[0]
+
+    assert not gate(17.0).passed and gate(17.0).stops and gate(24.0).passed
+    (only,) = tokenizer_gates({"psnr": 40.0})  # nothing moved in the held-out frames
+    assert only.passed

@@ -136,7 +136,8 @@ def heads(folder: Path, recordings: Path, tokenizer: Trained, latents: Path) -> 
 def test_tokenizer(tokenizer: Trained) -> None:
     assert tokenizer.after < 0.8 * tokenizer.before
     assert tokenizer.metrics.keys() == {
-        "psnr", "hard_psnr", "moving_psnr", "sharpness", "gradient_correlation"
+        "psnr", "hard_psnr", "moving_psnr", "moving_psnr_frozen", "sharpness",
+        "gradient_correlation",
     }  # fmt: skip
     assert tokenizer.metrics["hard_psnr"] <= tokenizer.metrics["psnr"]
     network = load_weights(tokenizer.weights, Tokenizer, TokenizerConfig)
@@ -185,7 +186,10 @@ def test_pictures_that_move_and_edges_are_judged(tokenizer: Trained, recordings:
     perfect = stage._held_out.numpy()
     stage._reconstruct = lambda network, frames: perfect  # type: ignore[method-assign]
     metrics = stage.validate(network)
+    stage._reconstruct = lambda network, frames: stage._before.numpy()  # type: ignore[method-assign]
+    still = stage.validate(network)
     del stage._reconstruct
+    assert still["moving_psnr"] == still["moving_psnr_frozen"] < 40
     assert metrics["sharpness"] == 1 and metrics["gradient_correlation"] == pytest.approx(1)
     assert metrics["moving_psnr"] == np.inf
 
