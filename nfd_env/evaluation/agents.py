@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.episodes import Episodes, play_episodes
 from nfd_env.evaluation.film import beside
-from nfd_env.evaluation.tables import table
+from nfd_env.evaluation.tables import report_json, table, told, told_with_error
 from nfd_env.files import atomic_write, check_writable, make_folder
 from nfd_env.players.load import behaviour_policy, find_agent, load_player, read_agent_spec
 from nfd_env.players.policy import AgentError, AgentSpec
@@ -141,7 +140,7 @@ class Scores:
         return cls(
             mean=float(scores.mean()),
             standard_error=_standard_error(scores),
-            sd=float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
+            sd=float(scores.std(ddof=1)) if len(scores) > 1 else math.nan,
             median=float(np.median(scores)),
             min=float(scores.min()),
             max=float(scores.max()),
@@ -338,7 +337,7 @@ def evaluate_agent(
     if folder is not None:
         # Before the film, which takes a while. Somebody may have tidied up in the meantime.
         with atomic_write(make_folder(folder) / "eval_agent.json") as path:
-            path.write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
+            path.write_text(report_json(report), encoding="utf-8")
         write_mp4(video, _film(played, loaded.spec.source.display_aspect), fps)
     return report
 
@@ -359,7 +358,7 @@ def _world_of(settings: AgentEvaluation, spec: AgentSpec | None) -> Path:
 
 
 def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _film(played: Mapping[str, Episodes], aspect: float) -> Iterator[np.ndarray]:
@@ -387,10 +386,10 @@ def format_report(report: AgentReport) -> str:
         if row is None:
             continue
         share = row.share_above_threshold
-        cells = [label, f"{row.mean:.4g} ± {row.standard_error:.2g}", f"{row.sd:.3g}"]
+        cells = [label, told_with_error(row.mean, row.standard_error), told(row.sd, ".3g")]
         cells += [f"{row.median:.4g}", f"{row.min:.4g}", f"{row.max:.4g}"]
         cells += [] if share is None else [f"{share:.0%}"]
-        cells.append(f"{row.length:.0f} ± {row.length_error:.2g}")
+        cells.append(told_with_error(row.length, row.length_error, ".0f"))
         rows.append([*cells, f"{row.ends_per_1000_frames:.2f} ± {row.ends_error:.2g}"])
     lines = [
         f"{settings.agent} in {report.world}: {settings.episodes} episodes, seeds from "
@@ -403,9 +402,10 @@ def format_report(report: AgentReport) -> str:
     if report.gap is not None:
         gap = report.gap
         lines.append(
-            f"gap, learned minus real: {gap.mean:+.4g} ± {gap.standard_error:.2g} in the mean, "
-            f"{gap.length:+.0f} ± {gap.length_error:.2g} frames in the length; Kolmogorov-Smirnov "
-            f"distance {gap.kolmogorov_smirnov:.2f}"
+            "gap, learned minus real: "
+            f"{told_with_error(gap.mean, gap.standard_error, '+.4g')} in the mean, "
+            f"{told_with_error(gap.length, gap.length_error, '+.0f')} frames in the length; "
+            f"Kolmogorov-Smirnov distance {gap.kolmogorov_smirnov:.2f}"
         )
     if report.missing:
         lines.append(

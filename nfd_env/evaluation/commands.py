@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from tyro.conf import Positional
 
 from nfd_env.evaluation.agents import AgentEvaluation, Scoring, evaluate_agent
 from nfd_env.evaluation.held_out import EvaluationConfig
-from nfd_env.evaluation.tables import check_markers, replace_between_markers
+from nfd_env.evaluation.tables import check_markers, replace_between_markers, report_json
 from nfd_env.files import check_writable, make_folder
 from nfd_env.worlds.load import load_world, shipped_worlds
 from nfd_env.worlds.rivals import RIVALS
@@ -73,7 +72,7 @@ class Output:
 
 
 def _show(report: Any, text: str, as_json: bool) -> int:
-    print(json.dumps(asdict(report), indent=2) if as_json else text)
+    print(report_json(report) if as_json else text)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -340,10 +341,11 @@ def _ends(
             events_matched(rng.random(count) < hazard, happened, tolerance=2) for _ in range(20)
         ]
     found = np.array(matched)  # NaN where there was no end, or none was drawn
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = np.nansum(found, 0) / (~np.isnan(found)).sum(0)
     rate = deaths / steps
-    constant = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+    unsure = 0 < rate < 1  # else the constant tells all ends
+    constant = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if unsure else math.nan
     return EndsReport(
         float(deaths),
         float(expected),

@@ -6,16 +6,15 @@ columns of mean returns go together, and how far the world flatters its policies
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.agents import AgentEvaluation, Scores, Scoring, evaluate_agent
-from nfd_env.evaluation.tables import table
+from nfd_env.evaluation.tables import report_json, table, told_with_error
 from nfd_env.files import atomic_write
 from nfd_env.players.load import load_player, read_agent_spec
 from nfd_env.sources.source import SourceError
@@ -170,7 +169,7 @@ def write_ranking(ranking: Ranking, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "ranking.json") as path:
-        path.write_text(json.dumps(asdict(ranking), indent=2), encoding="utf-8")
+        path.write_text(report_json(ranking), encoding="utf-8")
     return write_png(folder / PLOT, scatter(ranking))
 
 
@@ -217,7 +216,7 @@ def format_ranking(ranking: Ranking) -> str:
     for number, policy in enumerate(ranking.policies, 1):
         cells = [str(number), policy.agent]
         for row in (policy.real, policy.learned):
-            cells.append(f"{row.mean:.4g} ± {row.standard_error:.2g}")
+            cells.append(told_with_error(row.mean, row.standard_error))
         cells += [f"{policy.real.length:.0f}", f"{policy.learned.length:.0f}"]
         rows.append(cells)
     columns = ["", "policy", "real game", "learned world", "frames, real", "frames, learned"]

@@ -13,7 +13,7 @@ from nfd_env.evaluation.held_out import (
     REFERENCE,
     HorizonErrors,
 )
-from nfd_env.evaluation.tables import table
+from nfd_env.evaluation.tables import table, told
 
 FIRST = f"1-{EARLY}"
 _BRIGHT_NOTE = (
@@ -167,7 +167,7 @@ def format_report(report: WorldReport) -> str:
     header += ["frozen frame's at them", "SSIM", "frozen frame's SSIM", "sharpness"]
     header += ["gradient correlation", "standing things", "bright pixels"]
     drawn = f"{report.world} ({report.dynamics}), {report.sampling_steps} sampling steps"
-    ends = [[label, f"{getattr(report.ends, name):.3f}"] for name, label in _ENDS.items()]
+    ends = [[label, told(getattr(report.ends, name), ".3f")] for name, label in _ENDS.items()]
     lines = [
         f"{drawn}{_drafted(report)}: {source(report)}",
         "",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nfd_env.files import atomic_write, found_file
 
@@ -13,6 +17,29 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     names = list(header)
     lines = [names, ["---"] * len(names), *(list(row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def told(value: float | None, form: str = ".2f") -> str:
+    """A measurement, or a dash where there is none."""
+    return f"{value:{form}}" if value is not None and math.isfinite(value) else "–"
+
+
+def told_with_error(value: float, error: float, form: str = ".4g") -> str:
+    """A measurement ± its standard error, which a single sample does not have."""
+    return f"{value:{form}} ± {error:.2g}" if math.isfinite(error) else told(value, form)
+
+
+def report_json(report: Any) -> str:
+    """A dataclass of figures as JSON, which knows no NaN: what could not be measured is null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(asdict(report)), indent=2, allow_nan=False)
 
 
 def check_markers(path: str | Path, name: str) -> tuple[int, int]:

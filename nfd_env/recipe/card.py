@@ -17,11 +17,11 @@ from nfd_env import config
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.clips import ActionReport, actions_sentence, clip_rows, clips_sentence
 from nfd_env.evaluation.demo import demo
-from nfd_env.evaluation.tables import table
+from nfd_env.evaluation.tables import table, told
 from nfd_env.files import found_file
 from nfd_env.models.weights import CheckpointError
 from nfd_env.recipe.records import read_records
-from nfd_env.recipe.report import COLUMNS, told, verdict
+from nfd_env.recipe.report import COLUMNS, verdict
 from nfd_env.video import enlarge, write_png
 from nfd_env.worlds.clip import NoClipError
 from nfd_env.worlds.hub import Address

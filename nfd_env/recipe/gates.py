@@ -262,8 +262,8 @@ def world_gates(returned: float, ends: float, ahead: int, energy: float) -> list
         f"energy of the latents after {ahead} frames, generated over real",
         energy,
         "1; more: errors add up until the picture breaks, less: it fades",
-        "pictures do not last, so that episodes are to be kept short: set flow.own_errors: 0.5 in "
-        "the game file, or give more minutes",
+        "pictures do not last, so that episodes are to be kept short: give more minutes, "
+        "or set flow.own_errors higher than 0.5 in the game file",
         0.5,
         1.6,
     )

@@ -23,6 +23,7 @@ from nfd_env.evaluation.clips import (
     clips_sentence,
 )
 from nfd_env.evaluation.held_out import BRIGHT, Horizon, HorizonErrors
+from nfd_env.evaluation.tables import told
 from nfd_env.files import found_file, save_text
 from nfd_env.metrics import bright_share, luminance, standing_out
 from nfd_env.models.weights import CheckpointError
@@ -237,11 +238,6 @@ def verdict(records: Mapping[str, StageRecord]) -> str:
     if counts["warning"]:
         return f"{counts['warning']} of {len(lines)} gates warn."
     return f"All {len(lines)} gates passed."
-
-
-def told(value: float | None) -> str:
-    """A measurement, or a dash where there is none."""
-    return f"{value:.2f}" if value is not None and np.isfinite(value) else "–"
 
 
 def _gates(recipe: Recipe) -> list[str]:

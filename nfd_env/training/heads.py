@@ -219,8 +219,10 @@ class HeadsStage(LatentStage):
             "end_over_constant": over,
             "reward_absolute_error": reward_error / count,
         }
-        variance = float(np.concatenate([e.rewards for e in self._validation.episodes]).var())
-        if variance > 0:
+        rewards = np.concatenate([e.rewards for e in self._validation.episodes])
+        # In fp32 the variance of what never changes is not 0.
+        variance = float(rewards.astype(np.float64).var())
+        if np.ptp(rewards) > 0:
             metrics["reward_over_constant"] = reward_square / count / variance
         if self.config.signals:
             metrics["signal"] = signal_sum / count
