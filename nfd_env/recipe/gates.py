@@ -96,6 +96,16 @@ def recording_gates(
     return gates
 
 
+def length_gate(share: float, steps: int) -> Gate:
+    """Of episodes that were cut off before the game file says, so that there are enough of them."""
+    name = f"share of episodes cut off after {steps} steps, so that each process records some"
+    advice = (
+        "what comes later in an episode, its end perhaps, is hardly seen: record more (minutes, "
+        "frames), or with fewer workers"
+    )
+    return Gate(name, share, "0", advice, high=0.2)
+
+
 def agent_gate(returned: float, by_chance: float) -> Gate:
     """Of an agent's recordings: does it play better than chance, so that they show more."""
     name = "mean return of the agent in the real game, above that of random play"

@@ -2,7 +2,8 @@
 
 Every stage leaves its weights in a folder of its own and a line in ``run.yaml`` that says what it
 was made from. A stage that is finished and whose inputs are the same is skipped; one whose inputs
-have changed is made again; one that was stopped goes on.
+have changed is made again; one that was stopped goes on. Longer than other files, so that all
+stages stand below each other in their order.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nfd_env import config
 from nfd_env.data.alignment import measure_alignment
 from nfd_env.data.collect import collect
-from nfd_env.data.shards import RecordedDataset
+from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.evaluation.clips import ActionReport, measure_actions
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsStage, load_inverse_dynamics
 from nfd_env.files import atomic_write, found_file, owned_folder, writing
@@ -35,7 +38,13 @@ from nfd_env.recipe.ledger import Ledger
 from nfd_env.recipe.measure import measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.progress import Progress
-from nfd_env.recipe.records import StageRecord, latent_statistics, read_records, write_yaml
+from nfd_env.recipe.records import (
+    StageRecord,
+    latent_statistics,
+    read_records,
+    recorded_by,
+    write_yaml,
+)
 from nfd_env.recipe.timing import judge, timed
 from nfd_env.sources.spec import is_imported
 from nfd_env.stopping import stopping
@@ -47,6 +56,7 @@ from nfd_env.training.heads import HeadsStage
 from nfd_env.training.loop import train
 from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerStage
+from nfd_env.worlds.checksums import is_whole
 from nfd_env.worlds.load import load_world
 
 Metrics = Mapping[str, float]
@@ -164,6 +174,7 @@ class Recipe(Ledger):
     def _record(self) -> None:
         record = self._begin("record")
         number, imported = self.round.number, is_imported(self.game.source.env_id)
+        most = self.game.max_episode_steps
         game = self.round.played_by_agent() if number > 1 else self.round.here
         if game.recordings:
             recordings = RecordedDataset(game.recordings_place)
@@ -172,15 +183,19 @@ class Recipe(Ledger):
                 recordings = collect(game.collect_config(1), self._shown)
         else:
             with self._timed(record):
+                by = recorded_by(game)
                 if not record.extra:  # decided once: more later would make everything anew
-                    record.extra = {"frames": game.frames or self._frames(game)}
+                    record.extra = {"frames": game.frames or self._frames(game), "by": by}
                     self._save()
+                if number == 1:
+                    self._say_what_stays(record.extra.get("by", by), by)
                 frames = game.frames or int(record.extra["frames"])
                 if record.finished and number > 1:  # its players take long to be loaded
                     recordings = RecordedDataset(game.recordings_place)
                 else:
                     short = door.with_short_episodes(game, frames)
                     recordings = collect(short.collect_config(frames), self._shown)
+                    most = short.max_episode_steps
         measures = measure(recordings)
         # Each stage would find out by itself, later.
         if window := self.game.inverse_dynamics.get("window"):
@@ -200,6 +215,9 @@ class Recipe(Ledger):
         failed = skipped / (skipped + len(recordings))
         shift = measure_alignment(recordings).best
         found = gates.recording_gates(measures, shift, failed, bool(game.recordings) or imported)
+        if most < self.game.max_episode_steps:
+            reached = float(np.mean([len(episode) >= most for episode in recordings]))
+            found.append(gates.length_gate(reached, most))
         if number > 1:
             # Everything before, as the round before took it, and what was recorded now.
             earlier = [self.round.at(n).own_recordings for n in range(1, number + 1)]
@@ -209,6 +227,15 @@ class Recipe(Ledger):
             record.extra = {**(record.extra or {}), "returns": told}
             found.append(gates.agent_gate(played["agent"].mean, played["random"].mean))
         self._finish("record", record, found)
+
+    def _say_what_stays(self, then: dict[str, str], now: dict[str, str]) -> None:
+        """Which settings differ from those that were recorded with, which is not done again."""
+        changed = [name for name, value in now.items() if then.get(name, value) != value]
+        if changed:
+            self._say(
+                f"  recordings stay as they are, though {', '.join(changed)} changed: remove "
+                f"{self.round.here.recordings_place} to record anew"
+            )
 
     def _frames(self, game: GameConfig) -> int:
         """How many to record, by how fast the game and its players are."""
@@ -299,7 +326,7 @@ class Recipe(Ledger):
         plan = self._plan()
         record = self._begin("world")
         folder = self.round.world
-        if record.finished and found_file(folder / "world.yaml", CheckpointError):
+        if record.finished and is_whole(folder):
             return
         with self._timed(record):
             values = {**plan.export, **self._sampling(plan), "folder": str(folder)}
@@ -412,6 +439,7 @@ class Recipe(Ledger):
         name = self.round.key(stage)
         record, made_from = self.records.get(name), self._made_from(stage)
         if record is not None and record.made_from != made_from:
+            self._keep_recordings(stage)
             self._say(f"  {name} is made anew: its settings or what it is made from have changed")
             record = None
         if record is None:
@@ -425,6 +453,20 @@ class Recipe(Ledger):
             record = self.records[name] = StageRecord(made_from)
             self._save()
         return record
+
+    def _keep_recordings(self, stage: str) -> None:
+        """Refuse to take away, or to mix up, what was recorded of another game or in another size.
+
+        Raises:
+            RecordingError: when such recordings lie in the run folder.
+        """
+        place = Path(self.round.here.recordings_place)
+        if stage == "record" and self.round.number == 1 and not self.game.recordings:
+            if place.exists():
+                raise RecordingError(
+                    f"{place} was recorded with other settings of source: remove it to record "
+                    "anew, or set another folder"
+                )
 
     def _finish(self, stage: str, record: StageRecord, found: list[Gate]) -> None:
         """Write down what came out, and stop where it is not good enough."""

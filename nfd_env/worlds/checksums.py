@@ -67,6 +67,16 @@ def verify(folder: Path, *names: str) -> None:
             )
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all files that ``checksums.json`` names are there as they were written."""
+    try:
+        sums = read_checksums(folder)
+        verify(folder, *(sums or ()))
+    except CheckpointError:
+        return False
+    return bool(sums)
+
+
 def verify_listed(folder: Path, name: str) -> None:
     """The same of one file that may have been added since; then nothing is known of it."""
     if name in (read_checksums(folder) or {}):

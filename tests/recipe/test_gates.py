@@ -12,6 +12,7 @@ from nfd_env.recipe.gates import (
     action_gates,
     distill_gates,
     fewest_steps,
+    length_gate,
     reading_gates,
     recording_gates,
     tokenizer_gates,
@@ -135,6 +136,11 @@ def test_a_world_whose_pictures_do_not_last_is_told(energy: float, passes: bool)
     assert gate.passed == passes and all(other.passed for other in others)
     assert ("energy of the latents after 512 frames" in gate.line()) and not gate.stops
     assert ("give more minutes" in gate.line()) == (not passes)
+
+
+def test_episodes_that_were_all_cut_off_early_are_told_of() -> None:
+    assert length_gate(0.0, 300).passed
+    assert "300 steps" in length_gate(0.9, 300).line() and not length_gate(0.9, 300).passed
 
 
 def test_a_tokenizer_that_shows_the_frame_before_does_not_pass() -> None:

@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 import nfd_env  # noqa: F401
+from nfd_env.data.collect import PolicyConfig
 from nfd_env.data.shards import RecordingError
 from nfd_env.recipe.gates import GateError
 from nfd_env.recipe.rounds import STAGES
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
+from nfd_env.worlds.checksums import is_whole
 from tests.recipe.hostile import HOSTILE
 from tests.recipe.tiny import TINY, game, run
 
@@ -91,6 +93,29 @@ def test_a_batch_that_was_made_smaller_for_the_time_is_no_change(tmp_path: Path)
         assert written(tmp_path / "dots", "tokenizer") == made
     after = yaml.safe_load((tmp_path / "dots" / "plan.yaml").read_text())
     assert after["tokenizer"] == plan["tokenizer"] and after["batches"] == plan["batches"]
+
+
+def test_a_damaged_world_is_written_again(copied: Path) -> None:
+    weights, before = copied / "world" / "dynamics.safetensors", written(copied, "distill")
+    good = weights.read_bytes()
+    for damage in (weights.unlink, lambda: weights.write_bytes(good[:-1])):
+        damage()
+        run(game(copied), "world")
+        assert weights.stat().st_size == len(good) and is_whole(copied / "world")
+    assert written(copied, "distill") == before
+
+
+def test_what_was_recorded_stays_and_is_told_of(copied: Path) -> None:
+    recorded = sorted(copied.rglob("recordings/**/*"))
+    others = [PolicyConfig("random_held", kwargs={"low": 2, "high": 3})]
+    said = run(game(copied, policies=others, seed=5), "record")
+    told = f"recordings stay as they are, though policies, seed changed: remove {copied}"
+    assert any(told in line for line in said)
+    assert not any("stay as they are" in line for line in run(game(copied), "record"))
+    source = replace(game(copied).source, size=[64, 64])
+    with pytest.raises(RecordingError, match="other settings of source: remove it .*folder"):
+        run(game(copied, source=source))
+    assert sorted(copied.rglob("recordings/**/*")) == recorded
 
 
 def test_names_and_keys_change_the_world_alone(copied: Path) -> None:
