@@ -118,7 +118,7 @@ class NFDEnv(gymnasium.Env):
         """See ``NFDVectorEnv.get_action_meanings``."""
         return self.vector.get_action_meanings()
 
-    def get_keys_to_action(self) -> dict[tuple[str, ...], int]:
+    def get_keys_to_action(self) -> dict[tuple[str, ...], Any]:
         """See ``NFDVectorEnv.get_keys_to_action``."""
         return self.vector.get_keys_to_action()
 

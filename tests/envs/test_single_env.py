@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gymnasium.error import ResetNeeded
 
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.sources.keys import resting_action
 
 
 def make(world: Path, **kwargs: Any) -> NFDEnv:
@@ -113,6 +115,28 @@ def test_saved_states(tiny_world: Path) -> None:
 
 def test_keys(tiny_world: Path) -> None:
     assert make(tiny_world).get_keys_to_action() == {("d",): 1, ("a",): 2}
+
+
+def test_keys_of_actions_with_several_numbers() -> None:
+    env = make("CarRacing", obs_type="latent")
+    meant = env.get_keys_to_action()
+    assert {keys for keys in meant if len(keys) == 1} == {("a",), ("d",), ("s",), ("w",)}
+    assert meant["a",].tolist() == [-1, 0, 0] and meant["a", "w"].tolist() == [-1, 1, 0]
+    assert ("a", "d") not in meant
+    env.reset(seed=0)
+    env.step(meant["s",])
+    assert all(action in env.action_space for action in meant.values())
+
+
+@pytest.mark.parametrize("space", ["MultiBinary", "MultiDiscrete"])
+def test_keys_of_several_choices(make_world: Callable[..., Path], space: str) -> None:
+    sizes = {"n": 3} if space == "MultiBinary" else {"nvec": [3, 2], "start": [0, 5]}
+    env = make(make_world(action_space={"type": space, **sizes}), obs_type="latent")
+    env.reset(seed=0)
+    meant = env.get_keys_to_action()
+    assert len(meant) >= 2 and all(action in env.action_space for action in meant.values())
+    env.step(meant["d",])
+    assert np.count_nonzero(meant["d",] - resting_action(env.action_space)) == 1
 
 
 def test_arguments_reach_the_vector_env(tiny_world: Path) -> None:
