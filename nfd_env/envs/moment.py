@@ -29,6 +29,7 @@ class Moment(WorldVectorEnv):
     starts: Sequence[Any]
     speculative_frames: int
     _now: EnvState | None
+    _torn: np.ndarray  # bool (num_envs,), those whose last change was interrupted
     _decoded: Tensor | None
     _decoder: CapturedCall
 
@@ -43,7 +44,7 @@ class Moment(WorldVectorEnv):
     }
 
     # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
-    _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now")
+    _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now", "_torn")
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
@@ -90,6 +91,7 @@ class Moment(WorldVectorEnv):
         state = self.save_state(rows)
         taken = object.__new__(type(self))
         taken.__dict__.update(self.__dict__, num_envs=len(state), _now=None)
+        taken._torn = np.zeros(len(state), bool)
         taken._decoder = CapturedCall()
         taken._batch_spaces()
         taken.restore_state(state)
@@ -100,11 +102,14 @@ class Moment(WorldVectorEnv):
 
         Args:
             rows: of these environments only, in this order; one may be named repeatedly.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset, or after a step that an exception
+                interrupted.
         """
-        now = self._begun("save_state")
-        return now.take(
-            range(self.num_envs) if rows is None else checks.check_rows(rows, self.num_envs)
-        )
+        listed = None if rows is None else checks.check_rows(rows, self.num_envs)
+        now = self._whole("save_state", listed)
+        return now.take(range(self.num_envs) if listed is None else listed)
 
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
         """Go back to a saved state, which may be restored again; returns its observation.
@@ -137,7 +142,9 @@ class Moment(WorldVectorEnv):
         if self._now is None:
             self._now = state.take(listed)
         else:  # keeps what was captured on its memory
+            self._torn[listed] = True
             self._now.put(listed, state)
+        self._torn[listed] = False
         self._decoded = None
         return self.observe()
 
@@ -159,6 +166,7 @@ class Moment(WorldVectorEnv):
         if self.starts is None:
             self.starts = self.world.starts
         self._decoder, self._decoded, self._now = CapturedCall(), None, None
+        self._torn = np.zeros(self.num_envs, bool)
         if saved is not None:
             self.restore_state(saved)
 
@@ -199,3 +207,12 @@ class Moment(WorldVectorEnv):
         if self._now is None:
             raise gymnasium.error.ResetNeeded(f"call reset() before {what}()")
         return self._now
+
+    def _whole(self, what: str, rows: Sequence[int] | None = None) -> EnvState:
+        """The present moment, of which ``what`` needs ``rows``, or all, as a finished step left."""
+        now = self._begun(what)
+        if (self._torn if rows is None else self._torn[rows]).any():
+            raise gymnasium.error.ResetNeeded(
+                "a step was interrupted: call reset() or restore_state()"
+            )
+        return now

@@ -203,6 +203,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         self._changed: dict[str, Any] = {}
         self.set_sampling(sampling_steps, history_level, temperature)
         self._now: EnvState | None = None
+        self._torn = np.zeros(self.num_envs, bool)
         self._decoded: Tensor | None = None
         self._decoder = CapturedCall()
         self._ood_scale: float | None = None
@@ -308,6 +309,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
                 keys.append((chosen, 0))
         beginning = isinstance(given.get("start"), str)
         begun = self._restart(rows, keys, contexts, beginning)
+        self._torn[rows] = False
         none = np.zeros(self.num_envs, bool)
         infos = self._infos(torch.zeros(self.num_envs, **self._numbers), none)
         return self.observe(), self._output(infos | begun)
@@ -321,11 +323,12 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
 
         Raises:
             ValueError: when the actions do not lie in the action space.
-            gymnasium.error.ResetNeeded: before the first reset, and, with autoreset disabled, when
-                an environment has ended and was not reset.
+            gymnasium.error.ResetNeeded: before the first reset, after a step that an exception
+                interrupted, and, with autoreset disabled, when an environment has ended and was
+                not reset.
             gymnasium.error.ClosedEnvironmentError: after ``close``.
         """
-        now = self._begun("step")
+        now = self._whole("step")
         checked = self.world.codec.check(actions, self.num_envs)
         waiting = now.ended.copy()
         if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
@@ -336,6 +339,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         reset_now = (
             waiting if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros_like(waiting)
         )
+        self._torn[:] = True  # until all of the step is done: parts of it change in turn
         rewards, terminated, hazard = self._advance(checked, reset_now)
         now.steps += 1
         begun: dict[str, Any] = {}
@@ -353,7 +357,10 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         if self.autoreset_mode == AutoresetMode.SAME_STEP and now.ended.any():
             infos = self._finish(infos)
             begun = self._next_episodes(np.flatnonzero(now.ended))
-        return self._step_output(self.observe(), rewards, terminated, truncated, infos | begun)
+        infos |= begun
+        stepped = self._step_output(self.observe(), rewards, terminated, truncated, infos)
+        self._torn[:] = False
+        return stepped
 
     @one_thread
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
@@ -460,6 +467,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         if self._now is None:
             self._now = begun
         else:
+            self._torn[rows] = True  # whoever asked for it says when it is done
             self._now.put(rows, begun)
         self._decoded = None
         return self._context(rows, chosen) if self.context_observations else {}

@@ -584,6 +584,40 @@ def test_autoreset_with_frame_skip(hasty_world: Path) -> None:
     assert close(step[0][row], single.reset()[0])
 
 
+# ------------------------------------------------------------------------------- interrupted steps
+
+
+@pytest.mark.parametrize("part", ["heads.step", "tokenizer.decode_frames"])
+def test_an_interrupted_step_is_not_gone_on_from(
+    hasty_world: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Neither within a pass of the networks nor where an episode has ended and begun anew."""
+    env = make(hasty_world, 2, obs_type="rgb", autoreset_mode=AutoresetMode.SAME_STEP)
+    env.reset(seed=0)
+    state = env.save_state()
+    expected = env.step([1, 2])
+    env.restore_state(state)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    name, method = part.split(".")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(getattr(env.model, name), method, interrupted)
+        env.step([1, 2])
+    for go_on in (lambda: env.step([1, 2]), env.save_state, lambda: env.take([1])):
+        with pytest.raises(ResetNeeded, match=r"a step was interrupted: call reset\(\) or"):
+            go_on()
+    env.reset(options={"reset_mask": np.array([True, False])})
+    env.save_state([0])
+    with pytest.raises(ResetNeeded, match="a step was interrupted"):
+        env.step([1, 2])
+    env.reset(options={"reset_mask": np.array([False, True])})
+    env.step([1, 2])
+    env.restore_state(state)
+    assert same(env.step([1, 2]), expected)
+
+
 # --------------------------------------------------------------------------------- returned values
 
 
