@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,15 +283,17 @@ def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
         AgentError: when the folder holds a run of another world, or PPO cannot take the settings.
         FolderInUseError: when another process trains there.
     """
-    with owned_folder(settings.folder) as folder, stopping() as stop:
-        return _train(settings, folder, progress, stop)
+    with owned_folder(settings.folder) as folder, stopping() as stop, ExitStack() as opened:
+        return _train(settings, folder, progress, stop, opened)
 
 
 def _train(
-    settings: TrainSB3Config, folder: Path, progress: bool, stop: StopRequest
+    settings: TrainSB3Config, folder: Path, progress: bool, stop: StopRequest, opened: ExitStack
 ) -> dict[str, float]:
+    """``train``; whatever is to be closed is known to ``opened`` as soon as it is there."""
     path = folder / "agent.zip"
     venv, spec = make_env(settings)
+    opened.callback(venv.close)
     if path.exists():
         model = _resume(path, venv, spec)
         settings.check_kept(folder, path.suffix, model.num_timesteps)
@@ -300,15 +303,12 @@ def _train(
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
     learned = native_env(venv).world
     judge = Judge(learned, settings.evaluate_episodes, settings.max_episode_steps, settings.device)
+    opened.callback(judge.close)
     callback = Progress(settings, judge, path, progress, stop)
-    try:
-        # SB3 adds the timesteps that the model has had.
-        left = settings.decisions - model.num_timesteps
-        if left > 0:
-            model.learn(left, callback, reset_num_timesteps=False)
-    finally:
-        judge.close()
-        venv.close()
+    # SB3 adds the timesteps that the model has had.
+    left = settings.decisions - model.num_timesteps
+    if left > 0:
+        model.learn(left, callback, reset_num_timesteps=False)
     return callback.metrics
 
 
