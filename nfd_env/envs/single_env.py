@@ -76,6 +76,11 @@ class NFDEnv(gymnasium.Env):
         return self.vector.render_mode
 
     @property
+    def np_random_seed(self) -> int:
+        """The seed of its episodes; -1 before the first reset."""
+        return self.vector.np_random_seed[0]
+
+    @property
     def world(self) -> World:
         """The loaded world."""
         return self.vector.world

@@ -72,6 +72,16 @@ def test_forms_of_a_seed(endless_world: Path, seed: Any) -> None:
     assert env.np_random.random() == expected.np_random.random()
 
 
+def test_its_seed_repeats_it(endless_world: Path) -> None:
+    env, again = make(endless_world), make(endless_world)
+    assert env.np_random_seed == -1
+    observation, _ = env.reset()  # a fresh seed
+    assert np.array_equal(again.reset(seed=env.np_random_seed)[0], observation)
+    env.reset(seed=7)
+    env.reset()
+    assert env.np_random_seed == 7
+
+
 @pytest.mark.parametrize("action", [3, -1, 1.0, [0, 1], [[1]], None, "left", [[1], [0, 1]]])
 def test_wrong_actions(endless_world: Path, action: Any) -> None:
     env = make(endless_world)
