@@ -126,13 +126,14 @@ class Axis:
 def box_axes(space: spaces.Box) -> list[Axis]:
     """The axes of a Box, in C order."""
     axes = []
+    most = float(np.finfo(np.float32).max)  # which also stands for no bound
     for entry, ends in enumerate(zip(space.low.ravel(), space.high.ravel(), strict=True)):
         low, high = map(float, ends)
-        if math.isinf(low) and math.isinf(high):
+        if low <= -most and high >= most:
             low, high = -1.0, 1.0
-        elif math.isinf(low):
+        elif low <= -most:
             low = min(-1.0, high - 1)
-        elif math.isinf(high):
+        elif high >= most:
             high = max(1.0, low + 1)
         rest = 0.0 if low <= 0 <= high else (low + high) / 2
         if np.issubdtype(space.dtype, np.integer):
