@@ -105,6 +105,16 @@ class WorldVectorEnv(VectorEnv):
             raise AttributeError(f"{name} of an env cannot be deleted")
         super().__delattr__(name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.world.model.device
+
+    @property
+    def precision(self) -> str:
+        """The number format of tokenizer and dynamics, "fp32" or "bf16"."""
+        return self.world.model.precision
+
     def _settable(self, name: str, value: Any) -> Any:
         """``value`` as attribute ``name`` takes it; raises what ``__setattr__`` does."""
         if name in self._FIXED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import gymnasium
@@ -28,6 +28,9 @@ class Moment(WorldVectorEnv):
     model: WorldModel
     starts: Sequence[Any]
     speculative_frames: int
+    sampling: SamplingConfig
+    _ood_scale: float | None
+    _changed: dict[str, Any]
     _now: EnvState | None
     _torn: np.ndarray  # bool (num_envs,), those whose last change was interrupted
     _decoded: Tensor | None
@@ -172,9 +175,40 @@ class Moment(WorldVectorEnv):
 
     def _draw_by(self, world: World, changed: dict[str, Any]) -> None:
         """Draw frames as ``world`` does, but for what was ``changed``."""
-        self.sampling = replace(world.model.sampling, **changed)
+        self.__dict__["sampling"] = replace(world.model.sampling, **changed)
         self.model, self._changed = world.model, changed
         self.__dict__["world"] = world  # which others cannot set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See the base class; ``sampling`` may be set as a whole, and copies then have it too."""
+        super().__setattr__(name, value)
+        if name == "sampling":
+            self._changed = asdict(self.sampling)
+
+    @property
+    def sampling_steps(self) -> int:
+        """Denoising steps a frame."""
+        return self.sampling.steps
+
+    @property
+    def history_level(self) -> float:
+        """Noise level at which past frames are remembered."""
+        return self.sampling.history_level
+
+    @property
+    def temperature(self) -> float:
+        """Scale of the noise that frames are drawn from."""
+        return self.sampling.temperature
+
+    @property
+    def dynamics(self) -> str:
+        """Which dynamics draw, see ``World``."""
+        return self.world.dynamics
+
+    @property
+    def ood(self) -> bool:
+        """Whether ``info["ood"]`` is reported."""
+        return self._ood_scale is not None
 
     def _settable(self, name: str, value: Any) -> Any:
         """See the base class."""

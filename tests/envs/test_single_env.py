@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.error import ResetNeeded
 
+import nfd_env  # noqa: F401  # registers the ids
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.sources.keys import resting_action
@@ -41,6 +43,18 @@ def test_it_is_a_vector_env_of_one(tiny_world: Path) -> None:
         assert left[1:4] == (right[1][0], right[2][0], right[3][0])
         if left[2]:
             assert np.array_equal(env.reset()[0], vector.reset()[0][0])
+
+
+def test_a_limit_that_is_set_is_the_envs_own(endless_world: Path) -> None:
+    """Unlike that of gymnasium.make, which a restored state knows nothing of."""
+    env = gymnasium.make("NFD/World-v0", world=endless_world, device="cpu", precision="fp32")
+    env.unwrapped.max_episode_steps = 3  # type: ignore[attr-defined]
+    env.reset(seed=0)
+    assert [env.step(0)[3] for _ in range(2)] == [False, False]
+    state = env.unwrapped.save_state()  # type: ignore[attr-defined]
+    env.reset()
+    env.unwrapped.restore_state(state)  # type: ignore[attr-defined]
+    assert env.step(0)[3]
 
 
 def test_an_ended_episode_must_be_reset(tiny_world: Path) -> None:
