@@ -6,6 +6,7 @@ The same command goes on with a run that was interrupted; its environments then 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import time
 from collections import deque
@@ -157,12 +158,17 @@ def make_model(venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
     device = str(native_env(venv).model.device)
     try:
         model = PPO(policy, venv, seed=settings.seed, device=device, **kwargs)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise AgentError(
             f"stable_baselines3.PPO cannot be made with these settings: {error}"
         ) from None
     setattr(model, SPEC_ATTRIBUTE, config.to_dict(spec))
     return model
+
+
+# Arguments of PPO that are not taken from the settings when a training goes on: what the network is
+# made of, and what PPO.load is told itself.
+_NOT_TAKEN = {"policy", "policy_kwargs", "use_sde", "env", "device"}
 
 
 class _Linear:
@@ -274,13 +280,15 @@ class Progress(BaseCallback):
 def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
 
-    INT, TERM and HUP save the last update first.
+    What ``settings.ppo`` says by then counts; the network stays as it was built. INT, TERM and HUP
+    save the last update first.
 
     Returns:
         The last metrics, see ``nfd_env.learning.train.train``.
 
     Raises:
-        AgentError: when the folder holds a run of another world, or PPO cannot take the settings.
+        AgentError: when the folder holds a run of another world or network, or PPO cannot take the
+            settings.
         FolderInUseError: when another process trains there.
     """
     with owned_folder(settings.folder) as folder, stopping() as stop, ExitStack() as opened:
@@ -295,7 +303,7 @@ def _train(
     venv, spec = make_env(settings)
     opened.callback(venv.close)
     if path.exists():
-        model = _resume(path, venv, spec)
+        model = _resume(path, venv, spec, settings)
         settings.check_kept(folder, path.suffix, model.num_timesteps)
         venv.seed(settings.seed + model.num_timesteps)  # not the first episodes again
     else:
@@ -312,9 +320,13 @@ def _train(
     return callback.metrics
 
 
-def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
+def _resume(path: Path, venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
+    """The agent of ``path``, which goes on learning as ``settings`` say by now."""
+    fresh = make_model(venv, spec, settings)
+    names = inspect.signature(PPO).parameters.keys() - _NOT_TAKEN
+    taken = {name: getattr(fresh, name) for name in names if hasattr(fresh, name)}
     try:
-        model = PPO.load(path, venv, device=str(native_env(venv).model.device))
+        model = PPO.load(path, venv, device=str(fresh.device), **taken)
     except Exception as error:  # whatever a damaged zip or other spaces lead to
         raise AgentError(f"{path} cannot be continued: {error}; choose another folder") from None
     if getattr(model, SPEC_ATTRIBUTE, None) != config.to_dict(spec):
@@ -322,7 +334,28 @@ def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
             f"{path} is an agent of another world, observation type, frame skip or stack; "
             "choose another folder, or remove this one"
         )
+    then, now = _network(model), _network(fresh)
+    for name in then | now:
+        if then.get(name) != now.get(name):
+            raise AgentError(
+                f"{path} has a network of {name}={then.get(name)}, not {now.get(name)}: set it "
+                "back, or choose another folder"
+            )
     return model
+
+
+def _network(model: PPO) -> dict[str, Any]:
+    """What the network of ``model`` was built by, under the names of the settings."""
+    kwargs, gsde = model.policy_kwargs, {"ppo.use_sde": model.use_sde}
+    # By name: a class of a module that was run as a command is another one each time.
+    extractor = getattr(kwargs.get("features_extractor_class"), "__name__", "")
+    if extractor == TrunkExtractor.__name__:
+        built = kwargs["features_extractor_kwargs"]
+        sizes = {name: built[name] for name in ("channels", "width", "frame_offsets")}
+        return {"policy": "trunk", **sizes, **gsde}
+    named = {cls: name for name, cls in PPO.policy_aliases.items()}
+    policy = named.get(model.policy_class, model.policy_class.__name__)
+    return {"policy": policy, "ppo.policy_kwargs": kwargs, **gsde}
 
 
 def _command(settings: TrainSB3Config, args: argparse.Namespace) -> str:

@@ -700,6 +700,18 @@ def test_sb3_continues(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert train_sb3.native_env(made[0][0]).closed
     with pytest.raises(AgentError, match="cannot be continued"):
         train_sb3.train(replace(plan, frame_stack=3), progress=False)
+    for changed, message in (
+        ({"width": 32}, "width=16, not 32"),
+        ({"policy": "MlpPolicy"}, "policy=trunk, not MlpPolicy"),
+        ({"ppo": {**plan.ppo, "use_sde": True}}, "with these settings: .*continuous actions"),
+    ):
+        with pytest.raises(AgentError, match=message):
+            train_sb3.train(replace(plan, **changed), progress=False)
+    faster = {**plan.ppo, "n_steps": 16, "gamma": 0.5, "learning_rate": 0.01, "ent_coef": 0.1}
+    train_sb3.train(replace(plan, decisions=160, keep=[], ppo=faster), progress=False)
+    model = PPO.load(tmp_path / "agent.zip")
+    assert (model.num_timesteps, model.n_steps, model.gamma) == (160, 16, 0.5)
+    assert (model.lr_schedule(1.0), model.ent_coef) == (0.01, 0.1)
 
 
 def test_somebodys_own_sb3_agent(
