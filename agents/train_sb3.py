@@ -6,10 +6,12 @@ The same command goes on with a run that was interrupted; its environments then 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,12 +158,17 @@ def make_model(venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
     device = str(native_env(venv).model.device)
     try:
         model = PPO(policy, venv, seed=settings.seed, device=device, **kwargs)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise AgentError(
             f"stable_baselines3.PPO cannot be made with these settings: {error}"
         ) from None
     setattr(model, SPEC_ATTRIBUTE, config.to_dict(spec))
     return model
+
+
+# Arguments of PPO that are not taken from the settings when a training goes on: what the network is
+# made of, and what PPO.load is told itself.
+_NOT_TAKEN = {"policy", "policy_kwargs", "use_sde", "env", "device"}
 
 
 class _Linear:
@@ -273,26 +280,30 @@ class Progress(BaseCallback):
 def train(settings: TrainSB3Config, progress: bool = True) -> dict[str, float]:
     """Train to ``settings.decisions``, going on from the folder's last checkpoint.
 
-    INT, TERM and HUP save the last update first.
+    What ``settings.ppo`` says by then counts; the network stays as it was built. INT, TERM and HUP
+    save the last update first.
 
     Returns:
         The last metrics, see ``nfd_env.learning.train.train``.
 
     Raises:
-        AgentError: when the folder holds a run of another world, or PPO cannot take the settings.
+        AgentError: when the folder holds a run of another world or network, or PPO cannot take the
+            settings.
         FolderInUseError: when another process trains there.
     """
-    with owned_folder(settings.folder) as folder, stopping() as stop:
-        return _train(settings, folder, progress, stop)
+    with owned_folder(settings.folder) as folder, stopping() as stop, ExitStack() as opened:
+        return _train(settings, folder, progress, stop, opened)
 
 
 def _train(
-    settings: TrainSB3Config, folder: Path, progress: bool, stop: StopRequest
+    settings: TrainSB3Config, folder: Path, progress: bool, stop: StopRequest, opened: ExitStack
 ) -> dict[str, float]:
+    """``train``; whatever is to be closed is known to ``opened`` as soon as it is there."""
     path = folder / "agent.zip"
     venv, spec = make_env(settings)
+    opened.callback(venv.close)
     if path.exists():
-        model = _resume(path, venv, spec)
+        model = _resume(path, venv, spec, settings)
         settings.check_kept(folder, path.suffix, model.num_timesteps)
         venv.seed(settings.seed + model.num_timesteps)  # not the first episodes again
     else:
@@ -300,21 +311,22 @@ def _train(
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
     learned = native_env(venv).world
     judge = Judge(learned, settings.evaluate_episodes, settings.max_episode_steps, settings.device)
+    opened.callback(judge.close)
     callback = Progress(settings, judge, path, progress, stop)
-    try:
-        # SB3 adds the timesteps that the model has had.
-        left = settings.decisions - model.num_timesteps
-        if left > 0:
-            model.learn(left, callback, reset_num_timesteps=False)
-    finally:
-        judge.close()
-        venv.close()
+    # SB3 adds the timesteps that the model has had.
+    left = settings.decisions - model.num_timesteps
+    if left > 0:
+        model.learn(left, callback, reset_num_timesteps=False)
     return callback.metrics
 
 
-def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
+def _resume(path: Path, venv: VecEnv, spec: AgentSpec, settings: TrainSB3Config) -> PPO:
+    """The agent of ``path``, which goes on learning as ``settings`` say by now."""
+    fresh = make_model(venv, spec, settings)
+    names = inspect.signature(PPO).parameters.keys() - _NOT_TAKEN
+    taken = {name: getattr(fresh, name) for name in names if hasattr(fresh, name)}
     try:
-        model = PPO.load(path, venv, device=str(native_env(venv).model.device))
+        model = PPO.load(path, venv, device=str(fresh.device), **taken)
     except Exception as error:  # whatever a damaged zip or other spaces lead to
         raise AgentError(f"{path} cannot be continued: {error}; choose another folder") from None
     if getattr(model, SPEC_ATTRIBUTE, None) != config.to_dict(spec):
@@ -322,7 +334,28 @@ def _resume(path: Path, venv: VecEnv, spec: AgentSpec) -> PPO:
             f"{path} is an agent of another world, observation type, frame skip or stack; "
             "choose another folder, or remove this one"
         )
+    then, now = _network(model), _network(fresh)
+    for name in then | now:
+        if then.get(name) != now.get(name):
+            raise AgentError(
+                f"{path} has a network of {name}={then.get(name)}, not {now.get(name)}: set it "
+                "back, or choose another folder"
+            )
     return model
+
+
+def _network(model: PPO) -> dict[str, Any]:
+    """What the network of ``model`` was built by, under the names of the settings."""
+    kwargs, gsde = model.policy_kwargs, {"ppo.use_sde": model.use_sde}
+    # By name: a class of a module that was run as a command is another one each time.
+    extractor = getattr(kwargs.get("features_extractor_class"), "__name__", "")
+    if extractor == TrunkExtractor.__name__:
+        built = kwargs["features_extractor_kwargs"]
+        sizes = {name: built[name] for name in ("channels", "width", "frame_offsets")}
+        return {"policy": "trunk", **sizes, **gsde}
+    named = {cls: name for name, cls in PPO.policy_aliases.items()}
+    policy = named.get(model.policy_class, model.policy_class.__name__)
+    return {"policy": policy, "ppo.policy_kwargs": kwargs, **gsde}
 
 
 def _command(settings: TrainSB3Config, args: argparse.Namespace) -> str:

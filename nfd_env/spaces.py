@@ -158,6 +158,22 @@ class ActionCodec:
             )
         return checked
 
+    def native(self, actions: Any) -> np.ndarray:
+        """A batch of checked actions as the space itself has them: of its type, within its bounds.
+
+        ``check`` looks at float32, where 0.1 lies above the float64 0.1.
+
+        Args:
+            actions: as they were given to ``check``, which turns Box values into float32.
+        """
+        if isinstance(actions, Tensor):
+            actions = actions.detach().cpu()
+            actions = actions.double() if actions.is_floating_point() else actions  # from bf16 too
+        values = np.asarray(actions)
+        if isinstance(self.space, spaces.Box):
+            values = values.clip(self.space.low, self.space.high)
+        return values.astype(self.space.dtype)
+
     def encode(self, actions: Tensor) -> Tensor:
         """(..., *shape) actions, of whatever type they are stored in -> float32 (..., width)."""
         low, high = self._low.to(actions.device), self._high.to(actions.device)

@@ -23,6 +23,7 @@ from nfd_env.envs import guests
 from nfd_env.envs.checks import check_choice, check_room, check_whole
 from nfd_env.envs.observing import OBSERVATION_TYPES, OUTPUTS, observation_space, to_output
 from nfd_env.precision import PRECISIONS
+from nfd_env.sources.keys import keys_to_action
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import World, load_world
 from nfd_env.worlds.rivals import RIVALS
@@ -103,6 +104,16 @@ class WorldVectorEnv(VectorEnv):
         if self._made and name in self._FIXED:
             raise AttributeError(f"{name} of an env cannot be deleted")
         super().__delattr__(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.world.model.device
+
+    @property
+    def precision(self) -> str:
+        """The number format of tokenizer and dynamics, "fp32" or "bf16"."""
+        return self.world.model.precision
 
     def _settable(self, name: str, value: Any) -> Any:
         """``value`` as attribute ``name`` takes it; raises what ``__setattr__`` does."""
@@ -220,16 +231,14 @@ class WorldVectorEnv(VectorEnv):
         names = self.world.spec.source.action_names
         return [name.upper() for name in names] or [f"ACTION_{i}" for i in range(int(space.n))]
 
-    def get_keys_to_action(self) -> dict[tuple[str, ...], int]:
-        """The world's keymap for ``gymnasium.utils.play``: single-letter keys to actions."""
-        source, space = self.world.spec.source, self.single_action_space
-        first = int(space.start) if isinstance(space, spaces.Discrete) else 0
-        return {
-            (key,): first + source.action_names.index(name)
-            for name, keys in source.keys.items()
-            for key in keys
-            if len(key) == 1 and name in source.action_names
-        }
+    def get_keys_to_action(self) -> dict[tuple[str, ...], Any]:
+        """The world's keymap for ``gymnasium.utils.play``: single-letter keys to whole actions.
+
+        That function takes 0 for the action without a key; where the resting action is another one,
+        as in every Box, tell it by ``noop=`` (see ``nfd_env.sources.keys.resting_action``).
+        """
+        source = self.world.spec.source
+        return keys_to_action(self.single_action_space, source.action_names, source.keys)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(self.world.model.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import gymnasium
@@ -28,7 +28,11 @@ class Moment(WorldVectorEnv):
     model: WorldModel
     starts: Sequence[Any]
     speculative_frames: int
+    sampling: SamplingConfig
+    _ood_scale: float | None
+    _changed: dict[str, Any]
     _now: EnvState | None
+    _torn: np.ndarray  # bool (num_envs,), those whose last change was interrupted
     _decoded: Tensor | None
     _decoder: CapturedCall
 
@@ -43,7 +47,7 @@ class Moment(WorldVectorEnv):
     }
 
     # What __getstate__ leaves out: it is loaded anew, or is part of the saved state.
-    _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now")
+    _NOT_COPIED = ("world", "model", "_decoder", "_decoded", "_now", "_torn")
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The current frames as uint8 (H, W, 3) arrays, with ``render_mode="rgb_array"``."""
@@ -90,6 +94,7 @@ class Moment(WorldVectorEnv):
         state = self.save_state(rows)
         taken = object.__new__(type(self))
         taken.__dict__.update(self.__dict__, num_envs=len(state), _now=None)
+        taken._torn = np.zeros(len(state), bool)
         taken._decoder = CapturedCall()
         taken._batch_spaces()
         taken.restore_state(state)
@@ -100,11 +105,14 @@ class Moment(WorldVectorEnv):
 
         Args:
             rows: of these environments only, in this order; one may be named repeatedly.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset, or after a step that an exception
+                interrupted.
         """
-        now = self._begun("save_state")
-        return now.take(
-            range(self.num_envs) if rows is None else checks.check_rows(rows, self.num_envs)
-        )
+        listed = None if rows is None else checks.check_rows(rows, self.num_envs)
+        now = self._whole("save_state", listed)
+        return now.take(range(self.num_envs) if listed is None else listed)
 
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
         """Go back to a saved state, which may be restored again; returns its observation.
@@ -137,7 +145,9 @@ class Moment(WorldVectorEnv):
         if self._now is None:
             self._now = state.take(listed)
         else:  # keeps what was captured on its memory
+            self._torn[listed] = True
             self._now.put(listed, state)
+        self._torn[listed] = False
         self._decoded = None
         return self.observe()
 
@@ -159,14 +169,46 @@ class Moment(WorldVectorEnv):
         if self.starts is None:
             self.starts = self.world.starts
         self._decoder, self._decoded, self._now = CapturedCall(), None, None
+        self._torn = np.zeros(self.num_envs, bool)
         if saved is not None:
             self.restore_state(saved)
 
     def _draw_by(self, world: World, changed: dict[str, Any]) -> None:
         """Draw frames as ``world`` does, but for what was ``changed``."""
-        self.sampling = replace(world.model.sampling, **changed)
+        self.__dict__["sampling"] = replace(world.model.sampling, **changed)
         self.model, self._changed = world.model, changed
         self.__dict__["world"] = world  # which others cannot set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See the base class; ``sampling`` may be set as a whole, and copies then have it too."""
+        super().__setattr__(name, value)
+        if name == "sampling":
+            self._changed = asdict(self.sampling)
+
+    @property
+    def sampling_steps(self) -> int:
+        """Denoising steps a frame."""
+        return self.sampling.steps
+
+    @property
+    def history_level(self) -> float:
+        """Noise level at which past frames are remembered."""
+        return self.sampling.history_level
+
+    @property
+    def temperature(self) -> float:
+        """Scale of the noise that frames are drawn from."""
+        return self.sampling.temperature
+
+    @property
+    def dynamics(self) -> str:
+        """Which dynamics draw, see ``World``."""
+        return self.world.dynamics
+
+    @property
+    def ood(self) -> bool:
+        """Whether ``info["ood"]`` is reported."""
+        return self._ood_scale is not None
 
     def _settable(self, name: str, value: Any) -> Any:
         """See the base class."""
@@ -199,3 +241,12 @@ class Moment(WorldVectorEnv):
         if self._now is None:
             raise gymnasium.error.ResetNeeded(f"call reset() before {what}()")
         return self._now
+
+    def _whole(self, what: str, rows: Sequence[int] | None = None) -> EnvState:
+        """The present moment, of which ``what`` needs ``rows``, or all, as a finished step left."""
+        now = self._begun(what)
+        if (self._torn if rows is None else self._torn[rows]).any():
+            raise gymnasium.error.ResetNeeded(
+                "a step was interrupted: call reset() or restore_state()"
+            )
+        return now

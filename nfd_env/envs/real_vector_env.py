@@ -123,7 +123,8 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         """
         self._need_begun("step")
         checked = self.world.codec.check(actions, self.num_envs)
-        results = list(self._pool.map(self._step_one, range(self.num_envs), checked.cpu().numpy()))
+        native = self.world.codec.native(actions)
+        results = list(self._pool.map(self._step_one, range(self.num_envs), native))
         frames, *columns = zip(*results, strict=True)
         shown, reward, terminated, truncated = (np.stack(column) for column in columns)
         self._follow(frames, self.world.codec.encode(checked).to(self.model.device))

@@ -27,6 +27,11 @@ class NFDEnv(gymnasium.Env):
     batch dimension, ``num_envs`` and ``autoreset_mode``; so is ``info``, in numpy scalars and
     arrays of the same keys and types at ``reset`` and ``step``. A Discrete action may also be an
     array of shape (1,).
+
+    ``gymnasium.make(..., max_episode_steps=n)`` keeps n to itself, for a ``TimeLimit`` around the
+    env, which can only cut episodes shorter than the world's own limit and is no part of
+    ``save_state``. ``env.unwrapped.max_episode_steps = n`` tells the env, as ``NFDEnv(...)`` and
+    ``gymnasium.make_vec(...)`` do.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -59,14 +64,14 @@ class NFDEnv(gymnasium.Env):
             super().__setattr__(name, value)
         elif name == "vector":
             raise AttributeError("vector of an env cannot be set: make another env")
-        elif name in _SIGNATURE.parameters:
+        elif name in _OF_VECTOR:
             setattr(self.vector, name, value)
         else:
             super().__setattr__(name, self.vector._settable(name, value))
 
     def __getattr__(self, name: str) -> Any:
         """The options that it was made with are those of the vector env."""
-        if name in _SIGNATURE.parameters:
+        if name in _OF_VECTOR:
             return getattr(self.vector, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -74,6 +79,11 @@ class NFDEnv(gymnasium.Env):
     def render_mode(self) -> str | None:  # type: ignore[override]
         """None or "rgb_array"."""
         return self.vector.render_mode
+
+    @property
+    def np_random_seed(self) -> int:
+        """The seed of its episodes; -1 before the first reset."""
+        return self.vector.np_random_seed[0]
 
     @property
     def world(self) -> World:
@@ -118,7 +128,7 @@ class NFDEnv(gymnasium.Env):
         """See ``NFDVectorEnv.get_action_meanings``."""
         return self.vector.get_action_meanings()
 
-    def get_keys_to_action(self) -> dict[tuple[str, ...], int]:
+    def get_keys_to_action(self) -> dict[tuple[str, ...], Any]:
         """See ``NFDVectorEnv.get_keys_to_action``."""
         return self.vector.get_keys_to_action()
 
@@ -161,4 +171,5 @@ def _signature() -> inspect.Signature:
 
 
 _SIGNATURE = _signature()
+_OF_VECTOR = {*_SIGNATURE.parameters, "sampling"} - {"self", "world"}
 NFDEnv.__init__.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # for help() and editors

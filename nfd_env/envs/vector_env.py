@@ -5,6 +5,7 @@ Longer than other files because the class's docstring is the reference of all it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -24,7 +25,6 @@ from nfd_env.inference.cuda_graph import CapturedCall
 from nfd_env.inference.noise import mix
 from nfd_env.inference.speculation import advance, check_frames
 from nfd_env.inference.state import Context
-from nfd_env.models.cache import may_look
 from nfd_env.sources.spec import short
 from nfd_env.worlds.load import load_world
 
@@ -62,12 +62,14 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
 
     ## Episode End
     Termination: the model predicts each frame's probability of ending the episode, and it is drawn.
-    Truncation: after ``max_episode_steps`` steps.
+    Truncation: after ``max_episode_steps`` steps. A world's own limit is in frames: with
+    ``frame_skip`` k it is reached after so many steps of k frames.
 
     ## Information
     The same keys at ``reset`` and ``step``, but for the last two, and arrays or tensors of one
     type each. Beside each ``name`` there is a mask ``_name``: False where no step was taken.
-    ``hazard``: the probability with which the step could have terminated, float32 (num_envs,).
+    ``hazard``: the probability with which the step could have terminated, at any of its
+    ``frame_skip`` frames, float32 (num_envs,): the mean of ``terminated`` is its expectation.
     ``precision``: bits of the numbers that frames are drawn in, int64 (num_envs,): 32 or 16.
     ``ood``, with ``ood=True``: how far the frame is out of the distribution of real frames, float32
     (num_envs,); see ``watch_ood``.
@@ -95,7 +97,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     obs_type: "rgb", "latent" or "features".
     output: "numpy", or "torch" for tensors on the model's device.
     autoreset_mode: one of Gymnasium's three.
-    max_episode_steps: steps after which an episode is truncated; None for the world's default.
+    max_episode_steps: steps, of ``frame_skip`` frames each, after which an episode is truncated;
+        None for the world's own limit, which is in frames and rounded up to whole steps.
     render_mode: None or "rgb_array".
     precision: "fp32", "bf16", or "auto" for bf16 where the processor multiplies it in hardware.
     history_level: noise level in [0, 1) at which past frames are remembered; None for the world's
@@ -192,12 +195,15 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         checks.check_room("context_observations", context_observations, context_observations * size)
         self.model = loaded.model
         self.starts = checks.check_starts(loaded, starts)
-        self.max_episode_steps = self.max_episode_steps or loaded.spec.max_episode_steps or None
+        if self.max_episode_steps is None:  # the world's own, which is in frames
+            limit = math.ceil(loaded.spec.max_episode_steps / self.frame_skip)
+            self.max_episode_steps = limit or None
         check_frames(speculative_frames, self.model)
         self.speculative_frames, self.drafting = speculative_frames, True
         self._changed: dict[str, Any] = {}
         self.set_sampling(sampling_steps, history_level, temperature)
         self._now: EnvState | None = None
+        self._torn = np.zeros(self.num_envs, bool)
         self._decoded: Tensor | None = None
         self._decoder = CapturedCall()
         self._ood_scale: float | None = None
@@ -303,6 +309,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
                 keys.append((chosen, 0))
         beginning = isinstance(given.get("start"), str)
         begun = self._restart(rows, keys, contexts, beginning)
+        self._torn[rows] = False
         none = np.zeros(self.num_envs, bool)
         infos = self._infos(torch.zeros(self.num_envs, **self._numbers), none)
         return self.observe(), self._output(infos | begun)
@@ -316,11 +323,12 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
 
         Raises:
             ValueError: when the actions do not lie in the action space.
-            gymnasium.error.ResetNeeded: before the first reset, and, with autoreset disabled, when
-                an environment has ended and was not reset.
+            gymnasium.error.ResetNeeded: before the first reset, after a step that an exception
+                interrupted, and, with autoreset disabled, when an environment has ended and was
+                not reset.
             gymnasium.error.ClosedEnvironmentError: after ``close``.
         """
-        now = self._begun("step")
+        now = self._whole("step")
         checked = self.world.codec.check(actions, self.num_envs)
         waiting = now.ended.copy()
         if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
@@ -331,6 +339,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         reset_now = (
             waiting if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros_like(waiting)
         )
+        self._torn[:] = True  # until all of the step is done: parts of it change in turn
         rewards, terminated, hazard = self._advance(checked, reset_now)
         now.steps += 1
         begun: dict[str, Any] = {}
@@ -348,7 +357,10 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         if self.autoreset_mode == AutoresetMode.SAME_STEP and now.ended.any():
             infos = self._finish(infos)
             begun = self._next_episodes(np.flatnonzero(now.ended))
-        return self._step_output(self.observe(), rewards, terminated, truncated, infos | begun)
+        infos |= begun
+        stepped = self._step_output(self.observe(), rewards, terminated, truncated, infos)
+        self._torn[:] = False
+        return stepped
 
     @one_thread
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
@@ -381,27 +393,25 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
             now.shown, now.memory, self._decoded = made.latents, made.memory, None
             # Copies: what is handed out is no part of the state.
             return made.reward.clone(), made.terminated.cpu().numpy().copy(), made.hazard.clone()
-        running = torch.from_numpy(~skip).to(self.model.device)
+        begun = ~skip
+        running = torch.from_numpy(begun).to(self.model.device)
         rewards = hazard = torch.zeros(self.num_envs, **self._numbers)
         terminated = torch.zeros_like(running)
         shown, memory = now.shown, now.memory
         for frame in range(0 if skip.all() else self.frame_skip):
-            # A GPU is not waited for; at worst it draws frames that do not count.
-            drafts = self.speculative_frames > 1
-            if (drafts or may_look(running)) and not bool(running.any()):
-                break
-            active = running.cpu().numpy() if drafts else None
+            # Frames behind a drawn end are drawn too, and count for the hazard alone: the
+            # probability that the step ends the episode at one of its frames. Without them it
+            # would be too low just where an end was drawn, and not be the mean of the ends.
             certain = self.frame_skip - frame
-            made = advance(self.model, now.world, encoded, certain, active, *how)
+            made = advance(self.model, now.world, encoded, certain, begun, *how)
             rewards = rewards + made.reward * running
-            # The probability that the step ends the episode at one of its frames.
-            hazard = torch.where(running, hazard + (1 - hazard) * made.hazard, hazard)
+            hazard = hazard + (1 - hazard) * made.hazard
             shown = torch.where(running[:, None, None, None], made.latents, shown)
             memory = torch.where(running[:, None], made.memory, memory)
             terminated = terminated | (running & made.terminated)
             running = running & ~made.terminated
         now.shown, now.memory, self._decoded = shown, memory, None
-        return rewards, terminated.cpu().numpy(), hazard
+        return rewards, terminated.cpu().numpy(), hazard.masked_fill(self._tensor(skip), 0.0)
 
     def _finish(self, infos: dict[str, Any]) -> dict[str, Any]:
         """Add ``final_obs`` and ``final_info`` of the environments that have just ended."""
@@ -457,6 +467,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         if self._now is None:
             self._now = begun
         else:
+            self._torn[rows] = True  # whoever asked for it says when it is done
             self._now.put(rows, begun)
         self._decoded = None
         return self._context(rows, chosen) if self.context_observations else {}

@@ -99,7 +99,8 @@ def _watch(env: Any, penalty: float, threshold: float, truncate: bool) -> None:
             f"only a learned world can tell how far out of distribution it is, not {env}"
         )
     _check(penalty, threshold, truncate)
-    env.watch_ood(threshold if truncate else np.inf)
+    # Another guard, or the env's owner, may truncate already: what they want still holds.
+    env.watch_ood(min(threshold, env._ood_limit) if truncate else env._ood_limit)
 
 
 def _check(penalty: float, threshold: float, truncate: bool) -> None:

@@ -69,7 +69,7 @@ def advance(
         counts = np.full(len(missed), min(certain, state.frames))
         if drafting:
             counts = worthwhile(state.kept[missed], certain, state.frames)
-        _draw(model, state, actions, missed, counts, sampling)
+        _draw(model, state, actions, missed, counts, certain, sampling)
     state.used[active] += 1
     return state.last
 
@@ -80,6 +80,7 @@ def _draw(
     actions: Tensor,
     rows: list[int],
     counts: np.ndarray,
+    certain: int,
     sampling: SamplingConfig | None,
 ) -> None:
     """Replace the frames of the last pass in ``rows`` by so many new ones, none of them used."""
@@ -89,9 +90,10 @@ def _draw(
     chosen = actions if everything else actions[torch.tensor(rows, device=actions.device)]
     drawn = model.draw(part, chosen, int(counts.max()), sampling)
     part.drawn, part.action = drawn.padded(state.frames), chosen[:, None]
-    # What would follow the end of the episode was drawn for nothing.
+    # What would follow the end of the episode was drawn for nothing, unless it is certain that the
+    # caller goes on to it.
     ended = drawn.terminated.cpu().numpy()
-    until = np.where(ended.any(1), ended.argmax(1) + 1, ended.shape[1])
+    until = np.where(ended.any(1), ended.argmax(1) + 1, ended.shape[1]).clip(certain)
     part.ready, part.used = np.minimum(counts, until), np.zeros_like(part.used)
     part.counts[:, 0] += counts - 1
     part.counts[:, 2] += counts - part.ready

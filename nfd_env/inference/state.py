@@ -105,7 +105,7 @@ class WorldState(Rows):
         keys: int64 (B,), of all the noise of each row's episode; see ``noise``.
         used: int64 (B,), how many of them have happened, 1 to n; they are not in the cache yet.
         ready: int64 (B,), how many can happen: all that were drawn, or those up to the one that
-            ends the episode.
+            ends the episode, or up to the end of the step that they were drawn in.
         kept: float64 (B,), running share of the frames in this episode whose action was that of the
             frame before.
         counts: int64 (B, 3), frames drafted, accepted and dropped in this slot so far.

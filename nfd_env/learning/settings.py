@@ -34,7 +34,7 @@ class AgentTrainingConfig:
         frame_skip: frames for which each action is repeated.
         frame_stack: latest observations that a decision can be based on; one shows no velocity.
         frame_offsets: those of them that it is based on, in decisions back; empty for all.
-        max_episode_frames: whole episodes are truncated there; 0 for never.
+        max_episode_frames: whole episodes are truncated there; 0 for the world's own limit.
         starts: recorded moments that the episodes in the learned world start from; None for those
             that come with it.
         horizon_frames: truncate the episodes in the learned world so early, with the value of what
@@ -97,7 +97,7 @@ class AgentTrainingConfig:
 
     @property
     def max_episode_steps(self) -> int | None:
-        """The truncation of whole episodes in steps."""
+        """The truncation of whole episodes in steps; None for the world's own."""
         return math.ceil(self.max_episode_frames / self.frame_skip) or None
 
     @property

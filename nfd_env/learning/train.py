@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -135,19 +136,27 @@ def train(
         FolderInUseError: when another process trains there.
         FolderError: when it cannot be written to.
     """
-    with owned_folder(settings.folder) as folder, stopping() as stop:
-        return _train(settings, folder, progress, stop, on_step or (lambda done, total: None))
+    told = on_step or (lambda done, total: None)
+    with owned_folder(settings.folder) as folder, stopping() as stop, ExitStack() as opened:
+        return _train(settings, folder, progress, stop, told, opened)
 
 
 def _train(
-    settings: TrainPPOConfig, folder: Path, progress: bool, stop: StopRequest, on_step: Progress
+    settings: TrainPPOConfig,
+    folder: Path,
+    progress: bool,
+    stop: StopRequest,
+    on_step: Progress,
+    opened: ExitStack,
 ) -> dict[str, float]:
+    """``train``; whatever is to be closed is known to ``opened`` as soon as it is there."""
     from torch.utils.tensorboard import SummaryWriter
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     env, real = make_env(settings), settings.real
+    opened.callback(env.close)
     policy, optimiser = make_policy(env, settings)
     spec = policy.config.spec
     state_path, agent_path = folder / "state.pt", folder / "agent.safetensors"
@@ -182,9 +191,12 @@ def _train(
         settings.max_episode_steps,
         settings.device,
     )
+    opened.callback(judge.close)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+    opened.callback(writer.close)
     # miniters=1, because an update is one tick of the bar.
     bar = tqdm(total=settings.decisions, initial=done, disable=not progress, miniters=1)
+    opened.callback(bar.close)
     bar.set_description("PPO in the real game" if real else f"PPO in {spec.world}")
     finished: deque[float] = deque(maxlen=100)
     hazards: deque[float] = deque(maxlen=8)
@@ -228,60 +240,54 @@ def _train(
         observation, info = env.reset(seed=settings.seed + done)
         return Position.start(observation, settings.frame_stack, info.get("context"))
 
-    try:
-        position = begin()
-        on_step(done, settings.decisions)
-        if not done:
-            keep(-1)
-        while done < settings.decisions:
-            if settings.fresh_rollouts:
-                position = begin()
-                torch.manual_seed(settings.seed + done)
-            rate = settings.ppo.learning_rate * (1 - done / settings.decisions)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            began = time.monotonic()
-            batch, position = rollout(
-                env, act, position, settings.ppo.rollout_steps, policy.look, policy.playable
+    position = begin()
+    on_step(done, settings.decisions)
+    if not done:
+        keep(-1)
+    while done < settings.decisions:
+        if settings.fresh_rollouts:
+            position = begin()
+            torch.manual_seed(settings.seed + done)
+        rate = settings.ppo.learning_rate * (1 - done / settings.decisions)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        began = time.monotonic()
+        batch, position = rollout(
+            env, act, position, settings.ppo.rollout_steps, policy.look, policy.playable
+        )
+        middle = time.monotonic()
+        logs = update(policy, optimiser, batch, settings.ppo, loss_of, advantage_of)
+        values = {f"train/{name}": float(value) for name, value in logs.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise RuntimeError(
+                f"the training diverged at decision {done}; lower ppo.learning_rate and run "
+                f"again (it goes on from {state_path})"
             )
-            middle = time.monotonic()
-            logs = update(policy, optimiser, batch, settings.ppo, loss_of, advantage_of)
-            values = {f"train/{name}": float(value) for name, value in logs.items()}
-            if not all(map(math.isfinite, values.values())):
-                raise RuntimeError(
-                    f"the training diverged at decision {done}; lower ppo.learning_rate and run "
-                    f"again (it goes on from {state_path})"
-                )
-            done += batch.numel()
-            keep(done - batch.numel())
-            hazards.append(float(batch["hazard"].mean()) / settings.frame_skip)
-            metrics["ends_per_1000_frames"] = 1000 * float(np.mean(hazards))
-            values["rollout/ends_per_1000_frames"] = metrics["ends_per_1000_frames"]
-            finished.extend(batch["score"][batch["ended"]].tolist())
-            if finished:
-                mean = float(np.mean(finished))
-                if real or not settings.branched:
-                    metrics["score"] = values["rollout/score"] = mean
-                else:
-                    values["rollout/return_to_horizon"] = mean
-            values["time/rollout_decisions_per_second"] = batch.numel() / (middle - began)
-            values["time/decisions_per_second"] = batch.numel() / (time.monotonic() - began)
-            for name, value in values.items():
-                writer.add_scalar(name, value, done)
-            bar.set_postfix(describe(metrics, real, judge.missing), refresh=False)
-            bar.update(batch.numel())
-            on_step(done, settings.decisions)
-            every = settings.evaluate_every
-            last = done >= settings.decisions
-            if every and not judge.missing and (last or done // every > evaluated // every):
-                evaluate()
-                checkpoint()
-            elif last or stop.asked or time.monotonic() - saved > settings.checkpoint_seconds:
-                checkpoint()
-            stop.obey()
-    finally:
-        bar.close()
-        writer.close()
-        judge.close()
-        env.close()
+        done += batch.numel()
+        keep(done - batch.numel())
+        hazards.append(float(batch["hazard"].mean()) / settings.frame_skip)
+        metrics["ends_per_1000_frames"] = 1000 * float(np.mean(hazards))
+        values["rollout/ends_per_1000_frames"] = metrics["ends_per_1000_frames"]
+        finished.extend(batch["score"][batch["ended"]].tolist())
+        if finished:
+            mean = float(np.mean(finished))
+            if real or not settings.branched:
+                metrics["score"] = values["rollout/score"] = mean
+            else:
+                values["rollout/return_to_horizon"] = mean
+        values["time/rollout_decisions_per_second"] = batch.numel() / (middle - began)
+        values["time/decisions_per_second"] = batch.numel() / (time.monotonic() - began)
+        for name, value in values.items():
+            writer.add_scalar(name, value, done)
+        bar.set_postfix(describe(metrics, real, judge.missing), refresh=False)
+        bar.update(batch.numel())
+        on_step(done, settings.decisions)
+        every = settings.evaluate_every
+        last = done >= settings.decisions
+        if every and not judge.missing and (last or done // every > evaluated // every):
+            evaluate()
+            checkpoint()
+        elif last or stop.asked or time.monotonic() - saved > settings.checkpoint_seconds:
+            checkpoint()
+        stop.obey()
     return metrics

@@ -14,13 +14,12 @@ from gymnasium import spaces
 from nfd_env.sources.keys import (
     NAMED_KEYS,
     NOOP,
+    Binding,
     KeymapError,
     box_axes,
-    chord_keys,
-    default_controls,
+    controls,
     key_name,
     resting_action,
-    with_chords,
 )
 
 if TYPE_CHECKING:
@@ -38,21 +37,6 @@ class PressedKey:
 
     key: str
     tapped: bool
-
-
-@dataclass(frozen=True)
-class Binding:
-    """Keys that together mean something.
-
-    Attributes:
-        keys: all of them must be pressed.
-        value: the whole action; or, in an additive keymap, (index, value) of one of its entries.
-        label: the name of the action.
-    """
-
-    keys: frozenset[str]
-    value: Any
-    label: str
 
 
 @dataclass(frozen=True)
@@ -121,19 +105,7 @@ class Keymap:
         Raises:
             KeymapError: when ``keys`` names an action that is not in ``action_names``.
         """
-        values = _entries(space)
-        names, keys = list(source.action_names), dict(source.keys)
-        if not keys:
-            names, keys = default_controls(space, names)
-        names = names or default_controls(space)[0]
-        if isinstance(space, spaces.Discrete):
-            keys = with_chords(names, keys)
-        bindings = []
-        for name, alternatives in keys.items():
-            if name not in names or names.index(name) >= len(values):
-                raise KeymapError(f"keys are given for {name!r}, which is no action of {names}")
-            for chord in alternatives:
-                bindings.append(Binding(chord_keys(chord), values[names.index(name)], name))
+        names, bindings = controls(space, source.action_names, source.keys)
         return cls(space, bindings, names, additive=not isinstance(space, spaces.Discrete))
 
     @classmethod
@@ -364,19 +336,3 @@ class KeyLatch:
 def _own(action: Any) -> Any:
     """An action that whoever gets it may change."""
     return action.copy() if isinstance(action, np.ndarray) else action
-
-
-def _entries(space: spaces.Space) -> list[Any]:
-    """The values of a binding for each of the names of ``default_controls``."""
-    if isinstance(space, spaces.Discrete):
-        return [int(space.start) + i for i in range(int(space.n))]
-    if isinstance(space, spaces.MultiDiscrete):
-        starts = np.asarray(space.start)
-        entries = np.ndenumerate(space.nvec)
-        return [(i, int(starts[i]) + value) for i, n in entries for value in range(int(n))]
-    if isinstance(space, spaces.MultiBinary):
-        return [(i, 1) for i in np.ndindex(space.shape)]
-    if isinstance(space, spaces.Box):
-        entries = zip(np.ndindex(space.shape), box_axes(space), strict=True)
-        return [(i, end) for i, axis in entries for end in (axis.low, axis.high)]
-    raise KeymapError(f"no keymap is known for {space}")

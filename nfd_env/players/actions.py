@@ -80,7 +80,10 @@ class Gaussian(nn.Module):
         # As exact as the space, so that a bound is played as exactly that bound.
         dtype = np.float32 if space.dtype == np.float32 else np.float64
         low, high = space.low.astype(dtype), space.high.astype(dtype)
-        bounded = np.isfinite(low) & np.isfinite(high) & (high > low)
+        # Spaces without bounds are also written with the largest number there is, and the world's
+        # networks see such numbers as they are too (see ActionCodec.encode).
+        largest = np.maximum(np.abs(low), np.abs(high))
+        bounded = (largest < np.finfo(np.float32).max) & (high > low)
         with np.errstate(invalid="ignore"):  # inf - inf, which is not used
             # Halved before they are added: the bounds may be the largest numbers that there are.
             middle = np.where(bounded, low / 2 + high / 2, np.clip(np.zeros_like(low), low, high))

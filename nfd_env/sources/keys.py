@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, product, zip_longest
+from itertools import chain, combinations, product, zip_longest
 from typing import Any
 
 import numpy as np
@@ -126,13 +126,14 @@ class Axis:
 def box_axes(space: spaces.Box) -> list[Axis]:
     """The axes of a Box, in C order."""
     axes = []
+    most = float(np.finfo(np.float32).max)  # which also stands for no bound
     for entry, ends in enumerate(zip(space.low.ravel(), space.high.ravel(), strict=True)):
         low, high = map(float, ends)
-        if math.isinf(low) and math.isinf(high):
+        if low <= -most and high >= most:
             low, high = -1.0, 1.0
-        elif math.isinf(low):
+        elif low <= -most:
             low = min(-1.0, high - 1)
-        elif math.isinf(high):
+        elif high >= most:
             high = max(1.0, low + 1)
         rest = 0.0 if low <= 0 <= high else (low + high) / 2
         if np.issubdtype(space.dtype, np.integer):
@@ -170,6 +171,77 @@ def resting_action(space: spaces.Space, names: Sequence[str] = ()) -> Any:
         rest = [axis.rest for axis in box_axes(space)]
         return np.array(rest).reshape(space.shape).astype(space.dtype)
     raise KeymapError(f"a person cannot play {space}: give the resting action as noop=")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Keys that together mean something.
+
+    Attributes:
+        keys: all of them must be pressed.
+        value: the whole action; or, of a space other than Discrete, (index, value) of one of its
+            entries.
+        label: the name of the action.
+    """
+
+    keys: frozenset[str]
+    value: Any
+    label: str
+
+
+def controls(
+    space: spaces.Space, names: Sequence[str], keys: Mapping[str, Sequence[str]]
+) -> tuple[list[str], list[Binding]]:
+    """What a world's keys mean, by its names and keys or, where it has none, the default ones.
+
+    Args:
+        space: its action space.
+        names: of the actions, in the order of ``default_controls``.
+        keys: action name -> keys, which may be chords; see also ``with_chords``.
+
+    Returns:
+        The names, and what each key or chord does.
+
+    Raises:
+        KeymapError: when ``keys`` names an action that is not in ``names``.
+    """
+    values, names = _entries(space), list(names)
+    if not keys:
+        names, keys = default_controls(space, names)
+    names = names or default_controls(space)[0]
+    if isinstance(space, spaces.Discrete):
+        keys = with_chords(names, keys)
+    bindings = []
+    for name, alternatives in keys.items():
+        if name not in names or names.index(name) >= len(values):
+            raise KeymapError(f"keys are given for {name!r}, which is no action of {names}")
+        for chord in alternatives:
+            bindings.append(Binding(chord_keys(chord), values[names.index(name)], name))
+    return names, bindings
+
+
+def keys_to_action(
+    space: spaces.Space, names: Sequence[str], keys: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, ...], Any]:
+    """``controls`` as ``gymnasium.utils.play`` has them: single letters to whole actions.
+
+    An action is the resting one with the entry of the key set; two keys of different entries
+    together set both.
+    """
+    names, bindings = controls(space, names, keys)
+    bindings = [binding for binding in bindings if all(len(key) == 1 for key in binding.keys)]
+    if isinstance(space, spaces.Discrete):
+        return {tuple(sorted(binding.keys)): binding.value for binding in bindings}
+    meant = {}
+    for held in chain(combinations(bindings, 1), combinations(bindings, 2)):
+        if len({binding.value[0] for binding in held}) < len(held):
+            continue  # the two ends of one axis, or two keys of one end
+        action = resting_action(space, names)
+        for binding in held:
+            index, value = binding.value
+            action[index] = value
+        meant[tuple(sorted(key for binding in held for key in binding.keys))] = action
+    return meant
 
 
 def default_controls(
@@ -297,6 +369,22 @@ def check_controls(
             other = means.setdefault(pressed, name)
             if other != name:
                 raise KeymapError(f"the key {key!r} is given for both {other!r} and {name!r}")
+
+
+def _entries(space: spaces.Space) -> list[Any]:
+    """The values of a binding for each of the names of ``default_controls``."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.start) + i for i in range(int(space.n))]
+    if isinstance(space, spaces.MultiDiscrete):
+        starts = np.asarray(space.start)
+        entries = np.ndenumerate(space.nvec)
+        return [(i, int(starts[i]) + value) for i, n in entries for value in range(int(n))]
+    if isinstance(space, spaces.MultiBinary):
+        return [(i, 1) for i in np.ndindex(space.shape)]
+    if isinstance(space, spaces.Box):
+        entries = zip(np.ndindex(space.shape), box_axes(space), strict=True)
+        return [(i, end) for i, axis in entries for end in (axis.low, axis.high)]
+    raise KeymapError(f"no keymap is known for {space}")
 
 
 def _plain_names(space: spaces.Space) -> Iterator[str]:

@@ -79,7 +79,8 @@ class WorldSpec:
         source: the real environment that was recorded.
         sampling: the default sampling.
         teacher: the teacher's sampling, where the world was distilled.
-        max_episode_steps: episodes are truncated there; 0 for never.
+        max_episode_steps: frames (the real environment's steps) after which episodes are truncated;
+            0 for never. An env with a ``frame_skip`` gets there in fewer steps of its own.
         display: how a small frame is enlarged for a person: "smooth" or "pixelated".
         title: for people; "" for the name.
         description: for people, a few sentences.

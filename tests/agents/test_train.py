@@ -111,6 +111,18 @@ def test_it_decides_on_the_stack(trained: Path, counter_world: Path) -> None:
     assert torch.equal(agent._stack, expected)
 
 
+def test_a_training_that_cannot_begin_closes_its_games(
+    counter_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    original = train_ppo.make_env
+    monkeypatch.setattr(train_ppo, "make_env", lambda plan: made.append(original(plan)) or made[-1])
+    with pytest.raises(AgentError, match="nobody"):
+        plan = settings(tmp_path, counter_world, real=True, initial="nobody")
+        train_ppo.train(plan, progress=False)
+    assert len(made) == 1 and made[0].closed
+
+
 def test_the_same_command_continues(tiny_world: Path, tmp_path: Path) -> None:
     short = settings(tmp_path, tiny_world, decisions=32)
     train_ppo.train(short, progress=False)
@@ -667,7 +679,7 @@ def test_sb3_sees_the_stack_it_was_trained_on(tiny_world: Path, tmp_path: Path) 
         stacked, _, dones, _ = venv.step(np.zeros(plan.num_envs, int))
 
 
-def test_sb3_continues(tiny_world: Path, tmp_path: Path) -> None:
+def test_sb3_continues(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sb3_settings(tmp_path, tiny_world, keep=[0, 33])
     from stable_baselines3 import PPO
 
@@ -680,10 +692,26 @@ def test_sb3_continues(tiny_world: Path, tmp_path: Path) -> None:
     assert model.num_timesteps == 96 and model._n_updates == 2 * 3
     kept = {p.name: PPO.load(p).num_timesteps for p in tmp_path.glob("agent-*.zip")}
     assert kept == {"agent-000000000.zip": 0, "agent-000000033.zip": 64, "agent-000000096.zip": 96}
+    made: list[Any] = []
+    original = train_sb3.make_env
+    monkeypatch.setattr(train_sb3, "make_env", lambda s: made.append(original(s)) or made[-1])
     with pytest.raises(AgentError, match="another world, observation type, frame skip or stack"):
         train_sb3.train(replace(plan, frame_skip=1), progress=False)
+    assert train_sb3.native_env(made[0][0]).closed
     with pytest.raises(AgentError, match="cannot be continued"):
         train_sb3.train(replace(plan, frame_stack=3), progress=False)
+    for changed, message in (
+        ({"width": 32}, "width=16, not 32"),
+        ({"policy": "MlpPolicy"}, "policy=trunk, not MlpPolicy"),
+        ({"ppo": {**plan.ppo, "use_sde": True}}, "with these settings: .*continuous actions"),
+    ):
+        with pytest.raises(AgentError, match=message):
+            train_sb3.train(replace(plan, **changed), progress=False)
+    faster = {**plan.ppo, "n_steps": 16, "gamma": 0.5, "learning_rate": 0.01, "ent_coef": 0.1}
+    train_sb3.train(replace(plan, decisions=160, keep=[], ppo=faster), progress=False)
+    model = PPO.load(tmp_path / "agent.zip")
+    assert (model.num_timesteps, model.n_steps, model.gamma) == (160, 16, 0.5)
+    assert (model.lr_schedule(1.0), model.ent_coef) == (0.01, 0.1)
 
 
 def test_somebodys_own_sb3_agent(

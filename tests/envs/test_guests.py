@@ -26,6 +26,7 @@ from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import SlotShare
+from nfd_env.inference.sampling import SamplingConfig
 from nfd_env.models.weights import CheckpointError
 from nfd_env.players.load import load_player
 from nfd_env.players.player import NetworkPlayer
@@ -371,6 +372,29 @@ def test_what_would_break_an_env_cannot_be_set(
     with pytest.raises(error, match=message):
         env.set_attr(name, value) if by == "set_attr" else setattr(env, name, value)
     assert same([env.reset(seed=1), env.step([1, 2] if env is batch else 1)], expected)
+
+
+def test_the_options_of_an_env_can_be_read(endless_world: Path, counter_world: Path) -> None:
+    options = {"sampling_steps": 3, "history_level": 0.1, "temperature": 1.2, "ood": True}
+    made = {**options, "dynamics": "flow", "frame_skip": 2, **CPU, "device": torch.device("cpu")}
+    one = NFDEnv(endless_world, **made)
+    for env in (one, one.vector):
+        assert {name: getattr(env, name) for name in made} == made
+    assert one.vector.get_attr("temperature") == (1.2,) and not NFDEnv(endless_world, **CPU).ood
+    assert NFDEnv(endless_world, **CPU).sampling_steps == 2  # the world's
+    assert RealVectorEnv(counter_world, 1, **CPU).device == torch.device("cpu")
+
+
+def test_sampling_that_was_set_is_that_of_copies(endless_world: Path) -> None:
+    env = NFDVectorEnv(endless_world, 1, **CPU)
+    env.sampling = SamplingConfig(1, "consistency")
+    for made in (copy.deepcopy(env), pickle.loads(pickle.dumps(env))):
+        assert made.sampling == SamplingConfig(1, "consistency")
+    one = NFDEnv(endless_world, **CPU)
+    one.sampling = env.sampling
+    assert one.vector.sampling == one.sampling == env.sampling
+    env.set_sampling(temperature=1.1)
+    assert env.sampling == SamplingConfig(1, "consistency", temperature=1.1)
 
 
 def test_what_clients_set_can_be_set(endless_world: Path) -> None:

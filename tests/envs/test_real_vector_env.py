@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
+from nfd_env.envs import real_vector_env
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.inference.state import Context
 from nfd_env.sources.source import SourceError
+from nfd_env.spaces import space_to_dict
 from nfd_env.worlds.load import load_world
 from tests.counter_env import read
 
@@ -41,6 +46,53 @@ def test_actions_are_repeated_and_rewards_summed(counter_world: Path) -> None:
     after, steps = read(frames)
     assert steps.tolist() == [3, 3] and (after - before).tolist() == [-3, 3]
     assert reward.tolist() == [-3.0, 3.0] and not terminated.any()
+
+
+class Dial(gymnasium.Env):
+    """Takes nothing but actions of its space."""
+
+    observation_space = spaces.Box(0, 255, (32, 48, 3), np.uint8)
+
+    def __init__(self, action_space: spaces.Space) -> None:
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        return np.zeros((32, 48, 3), np.uint8), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert action in self.action_space, (action, action.dtype)
+        return np.zeros((32, 48, 3), np.uint8), float(action.sum()), False, False, {}
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-5, 5, (2,), np.int8),
+        spaces.Box(-0.1, 0.1, (2,), np.float64),
+        spaces.Box(0, 2**40 + 1, (2,), np.int64),
+        spaces.MultiDiscrete([2, 3], np.int32),
+        spaces.MultiBinary(2),
+    ],
+    ids=str,
+)
+def test_the_game_gets_actions_of_its_own_type(
+    make_world: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    space: spaces.Space,
+    as_tensor: bool,
+) -> None:
+    world = make_world(action_space=space_to_dict(space))
+    monkeypatch.setattr(real_vector_env, "make_real", lambda world: Dial(space))
+    env = RealVectorEnv(world, 2, **CPU)
+    env.reset(seed=0)
+    high = space.high if isinstance(space, spaces.Box) else np.ones(2, np.int64)
+    actions = np.stack([high, high])
+    rewards = env.step(torch.from_numpy(actions) if as_tensor else actions)[1]
+    assert rewards == pytest.approx(2 * float(high[0]))
+    if space.dtype.kind == "f":  # a network's action at the bound
+        env.step(actions.astype(np.float32))
+    env.close()
 
 
 def test_an_end_within_a_step_cuts_it_short_and_resets(counter_world: Path) -> None:

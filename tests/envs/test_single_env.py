@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.error import ResetNeeded
 
+import nfd_env  # noqa: F401  # registers the ids
 from nfd_env.envs.single_env import NFDEnv
 from nfd_env.envs.vector_env import NFDVectorEnv
+from nfd_env.sources.keys import resting_action
 
 
 def make(world: Path, **kwargs: Any) -> NFDEnv:
@@ -41,6 +45,18 @@ def test_it_is_a_vector_env_of_one(tiny_world: Path) -> None:
             assert np.array_equal(env.reset()[0], vector.reset()[0][0])
 
 
+def test_a_limit_that_is_set_is_the_envs_own(endless_world: Path) -> None:
+    """Unlike that of gymnasium.make, which a restored state knows nothing of."""
+    env = gymnasium.make("NFD/World-v0", world=endless_world, device="cpu", precision="fp32")
+    env.unwrapped.max_episode_steps = 3  # type: ignore[attr-defined]
+    env.reset(seed=0)
+    assert [env.step(0)[3] for _ in range(2)] == [False, False]
+    state = env.unwrapped.save_state()  # type: ignore[attr-defined]
+    env.reset()
+    env.unwrapped.restore_state(state)  # type: ignore[attr-defined]
+    assert env.step(0)[3]
+
+
 def test_an_ended_episode_must_be_reset(tiny_world: Path) -> None:
     env = make(tiny_world, max_episode_steps=2)
     with pytest.raises(ResetNeeded):
@@ -68,6 +84,16 @@ def test_forms_of_a_seed(endless_world: Path, seed: Any) -> None:
     env, expected = make(endless_world), make(endless_world)
     assert np.array_equal(env.reset(seed=seed)[0], expected.reset(seed=3)[0])
     assert env.np_random.random() == expected.np_random.random()
+
+
+def test_its_seed_repeats_it(endless_world: Path) -> None:
+    env, again = make(endless_world), make(endless_world)
+    assert env.np_random_seed == -1
+    observation, _ = env.reset()  # a fresh seed
+    assert np.array_equal(again.reset(seed=env.np_random_seed)[0], observation)
+    env.reset(seed=7)
+    env.reset()
+    assert env.np_random_seed == 7
 
 
 @pytest.mark.parametrize("action", [3, -1, 1.0, [0, 1], [[1]], None, "left", [[1], [0, 1]]])
@@ -113,6 +139,28 @@ def test_saved_states(tiny_world: Path) -> None:
 
 def test_keys(tiny_world: Path) -> None:
     assert make(tiny_world).get_keys_to_action() == {("d",): 1, ("a",): 2}
+
+
+def test_keys_of_actions_with_several_numbers() -> None:
+    env = make("CarRacing", obs_type="latent")
+    meant = env.get_keys_to_action()
+    assert {keys for keys in meant if len(keys) == 1} == {("a",), ("d",), ("s",), ("w",)}
+    assert meant["a",].tolist() == [-1, 0, 0] and meant["a", "w"].tolist() == [-1, 1, 0]
+    assert ("a", "d") not in meant
+    env.reset(seed=0)
+    env.step(meant["s",])
+    assert all(action in env.action_space for action in meant.values())
+
+
+@pytest.mark.parametrize("space", ["MultiBinary", "MultiDiscrete"])
+def test_keys_of_several_choices(make_world: Callable[..., Path], space: str) -> None:
+    sizes = {"n": 3} if space == "MultiBinary" else {"nvec": [3, 2], "start": [0, 5]}
+    env = make(make_world(action_space={"type": space, **sizes}), obs_type="latent")
+    env.reset(seed=0)
+    meant = env.get_keys_to_action()
+    assert len(meant) >= 2 and all(action in env.action_space for action in meant.values())
+    env.step(meant["d",])
+    assert np.count_nonzero(meant["d",] - resting_action(env.action_space)) == 1
 
 
 def test_arguments_reach_the_vector_env(tiny_world: Path) -> None:

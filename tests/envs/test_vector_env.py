@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+import yaml
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +22,7 @@ from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.envs.wrappers import SlotShare
 from nfd_env.inference.state import Context
 from nfd_env.models.weights import CheckpointError
+from nfd_env.worlds.checksums import write_checksums
 from nfd_env.worlds.starts import save_starts
 
 MODES = list(AutoresetMode)
@@ -494,6 +497,21 @@ def test_the_world_says_when_episodes_are_truncated(endless_world: Path) -> None
     assert make(endless_world, max_episode_steps=3).max_episode_steps == 3
 
 
+@pytest.mark.parametrize("skip, steps", [(1, 10), (4, 3)])
+def test_the_worlds_own_limit_is_in_frames(
+    endless_world: Path, tmp_path: Path, skip: int, steps: int
+) -> None:
+    folder = shutil.copytree(endless_world, tmp_path / "limited")
+    spec = yaml.safe_load((folder / "world.yaml").read_text())
+    (folder / "world.yaml").write_text(yaml.safe_dump({**spec, "max_episode_steps": 10}))
+    write_checksums(folder)
+    env = make(folder, 1, frame_skip=skip)
+    env.reset(seed=0)
+    truncated = [bool(step[3][0]) for step in play(env, actions(1, steps))]
+    assert truncated == [False] * (steps - 1) + [True]
+    assert make(folder, 1, frame_skip=skip, max_episode_steps=20).max_episode_steps == 20
+
+
 # -------------------------------------------------------------------------------------- frame skip
 
 
@@ -503,6 +521,7 @@ def test_frame_skip_sums_rewards_and_stops_at_the_end_inside_the_skip(hasty_worl
     frames = make(hasty_world, count, autoreset_mode=AutoresetMode.SAME_STEP)
     assert same(env.reset(seed=0)[0], frames.reset(seed=0)[0])
     action = actions(count, 1)[0]
+    ahead = env.save_state().world
     observation, reward, terminated, _, info = env.step(action)
     expected_reward = np.zeros(count)
     ended = np.zeros(count, bool)
@@ -512,7 +531,11 @@ def test_frame_skip_sums_rewards_and_stops_at_the_end_inside_the_skip(hasty_worl
     for _ in range(skip):
         shown, r, t, _, i = frames.step(action)
         expected_reward += np.where(ended, 0, r)
-        survival *= np.where(ended, 1, 1 - i["hazard"])
+        # Behind a drawn end too: what the frames there would have said of it.
+        encoded = env.world.codec.encode(torch.from_numpy(action))
+        hazard = env.model.step(ahead, encoded).hazard.numpy()
+        assert close(np.where(ended, 0, i["hazard"]), np.where(ended, 0, hazard))
+        survival *= 1 - hazard
         for row in np.flatnonzero(~ended):
             expected[row] = i["final_obs"][row] if t[row] else shown[row]
         lengths += ~ended
@@ -522,6 +545,25 @@ def test_frame_skip_sums_rewards_and_stops_at_the_end_inside_the_skip(hasty_worl
     assert close(info["hazard"], 1 - survival)
     assert close(observation, expected)
     assert set(lengths) == {1, 2, 3, 4}  # ends were met at every place in the skip
+
+
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_hazard_is_the_mean_of_the_ends(hasty_world: Path, drafts: int) -> None:
+    """Also where most steps end within a skip, and the rest of it is never seen."""
+    count, skip, length = 32, 4, 6
+    kwargs: dict[str, Any] = {"frame_skip": skip, "autoreset_mode": AutoresetMode.SAME_STEP}
+    env = make(hasty_world, count, speculative_frames=drafts, **kwargs)
+    env.reset(seed=0)
+    steps = play(env, actions(count, length))
+    terminated = np.stack([step[2] for step in steps])
+    excess = np.stack([step[4]["hazard"] for step in steps]) - terminated
+    assert 0.5 < terminated.mean() < 0.95
+    assert abs(excess.mean()) < 4 * excess.std() / excess.size**0.5
+    alone = make(hasty_world, 1, speculative_frames=drafts, **kwargs)
+    alone.reset(seed=5)
+    for step, row in zip(steps, actions(count, length)[:, 5], strict=True):
+        own = alone.step([row])
+        assert close(own[4]["hazard"][0], step[4]["hazard"][5]) and own[2][0] == step[2][5]
 
 
 def test_frame_skip_counts_steps_not_frames(endless_world: Path) -> None:
@@ -540,6 +582,40 @@ def test_autoreset_with_frame_skip(hasty_world: Path) -> None:
     row = int(np.flatnonzero(ended)[0])
     single.reset(seed=int(env.np_random_seed[row]))
     assert close(step[0][row], single.reset()[0])
+
+
+# ------------------------------------------------------------------------------- interrupted steps
+
+
+@pytest.mark.parametrize("part", ["heads.step", "tokenizer.decode_frames"])
+def test_an_interrupted_step_is_not_gone_on_from(
+    hasty_world: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Neither within a pass of the networks nor where an episode has ended and begun anew."""
+    env = make(hasty_world, 2, obs_type="rgb", autoreset_mode=AutoresetMode.SAME_STEP)
+    env.reset(seed=0)
+    state = env.save_state()
+    expected = env.step([1, 2])
+    env.restore_state(state)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    name, method = part.split(".")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(getattr(env.model, name), method, interrupted)
+        env.step([1, 2])
+    for go_on in (lambda: env.step([1, 2]), env.save_state, lambda: env.take([1])):
+        with pytest.raises(ResetNeeded, match=r"a step was interrupted: call reset\(\) or"):
+            go_on()
+    env.reset(options={"reset_mask": np.array([True, False])})
+    env.save_state([0])
+    with pytest.raises(ResetNeeded, match="a step was interrupted"):
+        env.step([1, 2])
+    env.reset(options={"reset_mask": np.array([False, True])})
+    env.step([1, 2])
+    env.restore_state(state)
+    assert same(env.step([1, 2]), expected)
 
 
 # --------------------------------------------------------------------------------- returned values

@@ -31,6 +31,17 @@ def test_only_a_bool_says_whether_to_truncate(tiny_world: Path, truncate: Any) -
     GuardOODVector(env, truncate=numpys)
 
 
+def test_a_guard_leaves_the_limits_of_others(tiny_world: Path) -> None:
+    env = NFDVectorEnv(tiny_world, 1, **CPU)
+    limits = []
+    env.watch_ood(3.0)
+    for guard in ({}, {"threshold": 2.5, "truncate": True}, {"penalty": 1.0}, {"truncate": True}):
+        GuardOODVector(env, **guard)
+        limits.append(env._ood_limit)
+    GuardOODVector(env, threshold=2.9, truncate=True)
+    assert [*limits, env._ood_limit] == [3.0, 2.5, 2.5, 2.0, 2.0]
+
+
 @pytest.mark.parametrize("first", ["x", None, True, -5, 1.0])
 def test_a_share_needs_a_seed(tiny_world: Path, first: Any) -> None:
     env = NFDVectorEnv(tiny_world, 2, **CPU)

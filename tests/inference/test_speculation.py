@@ -584,13 +584,14 @@ def test_rewards_hazards_and_ends_inside_a_joint_skip(hasty_world: Path, frames:
             latents, rewards, terminated, _, info = env.step(action)
             total, alive = np.zeros(3), np.ones(3, bool)
             survival, last = np.ones(3), latents.copy()
+            assert single._now is not None
+            whole = single._now.world.fork()  # goes on behind the ends, for the hazard
             for k in range(skip):
-                assert single._now is not None
                 single._now.ended[:] = False
                 codes = single.world.codec.encode(torch.tensor(action))
+                survival *= 1 - advance(single.model, whole, codes, skip - k).hazard.numpy()
                 made = advance(single.model, single._now.world, codes, 1, alive.copy())
                 total[alive] += made.reward.numpy()[alive]
-                survival[alive] *= 1 - made.hazard.numpy()[alive]
                 last[alive] = made.latents.numpy()[alive]
                 ended = made.terminated.numpy() & alive
                 inside += int(ended.sum()) if k < skip - 1 else 0

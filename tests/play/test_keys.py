@@ -172,6 +172,7 @@ EVERY_SPACE = [
     spaces.MultiBinary((2, 2)),
     CAR,
     spaces.Box(-np.inf, np.inf, (2,), np.float64),
+    spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)),
     spaces.Box(np.array([-np.inf, 3.0]), np.array([-2.0, np.inf]), dtype=np.float64),
     spaces.Box(0, 255, (2, 2), np.uint8),
     spaces.Box(-3, 8, (2,), np.int16),
@@ -194,6 +195,7 @@ def test_a_person_can_play_every_space(space):
         seen.add(np.asarray(action).tobytes())
         # Without the key it rests again: nobody has changed the resting action.
         assert np.array_equal(keymap.choose([]).action, rest.action)
+        assert np.abs(action).max() < 1000  # largest numbers that stand for no bound are no end
     assert len(seen) == len(keymap.keys)
     assert keymap.contains(keymap.choose([], {0: 1.0, 1: -0.3, 99: 1.0}).action)
     plan = keymap.gamepad()
