@@ -35,6 +35,7 @@ from nfd_env.video import write_png
 _LOOKED_AT = 24  # steps that are played to see the game
 _PLAYED_TO_THE_END = 300  # steps at most, to see how the game shows an end; slow games take 10 s
 _ATTEMPTS = 5  # a game may fail in some of its episodes
+_SAME_ASPECT = 0.03  # of the logarithm: nobody sees that pixels are not quite square
 _SMALLEST = 24  # pixels; a smaller "image" is a map of symbols (MiniGrid's is 7 x 7)
 
 # Packages that register ids when they are imported, by the beginning of the id.
@@ -107,7 +108,12 @@ def _foreign(source: SourceConfig, file: str) -> tuple[SourceConfig, str, np.nda
     size = fitting_size(*raw.shape[:2])
     names, keys = default_controls(space)
     source = replace(
-        source, size=size, fps=round(found.fps, 3), action_names=list(names), keys=keys
+        source,
+        size=size,
+        display_aspect=_aspect(raw, size),
+        fps=round(found.fps, 3),
+        action_names=list(names),
+        keys=keys,
     )
     if source.env_id.startswith(VIDEOS) and "action_space" not in source.kwargs:
         told = space_to_dict(space)  # so that more recordings will not change it
@@ -196,13 +202,19 @@ def _with_frames(
             tried.append(f"{where.frames} of {height}x{width} is no picture, but a map of symbols")
             continue
         size = fitting_size(height, width)
-        sized = replace(where, size=size)
+        sized = replace(where, size=size, display_aspect=_aspect(raw, size))
         seen = resize(raw, (size[0], size[1]))
         close(env)
         return sized, raw, seen, make_source(sized)
     raise SourceError(
         f"{source.env_id} shows no frames to record: {'; '.join(dict.fromkeys(tried))}"
     )
+
+
+def _aspect(raw: np.ndarray, size: Sequence[int]) -> float:
+    """Width over height at which frames of ``size`` are to be shown; 0 where that is their own."""
+    own = raw.shape[1] / raw.shape[0]
+    return 0.0 if abs(math.log(own * size[0] / size[1])) < _SAME_ASPECT else round(own, 4)
 
 
 def _made(source: SourceConfig) -> tuple[SourceConfig, gymnasium.Env]:
@@ -414,6 +426,8 @@ def _text(
         f"  size: {flow(source.size)}  # [height, width]; {grid.tokens} or more tokens a frame",
         f"  fps: {source.fps:g}  # steps a second at which a person plays, frame skip counted",
     ]
+    if source.display_aspect:
+        lines.append(f"  display_aspect: {source.display_aspect:g}  # width over height, as played")
     if not source.terminal_frame:
         lines.append("  terminal_frame: false  # the game shows no picture at its end")
     if isinstance(space, spaces.Discrete) and played:

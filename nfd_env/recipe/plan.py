@@ -250,8 +250,9 @@ def settings(
         "teacher": str(folder / "flow" / "model.safetensors"),
         "frames": frames,
         "shift": 4.0,
-        # Judging a student takes rollouts of the teacher, of many passes a frame.
-        "rollouts": int(np.clip(game.minutes / 3, 3, 16)),
+        # Judging a student takes rollouts of the teacher, of many passes a frame: 16 of them took
+        # 7 of 60 minutes on one core.
+        "rollouts": int(np.clip(game.minutes / 6, 3, 16)),
         "reference_steps": 18 if game.minutes >= 30 else 8 if game.minutes >= 5 else 4,
         "train": train(
             "distill",

@@ -129,6 +129,17 @@ def test_a_game_that_goes_elsewhere_does_not_take_the_file_along(
     assert Path.cwd() == tmp_path and load_game(tmp_path / path).source.size == [48, 48]
 
 
+def test_frames_that_are_squeezed_are_shown_as_wide_as_the_game(tmp_path: Path) -> None:
+    where = tmp_path / "videos"
+    where.mkdir()
+    for name, size in (("wide", (32, 256)), ("square", (64, 64))):
+        (where / name).mkdir()
+        write_mp4(where / name / "a.mp4", np.zeros((5, *size, 3), np.uint8), 25)
+        (where / name / "a.csv").write_text("action\n" + "1\n" * 4)
+        path, _ = write_game(f"videos:{where / name}", tmp_path / f"{name}.yaml")
+        assert load_game(path).source.display_aspect == (8.0 if name == "wide" else 0.0)
+
+
 @pytest.mark.parametrize("name", ["null", "1e5", "On", "Pong"])
 def test_names_that_yaml_would_take_for_something_else(name: str, tmp_path: Path) -> None:
     gymnasium.register(f"{name}-v0", entry_point=DotsEnv)
