@@ -39,7 +39,7 @@ if __name__ == "__main__":
 FOREVER = 10**6
 MORE = 300
 # KeyboardInterrupt, not caught, ends Python by the signal itself.
-STATUS = {"TERM": 128 + 15, "HUP": 128 + 1, "INT": -2, "KILL": -9}
+STATUS = {"TERM": 128 + 15, "INT": -2, "KILL": -9}
 PATIENCE = 600  # seconds; a machine may be busy
 
 

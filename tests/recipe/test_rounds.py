@@ -150,7 +150,7 @@ def test_a_tokenizer_that_is_lost_where_the_agent_goes_is_trained_on(
     del records["tokenizer_2"]
     (copied / "run.yaml").write_text(yaml.safe_dump(records))
     lost = Gate("PSNR", 3.0, "above 28", "more", low=20.0)
-    monkeypatch.setattr(gates, "tokenizer_gates", lambda metrics, measures: [lost])
+    monkeypatch.setattr(gates, "tokenizer_gates", lambda metrics: [lost])
     said = run(twice(copied), "tokenizer_2")
     assert any("it is trained on" in line for line in said)
     assert results(copied)["tokenizer"] != kept

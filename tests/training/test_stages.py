@@ -755,7 +755,7 @@ def test_configs_that_are_no_yaml_are_named(plan: ExportConfig, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"starts": 0}, "at least 1"),
+        ({"starts": 0}, "starts must be from 1 to 100000, got 0"),
         ({"start_frames": 0}, "at least 1"),
         ({"starts": 4, "beginnings": 5}, "beginnings must be from 0 to 4, got 5"),
     ],
