@@ -85,13 +85,16 @@ def rank_policies(
             so that a long run that is stopped has told something.
 
     Raises:
-        ValueError: on too few or equal policies, or one that cannot be played on both sides.
+        ValueError: on too few or equal policies, one that cannot be played on both sides, or single
+            episodes, of which nothing says how much they vary.
         SourceError: when the real game cannot be made.
     """
     if len(set(agents)) < max(_FEWEST, len(agents)):
         raise ValueError(f"a ranking needs at least {_FEWEST} different policies, got {agents}")
     if not settings.world:
         raise ValueError("a ranking needs a world")
+    if settings.episodes < 2:
+        raise ValueError(f"a ranking needs 2 episodes or more a policy, got {settings.episodes}")
     for agent in agents:  # all, before any is played for hours
         _check(agent, settings)
     rows, name = [], ""

@@ -10,6 +10,7 @@ import torch
 from nfd_env.envs.real_vector_env import RealVectorEnv
 from nfd_env.evaluation.agents import Scores, longest_episode
 from nfd_env.evaluation.episodes import Episodes, play_episodes
+from nfd_env.evaluation.tables import told_with_error
 from nfd_env.players.player import NetworkPlayer, SB3Player
 from nfd_env.sources.source import SourceError
 from nfd_env.worlds.load import World
@@ -103,9 +104,10 @@ class Judge:
         metrics["real_ends_per_1000_frames"] = scores.ends_per_1000_frames
         inside = "" if real else _inside(metrics)
         return (
-            f"decision {decision}: {inside}in the real game {scores.mean:.4g} ± "
-            f"{scores.standard_error:.2g} (standard error of {len(scores.scores)} episodes of "
-            f"{scores.length:.0f} ± {scores.length_error:.2g} frames)"
+            f"decision {decision}: {inside}in the real game "
+            f"{told_with_error(scores.mean, scores.standard_error)} (standard error of "
+            f"{len(scores.scores)} episodes of "
+            f"{told_with_error(scores.length, scores.length_error, '.0f')} frames)"
         )
 
     def close(self) -> None:

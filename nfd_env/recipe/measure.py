@@ -10,10 +10,10 @@ from skimage.measure import label
 
 from nfd_env.data.episodes import Episodes
 from nfd_env.data.shards import RecordedDataset, RecordingError
-from nfd_env.metrics import moving_pixels
+from nfd_env.metrics import MOVED
 
 _PAIRS = 256  # pairs of consecutive frames that are looked at
-_MOVED = 24  # grey levels by which a pixel must change to belong to a thing that moves
+_OF_A_THING = 24  # grey levels by which a pixel must change to belong to a thing that moves
 _ALL_MOVES = 0.25  # share of moved pixels from which on the camera moves, not things
 _SMALL = 0.5  # share of the moved pixels that belong to things no larger than those to be kept
 _CHANNELS = (8, 12, 16)  # of a tokenizer's latents, to choose from
@@ -66,9 +66,9 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
     things, shares, changes = list[int](), list[float](), False
     pairs = _pairs(train, rng)
     for before, after in pairs:
-        difference = np.abs(after.astype(np.int16) - before)
-        changes |= bool(moving_pixels(before, after).any())
-        moved = difference.max(-1) > _MOVED
+        change = np.abs(after.astype(np.int16) - before).max(-1)
+        changes |= bool((change > MOVED).any())
+        moved = change > _OF_A_THING
         shares.append(float(moved.mean()))
         areas = np.bincount(np.ravel(np.asarray(label(moved, connectivity=2))))[1:]
         things += [int(area) for area in areas if area > 1]
@@ -92,10 +92,16 @@ def measure(recordings: RecordedDataset, seed: int = 0) -> GameMeasures:
 
 
 def side_of_small(areas: Sequence[int]) -> float:
-    """Side of the largest of the small ones of things of such areas, which hold half of the pixels.
+    """How large small things are: these and all smaller ones hold half of the pixels that moved.
 
     By pixels, not by things: of a textured surface that moves a threshold leaves specks, so that
     counted one by one things of two pixels are the most in any game that is not of plain sprites.
+
+    Args:
+        areas: of the things that moved, in pixels, in any order; at least one.
+
+    Returns:
+        The side, in pixels, of a square of such an area.
     """
     ordered = np.sort(areas)
     held = np.cumsum(ordered)

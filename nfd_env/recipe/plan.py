@@ -25,8 +25,8 @@ from nfd_env.training.latent_stage import CONTEXT, LEAST_HORIZON
 from nfd_env.training.optimiser import has_muon
 
 # Shares of the time that is left after recording. The flow model profits longest from more steps.
-# What a student learns in such times was never better than the flow model's own one or two steps
-# (docs/trials.md, "What draws the frames"), so that it gets little more than comparing them takes.
+# What a student learns in such times was worse than the flow model's own one or two steps in all
+# that lasts (docs/trials.md, "What draws the frames"): it gets little more than comparing takes.
 SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.53, "heads": 0.08, "distill": 0.07}
 SHARED = ("tokenizer", "flow", "distill")  # stages that several processes train together
 _RESERVE = 0.1  # for encoding, calibration and the report
@@ -333,11 +333,10 @@ def with_smaller_batch(
     train = values["train"]
     batch, steps = train["batch_size"], max(0.0, seconds) / per_step
     size = min(batch, int(batch * steps / _FEWEST[name]))
-    if not train["device"].startswith("cuda"):  # there a step of few takes as long as one of many
-        wanted = int(batch * steps / _WANTED.get(name, 1))
-        size = min(size, max(batch // _SMALLEST_PART, wanted))
-    size = max(2, size)
-    size = max(parts, size // parts * parts)
+    # On a GPU a step of few takes as long as one of many.
+    if name in _WANTED and not train["device"].startswith("cuda"):
+        size = min(size, max(batch // _SMALLEST_PART, int(batch * steps / _WANTED[name])))
+    size = max(parts, max(2, size) // parts * parts)
     if size >= batch:
         return plan
     smaller = {**values, "train": {**train, "batch_size": size}}

@@ -183,12 +183,11 @@ class Recipe(Ledger):
                 recordings = collect(game.collect_config(1), self._shown)
         else:
             with self._timed(record):
-                by = recorded_by(game)
+                by = recorded_by(game) if number == 1 else {}  # later ones follow their agent
                 if not record.extra:  # decided once: more later would make everything anew
                     record.extra = {"frames": game.frames or self._frames(game), "by": by}
                     self._save()
-                if number == 1:
-                    self._say_what_stays(record.extra.get("by", by), by)
+                self._say_what_stays(record.extra.get("by", by), by)
                 frames = game.frames or int(record.extra["frames"])
                 if record.finished and number > 1:  # its players take long to be loaded
                     recordings = RecordedDataset(game.recordings_place)
@@ -461,12 +460,12 @@ class Recipe(Ledger):
             RecordingError: when such recordings lie in the run folder.
         """
         place = Path(self.round.here.recordings_place)
-        if stage == "record" and self.round.number == 1 and not self.game.recordings:
-            if place.exists():
-                raise RecordingError(
-                    f"{place} was recorded with other settings of source: remove it to record "
-                    "anew, or set another folder"
-                )
+        own = stage == "record" and self.round.number == 1 and not self.game.recordings
+        if own and place.exists():
+            raise RecordingError(
+                f"{place} was recorded with other settings of source: remove it to record anew, or "
+                "set another folder"
+            )
 
     def _finish(self, stage: str, record: StageRecord, found: list[Gate]) -> None:
         """Write down what came out, and stop where it is not good enough."""

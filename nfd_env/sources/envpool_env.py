@@ -21,7 +21,9 @@ _COLOUR = {"gray_scale": False, "stack_num": 1}
 # Of every Procgen game. The last six do nothing in most: held for 8 frames from 16 moments of each
 # game, they led to the frames of "noop" but for the first one in some, and for all of them in two.
 _PROCGEN_MOVES = (
-    *("left_down", "left", "left_up", "down", "noop", "up", "right_down", "right", "right_up"),
+    *("left_down", "left", "left_up"),
+    *("down", "noop", "up"),
+    *("right_down", "right", "right_up"),
 )
 _PROCGEN_MORE = ("d", "a", "w", "s", "q", "e")
 _PROCGEN_FIRE = ("Bossfight", "Caveflyer", "Dodgeball", "Fruitbot", "Plunder")

@@ -154,8 +154,8 @@ class TokenizerStage:
 
         ``psnr``: in dB over all pixels; ``hard_psnr``: over the 5 % worst; ``moving_psnr``: over
         those that changed since the frame before, NaN where none did; ``moving_psnr_frozen``: what
-        that frame has there. ``sharpness``: gradients over
-        the real ones, ``gradient_correlation``: whether they are at the same places.
+        that frame has there. ``sharpness``: gradients over the real ones,
+        ``gradient_correlation``: whether they are at the same places.
         """
         self._set_statistics(network, _STATISTICS_OF_VALIDATION)
         made = self._reconstruct(network, self._held_out)

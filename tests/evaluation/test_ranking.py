@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def test_policies_are_scored_on_both_sides(counter_world: Path) -> None:
             patch.setattr("nfd_env.evaluation.ranking.evaluate_agent", None)  # nobody plays
             rank_policies(wrong, settings, progress=False)
     names = ["random", f"{__name__}:Left", f"{__name__}:Right"]
+    with pytest.raises(ValueError, match="2 episodes or more a policy, got 1"):
+        rank_policies(names, replace(settings, episodes=1), progress=False)
     told: list[Ranking] = []
     ranking = rank_policies(names, settings, False, told.append)
     assert told == [ranking]  # as soon as there are three
