@@ -54,6 +54,7 @@ def make_tiny_world(
             heads=2,
             window=window,
             recent=recent,
+            stillness=0.01,
             local_width=8,
             local_blocks=1,
         )

@@ -42,6 +42,17 @@ def linear_guess(
     return a, -s / total * mean, (variance / total).sqrt()
 
 
+def trusted(change: Tensor, stillness: float) -> Tensor:
+    """The share of a network's correction of ``linear_guess`` that is believed, like ``change``.
+
+    Where next to nothing changes a correction is mostly the network's own error, which is made
+    again with every frame, so that walls grow brighter until nothing else is seen. As in Wiener's
+    filter, signal over signal and error: q / (q + ``stillness``), the latter being the share of
+    variance from which on a correction is signal rather than error; 0 believes all.
+    """
+    return change / (change + stillness)
+
+
 def shrinkage(level: Tensor) -> Tensor:
     """What to multiply x_s with for the mean of x0 that it lets one expect, like ``level`` = s."""
     return (1 - level) / ((1 - level).square() + level.square())

@@ -48,6 +48,8 @@ class DynamicsConfig:
             ``nfd_env.models.local`` and ``nfd_env.flow.persistence``; 0 for the transformer alone.
         local_width: channels of these convolutions.
         local_blocks: residual blocks of two each.
+        stillness: the share of change below which what they put out is hardly believed, but in
+            training, see ``nfd_env.flow.persistence.trusted``; 0 believes all.
     """
 
     latent_channels: int = 16
@@ -64,6 +66,7 @@ class DynamicsConfig:
     recent: int = 0
     local_width: int = 64
     local_blocks: int = 4
+    stillness: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges, and that the sizes divide."""
@@ -78,6 +81,7 @@ class DynamicsConfig:
         if self.local_width % 8 or self.local_width < 8:
             raise ValueError(f"local_width must be a multiple of 8, got {self.local_width}")
         check_ranges(self, window="[2, inf)", recent=f"[0, {self.window})", local_blocks="[0, inf)")
+        check_ranges(self, stillness="[0, 1]")
 
     @classmethod
     def of_header(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,6 +367,7 @@ def local_motion(config: DynamicsConfig) -> LocalMotion | None:
     if not config.recent:
         return None
     sizes = config.recent, config.local_width, config.local_blocks, config.width
+    sizes = *sizes, config.stillness
     return LocalMotion(config.latent_channels, CONTEXT, *sizes)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nfd_env.flow.path import expand
-from nfd_env.flow.persistence import LEAST, linear_guess, shrinkage
+from nfd_env.flow.persistence import LEAST, linear_guess, shrinkage, trusted
 
 
 class GroupNorm(nn.GroupNorm):
@@ -64,9 +64,10 @@ class Persistence(nn.Module):
 
     change: Tensor
 
-    def __init__(self, channels: int) -> None:
-        """Of C = ``channels``."""
+    def __init__(self, channels: int, stillness: float = 0.0) -> None:
+        """Of C = ``channels``; ``stillness`` as in ``trusted``."""
         super().__init__()
+        self._stillness = stillness
         self.register_buffer("change", torch.ones(channels, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Persistence:
@@ -76,16 +77,20 @@ class Persistence(nn.Module):
 
     def forward(
         self, level: Tensor, before_level: Tensor, more: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``linear_guess``.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See ``linear_guess``, and last what is ``trusted``; None for all, as in training.
 
+        A network that was trained with less trust would make its corrections that much larger.
         ``more``, (..., C, h, w), is added to the logit of what was guessed before training.
         """
         begun = ((self.change - LEAST) / (1 - LEAST)).clamp(LEAST, 1 - LEAST)
         logit = begun.logit()[:, None, None]
         change = LEAST + (1 - LEAST) * torch.sigmoid(logit + more.float())
         # At 1, where a sigmoid arrives by rounding, the guess has no finite slope.
-        return linear_guess(level, before_level, change.clamp(max=1 - LEAST))
+        guess = linear_guess(level, before_level, change.clamp(max=1 - LEAST))
+        if self.training or not self._stillness:
+            return *guess, None
+        return *guess, trusted(change, self._stillness)
 
 
 class LocalMotion(nn.Module):
@@ -96,7 +101,14 @@ class LocalMotion(nn.Module):
     """
 
     def __init__(
-        self, channels: int, context: int, recent: int, width: int, blocks: int, condition: int
+        self,
+        channels: int,
+        context: int,
+        recent: int,
+        width: int,
+        blocks: int,
+        condition: int,
+        stillness: float = 0.0,
     ) -> None:
         """Before training it puts out what the frame before lets one guess.
 
@@ -107,13 +119,14 @@ class LocalMotion(nn.Module):
             width: channels of the convolutions.
             blocks: residual blocks.
             condition: numbers that say level and action.
+            stillness: see ``nfd_env.flow.persistence.trusted``.
         """
         super().__init__()
         inputs = context + channels + recent * (channels + 1)
         self.enter = nn.Conv2d(inputs, width, 3, padding=1)
         self.blocks = nn.ModuleList(LocalBlock(width, condition) for _ in range(blocks))
         self.leave = nn.Conv2d(width, 2 * channels, 3, padding=1)
-        self.persistence = Persistence(channels)
+        self.persistence = Persistence(channels, stillness)
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
@@ -153,6 +166,7 @@ class LocalMotion(nn.Module):
             h = block(h, condition)
         made = self.leave(functional.silu(h)).unflatten(0, latents.shape[:2]).to(latents.dtype)
         made, change = made.chunk(2, 2)
-        a, b, scale = self.persistence(levels, frame_levels[:, :, -1], change)
+        a, b, scale, trust = self.persistence(levels, frame_levels[:, :, -1], change)
+        made = made if trust is None else trust * made
         velocity = a * latents + b * frames[:, :, -1] + scale * made
         return velocity.to(latents.dtype), scale

@@ -25,7 +25,9 @@ _FROM_NOISE = 0.1  # share of the frames whose level is 1, see ``sample_levels``
 _COMPARED = 2048  # pairs of frames that their change is measured on
 _LIKELIHOOD = 0.5  # its weight beside the squared error
 _LARGEST = 3.0  # how many times as large as it makes them the network's own errors are shown to it
-_STEPS = 4  # Euler steps of its rollouts
+# Euler steps of its rollouts: worlds draw in one to four, and while training is short, many steps
+# are further from what happens, see docs/trials.md.
+_STEPS = 2
 
 
 @config_class
@@ -37,7 +39,7 @@ class FlowTrainingConfig(HistoryTrainingConfig):
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
         initial: weights to begin with, of the same sizes as ``model``; "" for random ones. They may
-            have seen other frames (``window``), and a full adaLN projection is
+            have another ``window`` or ``stillness``, and a full adaLN projection is
             brought to ``model.modulation_rank``.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
         own_errors: in [0, 1], the share of windows whose history has the network's own errors in
@@ -84,8 +86,9 @@ class FlowStage(WindowStage):
             rank = settings.model.modulation_rank
             if rank and not begun.config.modulation_rank:
                 begun, _ = with_low_rank(begun, self._known_actions(), rank)
-            # How many frames one sees is nothing that the weights depend on.
-            if begun.config != replace(settings.model, window=begun.config.window):
+            # How many frames one sees, and what is believed of them, the weights do not depend on.
+            free = {"window": begun.config.window, "stillness": begun.config.stillness}
+            if begun.config != replace(settings.model, **free):
                 raise CheckpointError(
                     f"{settings.initial}: holds {begun.config}, the config asks for "
                     f"{settings.model}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nfd_env.flow.persistence import LEAST, frame_change, linear_guess
+from nfd_env.flow.persistence import LEAST, frame_change, linear_guess, trusted
 
 CHANGE = torch.tensor([1.0, 0.6, 0.04, LEAST])
 
@@ -58,3 +58,11 @@ def test_the_change_of_frames() -> None:
     assert still.tolist() == pytest.approx([LEAST] * 4)
     assert frame_change(torch.zeros(2, 3, 4, 1, 1)).tolist() == [1.0] * 4
     assert frame_change(torch.stack((before, -before), 1)[..., None, None]).tolist() == [1.0] * 4
+
+
+def test_the_less_changes_the_less_a_correction_is_trusted() -> None:
+    change = torch.tensor([1e-4, 0.01, 0.5])
+    assert torch.equal(trusted(change, 0.0), torch.ones(3))
+    torch.testing.assert_close(
+        trusted(change, 0.01), torch.tensor([0.0099, 0.5, 0.9804]), rtol=1e-2, atol=0
+    )

@@ -76,7 +76,32 @@ def test_a_guess_that_is_sure_has_a_slope(more: float, known: float) -> None:
     guess = Persistence(1)
     guess.change.fill_(known)
     logit = torch.full((1, 1, 2, 2), more, requires_grad=True)
-    made = guess(torch.tensor([0.5]), torch.tensor([0.03]), logit)
+    made = guess(torch.tensor([0.5]), torch.tensor([0.03]), logit)[:3]
     assert all(bool(part.isfinite().all()) for part in made)
     (gradient,) = torch.autograd.grad(sum(part.sum() for part in made), logit)
     assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("stillness, kept", [(0.0, 1.0), (0.01, 1 / 11), (1e-3, 0.5)])
+def test_a_network_does_not_repeat_its_errors_where_nothing_changes(
+    stillness: float, kept: float
+) -> None:
+    network = LocalMotion(1, 5, 1, 8, 1, 16, stillness).eval()
+    network.persistence.change.fill_(1e-3)
+    assert network.leave.bias is not None
+    torch.nn.init.constant_(network.leave.bias[:1], -1.0)  # of the correction, not of the change
+    context, condition = torch.zeros(1, 1, 5, 4, 4), torch.zeros(1, 1, 16)
+    top, known = torch.ones(1, 1), torch.zeros(1, 1, 1)
+
+    def after(frames: int) -> float:
+        frame = torch.zeros(1, 1, 1, 4, 4)
+        for _ in range(frames):
+            noise = torch.randn_like(frame)
+            velocity, _ = network(context, noise, top, condition, (frame[:, :, None], known))
+            frame = noise - velocity  # one step from noise to data
+        return float(frame.detach().mean())
+
+    assert after(1) == pytest.approx(kept * 1e-3**0.5, rel=1e-3)
+    assert after(100) == pytest.approx(kept * 1e-3**0.5 * 97.6, rel=0.01)  # a little is forgotten
+    network.train()
+    assert after(1) == pytest.approx(1e-3**0.5, rel=1e-3)
