@@ -251,6 +251,7 @@ def test_flow_goes_on_from_finished_weights(
     settings = replace(
         flow_settings,
         initial=str(flow.weights),
+        model=replace(MODEL, window=5, stillness=0.02),  # which no weight depends on
         history_levels=HistoryLevels(draft_share=0.2),
         train=run(tmp_path, 1),
     )
