@@ -232,7 +232,7 @@ class Dynamics(nn.Module):
         """See ``forward_two_copies``; also how uncertain the velocities are.
 
         Returns:
-            (B, T, C, h, w) each; None for the latter without convolutions.
+            (B, T, C, h, w) each, see ``LocalMotion``; None for the latter without convolutions.
         """
         count = latents.shape[1]
         frames = torch.arange(count, device=latents.device)
@@ -367,8 +367,7 @@ def local_motion(config: DynamicsConfig) -> LocalMotion | None:
     if not config.recent:
         return None
     sizes = config.recent, config.local_width, config.local_blocks, config.width
-    sizes = *sizes, config.stillness
-    return LocalMotion(config.latent_channels, CONTEXT, *sizes)
+    return LocalMotion(config.latent_channels, CONTEXT, *sizes, config.stillness)
 
 
 def frames_before(frames: Tensor, levels: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,8 @@ class Persistence(nn.Module):
 
     def forward(
         self, level: Tensor, before_level: Tensor, more: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See ``linear_guess``, and last what is ``trusted``; None for all, as in training.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``linear_guess``; but in training the deviation is that which is ``trusted``.
 
         A network that was trained with less trust would make its corrections that much larger.
         ``more``, (..., C, h, w), is added to the logit of what was guessed before training.
@@ -87,10 +87,10 @@ class Persistence(nn.Module):
         logit = begun.logit()[:, None, None]
         change = LEAST + (1 - LEAST) * torch.sigmoid(logit + more.float())
         # At 1, where a sigmoid arrives by rounding, the guess has no finite slope.
-        guess = linear_guess(level, before_level, change.clamp(max=1 - LEAST))
-        if self.training or not self._stillness:
-            return *guess, None
-        return *guess, trusted(change, self._stillness)
+        a, b, scale = linear_guess(level, before_level, change.clamp(max=1 - LEAST))
+        if not self.training and self._stillness:
+            scale = scale * trusted(change, self._stillness)
+        return a, b, scale
 
 
 class LocalMotion(nn.Module):
@@ -151,7 +151,7 @@ class LocalMotion(nn.Module):
 
         Returns:
             Velocities (B, F, C, h, w), of the type of ``latents``, and the standard deviation that
-            they are told in units of, likewise.
+            they are told in units of, likewise; but in training as much of it as is ``trusted``.
         """
         frames, frame_levels = before
         # Drafts may be all noise, which looks like motion: what is known of each frame is its
@@ -166,7 +166,6 @@ class LocalMotion(nn.Module):
             h = block(h, condition)
         made = self.leave(functional.silu(h)).unflatten(0, latents.shape[:2]).to(latents.dtype)
         made, change = made.chunk(2, 2)
-        a, b, scale, trust = self.persistence(levels, frame_levels[:, :, -1], change)
-        made = made if trust is None else trust * made
+        a, b, scale = self.persistence(levels, frame_levels[:, :, -1], change)
         velocity = a * latents + b * frames[:, :, -1] + scale * made
         return velocity.to(latents.dtype), scale

@@ -53,8 +53,8 @@ BEGUN_FROM = ("initial", "student")  # settings that name weights of the round b
 
 _WITH_STEPS = ("steps", "warmup_steps", "validate_every", "discrete_steps")
 
-# Of four games' flow models after an hour of training or less, three drifted until they were not to
-# be recognised; with this much they last, and are as near to what happened, see docs/trials.md.
+# Pictures of three games after an hour's training drifted, one until it was not to be recognised;
+# with this much they last, and are as near to what happened, see docs/trials.md.
 STILLNESS = 0.01
 
 LEAST_FRAMES = CONTEXT + LEAST_HORIZON  # of an episode, to judge a world by
@@ -158,7 +158,7 @@ def settings(
     }
     history = {
         "history_levels": {"skew": 3.0, "draft_share": 0.04},
-        # Noise added to what is remembered made errors and drift larger in four games of four.
+        # Noise added to what is remembered made rollouts of 32 frames worse in four games of four.
         "history_level": 0.0,
         # Ends are rare, and windows alike hardly show what leads to them.
         "ending_share": 0.2 if measures.ends else 0.0,

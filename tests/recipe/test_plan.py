@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, choose_grid, fitting_size
 from nfd_env.recipe.measure import GameMeasures, channels_needed, side_of_small
-from nfd_env.recipe.plan import SHARES, STILLNESS, merged, settings, share_of
+from nfd_env.recipe.plan import SHARES, merged, settings, share_of
 from nfd_env.sources.source import SourceConfig
 
 
@@ -67,14 +67,6 @@ def test_the_game_file_has_the_last_word_on_channels() -> None:
     measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
     assert channels() == (12, 12)
     assert channels(latent_channels=5) == (5, 5)
-
-
-def test_what_is_shown_while_training_is_what_the_world_draws() -> None:
-    known = {field.name: 400 for field in fields(GameMeasures)}
-    measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
-    plan = settings(GameConfig("a", SourceConfig("a-v0")), measures, "cpu", 3)
-    assert plan.flow["model"]["stillness"] == STILLNESS > 0
-    assert plan.flow["history_level"] == plan.distill["history_level"] == 0.0
 
 
 @given(st.integers(30, 1080), st.integers(30, 1920))

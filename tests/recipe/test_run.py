@@ -19,6 +19,7 @@ from nfd_env.recipe.rounds import STAGES
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
 from nfd_env.worlds.checksums import is_whole
+from nfd_env.worlds.load import load_world
 from tests.recipe.hostile import HOSTILE
 from tests.recipe.tiny import TINY, game, run
 
@@ -42,6 +43,8 @@ def test_the_world_steps_and_the_report_is_there(made: Path) -> None:
     frame, _ = env.reset(seed=0)
     assert frame.shape == (48, 48, 3)
     frame, *_ = env.step(2)
+    drawn_by = load_world(made / "world", "cpu", "fp32").model
+    assert drawn_by.dynamics.config.stillness > 0 and drawn_by.sampling.history_level == 0
     report = (made / "report.html").read_text(encoding="utf-8")
     assert "data:image/webp;base64," in report and "gymnasium.make" in report
     assert "Do keys do what they say?" in report and "drawn under other actions" in report
