@@ -106,6 +106,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._showed = self._may_join = 0.0
+        self._beat = 0.0  # when a batch was last due
         self.error: BaseException | None = None
 
     @property
@@ -211,7 +212,7 @@ class Engine:
                 self._dream_again(player, error, seed)
                 return
             session.began(frame, self.game.seed_of(player.slot), self.game.beside(player.slot))
-            player.due = time.perf_counter() + self._period(player)
+            player.due = self._first_due(player)
             self._ration(player, began)
             if joins:  # somebody may come in again and again
                 self._may_join = player.may_begin
@@ -240,7 +241,7 @@ class Engine:
         else:
             session.began(frame, self.game.seed_of(slot), self.game.beside(slot))
         session.shown_view = self.game.view(slot)
-        player.due = time.perf_counter() + self._period(player)
+        player.due = self._first_due(player)
         if not player.gone:
             player.show(0)
 
@@ -256,6 +257,16 @@ class Engine:
         session.view = session.shown_view = self.game.view(player.slot)
         session.say(str(error))
         session.control("reset" if seed is None else "seed", seed)
+
+    def _first_due(self, player: Player) -> float:
+        """When the picture now shown has been seen for long enough, and others are due too.
+
+        Who begins in between would stay out of step with the others, and so out of their batches.
+        """
+        soonest = time.perf_counter() + self._period(player)
+        if not any(p is not player and p.session.frame is not None for p in self.players):
+            return soonest
+        return soonest + (self._beat - soonest) % (1 / self.game.fps)
 
     def _period(self, player: Player) -> float:
         return 1 / (self.game.fps * player.session.speed)
@@ -286,14 +297,15 @@ class Engine:
 
     def _tick(self, due: list[Player], now: float) -> None:
         began = time.perf_counter()
-        grid = min(p.due for p in due)
+        # Everybody on one grid, so that batches stay together; time that is lost is not caught up
+        # with.
+        self._beat = min(p.due for p in due)
+        if now - self._beat > 2 * min(self._period(p) for p in due):
+            self._beat = now
         choices: dict[int, Choice] = {}
         going: dict[int, Player] = {}
         for player in due:
-            # Everybody on one grid, so that batches stay together; time that is lost is not caught
-            # up with.
-            late = now - grid > 2 * self._period(player)
-            player.due = (now if late else grid) + self._period(player)
+            player.due = self._beat + self._period(player)
             if not player.must_wait and player.session.wants_step():
                 choices[player.slot] = player.session.choose()
                 going[player.slot] = player

@@ -107,18 +107,37 @@ def test_without_lookahead_the_pictures_are_the_same():
     assert blues[0][-1] == 256 - 8
 
 
-def test_everybody_due_shares_a_batch():
+@pytest.mark.parametrize("apart", [0.0, 0.0073, 0.013, 0.03])  # of 0.02 seconds a frame
+def test_who_comes_in_when_others_play_shares_their_batches(monkeypatch, apart):
+    clock = Clock(monkeypatch)
     engine = Engine(ScrollGame(4, fps=50))
-    seats = [Seat(engine) for _ in range(4)]
+    seats = []
+    for _ in range(4):
+        seats.append(Seat(engine))
+        seats[-1].session.control("lookahead", False)
+        clock.play(engine, apart)
+    clock.play(engine, 0.1)
+    engine.game.batches.clear()
+    before = [len(s.pictures) for s in seats]
+    clock.play(engine, 1.0)
+    assert set(engine.game.batches) == {4}
+    counts = [len(s.pictures) - b for s, b in zip(seats, before, strict=True)]
+    assert set(counts) <= {49, 50, 51} and max(counts) - min(counts) <= 1
+
+
+def test_a_machine_that_was_away_keeps_everybody_in_one_batch(monkeypatch):
+    clock = Clock(monkeypatch)
+    engine = Engine(ScrollGame(3, fps=50))
+    seats = [Seat(engine) for _ in range(3)]
     for seat in seats:
         seat.session.control("lookahead", False)
-    while not all(s.pictures for s in seats):  # they come in one after the other
-        seats[0].play(1)
-    before = [len(s.pictures) for s in seats]
-    seats[0].play(20)
-    assert engine.game.batches[-1] == 4
-    counts = [len(s.pictures) - b for s, b in zip(seats, before, strict=True)]
-    assert max(counts) - min(counts) <= 2
+    seats[1].session.control("speed", 2.0)
+    clock.play(engine, 0.2)
+    engine.game.batches.clear()
+    clock.now += 0.5
+    clock.play(engine, 1.0)
+    # One of them is due twice as often: alone, then with the others, and no burst of lost frames.
+    assert set(engine.game.batches) == {1, 3} and len(engine.game.batches) <= 103
 
 
 def test_a_full_game_and_a_freed_slot():
