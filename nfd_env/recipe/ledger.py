@@ -220,8 +220,7 @@ class Ledger:
     def _sampling(self, plan: Plan) -> dict[str, Any]:
         """How the world draws its frames: what distillation was judged to be best."""
         level = plan.flow["history_level"]
-        extra = self.record("distill").extra or {}
-        drawn = gates.Drawn(**extra["drawn"]) if "drawn" in extra else gates.FALLBACK
+        drawn = gates.Drawn(**(self.record("distill").extra or {})["drawn"])
         solved = {"sampler": "dpm_solver_pp", "history_level": level}
         if drawn.by == "student":
             student = {

@@ -256,10 +256,10 @@ def settings(
         "teacher": str(folder / "flow" / "model.safetensors"),
         "frames": frames,
         "shift": 4.0,
-        # Judging a student takes rollouts of the teacher, of many passes a frame: 16 of them took
-        # 7 of 60 minutes on one core.
+        # Rollouts of all that may draw frames: 10 of them, twice, take 3 of 60 minutes of a core.
         "rollouts": int(np.clip(game.minutes / 6, 3, 16)),
-        "reference_steps": 18 if game.minutes >= 30 else 8 if game.minutes >= 5 else 4,
+        "reference_steps": 18 if game.minutes >= 5 else 8,
+        "long_rollout": int(np.clip(4 * game.minutes, 16, 96)),
         "train": train(
             "distill",
             batch_size=64 if gpu else 8,

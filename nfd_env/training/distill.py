@@ -36,6 +36,7 @@ from nfd_env.training.adversarial import AdversarialConfig, Judge, TeacherFeatur
 from nfd_env.training.continuous import smooth_levels
 from nfd_env.training.distill_validation import (
     STEPS,
+    energy,
     few_steps,
     follow,
     frechet,
@@ -70,8 +71,10 @@ class DistillTrainingConfig(HistoryTrainingConfig):
         shift: of the levels of 2 and 4 steps in validation, see ``level_grid``; give the finished
             world the same. Flow training with its own level shift hardly visits low levels, and few
             steps do better without them.
-        reference_steps: DPM-Solver++ steps of the teacher that the validation compares with; 0
-            leaves the teacher out.
+        reference_steps: DPM-Solver++ steps of the teacher whose texture validation compares with;
+            0 leaves the teacher out.
+        long_rollout: frames that validation's long rollouts go on for, to see whether pictures
+            last; less where held-out episodes are shorter.
     """
 
     teacher: str
@@ -89,6 +92,7 @@ class DistillTrainingConfig(HistoryTrainingConfig):
     shift: float = 4.0
     rollouts: int = field(default=16, kw_only=True)
     reference_steps: int = 18
+    long_rollout: int = 96
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -107,6 +111,7 @@ class DistillTrainingConfig(HistoryTrainingConfig):
             reference_steps="[0, inf)",
             coarsest_grid="[1, inf)",
             rollouts="[3, inf)",
+            long_rollout="[1, inf)",
         )
 
 
@@ -173,6 +178,8 @@ class DistillStage(WindowStage):
         rng = np.random.default_rng(0)
         self._hold_out(rng, settings.rollouts)
         self._held_out = self._validation.windows(rng, 3 * settings.rollouts, settings.frames)
+        long = CONTEXT + min(settings.long_rollout, self._longest - CONTEXT)
+        self._long = self._validation.windows(rng, (settings.rollouts + 1) // 2, long)
         self._reference: dict[str, float] | None = None
 
     @property
@@ -259,14 +266,15 @@ class DistillStage(WindowStage):
         return error, consistency(x, here.output, angle), logs
 
     def validate(self, network: nn.Module) -> Mapping[str, float]:
-        """How frames drawn in 1, 2 and 4 steps compare with real ones, and the teacher's once.
+        """How frames drawn in 1, 2 and 4 steps compare with real ones, by student and by teacher.
 
-        The teacher's of as few steps too: where little is left to chance, its mean is a good guess.
+        The teacher's once: where little is left to chance, its mean is a good guess.
 
         Beside what ``LatentStage._judge`` says: ``frechet``, the Fréchet distance of the rollouts'
-        frames, and ``texture``, that of 2 x 2 latent patches of single frames that follow real
-        ones, which drift does not hide. Judge by all of them: a blurred mean has the smallest
-        error.
+        frames, ``energy``, of the last latents of long rollouts over that of real ones, and
+        ``texture``, the distance of 2 x 2 latent patches of single frames that follow real ones,
+        which drift does not hide; that of the teacher's many steps too, than which the network
+        knows no better. Judge by all of them: a blurred mean has the smallest error.
         """
         assert isinstance(network, Distiller)
         metrics: dict[str, float] = {}
@@ -274,7 +282,7 @@ class DistillStage(WindowStage):
             metrics |= self._compare(network.student, self._few_steps(steps), f"steps{steps}_")
         if self._reference is None and self.settings.reference_steps:
             sampler = many_steps(self.settings.reference_steps)
-            self._reference = self._compare(self._teacher, sampler, "teacher_")
+            self._reference = {"teacher_texture": self._texture(self._teacher, sampler)}
             for steps in STEPS:
                 few = self._compare(self._teacher, many_steps(steps), f"teacher{steps}_")
                 self._reference |= few
@@ -286,11 +294,16 @@ class DistillStage(WindowStage):
     def _compare(self, network: Dynamics, sampler: Sampler, prefix: str) -> dict[str, float]:
         level = self.settings.history_level
         made, latents = self._generate(network, sampler, level)
-        windows, actions = (x.to(self._device) for x in self._held_out)
         metrics = self._judge(made, latents)
         metrics["frechet"] = frechet(latents[:, CONTEXT:], made)
-        metrics["texture"] = texture(*follow(network, sampler, windows, actions, level))
+        metrics["texture"] = self._texture(network, sampler)
+        made, latents = self._continue(self._long, network, sampler, level)
+        metrics["energy"] = energy(latents, made)
         return {prefix + name: value for name, value in metrics.items()}
+
+    def _texture(self, network: Dynamics, sampler: Sampler) -> float:
+        windows, actions = (x.to(self._device) for x in self._held_out)
+        return texture(*follow(network, sampler, windows, actions, self.settings.history_level))
 
     def strip(self, network: nn.Module) -> np.ndarray:
         """Three held-out episodes, real above 1 step above 2, after 1, 4, 8, 16, 24, 32 frames."""

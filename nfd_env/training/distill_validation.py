@@ -14,6 +14,7 @@ from nfd_env.models.dynamics import Dynamics
 from nfd_env.training.latent_stage import CONTEXT
 
 _DIMENSIONS = 64  # principal components of frames that distances are told in
+_LAST = 8  # frames that a long rollout's end is judged by
 STEPS = (1, 2, 4)
 """Numbers of sampling steps that a student is validated with."""
 
@@ -65,6 +66,12 @@ def frechet(real: Tensor, made: Tensor) -> float:
 def texture(real: Tensor, made: Tensor) -> float:
     """Fréchet distance of the 2 x 2 patches of latent frames (B, T, C, h, w)."""
     return frechet_distance(_patches(real), _patches(made))
+
+
+def energy(real: Tensor, made: Tensor) -> float:
+    """Mean square of the last latent frames (B, T, C, h, w), generated over real."""
+    first, second = (x[:, -_LAST:].square().mean() for x in (real, made))
+    return float(second / first)
 
 
 def _patches(latents: Tensor) -> Tensor:

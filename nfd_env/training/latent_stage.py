@@ -162,9 +162,13 @@ class LatentStage:
 
     def _hold_out(self, rng: np.random.Generator, count: int) -> None:
         """Choose ``count`` held-out windows to roll out from, as long as there are any."""
-        longest = int(self._validation.episodes.lengths.max()) + 1
-        self._horizon = min(HORIZON, longest - CONTEXT)
+        self._horizon = min(HORIZON, self._longest - CONTEXT)
         self._rollouts = self._validation.windows(rng, count, CONTEXT + self._horizon)
+
+    @property
+    def _longest(self) -> int:
+        """Frames of the longest held-out episode."""
+        return int(self._validation.episodes.lengths.max()) + 1
 
     @property
     def _rollout_losses(self) -> list[str]:
@@ -182,7 +186,18 @@ class LatentStage:
             to HORIZON.
         """
         assert self._rollouts is not None
-        latents, actions = (x[:count].to(self._device) for x in self._rollouts)
+        latents, actions = (x[:count] for x in self._rollouts)
+        return self._continue((latents, actions), network, sampler, history_level)
+
+    def _continue(
+        self,
+        windows: tuple[Tensor, Tensor],
+        network: Dynamics,
+        sampler: Sampler,
+        history_level: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Rollouts from the beginnings of ``windows``, see ``_generate``, to their ends."""
+        latents, actions = (x.to(self._device) for x in windows)
         generator = torch.Generator(self._device).manual_seed(0)
         made = rollout_latents(
             network, latents[:, :CONTEXT], actions, sampler, history_level, generator

@@ -14,7 +14,7 @@ from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.named import import_named
 from nfd_env.recipe.door import Look, check_parts, check_settings
 from nfd_env.recipe.game import GameConfig, load_game
-from nfd_env.recipe.gates import FALLBACK, Drawn
+from nfd_env.recipe.gates import Drawn
 from nfd_env.recipe.grid import PlanError, choose_grid
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import settings
@@ -68,7 +68,7 @@ def test_every_stage_takes_the_settings_of_the_game_file(path: Path) -> None:
     [
         (Drawn("student", 1), (1, "consistency")),
         (Drawn("teacher", 2), (2, "dpm_solver_pp")),
-        (FALLBACK, (8, "dpm_solver_pp")),
+        (Drawn("teacher", 4, near=False), (4, "dpm_solver_pp")),
     ],
 )
 def test_a_part_of_the_sampling_leaves_the_rest_derived(

@@ -19,6 +19,7 @@ from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.training.adversarial import AdversarialConfig, hinge
 from nfd_env.training.continuous import smooth_levels
 from nfd_env.training.distill import DistillStage, DistillTrainingConfig
+from nfd_env.training.distill_validation import energy
 from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.flow import FlowStage, FlowTrainingConfig
 from nfd_env.training.loop import TrainConfig, train
@@ -236,16 +237,29 @@ def test_validation_compares_with_the_teacher_once(make: Make) -> None:
     stage = DistillStage(make(reference_steps=2))
     stage.network.eval()
     first = stage.validate(stage.network)
-    assert {"teacher_error_1", "teacher_error_32", "teacher_spread", "teacher_frechet"} <= set(
+    assert {"teacher_texture", "teacher1_error_1", "teacher2_error_32", "teacher4_energy"} <= set(
         first
     )
     reference = stage._reference
     again = stage.validate(stage.network)
     assert stage._reference is reference and again == first
     # Student and teacher are the same network, so one step of both is the same as well.
-    one = DistillStage(make(reference_steps=1))
-    metrics = one.validate(one.network.eval())
-    assert metrics["steps1_error_32"] == pytest.approx(metrics["teacher_error_32"], rel=1e-5)
+    for name in ("error_32", "energy", "frechet"):
+        assert first[f"steps1_{name}"] == pytest.approx(first[f"teacher1_{name}"], rel=1e-4)
+    # Many steps are compared in single frames only.
+    two = DistillStage(make(reference_steps=2))
+    assert "teacher_error_1" not in first
+    metrics = two.validate(two.network.eval())
+    assert metrics["teacher_texture"] == pytest.approx(metrics["teacher2_texture"], rel=1e-5)
+
+
+def test_long_rollouts_tell_pictures_that_grow_brighter(make: Make) -> None:
+    stage = DistillStage(make(reference_steps=1, long_rollout=40))
+    real, _ = stage._long
+    assert real.shape[1] == 44
+    faded = torch.cat((real[:, :-8], 0.5 * real[:, -8:]), 1)
+    assert energy(real, real) == 1 and energy(real, faded) == pytest.approx(0.25)
+    assert energy(real, 2 * real) == pytest.approx(4.0)
 
 
 def test_smooth_levels(make: Make, flow: FlowTrainingConfig) -> None:
