@@ -128,6 +128,9 @@ def from_mapping(
         raise ConfigError(f"{where}: {mistake(schema, values) or reason}") from None
     if missing:
         raise ConfigError(f"{where}: missing value for {', '.join(sorted(missing))}")
+    # Of values in a dict OmegaConf takes a list or a mapping for a number.
+    if wrong := mistake(schema, values):
+        raise ConfigError(f"{where}: {wrong}")
     assert isinstance(result, schema)
     return result
 

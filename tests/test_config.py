@@ -258,6 +258,7 @@ class Kinds:
     best: Player | None = None
     steps: int | None = None
     fast: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,8 @@ class Kinds:
         ({"fast": "maybe"}, "fast: must be true or false, got 'maybe'"),
         ({"name": ["x"]}, "name: must be text, got"),
         ({"name": None}, "name: must be text, got nothing"),
+        ({"scores": {"a": [1, 2]}}, "scores.a: must be a number, got '[1, 2]'"),
+        ({"scores": {"a": {"b": 1}}}, "scores.a: must be a number, got"),
         ({"best": {"policy": "x", "shar": 1}}, "best.shar: unknown key. Did you mean: 'share'?"),
     ],
 )

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 
 from nfd_env.named import UntrustedError, check_trusted, import_named
+from nfd_env.sources.spec import short
 
 
 class BehaviourPolicy(Protocol):
@@ -142,4 +143,9 @@ def make_policy(name: str, kwargs: dict[str, Any], mistakes: float = 0.0) -> Beh
     except (Exception, SystemExit) as error:  # whatever the policy's own code does
         reason = " ".join(str(error).split())
         raise ValueError(f"policy {name!r} cannot be made: {reason}") from None
+    lacking = [part for part in ("reset", "act") if not callable(getattr(policy, part, None))]
+    if lacking:
+        raise ValueError(
+            f"policy {name!r} is none: what it makes, {short(policy)}, has no {lacking[0]}()"
+        )
     return Mistaken(policy, mistakes) if mistakes else policy

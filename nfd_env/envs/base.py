@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -247,6 +248,11 @@ class WorldVectorEnv(VectorEnv):
     def _numbers(self) -> dict[str, Any]:
         """Arguments of new tensors of numbers, whatever torch's defaults are."""
         return {"dtype": torch.float32, "device": self.world.model.device}
+
+    def _seed_np_random(self, seeds: Sequence[int | None]) -> None:
+        """``np_random``, which is for wrappers and users, begins anew with the first one's seed."""
+        if seeds[0] is not None:
+            self._np_random, _ = seeding.np_random(seeds[0])
 
     def _told(self, array: np.ndarray) -> Any:
         """What ``infos`` hold of an array of ours."""

@@ -21,6 +21,7 @@ from nfd_env.worlds.starts import LARGEST, load_starts
 
 RESET_OPTIONS = ("context", "start", "reset_mask")
 _ENCODED_AT_A_TIME = 64  # frames of a context
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -173,8 +174,10 @@ def check_starts(
         if not isinstance(start, Context):
             raise ValueError(f"starts must be a file or Contexts, got {short(start)}")
         parts = start.latents, start.actions
-        if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+        if not all(isinstance(part, Tensor) and part.dtype in _FLOATS for part in parts):
             raise ValueError(f"start {number} must hold tensors of floating-point numbers")
+        if not all(part.layout == torch.strided for part in parts):
+            raise ValueError(f"start {number} must hold dense tensors")
         mine = tuple(start.latents.shape[1:]), tuple(start.actions.shape)
         if not len(start.latents) or mine != (shape, (len(start.latents), width)):
             raise ValueError(
@@ -196,7 +199,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _check_size(name: str, numbers: Tensor) -> None:
     """Raise ValueError for numbers that networks would make NaN of."""
-    largest = float(numbers.abs().max())
+    largest = float(numbers.detach().abs().max())
     if largest > LARGEST:
         raise ValueError(
             f"{name} must be from {-LARGEST:g} to {LARGEST:g}, got {largest:.3g} in size"

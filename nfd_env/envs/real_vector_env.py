@@ -79,6 +79,7 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
             raise
         self._pool = ThreadPoolExecutor(min(num_envs, os.cpu_count() or 1))
         self._steps = np.zeros(num_envs, np.int64)
+        self._seeds = [-1] * num_envs
         self._shown: np.ndarray | None = None
         # What latents and features are made of; not kept up to date where pictures are observed.
         shape = self.model.dynamics.config.latent_shape
@@ -86,6 +87,11 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         self._action = torch.zeros(num_envs, self.world.codec.width, **self._numbers)
         self._memory = self.model.heads.initial_state(num_envs)
         self._made = True
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed that each game was last given, -1 before."""
+        return tuple(self._seeds)
 
     def reset(
         self,
@@ -112,6 +118,10 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
         for row, frame in zip(rows, begun, strict=True):
             self._shown[row] = frame
         self._steps[mask] = 0
+        for row in rows:
+            known = seeds[row]
+            self._seeds[row] = self._seeds[row] if known is None else known
+        self._seed_np_random(seeds)
         self._begin(rows, self._shown[rows])
         return self._observe(self._shown), {}
 

@@ -27,7 +27,7 @@ class EnvState(Rows):
         shown: (B, C, h, w), latents of the frames that are observed. Where an episode has ended
             within a ``frame_skip``, the world may have gone on; this and ``memory`` have not.
         memory: (B, width), the heads' recurrent state after these frames.
-        steps: int64 (B,), of the running episodes.
+        frames: int64 (B,), that the running episodes have gone on for.
         ended: bool (B,), episodes that have ended and wait for a reset.
         seeds: of each environment.
         episodes: number of the episode of its seed that each is in.
@@ -36,7 +36,7 @@ class EnvState(Rows):
     world: WorldState
     shown: Tensor
     memory: Tensor
-    steps: np.ndarray
+    frames: np.ndarray
     ended: np.ndarray
     seeds: list[int]
     episodes: list[int]
@@ -138,7 +138,7 @@ def _check_arrays(state: EnvState, frames: int) -> None:
     world, rows = state.world, len(state.seeds)
     most = np.iinfo(np.int64).max
     expected: list[tuple[str, Any, tuple[int, ...], type, float, float]] = [
-        ("steps", state.steps, (rows,), np.int64, 0, most - 1),  # one more is counted
+        ("frames", state.frames, (rows,), np.int64, 0, most // 2),  # more are counted
         ("ended", state.ended, (rows,), np.bool_, 0, 1),
         ("used", world.used, (rows,), np.int64, 1, frames),
         ("ready", world.ready, (rows,), np.int64, 1, frames),

@@ -192,7 +192,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         loaded = self._load(world, device, precision, dynamics)
         self._look_like(loaded, mode)
         size = int(np.prod(self.observation_space.shape or ())) * 4  # as float32 latents or so
-        checks.check_room("context_observations", context_observations, context_observations * size)
+        contexts = self.context_observations
+        checks.check_room("context_observations", contexts, contexts * size)
         self.model = loaded.model
         self.starts = checks.check_starts(loaded, starts)
         if self.max_episode_steps is None:  # the world's own, which is in frames
@@ -244,6 +245,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         checks.check_choice("dynamics", dynamics, DYNAMICS)
         if dynamics not in (None, world.dynamics):
             world = load_world(world.folder, self.model.device, self.model.precision, dynamics)
+            check_frames(self.speculative_frames, world.model)
             if self._now is not None:
                 world.model.check_fits(self._now.world, self.speculative_frames)
         self._draw_by(world, changed)
@@ -310,6 +312,7 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         beginning = isinstance(given.get("start"), str)
         begun = self._restart(rows, keys, contexts, beginning)
         self._torn[rows] = False
+        self._seed_np_random(seeds)
         none = np.zeros(self.num_envs, bool)
         infos = self._infos(torch.zeros(self.num_envs, **self._numbers), none)
         return self.observe(), self._output(infos | begun)
@@ -341,11 +344,11 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
         )
         self._torn[:] = True  # until all of the step is done: parts of it change in turn
         rewards, terminated, hazard = self._advance(checked, reset_now)
-        now.steps += 1
+        now.frames += self.frame_skip
         begun: dict[str, Any] = {}
         truncated = np.zeros_like(terminated)
         if self.max_episode_steps is not None:
-            truncated = now.steps >= self.max_episode_steps
+            truncated = now.frames >= self.max_episode_steps * self.frame_skip
         if reset_now.any():
             rewards = rewards.masked_fill(self._tensor(reset_now), 0.0)
             terminated, truncated = terminated & ~reset_now, truncated & ~reset_now
@@ -366,6 +369,12 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
     def restore_state(self, state: EnvState, rows: Sequence[int] | None = None) -> Any:
         """See ``Moment.restore_state``; ``state`` may have been damaged in a file."""
         check_state(state, self.model, self.speculative_frames, self.world.codec.width)
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and state.ended.any():
+            raise ValueError(
+                f"environment {int(np.flatnonzero(state.ended)[0])} of the state has ended and "
+                "waits for a reset, which no environment does with autoreset_mode SameStep: reset "
+                "it before it is saved, or take another mode"
+            )
         return super().restore_state(state, rows)
 
     def _infos(self, hazard: Tensor, stepped: np.ndarray) -> dict[str, Any]:
@@ -378,7 +387,8 @@ class NFDVectorEnv(Moment, VectorEnv):  # named again for skrl, which looks no d
             error = self.model.reencoding_error(now.shown, self.frames()) / self._ood_scale
             infos |= {"ood": error, "_ood": self._told(stepped)}
         if self.speculative_frames > 1:
-            infos |= {"speculation": now.world.report(), "_speculation": self._told(stepped)}
+            counts = {name: self._told(part) for name, part in now.world.report().items()}
+            infos |= {"speculation": counts, "_speculation": self._told(stepped)}
         if self.context_observations:
             infos |= self._context([], [])
         return infos

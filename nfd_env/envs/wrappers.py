@@ -138,5 +138,5 @@ class SlotShare(VectorWrapper):
     ) -> tuple[Any, dict[str, Any]]:
         """Reset; only a seed that is one number is changed."""
         if is_number(seed, whole=True):
-            seed = self.first + max(0, seed - self.first) * self.num_envs
+            seed = self.first + max(0, int(seed) - self.first) * self.num_envs
         return self.env.reset(seed=seed, options=options)

@@ -256,6 +256,11 @@ def evaluate_agent(
             f"{agent} acts on frames and cannot take obs_type={settings.obs_type!r}: leave it away"
         )
     obs_type = settings.obs_type or (spec.obs_type if spec else "rgb")
+    if settings.through_tokenizer and obs_type != "rgb":
+        raise ValueError(
+            f"{agent} sees obs_type={obs_type!r}, which the tokenizer makes in the real game too: "
+            "leave out through_tokenizer, which is for agents that see frames"
+        )
     frame_skip = settings.frame_skip or (spec.frame_skip if spec else 1)
     max_frames = settings.max_frames or longest_episode(loaded.spec)
     common: dict[str, Any] = {
@@ -307,9 +312,7 @@ def evaluate_agent(
                 settings.episodes,
                 settings.seed,
                 {"start": "beginning"} if side == "learned" else None,
-                tokenized
-                if side == "real" and settings.through_tokenizer and obs_type == "rgb"
-                else None,
+                tokenized if side == "real" and settings.through_tokenizer else None,
                 0 if folder is None else round(_FILM_SECONDS * fps),
                 _LABELS[side] * progress,
             )
@@ -320,7 +323,7 @@ def evaluate_agent(
             env.close()
     scores = {side: Scores.of(p, frame_skip, settings.threshold) for side, p in played.items()}
     filled: dict[str, Any] = {"obs_type": obs_type, "frame_skip": frame_skip}
-    filled["max_frames"] = max_frames
+    filled["max_frames"] = frame_skip * math.ceil(max_frames / frame_skip)  # whole steps
     learned = envs.get("learned")
     video = "" if folder is None else str(folder / "eval_agent.mp4")
     report = AgentReport(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +58,10 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class LateFrame:
-    """Cost of a frame number ``frame`` over that of number 10; memory that grew in between, MiB."""
+    """Cost of a frame number ``frame`` over that of number 10; memory that grew in between, MiB.
+
+    NaN where the system does not say.
+    """
 
     frame: int
     ratio: float
@@ -272,18 +277,16 @@ def _transformer_and_matmul(
 
 def _late_frame(world: World, sampling_steps: int | None, frames: int) -> LateFrame:
     """Time frames near number ``frames`` and near number 10 in turn."""
-    import resource  # which Windows does not have
-
     young, old = (
         _start(make_env(world, 1, "rgb", sampling_steps=sampling_steps)) for _ in range(2)
     )
     fresh = young.save_state()
-    memory = 0
+    memory = _peak_memory()
     for i in range(frames):
         old.step([old.single_action_space.sample()])
         if i == frames // 10:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+            memory = _peak_memory()
+    grown = _peak_memory() - memory
     times: dict[str, list[float]] = {"young": [], "old": []}
     for i in range(400):
         if i % 20 == 0:
@@ -296,7 +299,17 @@ def _late_frame(world: World, sampling_steps: int | None, frames: int) -> LateFr
             env.step(action)
             times[name].append(time.perf_counter() - begin)
     ratio = float(np.median(times["old"]) / np.median(times["young"]))
-    return LateFrame(frames, ratio, grown / 1024)
+    return LateFrame(frames, ratio, grown)
+
+
+def _peak_memory() -> float:
+    """The most that this process has had, MiB; NaN where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _synchronise(device: torch.device) -> None:
@@ -334,9 +347,11 @@ def format_report(report: BenchReport) -> str:
             f"to 20 frames. Accepted of the drafted frames (envs): {rates}.",
         ]
     if (late := report.late_frame) is not None:
+        grown = late.memory_growth_mb
+        memory = "" if math.isnan(grown) else f"; memory grew by {grown:.1f} MiB in between"
         lines += [
             "",
             f"A frame at number {late.frame:,} costs {late.ratio:.3f} times one at number "
-            f"10; memory grew by {late.memory_growth_mb:.1f} MiB in between.",
+            f"10{memory}.",
         ]
     return "\n".join(lines)

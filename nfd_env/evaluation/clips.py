@@ -38,6 +38,7 @@ from nfd_env.worlds.load import World
 CLIP = 16  # frames, as many as FVD's
 _REFERENCE = 512  # random real clips that others are compared with
 _DIMENSIONS = 32  # of clips; they hold 97 % of the variance in BigFish
+_HORIZON = 32  # frames of a clip, where a net that reads actions needs no more
 _CHUNK = 256  # frames that are decoded together
 KINDS = {
     "generated": "the world's",
@@ -155,7 +156,7 @@ def draw_clips(
     recordings: RecordedDataset,
     least: int,
     rollouts: int = 64,
-    horizon: int = 32,
+    horizon: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> Clips:
@@ -166,7 +167,8 @@ def draw_clips(
         recordings: of its game, with a validation split.
         least: frames that each rollout must have.
         rollouts: how many begin, at random held-out moments; at least 2.
-        horizon: frames that each goes on for; fewer where few held-out episodes are so long.
+        horizon: frames that each goes on for; fewer where few held-out episodes are so long; 0:
+            32, or ``least`` where that is more.
         seed: of the moments and of the noise.
         progress: show a progress bar.
 
@@ -174,6 +176,7 @@ def draw_clips(
         RecordingError: when no held-out episode is long enough.
         ValueError: when a number is out of range.
     """
+    horizon = horizon or max(_HORIZON, least)
     if rollouts < 2 or horizon < least:
         raise ValueError(f"rollouts must be at least 2, horizon at least the window of {least}")
     model = world.model
@@ -222,7 +225,7 @@ def measure_actions(
     recordings: RecordedDataset,
     network: InverseDynamics,
     rollouts: int = 64,
-    horizon: int = 32,
+    horizon: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> ActionReport:

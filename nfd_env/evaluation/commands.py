@@ -19,6 +19,8 @@ from nfd_env.files import check_writable, make_folder
 from nfd_env.worlds.load import load_world, shipped_worlds
 from nfd_env.worlds.rivals import RIVALS
 
+_BATCHES = (1, 8, 32)  # environments that nfd bench times
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -115,7 +117,7 @@ def bench(
     chosen: Chosen,
     output: Output,
     seconds: float = 5.0,
-    batches: tuple[int, ...] = (1, 8, 32),
+    batches: tuple[int, ...] = _BATCHES,
     long_frames: int = 10_000,
     compare: bool = False,
     frame_skip: int | None = None,
@@ -160,6 +162,19 @@ def bench(
         raise ValueError("give a world or --untrained, not both")
     if agent is not None and not compare:
         raise ValueError("--agent gives the actions of --compare, which was not given")
+    one_by_one = compare or frame_skip is not None
+    if not one_by_one and (num_envs != 1 or obs_type != "rgb"):
+        raise ValueError(
+            "--num-envs and --obs-type are of --compare and --frame-skip; without, --batches says "
+            "how many environments there are"
+        )
+    if one_by_one and (speculative_frames != 1 or batches != _BATCHES):
+        raise ValueError(
+            "--compare and --frame-skip say themselves what is drawn jointly, and --num-envs how "
+            "many environments there are: leave out --speculative-frames and --batches"
+        )
+    if compare and sampling_steps is not None:
+        raise ValueError("--compare says which steps are compared: leave out --sampling-steps")
 
     def measure() -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -240,6 +255,8 @@ def evaluate(
 
     if long_steps and not steps:
         raise ValueError("--long-steps chooses among --steps, which was not given")
+    if steps and settings.sampling_steps is not None:
+        raise ValueError("--steps says which steps are compared: leave out --sampling-steps")
     if steps and compare_drafts:
         raise ValueError("give --steps or --compare-drafts, not both")
     if compare_drafts and settings.speculative_frames != 1:
@@ -257,6 +274,11 @@ def evaluate(
             "--speculative-frames"
         )
 
+    if (save_clips or inverse_dynamics) and settings.speculative_frames != 1:
+        raise ValueError(
+            "clips and the actions in them are of frames drawn one by one: leave out "
+            "--speculative-frames"
+        )
     if save_clips and (against or steps or compare_drafts or ood_signals):
         raise ValueError("--save-clips writes those of one way of drawing: leave comparisons out")
     if inverse_dynamics and (steps or compare_drafts or ood_signals):
@@ -279,14 +301,19 @@ def evaluate(
             return evaluating.evaluate_drafts(world, held_out, compare_drafts, settings)
         if steps:
             return evaluating.evaluate_steps(world, held_out, steps, settings, long_steps or None)
-        reader = inverse_dynamics or find_inverse_dynamics(world)
+        # Actions are read from frames drawn one by one, and not told beside others.
+        alone = settings.speculative_frames == 1
+        reader = inverse_dynamics or (find_inverse_dynamics(world) if alone else None)
         network = load_inverse_dynamics(reader, world) if reader else None
         if against:
             return comparing.measure_against(world, held_out, settings, network, seconds)
         report = evaluating.evaluate(world, held_out, settings)
         if network is not None or clips is not None:
             least = 1 if network is None else network.config.window
-            drawn = draw_clips(world, held_out, least, max(2, settings.windows), seed=settings.seed)
+            shown = world  # drawn as the figures above it are
+            if settings.sampling_steps is not None:
+                shown = evaluating.with_steps(world, settings.sampling_steps)
+            drawn = draw_clips(shown, held_out, least, max(2, settings.windows), seed=settings.seed)
             if clips is not None:
                 drawn.write(clips)
             if network is not None:

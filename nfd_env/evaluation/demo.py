@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
@@ -113,12 +114,14 @@ def demo(
         made.append(observation[0])
     shown = real[first + 1 : first + 1 + len(made)]
     aspect = loaded.spec.source.display_aspect
-    names = loaded.spec.source.action_names
+    names, space = loaded.spec.source.action_names, env.single_action_space
+    first_action = int(space.start) if isinstance(space, Discrete) else 0
 
     def picture(index: int) -> np.ndarray:
         action = actions[first + index]
         short = np.array2string(np.asarray(action), precision=1, suppress_small=True)
-        name = names[int(action)] if names and np.ndim(action) == 0 else short
+        named = names and isinstance(space, Discrete)
+        name = names[int(action) - first_action] if named else short
         return beside(
             [
                 (shown[index], f"real recording   {name}"),

@@ -19,7 +19,7 @@ from nfd_env.inference.world_model import WorldModel
 from nfd_env.worlds.load import World
 
 AHEAD = (4, 12, 32)  # frames before the end at which the world takes over
-EARLIER = 4  # an end at most so many frames before the recorded one counts as that one
+EARLIER = 3  # an end at most so many frames before the recorded one counts as that one
 LATER = 8  # likewise behind it; the last action is kept up
 _ENDING_SEEDS = 20_000  # episode numbers of their noise start there
 
@@ -102,6 +102,6 @@ def _latents(encoded: EncodedEpisodes, index: int, end: int, ahead: int) -> Tens
 def _split(hazard: Tensor, ahead: int) -> tuple[float, float]:
     """Mean probabilities of an end before the recorded one and about there."""
     alive = torch.cumprod(1 - hazard.double(), 1).mean(0)
-    begin = ahead - EARLIER
+    begin = ahead - 1 - EARLIER  # the last of ``ahead`` steps leads into the recorded end
     reached = float(alive[begin - 1]) if begin > 0 else 1.0
     return 1 - reached, reached - float(alive[-1])

@@ -327,6 +327,8 @@ def _ends(
     log_loss = 0.0
     for index, episode in enumerate(encoded.episodes):
         count, happened = shown_transitions(episode)
+        if not count:  # of its only transition there is no frame
+            continue
         first = encoded.number(index, 1)
         latents = encoded.latents(np.arange(first, first + count))[None].to(model.device)
         actions = world.codec.encode(torch.from_numpy(episode.actions[:count]))[None]

@@ -128,6 +128,9 @@ class PlayRecorder:
             now = self._now
             if now is None or self.ended:
                 return
+            if outcome.error:  # the game failed: its last picture again is none of its frames
+                self._now = None
+                return
             now.frames.append(outcome.frame)
             now.actions.append(np.array(action))
             now.rewards.append(outcome.reward)

@@ -223,6 +223,8 @@ class ActorCritic(nn.Module):
         features = spec.obs_type == "features" and len(shape) == 1
         if features:
             shape = spec.latent_shape
+            if len(shape) != 3 or min(shape) < 1:
+                raise AgentError(f"features are of latents with three axes, got {shape}")
         if not features and (spec.obs_type not in ("latent", "rgb") or len(shape) != 3):
             raise AgentError(
                 f"the policy takes rgb or latent observations with three axes, or features, got "

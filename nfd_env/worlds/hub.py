@@ -94,7 +94,8 @@ def fetched_world(text: str) -> Path:
                 local_files_only=True,
             )
         )
-        if all((folder / name).is_file() for name in [*_FIRST, *_listed(folder, address)]):
+        first = all((folder / name).is_file() for name in _FIRST)  # else it was interrupted there
+        if first and all((folder / name).is_file() for name in _listed(folder, address)):
             return folder
     except hub.errors.LocalEntryNotFoundError:
         pass

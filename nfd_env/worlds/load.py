@@ -364,7 +364,7 @@ def _files(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in folder.iterdir():
         try:
             found[path.name] = _stamp(path)
-        except FileNotFoundError:  # a link to nowhere, or a file that has just been renamed
+        except OSError:  # a link to nowhere or to itself, or a file that has just been renamed
             continue
     return found
 

@@ -63,6 +63,7 @@ def test_make_policy() -> None:
         ("random_held", {"low": 5, "high": 4}, "hold lengths"),
         ("no_such_module:Policy", {}, "cannot be imported"),
         ("tests.counter_env:NoSuchClass", {}, "cannot be imported"),
+        ("os:getcwd", {}, "'os:getcwd' is none: what it makes, '.*', has no reset"),
     ],
 )
 def test_wrong_policies(name: str, kwargs: dict[str, int], message: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import wrappers
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -269,6 +270,27 @@ def same_kind(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(same_kind(left[k], right[k]) for k in left)
     assert isinstance(left, np.ndarray | np.generic) and left.dtype != object
     return (type(left), left.dtype, left.shape) == (type(right), right.dtype, right.shape)
+
+
+def test_what_info_tells_of_speculation_is_of_the_kind_that_was_asked_for(
+    endless_world: Path,
+) -> None:
+    env = NFDVectorEnv(endless_world, 2, output="torch", speculative_frames=2, **CPU)
+    env.reset(seed=0)
+    info = env.step([0, 1])[4]
+    kinds = {type(part) for part in (*info["speculation"].values(), info["_speculation"])}
+    assert kinds == {torch.Tensor}
+
+
+def test_a_seed_is_of_the_envs_own_generator_too(endless_world: Path) -> None:
+    env = NFDVectorEnv(endless_world, 2, **CPU)
+    drawn = []
+    for seed in (5, [5, None], 6):
+        env.reset(seed=seed)
+        drawn.append(env.np_random.random())
+    assert drawn[0] == drawn[1] != drawn[2]
+    env.reset()
+    assert env.np_random.random() != drawn[2]  # and goes on without one
 
 
 INFOS = [{}, {"ood": True, "context_observations": 2, "speculative_frames": 2, "frame_skip": 2}]

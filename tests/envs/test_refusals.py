@@ -38,10 +38,10 @@ DAMAGE = [
     change("shown", lambda x: x.to("meta")),
     change("shown", lambda x: x.to_sparse()),
     change("shown", lambda x: x.numpy()),
-    change("steps", lambda x: x[:2]),
-    change("steps", lambda x: x.astype(float)),
-    change("steps", lambda x: x - 50),
-    change("steps", lambda x: x.tolist()),
+    change("frames", lambda x: x[:2]),
+    change("frames", lambda x: x.astype(float)),
+    change("frames", lambda x: x - 50),
+    change("frames", lambda x: x.tolist()),
     change("ended", lambda x: None),
     change("ended", lambda x: x.astype(np.int64)),
     change("seeds", lambda x: [-1, "a", 0]),
@@ -114,6 +114,43 @@ def test_a_sound_state_survives_files(endless_world: Path, precision: str, draft
         assert same(play(env, actions(3, 4)), play(other, actions(3, 4)))
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (4, 4)])
+def test_an_episode_is_as_long_with_another_frame_skip(
+    endless_world: Path, before: int, after: int
+) -> None:
+    """20 frames in all, the first eight of them in an env that repeats actions otherwise."""
+    first = make(endless_world, 1, frame_skip=before)
+    first.reset(seed=0)
+    for _ in range(8 // before):
+        first.step([1])
+    limit = 20 // after
+    env = make(
+        endless_world, 1, frame_skip=after, max_episode_steps=limit, autoreset_mode="Disabled"
+    )
+    env.restore_state(first.save_state())
+    ended = [bool(env.step([1])[3][0]) for _ in range(12 // after)]
+    assert ended == [False] * (12 // after - 1) + [True]
+
+
+@pytest.mark.parametrize("rows", [None, [1]])
+def test_what_has_ended_cannot_go_on_where_nothing_waits_for_a_reset(
+    endless_world: Path, rows: list[int] | None
+) -> None:
+    ended = make(endless_world, 2, max_episode_steps=2, autoreset_mode="Disabled")
+    ended.reset(seed=0)
+    play(ended, actions(2, 2))
+    env = make(endless_world, 2, autoreset_mode="SameStep")
+    env.reset(seed=3)
+    now = env.save_state()
+    with pytest.raises(ValueError, match="environment 0 of the state has ended.*SameStep"):
+        env.restore_state(ended.save_state(rows), rows)
+    assert np.array_equal(env.save_state().frames, now.frames)
+    other = make(endless_world, 2, autoreset_mode="NextStep")
+    other.restore_state(ended.save_state())
+    other.step([0, 1])
+    assert other.save_state().episodes == [1, 1]
+
+
 # ------------------------------------------------------------------------------------- two threads
 
 
@@ -170,7 +207,7 @@ def test_an_error_lets_the_next_thread_in(endless_world: Path) -> None:
     with ThreadPoolExecutor(1) as pool:  # threads may take turns
         pool.submit(env.step, [0, 0, 0]).result()
     env.step([0, 0, 0])
-    assert env.save_state().steps.tolist() == [2, 2, 2]
+    assert env.save_state().frames.tolist() == [2, 2, 2]
 
 
 def test_no_step_is_lost_silently(endless_world: Path) -> None:
@@ -180,7 +217,7 @@ def test_no_step_is_lost_silently(endless_world: Path) -> None:
         done = [pool.submit(env.step, [0, 0, 0]) for _ in range(40)]
         errors = [d.exception() for d in done]
     assert all(e is None or isinstance(e, RuntimeError) for e in errors)
-    assert env.save_state().steps.tolist() == [errors.count(None)] * 3
+    assert env.save_state().frames.tolist() == [errors.count(None)] * 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

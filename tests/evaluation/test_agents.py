@@ -286,6 +286,9 @@ def test_an_agent_file_says_how_it_plays(world: Path, saved: Path) -> None:
     assert (report.settings.obs_type, report.settings.frame_skip) == ("latent", 2)
     real, learned = scores_of(report)
     assert real.decisions == 3 * 5  # 9 frames, two a decision
+    assert report.settings.max_frames == 10
+    with pytest.raises(ValueError, match="obs_type='latent'.*leave out through_tokenizer"):
+        evaluated(str(saved), world, 1, through_tokenizer=True)
     assert len(learned.scores) == 3
 
 

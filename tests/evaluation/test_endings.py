@@ -28,12 +28,19 @@ def test_a_constant_hazard_in_closed_form(
     report = replay_endings(world, world.model, encoded, seed=0)
     assert report.episodes == sum(e.terminated[-1] for e in episodes) > 0
     for ahead in AHEAD:
-        reached, end = (1 - HAZARD) ** (ahead - EARLIER), (1 - HAZARD) ** ahead
+        reached, end = (1 - HAZARD) ** (ahead - 1 - EARLIER), (1 - HAZARD) ** ahead
         row = report.ahead[ahead]
         assert row.before == pytest.approx(1 - reached, abs=1e-5)
         assert row.recorded_before == pytest.approx(1 - reached, abs=1e-5)
         assert row.there == pytest.approx(reached - end * (1 - HAZARD) ** LATER, abs=1e-5)
         assert row.recorded_there == pytest.approx(reached - end, abs=1e-5)
+
+
+@pytest.mark.parametrize(("steps_before", "there"), [(0, 1.0), (3, 1.0), (4, 0.0), (11, 0.0)])
+def test_how_much_earlier_counts_as_there(steps_before: int, there: float) -> None:
+    hazard = torch.zeros(1, 12 + LATER)
+    hazard[0, 11 - steps_before] = 1.0
+    assert endings._split(hazard, 12) == pytest.approx((1 - there, there))
 
 
 def test_what_is_played_again(

@@ -233,9 +233,17 @@ def test_the_commands(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--long-steps", "1"], "--long-steps chooses among --steps"),
+        (["eval", "--long-steps", "1"], "--long-steps chooses among --steps"),
+        (["eval", "--steps", "1", "--sampling-steps", "2"], "leave out --sampling-steps"),
+        (["eval", "--save-clips", "x", "--speculative-frames", "2"], "drawn one by one"),
+        (["eval", "--inverse-dynamics", "x", "--speculative-frames", "2"], "drawn one by one"),
+        (["bench", "--compare", "--sampling-steps", "2"], "leave out --sampling-steps"),
+        (["bench", "--compare", "--batches", "2"], "leave out --speculative-frames and --batches"),
+        (["bench", "--frame-skip", "2", "--speculative-frames", "2"], "leave out --speculative"),
+        (["bench", "--num-envs", "8"], "--batches says"),
+        (["bench", "--obs-type", "latent"], "are of --compare and --frame-skip"),
         (
-            ["--compare-drafts", "1", "2", "--speculative-frames", "2"],
+            ["eval", "--compare-drafts", "1", "2", "--speculative-frames", "2"],
             "--compare-drafts says itself",
         ),
     ],
@@ -243,7 +251,7 @@ def test_the_commands(
 def test_arguments_that_do_not_go_together(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", *arguments]) == 1
+    assert main(arguments) == 1
     assert message in capsys.readouterr().err
 
 

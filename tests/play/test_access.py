@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 aiohttp = pytest.importorskip("aiohttp")
 
+from aiohttp.test_utils import make_mocked_request  # noqa: E402
+
 from nfd_env.play.commands import ServeConfig  # noqa: E402
 from nfd_env.play.web import access, protocol  # noqa: E402
 from nfd_env.play.web.access import check_host  # noqa: E402
@@ -77,6 +79,34 @@ def test_who_guesses_the_token_waits_and_players_do_not():
                     await client.pictures(2)
 
     run(main)
+
+
+def test_a_proxys_own_authorization_is_no_token():
+    async def main():
+        async with Running(token="s3cret") as (server, _):
+            headers = {"Authorization": "Basic dXNlcjpwYXNz"}
+            jar = aiohttp.CookieJar(unsafe=True)
+            async with (
+                aiohttp.ClientSession(cookie_jar=jar) as player,
+                player.get(server.url + "?token=s3cret", headers=headers) as answer,
+            ):
+                assert answer.status == 200
+            async with aiohttp.ClientSession() as other:
+                for scheme, status in (("bearer", 200), ("Bearer", 200), ("Basic", 401)):
+                    headers = {"Authorization": f"{scheme} s3cret"}
+                    async with other.get(server.url, headers=headers) as answer:
+                        assert answer.status == status
+
+    run(main)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.0.0.1", "localhost"])
+def test_the_address_that_is_listened_at_is_answered(host):
+    entered = access.Access(host, None)
+    request = make_mocked_request("GET", "/", headers={"Host": f"{host}:8000"})
+    entered.check(request, "cookie")
+    with pytest.raises(aiohttp.web.HTTPForbidden):
+        entered.check(make_mocked_request("GET", "/", headers={"Host": "evil.example"}), "cookie")
 
 
 def test_the_pause_grows_and_ends(monkeypatch):

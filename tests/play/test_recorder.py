@@ -71,6 +71,21 @@ def test_pieces_become_the_episode_that_was_played(tmp_path, often):
     assert [e.total_reward for e in RecordedDataset(tmp_path)] == [820.0] * 3
 
 
+def test_the_picture_of_a_game_that_failed_is_not_recorded_again(tmp_path):
+    recorder = opened(tmp_path)
+    recorder.began(frame(0), 7)
+    play(recorder, range(1, 4))
+    recorder.took(4, Outcome(frame(3), 0.0, False, True, {}, error="the game failed"), False)
+    play(recorder, range(5, 8))  # until another episode begins
+    recorder.began(frame(10), 8)
+    play(recorder, range(11, 13))
+    recorder.close()
+    first, second = (e.load() for e in RecordedDataset(tmp_path))
+    assert first.frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3] and first.rewards.tolist() == [1, 2, 3]
+    assert not first.terminated.any()
+    assert second.frames[:, 0, 0, 0].tolist() == [10, 11, 12]
+
+
 def test_what_was_played_is_there_before_the_end(tmp_path, often):
     recorder = opened(tmp_path)
     recorder.began(frame(0), 1)

@@ -362,15 +362,19 @@ def test_a_token_is_needed_beyond_loopback():
 
 def test_a_broken_model_lets_its_players_go_and_the_server_lives_on():
     async def main():
+        bad = [ScrollGame(16, fail_at=3) for _ in range(2)]
+        left = iter(bad)
         games = {
             "Good": lambda count: ScrollGame(count),
-            "Bad": lambda count: ScrollGame(count, fail_at=3),
+            "Bad": lambda count: next(left),
             "Missing": lambda count: (_ for _ in ()).throw(ValueError("no such file")),
         }
         async with Running(games) as (server, http):
-            async with Client(server, http, world="Bad") as client:
-                await asyncio.wait_for(client.task, PATIENCE)
-                assert client.bye["code"] == protocol.FAILED
+            for _ in bad:
+                async with Client(server, http, world="Bad") as client:
+                    await asyncio.wait_for(client.task, PATIENCE)
+                    assert client.bye["code"] == protocol.FAILED
+            assert bad[0].closed  # when it was made anew
             for world in ("Missing", "../etc"):
                 async with Client(server, http, world=world) as client:
                     assert client.bye is not None

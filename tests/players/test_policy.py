@@ -208,6 +208,9 @@ def test_what_the_policy_cannot_take() -> None:
         policy(observation_shape=[7])
     with pytest.raises(AgentError, match="rgb or latent"):
         policy(obs_type="sound")
+    for shape in ([1], [], [4, 0, 6]):
+        with pytest.raises(AgentError, match="features are of latents with three axes"):
+            policy(obs_type="features", observation_shape=[100], latent_shape=shape)
 
 
 def test_the_spec_of_an_env(tiny_world: Path) -> None:

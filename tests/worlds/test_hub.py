@@ -115,6 +115,17 @@ def test_a_file_that_is_missing_in_the_cache_is_fetched_again(hub: Hub, world: P
     assert (find_world(WORLD) / "heads.safetensors").is_file()
 
 
+@pytest.mark.parametrize("left", ["world.yaml", "checksums.json"])
+def test_a_fetch_that_was_interrupted_goes_on(hub: Hub, world: Path, left: str) -> None:
+    hub.commit(REPO, contents(world))
+    folder = find_world(WORLD)
+    for path in folder.iterdir():
+        if path.name != left:
+            path.unlink()
+    assert find_world(WORLD) == folder
+    load_world(WORLD)
+
+
 def test_a_file_changed_in_the_cache_is_refused_and_pull_mends_it(hub: Hub, world: Path) -> None:
     hub.commit(REPO, contents(world))
     path = find_world(WORLD) / "heads.safetensors"

@@ -68,7 +68,8 @@ class Access:
         self.loopback = is_loopback(host)
         self._token = token
         self._origins = {check_origin(origin) for origin in origins}
-        self._hosts = _LOOPBACK_NAMES | {urlsplit(o).hostname or "" for o in self._origins}
+        allowed = {urlsplit(o).hostname or "" for o in self._origins}
+        self._hosts = _LOOPBACK_NAMES | allowed | ({host.lower()} if self.loopback else set())
         # Not the token itself: it can neither be read from a browser nor be guessed through it.
         self._pass = secret or secrets.token_urlsafe(32)
         self._throttle = Throttle()
@@ -98,7 +99,9 @@ class Access:
             )
         if self._token is None or _same(request.cookies.get(cookie, ""), self._pass):
             return
-        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        # Another scheme's is for somebody else, a proxy before us.
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        bearer = bearer.strip() if scheme.lower() == "bearer" else ""
         given = bearer or (request.query.get("token", "") if request.path == "/" else "")
         if not given:
             raise web.HTTPUnauthorized(

@@ -69,6 +69,9 @@ class Rooms:
             room = self._open.get(name)
             if room is None or room.engine.error is not None:
                 loop = asyncio.get_running_loop()
+                if room is not None:  # its model failed: let go of it and of its real games
+                    del self._open[name]
+                    await loop.run_in_executor(None, room.close)
                 room = await loop.run_in_executor(None, self._make, name, make)
                 room.engine.start()
                 self._open[name] = room

@@ -40,7 +40,7 @@ def serve(settings: ServeConfig) -> None:
         ValueError: when an argument is out of range.
         OSError: when the token's file cannot be read.
     """
-    check_ranges(settings, max_clients="[1, inf)", idle_seconds="(0, inf]")
+    check_ranges(settings, max_clients="[1, inf)", idle_seconds="(0, inf)")
     if not 1 <= settings.workers <= settings.max_clients:
         raise ValueError(
             f"workers must be from 1 to max_clients, {settings.max_clients}, got {settings.workers}"

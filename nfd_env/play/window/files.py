@@ -56,8 +56,9 @@ class Files:
 
     def add(self, frame: np.ndarray) -> None:
         """A picture for the film."""
-        if self._video is not None:
-            self._video.add(frame)
+        video = self._video  # the window's thread may end it meanwhile
+        if video is not None:
+            video.add(frame)
 
     def start_film(self, path: Path) -> None:
         """Begin an MP4.

@@ -18,6 +18,10 @@ async function start() {
     connect();
   } catch (error) {
     state("down", "no server");
+    if (error.refused) {
+      state("down", "not let in");
+      return overlay("Not let in", error.message);
+    }
     overlay("No answer", "The server cannot be reached. Trying again…");
     again();
   }
@@ -40,6 +44,7 @@ function receive(message) {
     overlay("Loading", message.what || message.world);
   } else if (message.t === "hello") {
     page.hello = message;
+    page.hud = {}; // what it said of the play before, a pause for one, is over
     retry = 0;
     forget();
     setUp();
@@ -76,7 +81,7 @@ function closed() {
 function again() {
   clearTimeout(retryTimer);
   retry = Math.min(retry + 1, 6);
-  retryTimer = setTimeout($("world").options.length ? connect : start, page.stopped ? 4000 : 400 * retry);
+  retryTimer = setTimeout(start, page.stopped ? 4000 : 400 * retry);
 }
 
 function setUp() {

@@ -3,7 +3,11 @@
 /** Names of the worlds that can be played. */
 export async function listWorlds() {
   const answer = await fetch("api/worlds");
-  if (!answer.ok) throw new Error((await answer.text()) || answer.statusText);
+  if (!answer.ok) {
+    const error = new Error((await answer.text()) || answer.statusText);
+    error.refused = answer.status === 401 || answer.status === 403;
+    throw error;
+  }
   return (await answer.json()).worlds;
 }
 
