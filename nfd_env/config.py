@@ -166,8 +166,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         _check_size(text)
         _check_root(text)
         values = OmegaConf.create(text)
-        if overrides:
-            values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        for override in overrides:
+            _override(values, override)
         plain: Any = OmegaConf.to_container(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -175,6 +175,24 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         reason = " ".join(str(error).split()) or "it holds no key: value pairs"
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
     return {str(key): value for key, value in plain.items()}
+
+
+def _override(values: Any, override: str) -> None:
+    """Put ``key.sub=value`` into ``values``; mappings are merged, but for an empty one.
+
+    Raises:
+        ConfigError: that names the override, where it cannot be read or leads nowhere.
+    """
+    key, equals, text = override.partition("=")
+    try:
+        if not equals or not key.strip():
+            raise ValueError("an override is key.sub=value")
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        value = given["value"]
+        OmegaConf.update(values, key, value, merge=value != {}, force_add=True)
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(" full_key:")[0]
+        raise ConfigError(f"{override!r}: {reason}") from None
 
 
 def _check_root(text: str) -> None:
@@ -277,6 +295,8 @@ def mistake(hint: Any, value: Any, at: str = "") -> str:
     parts: dict[str, tuple[Any, Any]] | None = None  # of a value of the right kind
     if kind in _SCALARS:
         node, wanted = _SCALARS[kind]
+        if kind is str and isinstance(value, bool):
+            return f"{at}{': ' * bool(at)}must be text, got {value}: put it in quotes"
         with suppress(OmegaConfBaseException):
             node(value, is_optional=False)
             return ""

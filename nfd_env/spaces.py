@@ -49,9 +49,25 @@ def space_to_dict(space: spaces.Space) -> dict[str, Any]:
     )
 
 
+_DESCRIBED = {
+    "Discrete": {"n", "start", "dtype"},
+    "MultiDiscrete": {"nvec", "start", "dtype"},
+    "MultiBinary": {"n"},
+    "Box": {"low", "high", "dtype"},
+}
+
+
 def space_from_dict(values: dict[str, Any]) -> spaces.Space:
-    """The Gymnasium space that ``space_to_dict`` described."""
+    """The Gymnasium space that ``space_to_dict`` described.
+
+    Raises:
+        ValueError: for another type, or an entry that it does not have.
+        TypeError, KeyError, AssertionError, OverflowError: for entries that are none.
+    """
     kind = values.get("type")
+    known = _DESCRIBED.get(str(kind), set(values))
+    if unknown := sorted(set(map(str, values)) - known - {"type"}):
+        raise ValueError(f"a {kind} has no {unknown[0]!r}; it may have {', '.join(sorted(known))}")
     dtypes: dict[str, Any] = {}
     if "dtype" in values:
         dtypes["dtype"] = np.dtype(values["dtype"]).type

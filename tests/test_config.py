@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,6 +117,36 @@ def test_load_and_overrides(tmp_path: Path) -> None:
         config.load(Outer, path, ["inner.bogus=7"])
     with pytest.raises(ConfigError, match="inner.count"):
         config.load(Outer, path, ["inner.count=seven"])
+
+
+@dataclass(frozen=True)
+class Listed:
+    name: str = "x"
+    rate: float = 0.5
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    inner: list[Inner] = field(default_factory=list)
+
+
+def test_overrides_reach_everything(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: x\nkeys: {up: [w], down: [s]}\ninner: [{count: 1}, {count: 2}]\n")
+
+    def made(*overrides: str) -> Listed:
+        return config.load(Listed, path, overrides)
+
+    assert made("inner.1.count=7").inner == [Inner(1), Inner(7)]
+    assert made("keys={}").keys == {} and made("keys={left: [a]}").keys.keys() == {
+        "up",
+        "down",
+        "left",
+    }
+    assert made("keys.up=[i, o]").keys["up"] == ["i", "o"]
+    assert made("rate=1e-3", "name='on'") == Listed("on", 1e-3, made().keys, made().inner)
+    assert made("name=a=b").name == "a=b"
+    for wrong in ("name=[1", "name", "=3", "inner.x.count=3", "inner.9.count=3"):
+        with pytest.raises(ConfigError, match=re.escape(repr(wrong))) as caught:
+            made(wrong)
+        assert "\n" not in str(caught.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -279,6 +310,8 @@ class Kinds:
         ({"fast": "maybe"}, "fast: must be true or false, got 'maybe'"),
         ({"name": ["x"]}, "name: must be text, got"),
         ({"name": None}, "name: must be text, got nothing"),
+        ({"name": True}, "name: must be text, got True: put it in quotes"),
+        ({"keys": {"up": [False]}}, "keys.up[0]: must be text, got False: put it in quotes"),
         ({"scores": {"a": [1, 2]}}, "scores.a: must be a number, got '[1, 2]'"),
         ({"scores": {"a": {"b": 1}}}, "scores.a: must be a number, got"),
         ({"best": {"policy": "x", "shar": 1}}, "best.shar: unknown key. Did you mean: 'share'?"),

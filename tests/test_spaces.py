@@ -60,6 +60,13 @@ def test_unknown_type() -> None:
         space_from_dict({"type": "Tuple"})
 
 
+def test_an_entry_that_a_space_does_not_have() -> None:
+    with pytest.raises(ValueError, match="a Discrete has no 'strat'; it may have dtype, n, start"):
+        space_from_dict({"type": "Discrete", "n": 3, "strat": 1})
+    with pytest.raises(ValueError, match="a MultiBinary has no 'dtype'"):
+        space_from_dict({"type": "MultiBinary", "n": 3, "dtype": "int8"})
+
+
 @pytest.mark.parametrize(
     ("space", "actions", "expected"),
     [

@@ -10,6 +10,8 @@ import numpy as np
 from nfd_env.data.lazy_frames import Frames, LazyFrames
 
 SPLITS = ("train", "validation")
+IMPORTED = "import:"
+"""What the ``policy`` of an imported recording begins with; its name follows."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,8 @@ class Episode:
     def __len__(self) -> int:
         """Number of transitions T."""
         return len(self.actions)
+
+
+def kind_of(policy: str) -> str:
+    """A policy; of an imported recording, whose name it has, only that it was imported."""
+    return "import" if policy.startswith(IMPORTED) else policy

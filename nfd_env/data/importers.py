@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium import spaces
 
 from nfd_env import config
-from nfd_env.data.episode import Episode
+from nfd_env.data.episode import IMPORTED, Episode
 from nfd_env.data.layout import DatasetSpec, RecordingError
 from nfd_env.data.shards import RecordedDataset, ShardWriter
 from nfd_env.data.tables import (
@@ -34,8 +34,6 @@ from nfd_env.files import found_file, make_folder, owned_folder
 from nfd_env.progress import progress_bar
 from nfd_env.sources.spec import MINARI, VIDEOS, SourceConfig
 from nfd_env.spaces import ActionCodec, space_from_dict, space_to_dict
-
-_LABEL = "import:"
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,10 @@ def _open_videos(source: SourceConfig) -> Foreign:
     settings = config.from_mapping(TableConfig, source.kwargs, "source.kwargs")
     if not settings.columns:
         raise config.ConfigError("source.kwargs.columns must name a column")
+    if not folder.is_dir():
+        raise RecordingError(f"{folder}: no such folder of videos")
     found = {}
-    for video in sorted(folder.glob("*.mp4")):
+    for video in sorted(path for path in folder.iterdir() if path.suffix.lower() == ".mp4"):
         found_file(video, RecordingError)
         others = [video.with_suffix(suffix) for suffix in SUFFIXES]
         beside = [path for path in others if found_file(path, RecordingError)]
@@ -275,15 +275,15 @@ def _write(
         number = 0
         if (folder / "dataset.yaml").exists():
             for episode in RecordedDataset(folder):
-                there[episode.policy] = there.get(episode.policy, 0) + 1
+                there[episode.policy] = there.get(episode.policy, 0) + len(episode)
                 number = max(number, (episode.number or 0) + 1)
         # All were written one after the other: only of the last one a part may be missing.
-        known = [label.removeprefix(_LABEL) for label in list(there)[:-1]]
+        known = [label.removeprefix(IMPORTED) for label in list(there)[:-1]]
         try:
             for recording in progress_bar(
                 found.recordings(known), "importing", progress, unit="recording"
             ):
-                label = f"{_LABEL}{recording.name}"
+                label = f"{IMPORTED}{recording.name}"
                 lying = recording.frames if isinstance(recording.frames, VideoFrames) else None
                 frames = iter(()) if lying is not None else iter(recording.frames)
                 last = lying[0] if lying is not None else _next(frames, recording)
@@ -300,15 +300,17 @@ def _write(
                     spec.save(folder)
                     writer = ShardWriter(folder, spec, "import")
                 total = len(recording.actions)
-                for segment, first in enumerate(range(0, total, longest)):
+                have = min(total, there.get(label, 0))  # in segments of whatever length
+                if lying is None:
+                    for _ in range(have):
+                        last = _next(frames, recording)
+                for first in range(have, total, longest):
                     stop = min(total, first + longest)
                     if lying is not None:
                         shown = lying.part(first, stop + 1)
                     else:
                         read = [last, *(_next(frames, recording) for _ in range(first, stop))]
                         last, shown = read[-1], read
-                    if segment < there.get(label, 0):
-                        continue
                     ended = np.arange(first, stop) == stop - 1
                     terminated = ended & (stop == total) & recording.terminated
                     try:

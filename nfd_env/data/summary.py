@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from gymnasium import spaces
 
-from nfd_env.data.episode import SPLITS
+from nfd_env.data.episode import SPLITS, kind_of
 from nfd_env.data.shards import EpisodeReference, RecordedDataset
 from nfd_env.files import writing
 from nfd_env.spaces import space_from_dict
@@ -29,8 +29,11 @@ def summary(data: RecordedDataset) -> str:
         f"{data.folder}: {data.frame_count:,} frames ({hours:.2f} h) in {len(data):,} episodes "
         f"({splits})"
     ]
-    for policy in sorted({e.policy for e in data}):
-        lines += _policy(policy, [e for e in data if e.policy == policy], data)
+    by: dict[str, list[EpisodeReference]] = {}
+    for episode in data:
+        by.setdefault(kind_of(episode.policy), []).append(episode)
+    for policy in sorted(by):
+        lines += _policy(policy, by[policy], data)
     skipped = data.skipped()
     if skipped:
         lines.append(f"skipped: {len(skipped)} episodes that failed")

@@ -150,7 +150,8 @@ def _flat(row: Any, columns: Sequence[str]) -> Any:
     ]
     if not nested:
         return row
-    values = {name: row[name] for name in ("reward", "terminated", *columns) if name in row}
+    told = ("reward", "terminated", "truncated", *columns)
+    values = {name: row[name] for name in told if name in row}
     for column in nested:
         place, _, held = column.partition(":")
         value: Any = row

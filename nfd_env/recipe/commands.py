@@ -50,7 +50,8 @@ def train(
     Args:
         game: the game file, see ``nfd init``.
         overrides: key.sub=value, over the file.
-        minutes: wall-clock budget of everything; default: the file's.
+        minutes: wall-clock budget of everything; default: the file's, or with --stage that which
+            the run was begun with.
         device: cpu, cuda or auto; default: the file's.
         stage: only this one: record, inverse_dynamics, tokenizer, encode, flow, heads, distill,
             world or report; with rounds also agent_2, record_2 and so on.
@@ -59,10 +60,14 @@ def train(
     from nfd_env.devices import resolve_device
     from nfd_env.recipe.follow import follow
     from nfd_env.recipe.game import load_game
+    from nfd_env.recipe.ledger import with_stored_budget
     from nfd_env.recipe.run import Recipe
     from nfd_env.training.ranks import joined
 
     described = load_game(game, overrides, minutes, device)
+    own = minutes is not None or any(text.startswith("minutes=") for text in overrides)
+    if stage is not None and not own:
+        described = with_stored_budget(described)
     with joined(resolve_device(described.device)) as ranks:
         if not ranks.first:
             return follow(ranks)

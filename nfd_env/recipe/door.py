@@ -19,6 +19,7 @@ from nfd_env.data.policies import make_policy
 from nfd_env.data.record import record_episode
 from nfd_env.data.shards import RecordedDataset, RecordingError
 from nfd_env.data.worker import close
+from nfd_env.devices import DeviceError, resolve_device
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.files import FolderError, found_file
 from nfd_env.learning.train import TrainPPOConfig
@@ -240,6 +241,8 @@ def check(game: GameConfig, device: str, seen: Look, ranks: Ranks = ALONE) -> fl
     built = check_settings(plan, seen)
     check_parts(built, ranks)
     _check_at_hand(game, built)
+    if game.agent:
+        _check_agent(game, device)
     _check_starts(game, built["export"])
     with torch.random.fork_rng():
         networks = Tokenizer(built["tokenizer"].model), Dynamics(built["flow"].model)
@@ -270,13 +273,18 @@ def check_rounds(game: GameConfig, device: str) -> None:
             f"rounds: {game.rounds} records the game again with an agent, but {game.source.env_id} "
             "is no game: set rounds: 1"
         )
-    values = rounds.agent_settings(game, game.run_folder, game.world_folder, device, None)
-    rounds.built_agent(values)
+    _check_agent(game, device)
     env = make_source(game.source, **game.recording_kwargs)
     try:
         action_head(ActionCodec(env.action_space).space)
     finally:
         close(env)
+
+
+def _check_agent(game: GameConfig, device: str) -> None:
+    """Refuse wrong settings of the agent, which one round does not look at."""
+    values = rounds.agent_settings(game, game.run_folder, game.world_folder, device, None)
+    rounds.built_agent(values)
 
 
 def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
@@ -287,6 +295,11 @@ def check_settings(plan: Plan, seen: Look) -> dict[str, Any]:
         PlanError: when frames do not divide.
     """
     built = {name: built_from(name, getattr(plan, name)) for name in SCHEMAS}
+    for name in planning.SHARES:
+        try:
+            resolve_device(built[name].train.device)
+        except DeviceError as error:
+            raise config.ConfigError(f"{name}.train.device: {error}") from None
     _check_fit(built, seen)
     try:
         world_spec(built["export"], seen.frame_size, seen.fps, seen.action_space)
@@ -325,6 +338,9 @@ def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
             path = getattr(game, name).get(key)
             if path and not found_file(Path(path).expanduser(), config.ConfigError):
                 raise config.ConfigError(f"{name}.{key}: {path}: no such checkpoint")
+    for path in game.export.get("configs", ()):
+        if not found_file(Path(path).expanduser(), config.ConfigError):
+            raise config.ConfigError(f"export.configs: {path}: no such file")
     if built["heads"].signal_weight and not (game.signals or game.recordings):
         raise config.ConfigError(
             "heads.signal_weight asks for signals, which are not recorded: set signals, or leave "

@@ -26,7 +26,7 @@ from nfd_env.recipe.game import snake_case
 from nfd_env.recipe.grid import choose_grid, fitting_size
 from nfd_env.sources.envpool_env import PREFIX
 from nfd_env.sources.frames import FRAME_RATE, FrameRateError, frame_rate
-from nfd_env.sources.keys import NOOP, default_controls
+from nfd_env.sources.keys import NAMED_KEYS, NOOP, default_controls, key_name
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.sources.spec import VIDEOS, area_resize, is_imported
 from nfd_env.spaces import ActionCodec, space_to_dict
@@ -311,8 +311,9 @@ def _controls(env: gymnasium.Env, chosen: Sequence[int]) -> tuple[list[str], dic
         pressed = chord if isinstance(chord, tuple) else (chord,)
         place = int(action) - int(space.start)
         if len(pressed) == 1 and 0 <= place < len(names):
-            key = chr(pressed[0]) if isinstance(pressed[0], int) else str(pressed[0])
-            if not key.strip() or key in keys.get(names[place], ()):
+            key = key_name(pressed[0])
+            known = (len(key) == 1 and key.isprintable()) or key in NAMED_KEYS
+            if not known or key in keys.get(names[place], ()):
                 continue
             for others in keys.values():  # what the game says of a key goes before a guess
                 if key in others:
@@ -385,7 +386,7 @@ def _longest(env: gymnasium.Env) -> int:
 
 def _name(env_id: str) -> str:
     """Turn "envpool/BigfishEasy-v0" into "BigfishEasy", "ALE/Breakout-v5" into "Breakout"."""
-    name = re.sub(r"-v\d+$", "", env_id.split("/")[-1].split(":")[-1])
+    name = re.sub(r"-v\d+$", "", env_id.rstrip("/").split("/")[-1].split(":")[-1])
     return re.sub(r"[^A-Za-z0-9_-]", "", name) or "Game"
 
 

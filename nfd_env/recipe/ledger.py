@@ -20,6 +20,8 @@ from nfd_env.recipe.records import StageRecord, recordings_digest, write_records
 from nfd_env.sources.spec import PRESENTATION, recorded_part
 
 # What may change without making a stage's result another one.
+# Settings of validations, which follow the budget and change no weights.
+_JUDGING = ("rollouts", "long_rollout", "reference_steps", "validation_windows")
 _WITHOUT_EFFECT = (
     "steps",
     "warmup_steps",
@@ -33,6 +35,18 @@ _WITHOUT_EFFECT = (
     "shard_above",
 )
 _SHORT = 20.0  # seconds that a stage takes in any case
+
+
+def with_stored_budget(game: GameConfig) -> GameConfig:
+    """``game`` with the minutes that its run was planned for, where there is a plan.
+
+    A single stage, or a world put together again, belongs to the run as it was begun.
+    """
+    round = rounds.Round(game)
+    if not found_file(round.plan, config.ConfigError):
+        return game
+    then = config.from_mapping(Plan, config.read(round.plan), str(round.plan)).made_for["minutes"]
+    return replace(game, minutes=game.minutes * then / round.here.minutes)
 
 
 class Ledger:
@@ -59,6 +73,7 @@ class Ledger:
         self.records: dict[str, StageRecord] = {}
         self.round = rounds.Round(game)
         self.processes = 1  # that share a batch
+        self._single = False  # whether one stage is asked for, which decides nothing for the others
         self._measured: dict[str, GameMeasures] = {}
 
     def record(self, stage: str) -> StageRecord:
@@ -158,7 +173,8 @@ class Ledger:
             inputs["before"] = round.before.digest(stage)
         plan = self._plan()
         values = getattr(plan, "export" if stage == "world" else stage)
-        left_out = (*planning.PATHS, "discrete_steps", *planning.BEGUN_FROM * (round.number > 1))
+        left_out = (*planning.PATHS, *_JUDGING, "discrete_steps")
+        left_out += planning.BEGUN_FROM * (round.number > 1)
         content = {key: value for key, value in values.items() if key not in left_out}
         if stage == "world":
             inputs |= {part: round.digest(part) for part in ("heads", "distill")}
@@ -214,7 +230,8 @@ class Ledger:
             old.made_for[key] == made_for[key] for key in ("minutes", "device")
         ):
             plan = planning.with_decisions(plan, old, here)
-        write_yaml(path, asdict(plan))
+        if old is None or not self._single:
+            write_yaml(path, asdict(plan))
         return plan
 
     def _sampling(self, plan: Plan) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def settings(
 
     def train(name: str, batch_size: int, **values: Any) -> dict[str, Any]:
         own = getattr(game, name).get("train") or {}
-        parts = processes * int(own.get("accumulate", 1)) if name in SHARED else 1
+        parts = processes * int(own.get("accumulate") or 1) if name in SHARED else 1
         return {
             "folder": str(folder / name),
             "steps": _FEWEST[name],

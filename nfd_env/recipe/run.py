@@ -46,7 +46,7 @@ from nfd_env.recipe.records import (
     write_yaml,
 )
 from nfd_env.recipe.timing import judge, timed
-from nfd_env.sources.spec import is_imported
+from nfd_env.sources.spec import is_imported, recorded_part
 from nfd_env.stopping import stopping
 from nfd_env.training.distill import DistillStage
 from nfd_env.training.encode import EncodeConfig, encode
@@ -115,6 +115,8 @@ class Recipe(Ledger):
         self.round = rounds.Round(self.game)
         with stopping() as stop, stop.at_once(), owned_folder(self.folder):
             self.records = read_records(self.folder)
+            self._single = only is not None
+            self._forget_what_was_removed()
             self._pass_door()
             name = self.stages[0]
             try:
@@ -136,6 +138,16 @@ class Recipe(Ledger):
             finally:
                 self._progress.close()
         return self.game.world_folder
+
+    def _forget_what_was_removed(self) -> None:
+        """Recordings that somebody has taken away are to be made again."""
+        for number in range(1, self.game.rounds + 1):
+            round = self.round.at(number)
+            name = round.key("record")
+            if number == 1 and self.game.recordings or name not in self.records:
+                continue
+            if not (round.own_recordings / "dataset.yaml").exists():
+                del self.records[name]
 
     def _pass_door(self) -> None:
         """Refuse at once what can be known before anything is made."""
@@ -461,11 +473,18 @@ class Recipe(Ledger):
         """
         place = Path(self.round.here.recordings_place)
         own = stage == "record" and self.round.number == 1 and not self.game.recordings
-        if own and place.exists():
+        if own and place.exists() and not self._recorded_so(place):
             raise RecordingError(
                 f"{place} was recorded with other settings of source: remove it to record anew, or "
                 "set another folder"
             )
+
+    def _recorded_so(self, place: Path) -> bool:
+        """Whether what lies in ``place`` is of this source, though the run has used another."""
+        if not (place / "dataset.yaml").exists():
+            return False
+        there, here = RecordedDataset(place).spec.source, asdict(self.game.source)
+        return recorded_part(there) == recorded_part(here)
 
     def _finish(self, stage: str, record: StageRecord, found: list[Gate]) -> None:
         """Write down what came out, and stop where it is not good enough."""

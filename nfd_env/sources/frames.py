@@ -186,7 +186,12 @@ class FrameObservation(gymnasium.Wrapper):
     def _own(self, action: Any) -> Any:
         """The environment's own action, which it may change."""
         if self.source.actions:
-            return self.source.actions[int(action)]
+            chosen = int(action)
+            if not 0 <= chosen < len(self.source.actions):  # a list would count from its end
+                raise ValueError(
+                    f"an action is a number from 0 to {len(self.source.actions) - 1}, got {chosen}"
+                )
+            return self.source.actions[chosen]
         return copy.deepcopy(action)
 
     def _ends(self, terminated: Any, truncated: Any) -> tuple[bool, bool]:

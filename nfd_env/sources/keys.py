@@ -64,6 +64,11 @@ _ALIASES = {
     "arrowright": "right",
     "arrowup": "up",
     "arrowdown": "down",
+    # SDL's codes, which games have from pygame.
+    "1073741903": "right",
+    "1073741904": "left",
+    "1073741905": "down",
+    "1073741906": "up",
 }
 
 
@@ -342,7 +347,8 @@ def check_controls(
 
     Raises:
         KeymapError: when there are more names than actions, names that are empty or alike, keys of
-            an action of no such name, one key for two actions, or keys that there are not.
+            an action of no such name, one key for two actions, keys that there are not, or
+            another number of names than there are to name where keys are to follow from them.
     """
     for name in names:
         if not name.strip():
@@ -369,6 +375,7 @@ def check_controls(
             other = means.setdefault(pressed, name)
             if other != name:
                 raise KeymapError(f"the key {key!r} is given for both {other!r} and {name!r}")
+    controls(space, names, keys)  # as those who play call it
 
 
 def _entries(space: spaces.Space) -> list[Any]:

@@ -57,7 +57,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         """Of ``folder``."""
         self._folder, self.path = folder, folder / "state.pt"
-        for left in folder.glob(".*.tmp.pt"):  # by a process that was killed while it wrote
+        for left in folder.glob(".*.tmp.*"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
 
     def read(self, device: torch.device) -> dict[str, Any] | None:
@@ -93,6 +93,7 @@ class Checkpoints:
     def _keep(self, step: int) -> None:
         """Keep the latest state under a name of its own, without writing it again if possible."""
         with atomic_write(self._folder / f"candidate-{step:08d}.pt") as temporary:
+            temporary.unlink()  # a link is made where there is nothing
             try:
                 os.link(self.path, temporary)
             except OSError:  # a file system without links

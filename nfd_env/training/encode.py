@@ -113,7 +113,7 @@ def encode(
 
 def _clear(folder: Path, identity: str) -> None:
     """Take away what another tokenizer has made, or a process that was killed while it wrote."""
-    for left in folder.glob(".*.tmp.npy"):
+    for left in folder.glob(".*.tmp.*"):
         left.unlink(missing_ok=True)
     stamp = folder / STAMP
     if not found_file(stamp, NotEncodedError) or stamp.read_text(encoding="utf-8") != identity:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nfd_env import __version__, config
 from nfd_env.config import check_ranges, config_class
+from nfd_env.data.episode import kind_of
 from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.data.windows import Places, encoded_into
 from nfd_env.files import found_file
@@ -369,9 +370,8 @@ def _clip(recordings: RecordedDataset, frames: int) -> Clip:
 def _provenance(settings: ExportConfig, recordings: RecordedDataset) -> dict[str, Any]:
     policies: dict[str, dict[str, float]] = {}
     for episode in recordings:
-        row = policies.setdefault(
-            f"{episode.split} {episode.policy}", {"episodes": 0, "frames": 0, "return": 0.0}
-        )
+        whose = f"{episode.split} {kind_of(episode.policy)}"
+        row = policies.setdefault(whose, {"episodes": 0, "frames": 0, "return": 0.0})
         row["episodes"] += 1
         row["frames"] += len(episode) + 1
         row["return"] += episode.total_reward

@@ -234,6 +234,11 @@ def train(
             ) as bar,
         ):
             run.to_the_end(precision, stop, log, bar, on_step or (lambda step, total: None))
+        if settings.keep_best and ranks.first and not run.kept:
+            raise ValueError(
+                f"keep_best={settings.keep_best!r} was never a finite number, so that no weights "
+                "were kept: set it to '' or to another metric, and run again"
+            )
         if not settings.keep_best:
             averaged = run.whole_average()
             if averaged is not None:
@@ -422,6 +427,11 @@ class _Run:
         log.scalars("validation", metrics, self.step)
         if picture is not None:
             log.picture(np.ascontiguousarray(picture), self.step)
+        if s.keep_best and s.keep_best not in metrics:
+            raise ValueError(
+                f"keep_best={s.keep_best!r} could not be measured on these held-out episodes: set "
+                f"it to '' or to one of {', '.join(sorted(metrics))}"
+            )
         if s.keep_best and metrics[s.keep_best] < self.best:
             with writing(self.folder):
                 self.stage.save(network, self.folder / "model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,25 @@ def test_long_recordings_are_cut(tmp_path: Path, played: RecordedDataset) -> Non
     assert_aligned(data, [12, 12, 6] * 3)
     assert [bool(e.terminated[-1]) for e in data] == [False, False, True] * 3
     assert [bool(e.truncated[-1]) for e in data] == [True, True, False] * 3
+    # Into shorter pieces later: what is there is not imported again.
+    again = import_recordings(of(where), tmp_path / "d", longest=5)
+    assert_aligned(again, [12, 12, 6] * 3)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_an_import_that_was_stopped_goes_on_in_pieces_of_any_length(
+    tmp_path: Path, played: RecordedDataset, kind: str
+) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    where = videos(tmp_path / "v", played, kind)
+    import_recordings(of(where), tmp_path / "d", longest=12)
+    *_, last = sorted((tmp_path / "d").glob("shard-*"))
+    shutil.rmtree(last)
+    have = [len(e) for e in RecordedDataset(tmp_path / "d")]
+    again = import_recordings(of(where), tmp_path / "d", longest=5)
+    lengths = [len(e) for e in again]
+    assert sum(lengths) == 90 and lengths[: len(have)] == have and max(lengths[len(have) :]) <= 5
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_a_game_that_cannot_be_recorded(fault: str, message: str, tmp_path: Path
         ({"keys": {"jump": ["space"]}}, "keys are given for 'jump', which is no action of"),
         ({"action_names": ["a", "b", "c", "d"]}, "there are 4 action_names for 3 actions"),
         ({"action_names": ["a", "a", "b"]}, "action_names has 'a' twice"),
+        ({"action_names": ["a", "b"]}, "3 actions to name, but 2 names"),
         ({"action_names": ["a", " ", "b"]}, "action_names must not be empty"),
         ({"keys": {"l": ["a"], "r": ["A"]}}, "'A' is given for both 'l' and 'r'"),
         ({"keys": {"l": ["Enter"], "r": ["return"]}}, "'return' is given for both 'l' and 'r'"),
@@ -97,6 +98,10 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"flow": {"frames": True}}, "flow: frames: must be a whole number, got 'True'"),
         ({"tokenizer": {"model": {"encoder_channels": 8}}}, "encoder_channels: must be a list"),
         ({"agent": {"ppo": 3}}, "agent: ppo: must be key: value pairs"),
+        ({"agent": {"widht": 3}}, "agent: widht.*width"),  # with one round too
+        ({"flow": {"train": {"accumulate": 0}}}, "accumulate must be at least 1, got 0"),
+        ({"heads": {"train": {"device": "zzz"}}}, "heads.train.device: "),
+        ({"export": {"configs": ["/no/such.yaml"]}}, "export.configs: /no/such.yaml: no such file"),
         ({"distill": {"frames": 1}}, "distill: frames must be at least 2"),
         ({"inverse_dynamics": {"window": 1}}, "inverse_dynamics: window must be .*2.*64, got 1"),
         ({"inverse_dynamics": {"window": 5000}}, "inverse_dynamics: window must be .*2.*64, got"),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import gymnasium
 import numpy as np
 import pytest
 import yaml
+from gymnasium import spaces
 
+from nfd_env.data.shards import RecordingError
 from nfd_env.recipe.game import load_game, snake_case
 from nfd_env.recipe.inspect import write_game
+from nfd_env.sources.keys import check_controls
 from nfd_env.sources.source import SourceError, make_source
 from nfd_env.video import write_mp4
 from tests.recipe.dots import DotsEnv
@@ -146,6 +150,32 @@ def test_names_that_yaml_would_take_for_something_else(name: str, tmp_path: Path
     path, _ = write_game(f"{name}-v0", tmp_path / "g.yaml", imports=DOTS)
     game = load_game(path)
     assert (game.name, game.source.env_id) == (name, f"{name}-v0")
+
+
+class DotsOfPygame(DotsEnv):
+    def get_keys_to_action(self) -> dict[Any, int]:
+        """K_LEFT, "F1", Escape's code, K_d, a chord."""
+        return {(1073741904,): 0, "f1": 2, (27,): 1, (100,): 2, (97, 98): 1}
+
+
+def test_keys_as_pygame_counts_them(tmp_path: Path) -> None:
+    gymnasium.register("DotsOfPygame-v0", entry_point=DotsOfPygame)
+    path, _ = write_game("DotsOfPygame-v0", tmp_path / "g.yaml", imports=DOTS)
+    source = load_game(path).source
+    names, keys = source.action_names, source.keys
+    assert "left" in keys[names[0]] and "d" in keys[names[2]]
+    check_controls(spaces.Discrete(3), names, keys)
+
+
+def test_a_folder_with_a_slash_behind_it_gives_the_name(tmp_path: Path) -> None:
+    where = tmp_path / "clips"
+    where.mkdir()
+    write_mp4(where / "a.MP4", np.zeros((5, 32, 32, 3), np.uint8), 25)
+    (where / "a.csv").write_text("action\n" + "1\n" * 4)
+    path, _ = write_game(f"videos:{where}/", tmp_path / "g.yaml")
+    assert load_game(path).name == "clips"
+    with pytest.raises(RecordingError, match="nowhere: no such folder"):
+        write_game(f"videos:{tmp_path / 'nowhere'}", tmp_path / "h.yaml")
 
 
 def test_a_folder_whose_name_yaml_would_cut_off(tmp_path: Path) -> None:

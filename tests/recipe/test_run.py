@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 import nfd_env  # noqa: F401
+from nfd_env.cli import main
 from nfd_env.data.collect import PolicyConfig
 from nfd_env.data.shards import RecordingError
 from nfd_env.recipe.gates import GateError
+from nfd_env.recipe.records import write_yaml
 from nfd_env.recipe.rounds import STAGES
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
@@ -119,6 +121,55 @@ def test_what_was_recorded_stays_and_is_told_of(copied: Path) -> None:
     with pytest.raises(RecordingError, match="other settings of source: remove it .*folder"):
         run(game(copied, source=source))
     assert sorted(copied.rglob("recordings/**/*")) == recorded
+
+
+@pytest.mark.usefixtures("without_report")
+def test_recordings_that_were_removed_are_made_again(copied: Path) -> None:
+    """As the messages say: a run that knew of them once is no obstacle."""
+    before = written(copied)
+    shutil.rmtree(copied / "recordings")
+    run(game(copied, policies=[PolicyConfig("random_held")], seed=5), "record")
+    assert (copied / "recordings" / "dataset.yaml").exists()
+    shutil.rmtree(copied / "recordings")
+    source = replace(game(copied).source, size=[64, 64])
+    run(game(copied, source=source))
+    assert written(copied).keys() == before.keys() and is_whole(copied / "world")
+    assert load_world(copied / "world", "cpu", "fp32").spec.frame_size == (64, 64)
+
+
+@pytest.mark.usefixtures("without_report")
+def test_who_tried_other_recordings_can_go_back(copied: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(copied / "recordings", other)
+    run(game(copied, recordings=str(other)), "record")
+    run(game(copied), "record")
+    run(game(copied), "encode")
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_single_stage_leaves_the_plan_of_the_run_alone(copied: Path) -> None:
+    """nfd export has no --minutes, and once took the decisions of a longer run away."""
+    before, plan = written(copied), (copied / "plan.yaml").read_text()
+    minutes = game(copied).minutes
+    file = copied.with_suffix(".yaml")
+    write_yaml(file, asdict(game(copied, minutes=3 * minutes)))
+    assert main(["export", str(file)]) == 0
+    assert (copied / "plan.yaml").read_text() == plan and written(copied) == before
+    # With another budget that is asked for, nothing is decided for the stages that are not.
+    assert main(["train", str(file), "--stage", "flow", "--minutes", str(5 * minutes)]) in (0, 1)
+    after = yaml.safe_load((copied / "plan.yaml").read_text())
+    assert after["tokenizer"] == yaml.safe_load(plan)["tokenizer"]
+
+
+@pytest.mark.usefixtures("without_report")
+def test_how_it_is_judged_is_no_other_training(copied: Path) -> None:
+    before = written(copied)
+    judged = {
+        "flow": {**TINY["flow"], "rollouts": 3},
+        "inverse_dynamics": {**TINY["inverse_dynamics"], "validation_windows": 70},
+    }
+    said = run(game(copied, **judged))
+    assert not any("made anew" in line for line in said) and written(copied) == before
 
 
 def test_names_and_keys_change_the_world_alone(copied: Path) -> None:

@@ -317,3 +317,14 @@ def test_games_started_at_once_leave_nothing_where_they_run(
         game.close()
     assert not any(tmp_path.iterdir())
     assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("action", [-1, 2, 99])
+def test_only_chosen_actions_are_taken(action: int) -> None:
+    """A list counts from its end: -1 was the last one, silently."""
+    env = make_source(SourceConfig(ID, frames="observation", actions=[1, 0]))
+    env.reset(seed=0)
+    env.step(1)
+    with pytest.raises(ValueError, match=f"a number from 0 to 1, got {action}"):
+        env.step(action)
+    env.close()

@@ -22,6 +22,7 @@ from nfd_env.devices import DeviceError
 from nfd_env.files import FolderError, FolderInUseError
 from nfd_env.models.weights import CheckpointError
 from nfd_env.parts import WHOLE, Part
+from nfd_env.training.checkpoints import Checkpoints
 from nfd_env.training.divergence import TrainingDiverged
 from nfd_env.training.loop import TrainConfig, schedule, train
 
@@ -222,6 +223,37 @@ def test_keep_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(again, replace(kept, steps=50), progress=False)
     assert again.saved == []
     assert state(tmp_path)["kept"]["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        ({"other": 1.0}, "keep_best='mse' could not be measured.*one of other"),
+        ({"mse": float("nan")}, "keep_best='mse' was never a finite number"),
+    ],
+)
+def test_a_best_that_cannot_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: dict[str, float], message: str
+) -> None:
+    stage = TinyStage()
+    monkeypatch.setattr(stage, "validate", lambda network: measured)
+    with pytest.raises(ValueError, match=message):
+        train(stage, settings(tmp_path, steps=20, keep_best="mse"), progress=False)
+
+
+def test_a_kept_state_is_not_written_twice(tmp_path: Path) -> None:
+    train(TinyStage(), settings(tmp_path, steps=20, checkpoint_seconds=0), progress=False)
+    (kept, *_) = sorted(tmp_path.glob("candidate-*.pt"))
+    checkpoints = Checkpoints(tmp_path)
+    state = checkpoints.read(torch.device("cpu"))
+    assert state is not None
+    kept.unlink()
+    checkpoints.write({**state, "step": state["step"] + 1})
+    (kept,) = sorted(tmp_path.glob("candidate-*.pt"))
+    assert kept.samefile(tmp_path / "state.pt")
+    before = kept.read_bytes()
+    checkpoints.write({**state, "step": state["step"] + 2})
+    assert kept.read_bytes() == before and not kept.samefile(tmp_path / "state.pt")
 
 
 def test_sample_strips_and_logs(whole: Path) -> None:
