@@ -20,8 +20,6 @@ from nfd_env.recipe.records import StageRecord, recordings_digest, write_records
 from nfd_env.sources.spec import PRESENTATION, recorded_part
 
 # What may change without making a stage's result another one.
-# Settings of validations, which follow the budget and change no weights.
-_JUDGING = ("rollouts", "long_rollout", "reference_steps", "validation_windows")
 _WITHOUT_EFFECT = (
     "steps",
     "warmup_steps",
@@ -173,7 +171,7 @@ class Ledger:
             inputs["before"] = round.before.digest(stage)
         plan = self._plan()
         values = getattr(plan, "export" if stage == "world" else stage)
-        left_out = (*planning.PATHS, *_JUDGING, "discrete_steps")
+        left_out = (*planning.PATHS, *planning.JUDGING, "discrete_steps")
         left_out += planning.BEGUN_FROM * (round.number > 1)
         content = {key: value for key, value in values.items() if key not in left_out}
         if stage == "world":

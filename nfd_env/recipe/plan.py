@@ -49,6 +49,9 @@ _MOST = {
 # Settings that say where things lie, and nothing of what they are.
 PATHS = ("recordings", "tokenizer", "latents", "teacher", "dynamics", "heads", "folder")
 
+# Settings of validations, which follow the budget and change no weights.
+JUDGING = ("rollouts", "long_rollout", "reference_steps", "validation_windows")
+
 BEGUN_FROM = ("initial", "student")  # settings that name weights of the round before
 
 _WITH_STEPS = ("steps", "warmup_steps", "validate_every", "discrete_steps")
@@ -399,7 +402,7 @@ def with_decisions(plan: Plan, old: Plan, game: GameConfig) -> Plan:
 
     def content(plan: Plan, name: str) -> dict[str, Any]:
         values = getattr(plan, name)
-        left_out = {*PATHS, *BEGUN_FROM, *_WITH_STEPS, "folder"}
+        left_out = {*PATHS, *BEGUN_FROM, *_WITH_STEPS, *JUDGING, "folder"}
         train = {k: v for k, v in values["train"].items() if k not in left_out}
         train["batch_size"] = plan.batch_size(name)
         return {**{k: v for k, v in values.items() if k not in left_out}, "train": train}

@@ -134,7 +134,7 @@ def test_recordings_that_were_removed_are_made_again(copied: Path) -> None:
     source = replace(game(copied).source, size=[64, 64])
     run(game(copied, source=source))
     assert written(copied).keys() == before.keys() and is_whole(copied / "world")
-    assert load_world(copied / "world", "cpu", "fp32").spec.frame_size == (64, 64)
+    assert load_world(copied / "world", "cpu", "fp32").spec.frame_size == [64, 64]
 
 
 @pytest.mark.usefixtures("without_report")
@@ -158,7 +158,8 @@ def test_a_single_stage_leaves_the_plan_of_the_run_alone(copied: Path) -> None:
     # With another budget that is asked for, nothing is decided for the stages that are not.
     assert main(["train", str(file), "--stage", "flow", "--minutes", str(5 * minutes)]) in (0, 1)
     after = yaml.safe_load((copied / "plan.yaml").read_text())
-    assert after["tokenizer"] == yaml.safe_load(plan)["tokenizer"]
+    assert after["seconds"].keys() <= yaml.safe_load(plan)["seconds"].keys()
+    assert written(copied, "tokenizer") == {"tokenizer": before["tokenizer"]}
 
 
 @pytest.mark.usefixtures("without_report")
