@@ -209,8 +209,7 @@ def settings(
             "latent_width": grid.width,
             "patch": grid.patch,
             "action_width": action_width,
-            "width": 256,
-            "layers": 8 if gpu or game.minutes >= 180 else 4,
+            **_transformer(gpu, game.minutes),
             "heads": 4,
             "window": window,
             "modulation_rank": 32,
@@ -285,6 +284,19 @@ def settings(
     }
     plan = Plan({}, {}, {}, inverse_dynamics, tokenizer, flow, heads, distill, export)
     return _overridden(plan, game)
+
+
+def _transformer(gpu: bool, minutes: float) -> dict[str, int]:
+    """Width and layers of the flow model.
+
+    In an hour of one core half the width and layers, at half the time a step, came nearer in two
+    games of two (docs/trials.md).
+    """
+    if gpu or minutes >= 180:
+        return {"width": 256, "layers": 8}
+    if minutes >= 120:
+        return {"width": 256, "layers": 4}
+    return {"width": 128, "layers": 2}
 
 
 def start_margin(measures: GameMeasures) -> int:

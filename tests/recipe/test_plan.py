@@ -97,3 +97,23 @@ def test_specks_of_a_large_thing_that_moves_are_no_small_things() -> None:
     assert side_of_small([4, 4, 4, 9]) == 2.0  # a ball and a paddle
     assert side_of_small([2] * 40 + [400, 900]) == 30.0  # a wall that comes near
     assert side_of_small([2]) == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "device", "width", "layers"),
+    [
+        (2.0, "cpu", 128, 2),
+        (60.0, "cpu", 128, 2),
+        (120.0, "cpu", 256, 4),
+        (180.0, "cpu", 256, 8),
+        (9.0, "cuda:0", 256, 8),
+    ],
+)
+def test_the_less_time_the_smaller_the_flow_model(
+    minutes: float, device: str, width: int, layers: int
+) -> None:
+    known = {field.name: 400 for field in fields(GameMeasures)}
+    measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
+    game = GameConfig("a", SourceConfig("a-v0"), minutes=minutes)
+    model = settings(game, measures, device, 3).flow["model"]
+    assert (model["width"], model["layers"]) == (width, layers)
