@@ -43,7 +43,8 @@ def with_stored_budget(game: GameConfig) -> GameConfig:
     round = rounds.Round(game)
     if not found_file(round.plan, config.ConfigError):
         return game
-    then = config.from_mapping(Plan, config.read(round.plan), str(round.plan)).made_for["minutes"]
+    plan = config.from_mapping(Plan, config.read(round.plan), str(round.plan))
+    then = plan.made_for.get("minutes", round.here.minutes)
     return replace(game, minutes=game.minutes * then / round.here.minutes)
 
 
