@@ -46,6 +46,7 @@ TINY: dict[str, Any] = {
         "frames": 5,
         "rollouts": 3,
         "reference_steps": 2,
+        "long_rollout": 8,
         # How often there is time for it depends on the machine, and what is kept depends on it.
         "train": {"steps": 4, "batch_size": 4, "validate_every": 4},
     },
