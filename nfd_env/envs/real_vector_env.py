@@ -119,8 +119,8 @@ class RealVectorEnv(WorldVectorEnv, VectorEnv):
             self._shown[row] = frame
         self._steps[mask] = 0
         for row in rows:
-            known = seeds[row]
-            self._seeds[row] = self._seeds[row] if known is None else known
+            if (known := seeds[row]) is not None:
+                self._seeds[row] = known
         self._seed_np_random(seeds)
         self._begin(rows, self._shown[rows])
         return self._observe(self._shown), {}

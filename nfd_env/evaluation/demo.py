@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Discrete, Space
 
 from nfd_env.envs.vector_env import NFDVectorEnv
 from nfd_env.evaluation.benchmark import describe_device
@@ -115,13 +116,9 @@ def demo(
     shown = real[first + 1 : first + 1 + len(made)]
     aspect = loaded.spec.source.display_aspect
     names, space = loaded.spec.source.action_names, env.single_action_space
-    first_action = int(space.start) if isinstance(space, Discrete) else 0
 
     def picture(index: int) -> np.ndarray:
-        action = actions[first + index]
-        short = np.array2string(np.asarray(action), precision=1, suppress_small=True)
-        named = names and isinstance(space, Discrete)
-        name = names[int(action) - first_action] if named else short
+        name = _name(actions[first + index], space, names)
         return beside(
             [
                 (shown[index], f"real recording   {name}"),
@@ -156,6 +153,14 @@ def demo(
         str(video),
         str(strip),
     )
+
+
+def _name(action: Any, space: Space, names: Sequence[str]) -> str:
+    """What an action is called; its numbers where it has no name."""
+    index = int(action) - int(space.start) if isinstance(space, Discrete) else len(names)
+    if index < len(names):
+        return names[index]
+    return np.array2string(np.asarray(action), precision=1, suppress_small=True)
 
 
 def format_report(report: DemoReport) -> str:

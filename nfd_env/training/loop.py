@@ -234,7 +234,7 @@ def train(
             ) as bar,
         ):
             run.to_the_end(precision, stop, log, bar, on_step or (lambda step, total: None))
-        if settings.keep_best and ranks.first and not run.kept:
+        if settings.keep_best and ranks.first and math.isinf(run.best):
             raise ValueError(
                 f"keep_best={settings.keep_best!r} was never a finite number, so that no weights "
                 "were kept: set it to '' or to another metric, and run again"

@@ -133,13 +133,17 @@ def test_a_game_that_goes_elsewhere_does_not_take_the_file_along(
     assert Path.cwd() == tmp_path and load_game(tmp_path / path).source.size == [48, 48]
 
 
+def one_video(path: Path, size: tuple[int, int] = (32, 32)) -> None:
+    """Five black frames with four actions beside them, alone in their folder."""
+    path.parent.mkdir(parents=True)
+    write_mp4(path, np.zeros((5, *size, 3), np.uint8), 25)
+    path.with_suffix(".csv").write_text("action\n" + "1\n" * 4)
+
+
 def test_frames_that_are_squeezed_are_shown_as_wide_as_the_game(tmp_path: Path) -> None:
     where = tmp_path / "videos"
-    where.mkdir()
     for name, size in (("wide", (32, 256)), ("square", (64, 64))):
-        (where / name).mkdir()
-        write_mp4(where / name / "a.mp4", np.zeros((5, *size, 3), np.uint8), 25)
-        (where / name / "a.csv").write_text("action\n" + "1\n" * 4)
+        one_video(where / name / "a.mp4", size)
         path, _ = write_game(f"videos:{where / name}", tmp_path / f"{name}.yaml")
         assert load_game(path).source.display_aspect == (8.0 if name == "wide" else 0.0)
 
@@ -169,9 +173,7 @@ def test_keys_as_pygame_counts_them(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_slash_behind_it_gives_the_name(tmp_path: Path) -> None:
     where = tmp_path / "clips"
-    where.mkdir()
-    write_mp4(where / "a.MP4", np.zeros((5, 32, 32, 3), np.uint8), 25)
-    (where / "a.csv").write_text("action\n" + "1\n" * 4)
+    one_video(where / "a.MP4")
     path, _ = write_game(f"videos:{where}/", tmp_path / "g.yaml")
     assert load_game(path).name == "clips"
     with pytest.raises(RecordingError, match="nowhere: no such folder"):
@@ -180,9 +182,7 @@ def test_a_folder_with_a_slash_behind_it_gives_the_name(tmp_path: Path) -> None:
 
 def test_a_folder_whose_name_yaml_would_cut_off(tmp_path: Path) -> None:
     where = tmp_path / "my #1 videos"
-    where.mkdir()
-    write_mp4(where / "a.mp4", np.zeros((5, 32, 32, 3), np.uint8), 25)
-    (where / "a.csv").write_text("action\n" + "1\n" * 4)
+    one_video(where / "a.mp4")
     path, _ = write_game(f"videos:{where}", tmp_path / "g.yaml")
     assert load_game(path).source.env_id == f"videos:{where}"
 
