@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nfd_env.data.episodes import EpisodeReference
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.data.windows import Places, actions_into, shown_lengths, shown_transitions
 from nfd_env.parts import WHOLE, Part
@@ -58,8 +59,12 @@ class LatentEpisodes(Sequence[LatentEpisode]):
     def _mapped(self, shard: str) -> np.ndarray:
         return np.load(self._folder / f"{shard}.npy", mmap_mode="r")
 
+    def reference(self, number: int) -> EpisodeReference:
+        """Where the recording of one of them lies."""
+        return self._episodes[int(self._chosen[number])]
+
     def _made(self, number: int) -> LatentEpisode:
-        reference = self._episodes[int(self._chosen[number])]
+        reference = self.reference(number)
         count, terminated = shown_transitions(reference)
         begin = reference.frame_offset
         return LatentEpisode(

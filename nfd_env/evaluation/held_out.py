@@ -27,7 +27,7 @@ from nfd_env.metrics import (
     standing_out,
 )
 from nfd_env.progress import progress_bar
-from nfd_env.spaces import space_from_dict
+from nfd_env.training.recorded import check_of_world
 from nfd_env.worlds.load import World
 
 HORIZONS = (1, 8, 32, 128)
@@ -327,17 +327,7 @@ class HeldOut:
 
 def check_fits(world: World, recordings: RecordedDataset) -> None:
     """Raise ``RecordingError`` unless the recordings can judge the world."""
-    if tuple(recordings.spec.frame_shape[:2]) != tuple(world.spec.frame_size):
-        raise RecordingError(
-            f"the recordings' frames are {recordings.spec.frame_shape[:2]}, "
-            f"the world's {tuple(world.spec.frame_size)}"
-        )
-    theirs = recordings.spec.action_space
-    if space_from_dict(theirs) != space_from_dict(world.spec.action_space):
-        raise RecordingError(
-            f"{recordings.folder} was recorded with actions of {space_from_dict(theirs)}, the "
-            f"world has {space_from_dict(world.spec.action_space)}: give recordings of its game"
-        )
+    check_of_world(world, recordings)
     if not recordings.split("validation"):
         raise RecordingError(f"{recordings.folder} has no validation episodes")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.spaces import space_from_dict
+from nfd_env.worlds.load import World
 
 
 def open_recordings(
@@ -27,6 +29,25 @@ def open_recordings(
     recordings.check(train_frames, ("train",))
     recordings.check(validation_frames, ("validation",))
     return recordings
+
+
+def check_of_world(world: World, recordings: RecordedDataset) -> None:
+    """Refuse recordings that the world's game cannot have made.
+
+    Raises:
+        RecordingError: when frames are of another size, or actions of another space.
+    """
+    if tuple(recordings.spec.frame_shape[:2]) != tuple(world.spec.frame_size):
+        raise RecordingError(
+            f"the recordings' frames are {recordings.spec.frame_shape[:2]}, "
+            f"the world's {tuple(world.spec.frame_size)}"
+        )
+    theirs = recordings.spec.action_space
+    if space_from_dict(theirs) != space_from_dict(world.spec.action_space):
+        raise RecordingError(
+            f"{recordings.folder} was recorded with actions of {space_from_dict(theirs)}, the "
+            f"world has {space_from_dict(world.spec.action_space)}: give recordings of its game"
+        )
 
 
 def check_rewards(recordings: RecordedDataset) -> None:

@@ -1,6 +1,9 @@
-"""Thousands of recorded moments for episodes to start from, out of recordings encoded already."""
+"""Thousands of recorded moments for episodes to start from."""
 
 from __future__ import annotations
+
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -8,11 +11,15 @@ import torch
 from nfd_env.config import check_ranges, config_class
 from nfd_env.data.latents import LatentDataset, LatentEpisode
 from nfd_env.data.shards import RecordedDataset
-from nfd_env.data.windows import Places, actions_into
+from nfd_env.data.windows import Places, actions_into, encoded_into
 from nfd_env.inference.state import Context
+from nfd_env.progress import progress_bar
+from nfd_env.training.recorded import check_of_world
 from nfd_env.worlds.load import World
 
 _CHECKED = 64  # frames that the tokenizer is tried on
+_CHUNK = 64  # frames encoded at a time
+_QUIETLY = 4096  # frames are encoded without a progress bar
 _STRANGE = 2.0  # times the re-encoding error of the world's own starts
 
 
@@ -22,7 +29,8 @@ class StartsConfig:
 
     Attributes:
         recordings: the data-set folder.
-        latents: folder of its latents, as the training stages left them.
+        latents: folder of its latents, as the world's own training left them; "" encodes the
+            frames that are drawn.
         count: moments, drawn evenly from all training frames.
         frames: frames that each of them brings along.
         margin: frames that the recorded episode still went on for, so that nothing starts where
@@ -34,7 +42,7 @@ class StartsConfig:
     """
 
     recordings: str
-    latents: str
+    latents: str = ""
     count: int = 4096
     frames: int = 8
     margin: int = 35
@@ -59,17 +67,19 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
 
     Args:
         settings: which and how many.
-        world: whose tokenizer has made the latents.
+        world: whose tokenizer has made the latents, or makes them.
 
     Returns:
         ``settings.count`` contexts for ``NFDVectorEnv(starts=...)``.
 
     Raises:
-        RecordingError: when the recordings cannot be read.
+        RecordingError: when the recordings cannot be read, or are of another game.
         ValueError: when there are not as many moments, or the latents are those of another
             tokenizer.
     """
-    dataset = LatentDataset(RecordedDataset(settings.recordings), settings.latents, "train")
+    recordings = RecordedDataset(settings.recordings)
+    check_of_world(world, recordings)
+    dataset = LatentDataset(recordings, settings.latents, "train")
     # Places for the first frame, so that margin frames follow the last one.
     everywhere = Places(dataset.episodes.lengths + 1, settings.frames + settings.margin)
     near = [
@@ -94,11 +104,37 @@ def recorded_starts(settings: StartsConfig, world: World) -> list[Context]:
     places = rng.choice(near_ends, dangerous, replace=False)
     others = np.setdiff1d(np.arange(len(everywhere)), places, assume_unique=True)
     places = np.append(places, rng.choice(others, settings.count - dangerous, replace=False))
-    starts = []
-    for place in np.sort(places):
-        number, first = everywhere.find(place)
-        starts.append(episode_context(dataset.episodes[number], first, settings.frames))
+    found = [everywhere.find(place) for place in np.sort(places)]
+    if not settings.latents:
+        return _encoded(world, dataset, found, settings.frames)
+    starts = [episode_context(dataset.episodes[e], first, settings.frames) for e, first in found]
     _check_tokenizer(starts, settings, world)
+    return starts
+
+
+def _encoded(
+    world: World, dataset: LatentDataset, found: list[tuple[int, int]], frames: int
+) -> list[Context]:
+    """Windows by (episode, first frame), sorted; of each episode a frame is encoded once."""
+    starts: list[Context] = []
+    with progress_bar(
+        None, "encoding starts", len(found) * frames > _QUIETLY, total=len(found)
+    ) as bar:
+        for number, group in groupby(found, itemgetter(0)):
+            firsts = [first for _, first in group]
+            episode = dataset.episodes.reference(number)
+            wanted = np.unique(np.add.outer(firsts, np.arange(frames)))
+            # In stretches: reading one frame of a video costs as much as reading many in a row.
+            stretches = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
+            pictures = np.concatenate([episode.frames[s[0] : s[-1] + 1] for s in stretches])
+            parts = torch.from_numpy(pictures).split(_CHUNK)
+            latents = torch.cat([world.model.encode(part) for part in parts]).half().cpu()
+            for first in firsts:
+                begin = int(np.searchsorted(wanted, first))
+                actions = encoded_into(episode, world.codec, first, frames).half()
+                kept = latents[begin : begin + frames].clone()
+                starts.append(Context(kept, actions, first == 0))
+            bar.update(len(firsts))
     return starts
 
 
@@ -121,5 +157,5 @@ def _check_tokenizer(starts: list[Context], settings: StartsConfig, world: World
     if starts[0].latents.shape[1:] != shape or error(starts) > _STRANGE * error(world.starts):
         raise ValueError(
             f"{settings.latents} does not hold latents of the tokenizer of {world.spec.name}: name "
-            "the folder that its own training left, or the recordings' folder of this world"
+            "the folder that its own training left, or leave starts.latents out"
         )

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from nfd_env.data.latents import LatentDataset
-from nfd_env.data.shards import EpisodeReference, RecordedDataset
+from nfd_env.data.shards import EpisodeReference, RecordedDataset, RecordingError
 from nfd_env.training import starts as module
 from nfd_env.training.encode import EncodeConfig, encode
 from nfd_env.training.starts import StartsConfig, recorded_starts
@@ -62,6 +62,25 @@ def test_moments_are_stretches_of_training_episodes(
     assert {key for key, _ in found} == {e.key for e in RecordedDataset(recordings).split("train")}
     again = recorded_starts(plan, world)
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(starts, again, strict=True))
+
+
+def test_without_latents_the_world_encodes_what_is_drawn(plan: StartsConfig, world: World) -> None:
+    encoded = recorded_starts(plan, world)
+    for ours, theirs in zip(
+        recorded_starts(replace(plan, latents=""), world), encoded, strict=True
+    ):
+        assert ours.latents.dtype == ours.actions.dtype == torch.float16
+        torch.testing.assert_close(ours.latents, theirs.latents, atol=2e-3, rtol=2e-3)
+        assert torch.equal(ours.actions, theirs.actions) and ours.beginning == theirs.beginning
+
+
+def test_recordings_of_another_game(plan: StartsConfig, world: World) -> None:
+    with pytest.raises(RecordingError, match="frames are .*, the world's"):
+        spec = replace(world.spec, frame_size=(64, 64))
+        recorded_starts(replace(plan, latents=""), replace(world, spec=spec))
+    with pytest.raises(RecordingError, match="the world has Discrete.*: give recordings of its"):
+        spec = replace(world.spec, action_space={"type": "Discrete", "n": 4})
+        recorded_starts(plan, replace(world, spec=spec))
 
 
 def test_as_many_as_there_are_and_no_more(plan: StartsConfig, world: World) -> None:
