@@ -78,6 +78,7 @@ def make(flow: FlowTrainingConfig, tmp_path: Path) -> Make:
             "frames": 6,
             "tangent_warmup": 10,
             "rollouts": 4,
+            "long_rollout": 8,
             "reference_steps": 0,
             **kwargs,
         }

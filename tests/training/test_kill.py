@@ -44,7 +44,13 @@ SIZES = {
         "frames": 4,
     },
     "heads": {"width": 8, "frames": 8},
-    "distill": {"frames": 4, "tangent_warmup": 1, "rollouts": 3, "reference_steps": 0},
+    "distill": {
+        "frames": 4,
+        "tangent_warmup": 1,
+        "rollouts": 3,
+        "reference_steps": 0,
+        "long_rollout": 8,
+    },
 }
 PATIENCE = 600  # seconds; a machine may be busy
 STATUS = {
