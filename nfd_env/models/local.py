@@ -122,6 +122,7 @@ class LocalMotion(nn.Module):
             stillness: see ``nfd_env.flow.persistence.trusted``.
         """
         super().__init__()
+        self._channels, self._context, self._frames = channels, context, recent + 1
         inputs = context + channels + recent * (channels + 1)
         self.enter = nn.Conv2d(inputs, width, 3, padding=1)
         self.blocks = nn.ModuleList(LocalBlock(width, condition) for _ in range(blocks))
@@ -130,6 +131,50 @@ class LocalMotion(nn.Module):
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
+
+    @torch.no_grad()
+    def begin_with(self, other: LocalMotion) -> None:
+        """Take over what ``other`` has learned of another game's motion.
+
+        Its latents are to mean something like those here: of a tokenizer that this game's began
+        with. Their first channels are taken; what further ones put in is zero. Levels and actions,
+        and what the transformer puts in, are left: that transformer was another one.
+
+        Raises:
+            ValueError: when it sees another number of frames, or is of other sizes.
+        """
+        mine, its = ([len(m.blocks), m.enter.out_channels, m._frames] for m in (self, other))
+        if mine != its:
+            names = ("local_blocks", "local_width", "recent")
+            told = (
+                ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+                for sizes in ([*its[:2], its[2] - 1], [*mine[:2], mine[2] - 1])
+            )
+            raise ValueError("has {}, the config asks for {}".format(*told))
+        both, seen = min(self._channels, other._channels), self.enter.weight[:, self._context :]
+        learned = other.enter.weight[:, other._context :]
+        # The latents of each frame, one after the other, and then how noisy those before were.
+        places, from_ = (
+            [m._channels * frame + c for frame in range(m._frames) for c in range(both)]
+            for m in (self, other)
+        )
+        seen.zero_()
+        seen[:, places] = learned[:, from_]
+        noise = self._frames - 1
+        seen[:, -noise:] = learned[:, -noise:]
+        assert self.enter.bias is not None and other.enter.bias is not None
+        self.enter.bias.copy_(other.enter.bias)
+        for block, begun in zip(self.blocks, other.blocks, strict=True):
+            assert isinstance(block, LocalBlock) and isinstance(begun, LocalBlock)
+            for name in ("norm", "first", "second"):
+                getattr(block, name).load_state_dict(getattr(begun, name).state_dict())
+        for tensor, begun_tensor in (
+            (self.leave.weight, other.leave.weight),
+            (self.leave.bias, other.leave.bias),
+        ):
+            assert tensor is not None and begun_tensor is not None
+            # What is made, and how much of it is new.
+            tensor.unflatten(0, (2, -1))[:, :both] = begun_tensor.unflatten(0, (2, -1))[:, :both]
 
     def forward(
         self,

@@ -25,6 +25,7 @@ from nfd_env.files import FolderError, found_file
 from nfd_env.learning.train import TrainPPOConfig
 from nfd_env.models.dynamics import Dynamics
 from nfd_env.models.tokenizer import Tokenizer
+from nfd_env.models.weights import CheckpointError
 from nfd_env.named import described
 from nfd_env.players.actions import action_head
 from nfd_env.recipe import plan as planning
@@ -42,6 +43,7 @@ from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig, world_spec
 from nfd_env.training.flow import FlowTrainingConfig
 from nfd_env.training.heads import HeadsTrainingConfig
+from nfd_env.training.initial import initial_weights
 from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerTrainingConfig
 
@@ -53,6 +55,9 @@ SCHEMAS: dict[str, Any] = {
     "distill": DistillTrainingConfig,
     "export": ExportConfig,
 }
+
+# Files of a world by the stage that makes them.
+_PARTS = {"tokenizer": "tokenizer", "heads": "heads"}
 
 _TRIED = 100  # steps that each policy plays to show what the game is like
 _TIMED = 20  # steps of a timing, of which the fastest counts
@@ -335,9 +340,11 @@ def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
     """Refuse settings that ask for what is not there, which stages would find out hours later."""
     for name in SCHEMAS:
         for key in planning.BEGUN_FROM:
-            path = getattr(game, name).get(key)
-            if path and not found_file(Path(path).expanduser(), config.ConfigError):
-                raise config.ConfigError(f"{name}.{key}: {path}: no such checkpoint")
+            if begun := getattr(game, name).get(key):
+                try:
+                    initial_weights(begun, _PARTS.get(name, "dynamics"))
+                except CheckpointError as error:
+                    raise config.ConfigError(f"{name}.{key}: {error}") from None
     for path in game.export.get("configs", ()):
         if not found_file(Path(path).expanduser(), config.ConfigError):
             raise config.ConfigError(f"export.configs: {path}: no such file")

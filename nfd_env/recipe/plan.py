@@ -52,13 +52,22 @@ PATHS = ("recordings", "tokenizer", "latents", "teacher", "dynamics", "heads", "
 # Settings of validations, which follow the budget and change no weights.
 JUDGING = ("rollouts", "long_rollout", "reference_steps", "validation_windows")
 
-BEGUN_FROM = ("initial", "student")  # settings that name weights of the round before
+BEGUN_FROM = (
+    "initial",
+    "initial_motion",
+    "student",
+)  # settings that name weights of the round before
 
 _WITH_STEPS = ("steps", "warmup_steps", "validate_every", "discrete_steps")
 
 # Pictures of three games after an hour's training drifted, one until it was not to be recognised;
 # with this much they last, and are as near to what happened, see docs/trials.md.
 STILLNESS = 0.01
+
+# Shipped worlds by the levels of their tokenizers, with which that of another game begins: what
+# edges and colours are need not be learned anew (docs/trials.md).
+SEEN_BEFORE = {2: "BigFish", 3: "CarRacing", 4: "DoomTakeCover"}
+MOVED_BEFORE = ("BigFish", "CarRacing")  # those of them that have convolutions, see LocalMotion
 
 LEAST_FRAMES = CONTEXT + LEAST_HORIZON  # of an episode, to judge a world by
 
@@ -283,7 +292,7 @@ def settings(
         "presentation": {name: getattr(game.source, name) for name in PRESENTATION},
     }
     plan = Plan({}, {}, {}, inverse_dynamics, tokenizer, flow, heads, distill, export)
-    return _overridden(plan, game)
+    return _with_beginnings(_overridden(plan, game), game)
 
 
 def _transformer(gpu: bool, minutes: float) -> dict[str, int]:
@@ -327,6 +336,25 @@ def _overridden(plan: Plan, game: GameConfig) -> Plan:
         name: merged(getattr(plan, name), getattr(game, name)) for name in (*SHARES, "export")
     }
     return replace(plan, **changed)
+
+
+def _with_beginnings(plan: Plan, game: GameConfig) -> Plan:
+    """``plan`` with the shipped world that tokenizer and flow model begin with.
+
+    Where the game file leaves it open, and asks for no other sizes than that world has.
+    """
+    tokenizer, flow = dict(plan.tokenizer), dict(plan.flow)
+    if not {"encoder_blocks", "decoder_blocks"} & (game.tokenizer.get("model") or {}).keys():
+        levels = len(tokenizer["model"]["encoder_channels"])
+        tokenizer.setdefault("initial", SEEN_BEFORE.get(levels, ""))
+    sizes = {"recent", "local_width", "local_blocks"} & (game.flow.get("model") or {}).keys()
+    # Its convolutions know the latents of its tokenizer only.
+    if tokenizer.get("initial") in MOVED_BEFORE and not sizes and not flow.get("initial"):
+        flow.setdefault("initial_motion", tokenizer["initial"])
+    for values, key in ((tokenizer, "initial"), (flow, "initial_motion")):
+        if not values.get(key):
+            values.pop(key, None)  # as in runs from before there was something to begin with
+    return replace(plan, tokenizer=tokenizer, flow=flow)
 
 
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

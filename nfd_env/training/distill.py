@@ -43,6 +43,7 @@ from nfd_env.training.distill_validation import (
     many_steps,
     texture,
 )
+from nfd_env.training.initial import initial_weights
 from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 
 
@@ -161,7 +162,9 @@ class DistillStage(WindowStage):
         student = self._teacher
         check_fit(self._train, self._teacher.config, settings.teacher)
         if settings.student:
-            student = load_weights(Path(settings.student).expanduser(), Dynamics, DynamicsConfig)
+            student = load_weights(
+                initial_weights(settings.student, "dynamics"), Dynamics, DynamicsConfig
+            )
             check_fit(self._train, student.config, settings.student)
         student = copy.deepcopy(student)
         if settings.fastest_level:

@@ -18,6 +18,7 @@ from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.low_rank import with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.training.initial import initial_weights
 from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
@@ -38,9 +39,11 @@ class FlowTrainingConfig(HistoryTrainingConfig):
         model: the network's sizes; latent shape and action width are those of the recordings.
         history: "two_copies": every noisy frame sees an almost clean copy of the frames before it,
             as when playing; "shared": one copy, an independent level a frame (arXiv 2506.01380).
-        initial: weights to begin with, of the same sizes as ``model``; "" for random ones. They may
-            have another ``window`` or ``stillness``, and a full adaLN projection is
-            brought to ``model.modulation_rank``.
+        initial: weights to begin with, a file or a world, of the same sizes as ``model``; "" for
+            random ones. They may have another ``window`` or ``stillness``, and a full adaLN
+            projection is brought to ``model.modulation_rank``.
+        initial_motion: weights whose convolutions alone to begin with, a file or a world; see
+            ``LocalMotion.begin_with``. "" for random ones.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
         own_errors: in [0, 1], the share of windows whose history has the network's own errors in
             it; a third more time a step.
@@ -49,6 +52,7 @@ class FlowTrainingConfig(HistoryTrainingConfig):
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
     history: str = "two_copies"
     initial: str = ""
+    initial_motion: str = ""
     level_shift: float = 3.0
     own_errors: float = 0.0
 
@@ -81,8 +85,12 @@ class FlowStage(WindowStage):
         if self.network.local is not None:
             frames, _ = self._train.windows(np.random.default_rng(0), _COMPARED, 2)
             self.network.local.persistence.change.copy_(frame_change(frames))
+        if settings.initial_motion:
+            self._begin_motion(settings.initial_motion)
         if settings.initial:
-            begun = load_weights(Path(settings.initial).expanduser(), Dynamics, DynamicsConfig)
+            begun = load_weights(
+                initial_weights(settings.initial, "dynamics"), Dynamics, DynamicsConfig
+            )
             rank = settings.model.modulation_rank
             if rank and not begun.config.modulation_rank:
                 begun, _ = with_low_rank(begun, self._known_actions(), rank)
@@ -99,6 +107,16 @@ class FlowStage(WindowStage):
             rng, _WINDOWS * settings.rollouts, settings.frames
         )
         self._hold_out(rng, settings.rollouts)
+
+    def _begin_motion(self, named: str) -> None:
+        begun = load_weights(initial_weights(named, "dynamics"), Dynamics, DynamicsConfig)
+        if self.network.local is None or begun.local is None:
+            none = "the config's model" if begun.local else named
+            raise CheckpointError(f"initial_motion: {none} has no convolutions (model.recent is 0)")
+        try:
+            self.network.local.begin_with(begun.local)
+        except ValueError as error:
+            raise CheckpointError(f"initial_motion: {named} {error}") from None
 
     @property
     def lower_is_better(self) -> list[str]:

@@ -18,6 +18,7 @@ from nfd_env.data.shards import RecordingError
 from nfd_env.models.heads import Heads, HeadsConfig
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.parts import WHOLE, Part
+from nfd_env.training.initial import initial_weights
 from nfd_env.training.latent_stage import LatentStage, LatentTrainingConfig
 from nfd_env.training.recorded import check_rewards
 from nfd_env.training.segments import SegmentSampler
@@ -46,7 +47,7 @@ class HeadsTrainingConfig(LatentTrainingConfig):
             learn from them alone what to look at and what to remember; signals say it at every
             transition. With them, ends and rewards are read off what the signals have taught, and
             the size of the weight matters to the clipping of gradients alone.
-        initial: weights to begin with, of the same sizes; "" for random ones.
+        initial: weights to begin with, a file or a world, of the same sizes; "" for random ones.
     """
 
     width: int = 256
@@ -112,7 +113,7 @@ class HeadsStage(LatentStage):
             )
         self.network = Heads(self.config)
         if settings.initial:
-            begun = load_weights(Path(settings.initial).expanduser(), Heads, HeadsConfig)
+            begun = load_weights(initial_weights(settings.initial, "heads"), Heads, HeadsConfig)
             if replace(begun.config, dropout=settings.dropout) != self.config:
                 raise CheckpointError(
                     f"{settings.initial}: holds {begun.config}, the recordings and the config ask "

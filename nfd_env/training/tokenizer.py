@@ -18,9 +18,11 @@ from nfd_env.data.shards import RecordingError
 from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.metrics import gradient_correlation, moving_pixels, psnr, sharpness
+from nfd_env.models.begin import begin_with
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig, float_to_frames, frames_to_float
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
 from nfd_env.parts import WHOLE, Part
+from nfd_env.training.initial import initial_weights
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.recorded import open_recordings
 
@@ -43,7 +45,8 @@ class TokenizerTrainingConfig:
         hard_fraction: which share of the pixels counts as hardest. Small moving things are a tiny
             part of a frame; without this term they come out as smears.
         edge_weight: weight of the error of horizontal and vertical differences (sharpness).
-        initial: weights to begin with, of the same sizes as ``model``; "" for random ones.
+        initial: weights to begin with, a file or a world, of as many levels and blocks as
+            ``model``; see ``begin_with``. "" for random ones.
     """
 
     recordings: str
@@ -88,13 +91,11 @@ class TokenizerStage:
         torch.manual_seed(settings.train.seed)
         self.network = Tokenizer(settings.model)
         if settings.initial:
-            begun = load_weights(Path(settings.initial).expanduser(), Tokenizer, TokenizerConfig)
-            if begun.config != settings.model:
-                raise CheckpointError(
-                    f"{settings.initial}: holds {begun.config}, the config asks for "
-                    f"{settings.model}"
-                )
-            self.network.load_state_dict(begun.state_dict())
+            path = initial_weights(settings.initial, "tokenizer")
+            try:
+                begin_with(self.network, load_weights(path, Tokenizer, TokenizerConfig))
+            except ValueError as error:
+                raise CheckpointError(f"initial: {settings.initial} {error}") from None
         self._train = self._recordings.split("train")
         self._places = Places(self._train.lengths + 1)
         self._before, self._held_out = self._pairs(self._recordings.split("validation"), _HELD_OUT)

@@ -105,3 +105,30 @@ def test_a_network_does_not_repeat_its_errors_where_nothing_changes(
     assert after(100) == pytest.approx(kept * 1e-3**0.5 * 97.6, rel=0.01)  # a little is forgotten
     network.train()
     assert after(1) == pytest.approx(1e-3**0.5, rel=1e-3)
+
+
+def test_beginning_with_another_games_motion() -> None:
+    """The same latents in the first channels, and nothing known of a transformer, are alike."""
+    learned, network = filled(2), LocalMotion(6, 7, 2, 8, 2, 12).eval()
+    network.persistence.change.fill_(0.36)
+    network.begin_with(learned)
+    context, latents, levels, frames = inputs(2)
+    noise = torch.rand(2, 3, 2)
+    with torch.no_grad():
+        for block in learned.blocks:
+            block.film.weight.zero_()  # type: ignore[union-attr]
+            block.film.bias.zero_()  # type: ignore[union-attr]
+    made, scale = learned(0 * context, latents, levels, torch.randn(2, 3, 16), (frames, noise))
+    none = torch.zeros(2, 3, 7, 6, 6)
+    more = torch.cat((latents, torch.randn(2, 3, 2, 6, 6)), 2)
+    before = torch.cat((frames, torch.randn(2, 3, 2, 2, 6, 6)), 3)
+    alike, told = network(none, more, levels, torch.randn(2, 3, 12), (before, noise))
+    torch.testing.assert_close(alike[:, :, :4], made)
+    torch.testing.assert_close(told[:, :, :4], scale)
+
+
+def test_motion_of_other_sizes_is_refused() -> None:
+    network = LocalMotion(4, 5, 2, 8, 2, 16)
+    for other in (LocalMotion(4, 5, 3, 8, 2, 16), LocalMotion(4, 5, 2, 8, 1, 16)):
+        with pytest.raises(ValueError, match="has local_blocks=[12].*the config asks for .*2"):
+            network.begin_with(other)

@@ -114,6 +114,10 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
         ({"flow": {"model": {"heads": 0}}}, "heads must be at least 1, got 0"),
         ({"tokenizer": {"model": {"latent_noise": -1}}}, "latent_noise must be at least 0"),
         ({"flow": {"initial": "/no/such/w"}}, "flow.initial: /no/such/w: no such checkpoint"),
+        (
+            {"tokenizer": {"initial": "Nobody"}},
+            "tokenizer.initial: Nobody: no such .* no such world",
+        ),
         ({"heads": {"signal_weight": 1.0}}, "heads.signal_weight asks for signals"),
         (
             {"distill": {"adversarial": {"weight": 0.1, "layers": [99]}}},

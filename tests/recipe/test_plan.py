@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nfd_env import config
+from nfd_env.models.begin import begin_with
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import load_weights
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, choose_grid, fitting_size
 from nfd_env.recipe.measure import GameMeasures, channels_needed, side_of_small
-from nfd_env.recipe.plan import SHARES, merged, settings, share_of
+from nfd_env.recipe.plan import MOVED_BEFORE, SEEN_BEFORE, SHARES, Plan, merged, settings, share_of
 from nfd_env.sources.source import SourceConfig
+from nfd_env.training.initial import initial_weights
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,48 @@ def test_the_game_file_has_the_last_word_on_channels() -> None:
     measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
     assert channels() == (12, 12)
     assert channels(latent_channels=5) == (5, 5)
+
+
+def planned(side: float, **own: Any) -> Plan:
+    known = {field.name: 400 for field in fields(GameMeasures)}
+    measures = GameMeasures(**{**known, "frame_size": [96, 128], "small": side, "channels": {}})  # type: ignore[arg-type]
+    return settings(GameConfig("a", SourceConfig("a-v0"), **own), measures, "cpu", 3)
+
+
+@pytest.mark.parametrize(
+    ("side", "own", "pictures", "motion"),
+    [
+        (3.0, {}, "BigFish", "BigFish"),
+        (math.inf, {}, "CarRacing", "CarRacing"),
+        (3.0, {"tokenizer": {"model": {"encoder_channels": [8] * 4}}}, "DoomTakeCover", None),
+        (3.0, {"tokenizer": {"initial": "CarRacing"}}, "CarRacing", "CarRacing"),
+        (3.0, {"tokenizer": {"initial": ""}}, None, None),
+        (3.0, {"tokenizer": {"model": {"encoder_blocks": 3}}}, None, None),
+        (3.0, {"flow": {"model": {"local_width": 32}}}, "BigFish", None),
+        (3.0, {"flow": {"initial_motion": ""}}, "BigFish", None),
+        (3.0, {"flow": {"initial": "x.safetensors"}}, "BigFish", None),
+    ],
+)
+def test_a_game_begins_with_what_a_world_of_as_many_levels_knows(
+    side: float, own: dict[str, Any], pictures: str | None, motion: str | None
+) -> None:
+    plan = planned(side, **own)
+    begun = plan.tokenizer.get("initial", None), plan.flow.get("initial_motion", None)
+    assert begun == (pictures, motion)
+
+
+@pytest.mark.parametrize(("levels", "world"), SEEN_BEFORE.items())
+def test_what_it_begins_with_fits(levels: int, world: str) -> None:
+    plan = planned(3.0, tokenizer={"model": {"encoder_channels": [8] * levels}})
+    model = config.from_mapping(TokenizerConfig, plan.tokenizer["model"])
+    learned = load_weights(initial_weights(world, "tokenizer"), Tokenizer, TokenizerConfig)
+    begin_with(Tokenizer(replace(model, decoder_channels=[8] * levels)), learned)
+    dynamics = load_weights(initial_weights(world, "dynamics"), Dynamics, DynamicsConfig)
+    assert (dynamics.local is not None) == (world in MOVED_BEFORE)
+    if dynamics.local is not None:
+        network = Dynamics(config.from_mapping(DynamicsConfig, plan.flow["model"]))
+        assert network.local is not None
+        network.local.begin_with(dynamics.local)
 
 
 @given(st.integers(30, 1080), st.integers(30, 1920))

@@ -262,6 +262,25 @@ def test_flow_goes_on_from_finished_weights(
     assert np.isfinite(train(stage, settings.train, progress=False)["flow"])
 
 
+def test_flow_begins_with_the_motion_of_another(
+    flow: Trained, flow_settings: FlowTrainingConfig
+) -> None:
+    model = replace(flow_settings.model, width=64, layers=1)
+    stage = FlowStage(replace(flow_settings, initial_motion=str(flow.weights), model=model))
+    learned = load_weights(flow.weights, Dynamics, DynamicsConfig).local
+    assert stage.network.local is not None and learned is not None
+    assert torch.equal(stage.network.local.leave.weight, learned.leave.weight)
+    anew = FlowStage(replace(flow_settings, model=model))
+    assert loss_on_fixed_batches(stage, stage.network) < loss_on_fixed_batches(anew, anew.network)
+    for named, other, told in (
+        ("DoomTakeCover", model, "DoomTakeCover has no convolutions"),
+        (str(flow.weights), replace(model, recent=0), "the config's model has no convolutions"),
+        (str(flow.weights), replace(model, local_width=16), "has local_blocks=.*config asks for"),
+    ):
+        with pytest.raises(CheckpointError, match=f"initial_motion: .*{told}"):
+            FlowStage(replace(flow_settings, initial_motion=named, model=other))
+
+
 def test_flow_remembers_frames_with_its_own_errors(
     flow: Trained, flow_settings: FlowTrainingConfig
 ) -> None:
