@@ -43,7 +43,7 @@ from nfd_env.training.distill import DistillTrainingConfig
 from nfd_env.training.export import ExportConfig, world_spec
 from nfd_env.training.flow import FlowTrainingConfig
 from nfd_env.training.heads import HeadsTrainingConfig
-from nfd_env.training.initial import initial_weights
+from nfd_env.training.initial import begin_motion, begin_tokenizer, initial_weights
 from nfd_env.training.ranks import ALONE, Ranks
 from nfd_env.training.tokenizer import TokenizerTrainingConfig
 
@@ -55,9 +55,6 @@ SCHEMAS: dict[str, Any] = {
     "distill": DistillTrainingConfig,
     "export": ExportConfig,
 }
-
-# Files of a world by the stage that makes them.
-_PARTS = {"tokenizer": "tokenizer", "heads": "heads"}
 
 _TRIED = 100  # steps that each policy plays to show what the game is like
 _TIMED = 20  # steps of a timing, of which the fastest counts
@@ -336,13 +333,23 @@ def built_from(name: str, values: dict[str, Any]) -> Any:
     return config.from_mapping(SCHEMAS[name], values, name)
 
 
+def _try_to_begin(key: str, settings: Any, named: str) -> None:
+    """Raise ``CheckpointError`` where there are no such weights, or no such that fit."""
+    if key == "tokenizer.initial":
+        begin_tokenizer(Tokenizer(settings.model), named)
+    elif key == "flow.initial_motion":
+        begin_motion(Dynamics(settings.model), named)
+    else:
+        initial_weights(named, "heads" if key.startswith("heads") else "dynamics")
+
+
 def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
     """Refuse settings that ask for what is not there, which stages would find out hours later."""
     for name in SCHEMAS:
         for key in planning.BEGUN_FROM:
-            if begun := getattr(game, name).get(key):
+            if begun := getattr(built[name], key, ""):
                 try:
-                    initial_weights(begun, _PARTS.get(name, "dynamics"))
+                    _try_to_begin(f"{name}.{key}", built[name], begun)
                 except CheckpointError as error:
                     raise config.ConfigError(f"{name}.{key}: {error}") from None
     for path in game.export.get("configs", ()):

@@ -430,8 +430,10 @@ class Recipe(Ledger):
             left = max(1.0, self.time_left(self.round))
         plan = timed(plan, here, name, stage, left, self._ranks_of(name).count)
         write_yaml(self.round.plan, asdict(plan))
-        steps = getattr(plan, name)["train"]["steps"]
-        self._say(f"  {steps} steps, about {plan.seconds[name] / 60:.1f} min")
+        values = getattr(plan, name)
+        begun = next((values[key] for key in planning.BEGUN_FROM if values.get(key)), "")
+        said = f"{values['train']['steps']} steps, about {plan.seconds[name] / 60:.1f} min"
+        self._say(f"  {said}, begun with the weights of {begun}" if begun else f"  {said}")
         return plan
 
     def _judge_before(self, name: str, stage: Any, judged: Callable[[Metrics], list[Gate]]) -> None:

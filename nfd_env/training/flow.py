@@ -18,7 +18,7 @@ from nfd_env.flow.solvers import level_grid, sample_euler
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.low_rank import with_low_rank
 from nfd_env.models.weights import CheckpointError, load_weights, save_weights
-from nfd_env.training.initial import initial_weights
+from nfd_env.training.initial import begin_motion, initial_weights
 from nfd_env.training.latent_stage import CONTEXT, HistoryTrainingConfig, WindowStage, check_fit
 
 _WINDOWS = 8  # whose loss a validation tells, for each of its rollouts
@@ -86,7 +86,7 @@ class FlowStage(WindowStage):
             frames, _ = self._train.windows(np.random.default_rng(0), _COMPARED, 2)
             self.network.local.persistence.change.copy_(frame_change(frames))
         if settings.initial_motion:
-            self._begin_motion(settings.initial_motion)
+            begin_motion(self.network, settings.initial_motion)
         if settings.initial:
             begun = load_weights(
                 initial_weights(settings.initial, "dynamics"), Dynamics, DynamicsConfig
@@ -107,16 +107,6 @@ class FlowStage(WindowStage):
             rng, _WINDOWS * settings.rollouts, settings.frames
         )
         self._hold_out(rng, settings.rollouts)
-
-    def _begin_motion(self, named: str) -> None:
-        begun = load_weights(initial_weights(named, "dynamics"), Dynamics, DynamicsConfig)
-        if self.network.local is None or begun.local is None:
-            none = "the config's model" if begun.local else named
-            raise CheckpointError(f"initial_motion: {none} has no convolutions (model.recent is 0)")
-        try:
-            self.network.local.begin_with(begun.local)
-        except ValueError as error:
-            raise CheckpointError(f"initial_motion: {named} {error}") from None
 
     @property
     def lower_is_better(self) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nfd_env.files import found_file
-from nfd_env.models.weights import CheckpointError
+from nfd_env.models.begin import begin_with
+from nfd_env.models.dynamics import Dynamics, DynamicsConfig
+from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
+from nfd_env.models.weights import CheckpointError, load_weights
 from nfd_env.worlds.load import UnknownWorldError, find_world
 
 
@@ -26,3 +29,32 @@ def initial_weights(named: str, part: str) -> Path:
         return find_world(named) / f"{part}.safetensors"
     except UnknownWorldError:
         raise CheckpointError(f"{named}: no such checkpoint, and no such world") from None
+
+
+def begin_tokenizer(network: Tokenizer, named: str) -> None:
+    """Begin with another's weights, see ``begin_with``.
+
+    Raises:
+        CheckpointError: when there are none, or they do not fit.
+    """
+    learned = load_weights(initial_weights(named, "tokenizer"), Tokenizer, TokenizerConfig)
+    try:
+        begin_with(network, learned)
+    except ValueError as error:
+        raise CheckpointError(f"{named} {error}") from None
+
+
+def begin_motion(network: Dynamics, named: str) -> None:
+    """Begin with another's convolutions, see ``LocalMotion.begin_with``.
+
+    Raises:
+        CheckpointError: when there are none, or they do not fit.
+    """
+    learned = load_weights(initial_weights(named, "dynamics"), Dynamics, DynamicsConfig)
+    if network.local is None or learned.local is None:
+        none = named if learned.local is None else "model.recent 0"
+        raise CheckpointError(f"{none} has no convolutions")
+    try:
+        network.local.begin_with(learned.local)
+    except ValueError as error:
+        raise CheckpointError(f"{named} {error}") from None

@@ -18,11 +18,10 @@ from nfd_env.data.shards import RecordingError
 from nfd_env.data.windows import RUN, Places
 from nfd_env.devices import resolve_device
 from nfd_env.metrics import gradient_correlation, moving_pixels, psnr, sharpness
-from nfd_env.models.begin import begin_with
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig, float_to_frames, frames_to_float
-from nfd_env.models.weights import CheckpointError, load_weights, save_weights
+from nfd_env.models.weights import save_weights
 from nfd_env.parts import WHOLE, Part
-from nfd_env.training.initial import initial_weights
+from nfd_env.training.initial import begin_tokenizer
 from nfd_env.training.loop import TrainConfig
 from nfd_env.training.recorded import open_recordings
 
@@ -75,7 +74,7 @@ class TokenizerStage:
             DeviceError: when the device is not there.
             RecordingError: when the recordings are missing, too few, or of a size that does not
                 divide by the tokenizer's downsampling.
-            CheckpointError: when the weights to begin with are of other sizes.
+            CheckpointError: when the weights to begin with are missing or of other sizes.
         """
         self.settings = settings
         self._device = resolve_device(settings.train.device)
@@ -91,11 +90,7 @@ class TokenizerStage:
         torch.manual_seed(settings.train.seed)
         self.network = Tokenizer(settings.model)
         if settings.initial:
-            path = initial_weights(settings.initial, "tokenizer")
-            try:
-                begin_with(self.network, load_weights(path, Tokenizer, TokenizerConfig))
-            except ValueError as error:
-                raise CheckpointError(f"initial: {settings.initial} {error}") from None
+            begin_tokenizer(self.network, settings.initial)
         self._train = self._recordings.split("train")
         self._places = Places(self._train.lengths + 1)
         self._before, self._held_out = self._pairs(self._recordings.split("validation"), _HELD_OUT)

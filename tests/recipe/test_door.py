@@ -118,6 +118,15 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
             {"tokenizer": {"initial": "Nobody"}},
             "tokenizer.initial: Nobody: no such .* no such world",
         ),
+        (
+            {"tokenizer": {"initial": "CarRacing"}},
+            "initial: CarRacing has another number",
+        ),
+        ({"flow": {"initial_motion": "Take Cover"}}, "flow.initial_motion: .* no such world"),
+        (
+            {"flow": {"initial_motion": "DoomTakeCover"}},
+            "DoomTakeCover has no conv",
+        ),
         ({"heads": {"signal_weight": 1.0}}, "heads.signal_weight asks for signals"),
         (
             {"distill": {"adversarial": {"weight": 0.1, "layers": [99]}}},
