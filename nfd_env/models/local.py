@@ -122,7 +122,7 @@ class LocalMotion(nn.Module):
             stillness: see ``nfd_env.flow.persistence.trusted``.
         """
         super().__init__()
-        self._channels, self._context, self._frames = channels, context, recent + 1
+        self._channels, self._context, self._recent = channels, context, recent
         inputs = context + channels + recent * (channels + 1)
         self.enter = nn.Conv2d(inputs, width, 3, padding=1)
         self.blocks = nn.ModuleList(LocalBlock(width, condition) for _ in range(blocks))
@@ -131,6 +131,11 @@ class LocalMotion(nn.Module):
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        width, blocks = self.enter.out_channels, len(self.blocks)
+        return {"recent": self._recent, "local_width": width, "local_blocks": blocks}
 
     @torch.no_grad()
     def begin_with(self, other: LocalMotion) -> None:
@@ -143,38 +148,32 @@ class LocalMotion(nn.Module):
         Raises:
             ValueError: when it sees another number of frames, or is of other sizes.
         """
-        mine, its = ([len(m.blocks), m.enter.out_channels, m._frames] for m in (self, other))
-        if mine != its:
-            names = ("local_blocks", "local_width", "recent")
-            told = (
-                ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
-                for sizes in ([*its[:2], its[2] - 1], [*mine[:2], mine[2] - 1])
-            )
-            raise ValueError("has {}, the config asks for {}".format(*told))
-        both, seen = min(self._channels, other._channels), self.enter.weight[:, self._context :]
-        learned = other.enter.weight[:, other._context :]
-        # The latents of each frame, one after the other, and then how noisy those before were.
-        places, from_ = (
-            [m._channels * frame + c for frame in range(m._frames) for c in range(both)]
+        if self._sizes != other._sizes:
+            raise ValueError(f"has {other._sizes}, the config asks for {self._sizes}")
+        both, recent = min(self._channels, other._channels), self._recent
+        # What enters: of the frame and of each before it the latents, then how noisy those were.
+        here, there = (
+            [
+                m._context + m._channels * frame + c
+                for frame in range(recent + 1)
+                for c in range(both)
+            ]
             for m in (self, other)
         )
-        seen.zero_()
-        seen[:, places] = learned[:, from_]
-        noise = self._frames - 1
-        seen[:, -noise:] = learned[:, -noise:]
+        entering, learned = self.enter.weight, other.enter.weight
+        entering[:, self._context :] = 0
+        entering[:, here] = learned[:, there]
+        entering[:, -recent:] = learned[:, -recent:]
+        for block, its in zip(self.blocks, other.blocks, strict=True):
+            assert isinstance(block, LocalBlock) and isinstance(its, LocalBlock)
+            block.norm.load_state_dict(its.norm.state_dict())
+            block.first.load_state_dict(its.first.state_dict())
+            block.second.load_state_dict(its.second.state_dict())
+        mine, its = self.leave.state_dict(), other.leave.state_dict()
+        for name in mine:  # two halves: what is made, and how much of it is new
+            mine[name].unflatten(0, (2, -1))[:, :both] = its[name].unflatten(0, (2, -1))[:, :both]
         assert self.enter.bias is not None and other.enter.bias is not None
         self.enter.bias.copy_(other.enter.bias)
-        for block, begun in zip(self.blocks, other.blocks, strict=True):
-            assert isinstance(block, LocalBlock) and isinstance(begun, LocalBlock)
-            for name in ("norm", "first", "second"):
-                getattr(block, name).load_state_dict(getattr(begun, name).state_dict())
-        for tensor, begun_tensor in (
-            (self.leave.weight, other.leave.weight),
-            (self.leave.bias, other.leave.bias),
-        ):
-            assert tensor is not None and begun_tensor is not None
-            # What is made, and how much of it is new.
-            tensor.unflatten(0, (2, -1))[:, :both] = begun_tensor.unflatten(0, (2, -1))[:, :both]
 
     def forward(
         self,

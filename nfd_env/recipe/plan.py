@@ -52,11 +52,8 @@ PATHS = ("recordings", "tokenizer", "latents", "teacher", "dynamics", "heads", "
 # Settings of validations, which follow the budget and change no weights.
 JUDGING = ("rollouts", "long_rollout", "reference_steps", "validation_windows")
 
-BEGUN_FROM = (
-    "initial",
-    "initial_motion",
-    "student",
-)  # settings that name weights of the round before
+# Settings that name weights to begin with, in later rounds those of the round before.
+BEGUN_FROM = ("initial", "initial_motion", "student")
 
 _WITH_STEPS = ("steps", "warmup_steps", "validate_every", "discrete_steps")
 

@@ -130,5 +130,5 @@ def test_beginning_with_another_games_motion() -> None:
 def test_motion_of_other_sizes_is_refused() -> None:
     network = LocalMotion(4, 5, 2, 8, 2, 16)
     for other in (LocalMotion(4, 5, 3, 8, 2, 16), LocalMotion(4, 5, 2, 8, 1, 16)):
-        with pytest.raises(ValueError, match="has local_blocks=[12].*the config asks for .*2"):
+        with pytest.raises(ValueError, match="has .*local_blocks.*the config asks for"):
             network.begin_with(other)
