@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from nfd_env import config
@@ -111,10 +113,11 @@ class Ledger:
             name for name in self.stages if not getattr(self.records.get(name), "finished", False)
         ]
         known, shares, most = {}, {}, {}
+        planned = cache(_planned_seconds)  # a plan is read once, whatever its stages
         for name in unfinished:
             stage, number = rounds.split(name)
             round, record = self.round.at(number), self.records.get(name)
-            timed = self._timed_seconds(stage, round)
+            timed = self._timed_seconds(stage, round, planned)
             share = planning.ALL_SHARES[stage] * round.minutes
             if timed is not None:
                 known[name] = max(0.0, timed - (record.seconds if record else 0.0))
@@ -131,13 +134,14 @@ class Ledger:
             known[name] = max(least, min(rest * share / total, most.get(name, rest)))
         return {name: known[name] for name in unfinished}
 
-    def _timed_seconds(self, stage: str, round: rounds.Round) -> float | None:
+    def _timed_seconds(
+        self, stage: str, round: rounds.Round, planned: Callable[[Path], dict[str, float]]
+    ) -> float | None:
         """Of a stage of ``round``, where its plan knows them."""
         record = self.records.get(round.key(stage))
         if stage == "agent":
             return record.extra["seconds"] if record and record.extra else None
-        there = found_file(round.plan, config.ConfigError)
-        return config.read(round.plan)["seconds"].get(stage) if there else None
+        return planned(round.plan).get(stage)
 
     # What stages are made from.
 
@@ -254,3 +258,8 @@ class Ledger:
             }
         own = {name: given for name, given in self.game.export.items() if name in values}
         return planning.merged(values, own)
+
+
+def _planned_seconds(path: Path) -> dict[str, float]:
+    """Of the stages that were timed, by the plan in the file ``path``, if it is there."""
+    return config.read(path)["seconds"] if found_file(path, config.ConfigError) else {}
