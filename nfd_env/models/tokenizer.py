@@ -122,6 +122,29 @@ class Tokenizer(nn.Module):
         self.decoder = nn.Sequential(*decoder)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @torch.no_grad()
+    def begin_with(self, other: Tokenizer) -> None:
+        """Take over what ``other`` has learned of another game's pictures.
+
+        With more channels (of levels or latents) than ``other`` it computes what that does: new
+        channels are left as they are, and what they do to the known ones is zero. With fewer it
+        begins with the first of them.
+
+        Raises:
+            ValueError: when ``other`` has another number of levels or blocks.
+        """
+        mine, its = self.state_dict(), other.state_dict()
+        if mine.keys() != its.keys():
+            raise ValueError("has another number of levels or blocks")
+        for name, tensor in mine.items():
+            learned = its[name]
+            # (out, in, ...). PixelUnshuffle and PixelShuffle keep what comes of a channel together,
+            # so that the first channels are the same ones on both sides of them.
+            both = tuple(map(slice, map(min, tensor.shape, learned.shape)))
+            if tensor.ndim > 1:
+                tensor[both[0], learned.shape[1] :] = 0
+            tensor[both] = learned[both]
+
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the weights."""

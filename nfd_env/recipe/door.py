@@ -333,23 +333,24 @@ def built_from(name: str, values: dict[str, Any]) -> Any:
     return config.from_mapping(SCHEMAS[name], values, name)
 
 
-def _try_to_begin(key: str, settings: Any, named: str) -> None:
+def _try_to_begin(name: str, key: str, settings: Any) -> None:
     """Raise ``CheckpointError`` where there are no such weights, or no such that fit."""
-    if key == "tokenizer.initial":
+    named = getattr(settings, key)
+    if (name, key) == ("tokenizer", "initial"):
         begin_tokenizer(Tokenizer(settings.model), named)
-    elif key == "flow.initial_motion":
+    elif key == "initial_motion":
         begin_motion(Dynamics(settings.model), named)
     else:
-        initial_weights(named, "heads" if key.startswith("heads") else "dynamics")
+        initial_weights(named, name)
 
 
 def _check_at_hand(game: GameConfig, built: Mapping[str, Any]) -> None:
     """Refuse settings that ask for what is not there, which stages would find out hours later."""
     for name in SCHEMAS:
         for key in planning.BEGUN_FROM:
-            if begun := getattr(built[name], key, ""):
+            if getattr(built[name], key, ""):
                 try:
-                    _try_to_begin(f"{name}.{key}", built[name], begun)
+                    _try_to_begin(name, key, built[name])
                 except CheckpointError as error:
                     raise config.ConfigError(f"{name}.{key}: {error}") from None
     for path in game.export.get("configs", ()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from nfd_env import config
 from nfd_env.devices import resolve_device
 from nfd_env.files import found_file
 from nfd_env.inference.sampling import CONSISTENCY
-from nfd_env.models.weights import fingerprint_values
+from nfd_env.models.weights import fingerprint_of, fingerprint_values
 from nfd_env.recipe import gates, rounds
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig
@@ -20,6 +20,7 @@ from nfd_env.recipe.measure import GameMeasures, measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.records import StageRecord, recordings_digest, write_records, write_yaml
 from nfd_env.sources.spec import PRESENTATION, recorded_part
+from nfd_env.training.initial import initial_weights
 
 # What may change without making a stage's result another one.
 _WITHOUT_EFFECT = (
@@ -117,7 +118,10 @@ class Ledger:
         for name in unfinished:
             stage, number = rounds.split(name)
             round, record = self.round.at(number), self.records.get(name)
-            timed = self._timed_seconds(stage, round, planned)
+            if stage == "agent":
+                timed = (record.extra or {}).get("seconds") if record else None
+            else:
+                timed = planned(round.plan).get(stage)
             share = planning.ALL_SHARES[stage] * round.minutes
             if timed is not None:
                 known[name] = max(0.0, timed - (record.seconds if record else 0.0))
@@ -133,15 +137,6 @@ class Ledger:
             least = min(_SHORT, 60 * share)  # also where the budget is spent
             known[name] = max(least, min(rest * share / total, most.get(name, rest)))
         return {name: known[name] for name in unfinished}
-
-    def _timed_seconds(
-        self, stage: str, round: rounds.Round, planned: Callable[[Path], dict[str, float]]
-    ) -> float | None:
-        """Of a stage of ``round``, where its plan knows them."""
-        record = self.records.get(round.key(stage))
-        if stage == "agent":
-            return record.extra["seconds"] if record and record.extra else None
-        return planned(round.plan).get(stage)
 
     # What stages are made from.
 
@@ -176,8 +171,10 @@ class Ledger:
             inputs["before"] = round.before.digest(stage)
         plan = self._plan()
         values = getattr(plan, "export" if stage == "world" else stage)
-        left_out = (*planning.PATHS, *planning.JUDGING, "discrete_steps")
-        left_out += planning.BEGUN_FROM * (round.number > 1)
+        if "before" not in inputs:
+            begun = [key for key in planning.BEGUN_FROM if values.get(key)]
+            inputs |= {key: fingerprint_of(initial_weights(values[key], stage)) for key in begun}
+        left_out = (*planning.PATHS, *planning.JUDGING, *planning.BEGUN_FROM, "discrete_steps")
         content = {key: value for key, value in values.items() if key not in left_out}
         if stage == "world":
             inputs |= {part: round.digest(part) for part in ("heads", "distill")}

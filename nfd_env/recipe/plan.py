@@ -63,8 +63,8 @@ STILLNESS = 0.01
 
 # Shipped worlds by the levels of their tokenizers, with which that of another game begins: what
 # edges and colours are need not be learned anew (docs/trials.md).
-SEEN_BEFORE = {2: "BigFish", 3: "CarRacing", 4: "DoomTakeCover"}
-MOVED_BEFORE = ("BigFish", "CarRacing")  # those of them that have convolutions, see LocalMotion
+PRETRAINED = {2: "BigFish", 3: "CarRacing", 4: "DoomTakeCover"}
+PRETRAINED_MOTION = ("BigFish", "CarRacing")  # those that have convolutions, see LocalMotion
 
 LEAST_FRAMES = CONTEXT + LEAST_HORIZON  # of an episode, to judge a world by
 
@@ -343,10 +343,10 @@ def _with_beginnings(plan: Plan, game: GameConfig) -> Plan:
     tokenizer, flow = dict(plan.tokenizer), dict(plan.flow)
     if not {"encoder_blocks", "decoder_blocks"} & (game.tokenizer.get("model") or {}).keys():
         levels = len(tokenizer["model"]["encoder_channels"])
-        tokenizer.setdefault("initial", SEEN_BEFORE.get(levels, ""))
+        tokenizer.setdefault("initial", PRETRAINED.get(levels, ""))
     sizes = {"recent", "local_width", "local_blocks"} & (game.flow.get("model") or {}).keys()
     # Its convolutions know the latents of its tokenizer only.
-    if tokenizer.get("initial") in MOVED_BEFORE and not sizes and not flow.get("initial"):
+    if tokenizer.get("initial") in PRETRAINED_MOTION and not sizes and not flow.get("initial"):
         flow.setdefault("initial_motion", tokenizer["initial"])
     for values, key in ((tokenizer, "initial"), (flow, "initial_motion")):
         if not values.get(key):

@@ -232,7 +232,13 @@ def later_plan(before: Plan, round: Round) -> Plan:
         {},
         before.inverse_dynamics,
         begun("tokenizer", initial=earlier("tokenizer")),
-        begun("flow", **latents, initial=earlier("flow"), train={"learning_rate": rate}),
+        begun(
+            "flow",
+            **latents,
+            initial=earlier("flow"),
+            initial_motion="",
+            train={"learning_rate": rate},
+        ),
         # Not from the weights before: which rewards there are may be new.
         begun("heads", **latents),
         begun("distill", **latents, teacher=weights("flow"), student=earlier("distill")),

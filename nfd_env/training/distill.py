@@ -162,9 +162,8 @@ class DistillStage(WindowStage):
         student = self._teacher
         check_fit(self._train, self._teacher.config, settings.teacher)
         if settings.student:
-            student = load_weights(
-                initial_weights(settings.student, "dynamics"), Dynamics, DynamicsConfig
-            )
+            path = initial_weights(settings.student, "distill")
+            student = load_weights(path, Dynamics, DynamicsConfig)
             check_fit(self._train, student.config, settings.student)
         student = copy.deepcopy(student)
         if settings.fastest_level:

@@ -43,7 +43,7 @@ class FlowTrainingConfig(HistoryTrainingConfig):
             random ones. They may have another ``window`` or ``stillness``, and a full adaLN
             projection is brought to ``model.modulation_rank``.
         initial_motion: weights whose convolutions alone to begin with, a file or a world; see
-            ``LocalMotion.begin_with``. "" for random ones.
+            ``LocalMotion.begin_with``. "" for random ones, or all of ``initial``.
         level_shift: see ``nfd_env.flow.path.sample_levels``.
         own_errors: in [0, 1], the share of windows whose history has the network's own errors in
             it; a third more time a step.
@@ -62,6 +62,8 @@ class FlowTrainingConfig(HistoryTrainingConfig):
         check_ranges(self, level_shift="(0, inf)", own_errors="[0, 1]")
         if self.history not in ("two_copies", "shared"):
             raise ValueError(f"history must be two_copies or shared, got {self.history!r}")
+        if self.initial and self.initial_motion:
+            raise ValueError("initial_motion is a part of initial: give one of them")
         if self.own_errors and self.history != "two_copies":
             raise ValueError("own_errors belong into a history of its own: history: two_copies")
 
@@ -88,9 +90,8 @@ class FlowStage(WindowStage):
         if settings.initial_motion:
             begin_motion(self.network, settings.initial_motion)
         if settings.initial:
-            begun = load_weights(
-                initial_weights(settings.initial, "dynamics"), Dynamics, DynamicsConfig
-            )
+            path = initial_weights(settings.initial, "flow")
+            begun = load_weights(path, Dynamics, DynamicsConfig)
             rank = settings.model.modulation_rank
             if rank and not begun.config.modulation_rank:
                 begun, _ = with_low_rank(begun, self._known_actions(), rank)

@@ -45,7 +45,7 @@ class TokenizerTrainingConfig:
             part of a frame; without this term they come out as smears.
         edge_weight: weight of the error of horizontal and vertical differences (sharpness).
         initial: weights to begin with, a file or a world, of as many levels and blocks as
-            ``model``; see ``begin_with``. "" for random ones.
+            ``model``; see ``Tokenizer.begin_with``. "" for random ones.
     """
 
     recordings: str

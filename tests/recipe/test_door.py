@@ -122,6 +122,7 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Pat
             {"tokenizer": {"initial": "CarRacing"}},
             "initial: CarRacing has another number",
         ),
+        ({"flow": {"initial": "BigFish", "initial_motion": "BigFish"}}, "is a part of initial"),
         ({"flow": {"initial_motion": "Take Cover"}}, "flow.initial_motion: .* no such world"),
         (
             {"flow": {"initial_motion": "DoomTakeCover"}},

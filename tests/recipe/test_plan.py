@@ -12,14 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfd_env import config
-from nfd_env.models.begin import begin_with
 from nfd_env.models.dynamics import Dynamics, DynamicsConfig
 from nfd_env.models.tokenizer import Tokenizer, TokenizerConfig
 from nfd_env.models.weights import load_weights
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.grid import PlanError, choose_grid, fitting_size
 from nfd_env.recipe.measure import GameMeasures, channels_needed, side_of_small
-from nfd_env.recipe.plan import MOVED_BEFORE, SEEN_BEFORE, SHARES, Plan, merged, settings, share_of
+from nfd_env.recipe.plan import (
+    PRETRAINED,
+    PRETRAINED_MOTION,
+    SHARES,
+    Plan,
+    merged,
+    settings,
+    share_of,
+)
 from nfd_env.sources.source import SourceConfig
 from nfd_env.training.initial import initial_weights
 
@@ -64,22 +71,20 @@ def test_the_more_details_pictures_have_the_more_channels_their_latents_get() ->
     assert channels_needed(frames)[2] == 12
 
 
+def planned(side: float, device: str = "cpu", **own: Any) -> Plan:
+    """Of frames of 96 x 128 in which things of ``side`` pixels move."""
+    known: dict[str, Any] = {field.name: 400 for field in fields(GameMeasures)}
+    known |= {"frame_size": [96, 128], "small": side, "channels": {2: 12}}
+    return settings(GameConfig("a", SourceConfig("a-v0"), **own), GameMeasures(**known), device, 3)
+
+
 def test_the_game_file_has_the_last_word_on_channels() -> None:
     def channels(**model: int) -> tuple[int, int]:
-        game = GameConfig("a", SourceConfig("a-v0"), tokenizer={"model": model})
-        plan = settings(game, measures, "cpu", 3)
+        plan = planned(3.0, tokenizer={"model": model})
         return plan.tokenizer["model"]["latent_channels"], plan.flow["model"]["latent_channels"]
 
-    known = {field.name: 400 for field in fields(GameMeasures)}
-    measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
     assert channels() == (12, 12)
     assert channels(latent_channels=5) == (5, 5)
-
-
-def planned(side: float, **own: Any) -> Plan:
-    known = {field.name: 400 for field in fields(GameMeasures)}
-    measures = GameMeasures(**{**known, "frame_size": [96, 128], "small": side, "channels": {}})  # type: ignore[arg-type]
-    return settings(GameConfig("a", SourceConfig("a-v0"), **own), measures, "cpu", 3)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +109,14 @@ def test_a_game_begins_with_what_a_world_of_as_many_levels_knows(
     assert begun == (pictures, motion)
 
 
-@pytest.mark.parametrize(("levels", "world"), SEEN_BEFORE.items())
+@pytest.mark.parametrize(("levels", "world"), PRETRAINED.items())
 def test_what_it_begins_with_fits(levels: int, world: str) -> None:
     plan = planned(3.0, tokenizer={"model": {"encoder_channels": [8] * levels}})
     model = config.from_mapping(TokenizerConfig, plan.tokenizer["model"])
     learned = load_weights(initial_weights(world, "tokenizer"), Tokenizer, TokenizerConfig)
-    begin_with(Tokenizer(replace(model, decoder_channels=[8] * levels)), learned)
-    dynamics = load_weights(initial_weights(world, "dynamics"), Dynamics, DynamicsConfig)
-    assert (dynamics.local is not None) == (world in MOVED_BEFORE)
+    Tokenizer(replace(model, decoder_channels=[8] * levels)).begin_with(learned)
+    dynamics = load_weights(initial_weights(world, "flow"), Dynamics, DynamicsConfig)
+    assert (dynamics.local is not None) == (world in PRETRAINED_MOTION)
     if dynamics.local is not None:
         network = Dynamics(config.from_mapping(DynamicsConfig, plan.flow["model"]))
         assert network.local is not None
@@ -161,8 +166,5 @@ def test_specks_of_a_large_thing_that_moves_are_no_small_things() -> None:
 def test_the_less_time_the_smaller_the_flow_model(
     minutes: float, device: str, width: int, layers: int
 ) -> None:
-    known = {field.name: 400 for field in fields(GameMeasures)}
-    measures = GameMeasures(**{**known, "frame_size": [64, 64], "small": 3.0, "channels": {2: 12}})  # type: ignore[arg-type]
-    game = GameConfig("a", SourceConfig("a-v0"), minutes=minutes)
-    model = settings(game, measures, device, 3).flow["model"]
+    model = planned(3.0, device=device, minutes=minutes).flow["model"]
     assert (model["width"], model["layers"]) == (width, layers)

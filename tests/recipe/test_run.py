@@ -15,6 +15,7 @@ import nfd_env  # noqa: F401
 from nfd_env.cli import main
 from nfd_env.data.collect import PolicyConfig
 from nfd_env.data.shards import RecordedDataset, RecordingError
+from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import GateError
 from nfd_env.recipe.records import write_yaml
 from nfd_env.recipe.rounds import STAGES
@@ -98,6 +99,23 @@ def test_a_batch_that_was_made_smaller_for_the_time_is_no_change(tmp_path: Path)
         assert written(tmp_path / "dots", "tokenizer") == made
     after = yaml.safe_load((tmp_path / "dots" / "plan.yaml").read_text())
     assert after["tokenizer"] == plan["tokenizer"] and after["batches"] == plan["batches"]
+
+
+@pytest.mark.usefixtures("without_report")
+def test_weights_to_begin_with_count_by_content(copied: Path, tmp_path: Path) -> None:
+    def begun(name: str) -> GameConfig:
+        return game(copied, heads={**TINY["heads"], "initial": str(tmp_path / name)})
+
+    trained = copied / "heads" / "model.safetensors"
+    shutil.copy(trained, tmp_path / "a")
+    run(begun("a"), "heads")
+    made = written(copied, "heads")
+    (tmp_path / "a").rename(tmp_path / "b")
+    run(begun("b"), "heads")
+    assert written(copied, "heads") == made
+    shutil.copy(trained, tmp_path / "b")
+    assert any("made anew" in line for line in run(begun("b"), "heads"))
+    assert written(copied, "heads") != made
 
 
 def test_a_damaged_world_is_written_again(copied: Path) -> None:
