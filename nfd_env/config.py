@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import numbers
 import os
 import re
@@ -325,6 +327,11 @@ def mistake(hint: Any, value: Any, at: str = "") -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a config dataclass, as ``from_mapping`` reads them back."""
     return dataclasses.asdict(config)
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """The identity of plain nested values, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _check(value: Any, where: str, foreign: bool, measured: bool, level: int = 0) -> None:

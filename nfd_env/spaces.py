@@ -5,13 +5,15 @@ The four spaces that a world can have are Discrete, MultiDiscrete, MultiBinary a
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
-from torch import Tensor
-from torch.nn import functional
+
+if TYPE_CHECKING:  # who records actions has no use for torch, which takes seconds to be imported
+    import torch
+    from torch import Tensor
 
 _MOST_ACTIONS = 4096  # each is a number of the networks' input
 
@@ -130,8 +132,15 @@ class ActionCodec:
                     "some of a Discrete space's by source.actions"
                 )
             self._counts = counts.reshape(-1).tolist()
-        self._low, self._high = (torch.from_numpy(np.array(bound)) for bound in (low, high))
-        self.dtype = torch.float32 if isinstance(space, spaces.Box) else torch.int64
+        self._low, self._high = np.array(low), np.array(high)
+        self._stored = np.dtype(np.float32 if isinstance(space, spaces.Box) else np.int64)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of checked actions: float32 for Box, else int64."""
+        import torch
+
+        return torch.float32 if isinstance(self.space, spaces.Box) else torch.int64
 
     def check(self, actions: Any, batch: int) -> Tensor:
         """A batch of actions as a new tensor of shape (batch, *shape): float32 for Box, else int64.
@@ -139,39 +148,49 @@ class ActionCodec:
         Raises:
             ValueError: on a wrong shape, type or value; the message says which.
         """
+        import torch
+
+        if not isinstance(actions, torch.Tensor):
+            return torch.from_numpy(self.check_values(actions, batch))
+        if actions.is_meta or actions.layout is not torch.strided:
+            raise ValueError(f"actions of {self.space} must be a dense tensor with values")
+        values = actions.detach().cpu()
+        values = values.double() if values.is_floating_point() else values  # from bf16 too
+        checked = self.check_values(values.numpy(), batch)
+        return torch.from_numpy(checked).to(actions.device)
+
+    def check_values(self, actions: Any, batch: int) -> np.ndarray:
+        """What ``check`` returns, of anything but a tensor, as a numpy array."""
         wanted = (batch, *self.shape)
-        if isinstance(actions, Tensor):
-            tensor = actions.detach()
-            if tensor.is_meta or tensor.layout is not torch.strided:
-                raise ValueError(f"actions of {self.space} must be a dense tensor with values")
-        else:
-            try:
-                tensor = torch.from_numpy(np.array(actions))
-            except Exception as error:  # __array__ of anything at all may have been called
-                raise ValueError(
-                    f"actions must be an array of numbers of shape {wanted} for {self.space}, "
-                    f"got {type(actions).__name__} ({error})"
-                ) from None
-        if tuple(tensor.shape) != wanted:
+        try:
+            values = np.array(actions)
+            if values.dtype.kind not in "buifc":
+                raise TypeError(f"an array of {values.dtype}")
+        except Exception as error:  # __array__ of anything at all may have been called
             raise ValueError(
-                f"actions must have shape {wanted} for {self.space}, got {tuple(tensor.shape)}"
+                f"actions must be an array of numbers of shape {wanted} for {self.space}, "
+                f"got {type(actions).__name__} ({error})"
+            ) from None
+        if values.shape != wanted:
+            raise ValueError(
+                f"actions must have shape {wanted} for {self.space}, got {values.shape}"
             )
-        binary = isinstance(self.space, spaces.MultiBinary)
-        if tensor.is_complex() or (tensor.dtype == torch.bool and not binary):
-            raise ValueError(f"actions of {self.space} cannot be {tensor.dtype}")
-        if self._integral and tensor.is_floating_point():
-            raise ValueError(f"actions of {self.space} must be integers, got {tensor.dtype}")
-        checked = tensor.to(self.dtype, copy=True)
-        if not self._integral and not bool(torch.isfinite(checked).all()):
+        kind, binary = values.dtype.kind, isinstance(self.space, spaces.MultiBinary)
+        if kind == "c" or (kind == "b" and not binary):
+            raise ValueError(f"actions of {self.space} cannot be {values.dtype}")
+        if self._integral and kind == "f":
+            raise ValueError(f"actions of {self.space} must be integers, got {values.dtype}")
+        with np.errstate(over="ignore"):
+            checked = values.astype(self._stored)
+        if not self._integral and not np.isfinite(checked).all():
             raise ValueError(
                 f"actions of {self.space} must be finite float32 numbers, got NaN or infinity"
             )
-        low, high = self._low.to(tensor.device), self._high.to(tensor.device)
-        if not torch.equal(checked.clamp(low, high), checked):
-            wrong = (checked < low) | (checked > high)
-            raise ValueError(
-                f"actions must lie in {self.space}, got {tensor[wrong].flatten()[0].item()}"
-            )
+        wrong = (checked < self._low) | (checked > self._high)
+        if kind == "u":
+            wrong |= values > np.iinfo(np.int64).max  # which would have become negative
+        if wrong.any():
+            raise ValueError(f"actions must lie in {self.space}, got {values[wrong].flat[0]}")
         return checked
 
     def native(self, actions: Any) -> np.ndarray:
@@ -182,7 +201,7 @@ class ActionCodec:
         Args:
             actions: as they were given to ``check``, which turns Box values into float32.
         """
-        if isinstance(actions, Tensor):
+        if _is_tensor(actions):
             actions = actions.detach().cpu()
             actions = actions.double() if actions.is_floating_point() else actions  # from bf16 too
         values = np.asarray(actions)
@@ -192,7 +211,10 @@ class ActionCodec:
 
     def encode(self, actions: Tensor) -> Tensor:
         """(..., *shape) actions, of whatever type they are stored in -> float32 (..., width)."""
-        low, high = self._low.to(actions.device), self._high.to(actions.device)
+        import torch
+        from torch.nn import functional
+
+        low, high = (torch.as_tensor(b, device=actions.device) for b in (self._low, self._high))
         if isinstance(self.space, spaces.Box):
             values = actions.to(torch.float32)
             # Spaces without bounds are also written with the largest number there is.
@@ -241,7 +263,7 @@ class CountedFromZero:
         """
         if isinstance(self.env_space, spaces.Box) and self.space is self.env_space:
             return actions
-        tensor = isinstance(actions, Tensor)
+        tensor = _is_tensor(actions)
         actions = actions if tensor else np.asarray(actions)
         floats = actions.is_floating_point() if tensor else actions.dtype.kind == "f"
         if floats:
@@ -251,10 +273,15 @@ class CountedFromZero:
                 return actions
             actions = rounded.long() if tensor else rounded.astype(np.int64)
         if np.any(self._start) and (tensor or actions.dtype.kind in "iu"):
-            start = torch.as_tensor(self._start, device=actions.device) if tensor else self._start
+            start = actions.new_tensor(self._start) if tensor else self._start
             actions = actions + start
         return actions
 
     def from_env(self, actions: Any) -> Any:
         """The agent's name for ``actions`` of the environment."""
         return (np.asarray(actions) - self._start).astype(self.space.dtype)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)

@@ -84,7 +84,7 @@ class EpisodeReference:
         spec = self.spec
         actions = self._transitions("actions.bin", spec.action_dtype, tuple(spec.action_shape))
         try:
-            spec.codec.check(actions, self.length)
+            spec.codec.check_values(actions, self.length)
         except ValueError as error:
             raise self._damaged("actions.bin", str(error)) from None
         return actions

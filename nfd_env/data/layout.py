@@ -15,7 +15,6 @@ import yaml
 from nfd_env import config
 from nfd_env.data.episode import SPLITS
 from nfd_env.files import found_file, make_folder, save_text
-from nfd_env.models.weights import fingerprint_values
 from nfd_env.sources.spec import check_fps, recorded_part
 from nfd_env.spaces import ActionCodec, space_from_dict
 
@@ -75,7 +74,7 @@ class DatasetSpec:
     @property
     def fingerprint(self) -> str:
         """The identity of what networks are trained on: the form of frames, and the actions."""
-        return fingerprint_values(
+        return config.fingerprint(
             {"frame_shape": list(self.frame_shape), "action_space": self.action_space}
         )
 

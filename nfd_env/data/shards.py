@@ -203,7 +203,7 @@ class ShardWriter:
                 f"actions are {episode.actions.dtype}, the data set has {self.spec.action_dtype}"
             )
         try:
-            self.spec.codec.check(actions, len(episode))
+            self.spec.codec.check_values(actions, len(episode))
         except ValueError as error:
             raise RecordingError(str(error)) from None
         if isinstance(episode.frames, VideoFrames) != self.spec.in_videos:

@@ -88,7 +88,7 @@ def read_table(
             actions = actions.astype(np.int64)  # a table may have written 1.0
         if settings.clip and isinstance(space, spaces.Box):
             actions = np.clip(actions, space.low, space.high)
-        codec.check(actions, count)
+        codec.check_values(actions, count)
         rewards = _numbers(columns.get("reward", [0.0] * count)[:count])
         if not np.isfinite(rewards).all():
             raise ValueError("rewards must be finite numbers")

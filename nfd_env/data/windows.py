@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nfd_env.spaces import ActionCodec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nfd_env.data.episodes import EpisodeReference, Episodes
 
 
@@ -84,6 +84,8 @@ def actions_into(actions: np.ndarray, first: int, frames: int) -> np.ndarray:
 
 def encoded_into(episode: EpisodeReference, codec: ActionCodec, first: int, frames: int) -> Tensor:
     """The same of a recorded episode, float32 (frames, action_width)."""
+    import torch  # who records does without
+
     begin = max(0, first - 1)
     encoded = codec.encode(torch.from_numpy(episode.actions[begin : first + frames - 1]))
     return torch.from_numpy(actions_into(encoded.numpy(), first - begin, frames))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
-import torch
 
 from nfd_env.data.layout import RecordingError, writer_of
 from nfd_env.data.policies import make_policy
@@ -53,9 +52,7 @@ def work(settings: CollectConfig, spec: DatasetSpec, worker: int, reports: Any) 
     """
     _on_signals(_stop)
     _end_with_parent()
-    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-        # Policies may be networks, and with all processors each they would wait for each other.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+    _take_threads(max(1, (os.cpu_count() or 1) // settings.workers))
     try:
         with ShardWriter(settings.folder, spec, writer_name(worker), wait=_PREDECESSOR) as writer:
             _record(settings, worker, writer, reports)
@@ -210,6 +207,20 @@ def episode_seed(seed: int, worker: int, number: int) -> int:
     for factor in _ODD:
         mixed = (mixed ^ mixed >> 15) * factor % 2**31
     return mixed ^ mixed >> 15
+
+
+def _take_threads(count: int) -> None:
+    """Let networks, which policies may be, compute in ``count`` threads, unless the user said it.
+
+    With all processors each, the workers would wait for each other. Importing torch, which takes
+    seconds, is left to the policies that need it.
+    """
+    if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        return
+    if "torch" in sys.modules:  # by the user's own program, which a new process begins with
+        sys.modules["torch"].set_num_threads(count)
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def _on_signals(handler: Any) -> None:

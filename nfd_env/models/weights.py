@@ -188,11 +188,6 @@ def fingerprint_network(network: nn.Module) -> str:
     return _fingerprint(network.state_dict())
 
 
-def fingerprint_values(values: Mapping[str, Any]) -> str:
-    """The identity of plain nested values, whatever their order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 @contextmanager
 def neutral_torch() -> Iterator[None]:
     """Networks made within are the same whatever a process has set as torch's defaults.

@@ -12,7 +12,7 @@ from nfd_env import config
 from nfd_env.devices import resolve_device
 from nfd_env.files import found_file
 from nfd_env.inference.sampling import CONSISTENCY
-from nfd_env.models.weights import fingerprint_of, fingerprint_values
+from nfd_env.models.weights import fingerprint_of
 from nfd_env.recipe import gates, rounds
 from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig
@@ -149,22 +149,22 @@ class Ledger:
         source = recorded_part(asdict(game.source))
         if stage == "record":
             if round.number > 1:
-                return fingerprint_values({"source": source, "agent": round.digest("agent")})
-            return fingerprint_values({"source": source, "recordings": game.recordings})
+                return config.fingerprint({"source": source, "agent": round.digest("agent")})
+            return config.fingerprint({"source": source, "recordings": game.recordings})
         if stage == "agent":
             values = self._agent_settings()
             left_out = ("folder", "world", "device", "threads", "checkpoint_seconds", "keep")
             content = {key: value for key, value in values.items() if key not in left_out}
             made_in = rounds.world_identity(round.before.world)
-            return fingerprint_values({"settings": content, "world": made_in})
+            return config.fingerprint({"settings": content, "world": made_in})
         if stage == "report":
             made = self.records[round.at(game.rounds).key("world")].made_from
-            return fingerprint_values({"world": made, "reader": round.digest("inverse_dynamics")})
+            return config.fingerprint({"world": made, "reader": round.digest("inverse_dynamics")})
         inputs = {"recordings": recordings_digest(round.recordings)}
         if stage not in ("inverse_dynamics", "tokenizer"):
             inputs["tokenizer"] = round.digest("tokenizer")
         if stage == "encode":
-            return fingerprint_values(inputs)
+            return config.fingerprint(inputs)
         if stage in ("distill", "world"):
             inputs["teacher"] = round.digest("flow")
         if round.number > 1 and stage in ("tokenizer", "flow", "distill"):
@@ -184,7 +184,7 @@ class Ledger:
             trained = values["train"].items()
             content["train"] = {key: value for key, value in trained if key not in _WITHOUT_EFFECT}
             content["train"]["batch_size"] = plan.batch_size(stage)
-        return fingerprint_values({"settings": content, "inputs": inputs})
+        return config.fingerprint({"settings": content, "inputs": inputs})
 
     def _agent_settings(self) -> dict[str, Any]:
         """Those of the round's agent that need no timing."""
@@ -211,7 +211,7 @@ class Ledger:
         }
         before = self._plan(round.before) if round.number > 1 else None
         if before is not None:
-            made_for["before"] = fingerprint_values(asdict(before))
+            made_for["before"] = config.fingerprint(asdict(before))
         else:
             made_for["frame_size"] = self._measures(round).frame_size
         old = None

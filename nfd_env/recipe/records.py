@@ -17,7 +17,6 @@ import yaml
 from nfd_env import config
 from nfd_env.data.shards import RecordedDataset
 from nfd_env.files import found_file, save_text
-from nfd_env.models.weights import fingerprint_values
 from nfd_env.recipe.game import GameConfig
 
 
@@ -85,7 +84,7 @@ def recorded_by(game: GameConfig) -> dict[str, str]:
     """Fingerprints of the settings that say who plays and for how long, when it is recorded."""
     values = asdict(game)
     names = ("policies", "seed", "max_episode_steps", "validation_every", "recording_kwargs")
-    return {name: fingerprint_values({name: values[name]}) for name in names}
+    return {name: config.fingerprint({name: values[name]}) for name in names}
 
 
 def recordings_digest(recordings: RecordedDataset) -> str:

@@ -23,7 +23,7 @@ from nfd_env.data.shards import EpisodeReference, RecordedDataset
 from nfd_env.files import atomic_write, found_file, writing
 from nfd_env.learning.ppo import Position, rollout, update
 from nfd_env.learning.train import TrainPPOConfig, make_env, make_policy
-from nfd_env.models.weights import CheckpointError, fingerprint_of, fingerprint_values
+from nfd_env.models.weights import CheckpointError, fingerprint_of
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.plan import Plan, as_begun, merged
 from nfd_env.training.encode import STAMP
@@ -260,7 +260,7 @@ def world_identity(folder: Path) -> str:
         name: fingerprint_of(folder / f"{name}.safetensors")
         for name in ("tokenizer", "dynamics", "heads")
     }
-    return fingerprint_values({**parts, "sampling": config.read(folder / "world.yaml")["sampling"]})
+    return config.fingerprint({**parts, "sampling": config.read(folder / "world.yaml")["sampling"]})
 
 
 def agent_settings(
