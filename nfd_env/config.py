@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -165,17 +166,22 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(_MOST_BYTES + 1).decode()
-        _check_size(text)
-        _check_root(text)
-        values = OmegaConf.create(text)
-        for override in overrides:
-            _override(values, override)
-        plain: Any = OmegaConf.to_container(values)
+        return copy.deepcopy(_parsed(text, tuple(overrides)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or "it holds no key: value pairs"
         raise ConfigError(f"{path}: cannot be read as YAML: {reason}") from None
+
+
+@functools.lru_cache(maxsize=32)  # a run reads its plan and its recordings' form again and again
+def _parsed(text: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    _check_size(text)
+    _check_root(text)
+    values = OmegaConf.create(text)
+    for override in overrides:
+        _override(values, override)
+    plain: Any = OmegaConf.to_container(values)
     return {str(key): value for key, value in plain.items()}
 
 

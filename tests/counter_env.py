@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,17 @@ class AlwaysRight:
         assert read(observation)[1] == self.steps
         self.steps += 1
         return 2
+
+
+class WithoutTorch(AlwaysRight):
+    """Fails where torch has been imported, or would take all processors."""
+
+    def reset(self, env: gymnasium.Env, rng: np.random.Generator) -> None:
+        super().reset(env, rng)
+        if "torch" in sys.modules:
+            raise RuntimeError("torch was imported")
+        if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+            raise RuntimeError("a network would compute in as many threads as there are cores")
 
 
 class Failing(AlwaysRight):

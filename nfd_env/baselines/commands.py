@@ -22,8 +22,8 @@ from nfd_env.data.shards import RecordedDataset
 from nfd_env.devices import resolve_device
 from nfd_env.files import atomic_write, check_writable, found_file, owned_folder
 from nfd_env.models.weights import fingerprint_of
+from nfd_env.recipe import plan as planning
 from nfd_env.recipe.game import GameConfig, load_game
-from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.records import read_records, recordings_digest, write_yaml
 from nfd_env.recipe.timing import seconds_per_step, validation_seconds
 from nfd_env.stopping import stopping
@@ -178,7 +178,7 @@ def _plan(game: GameConfig, folder: Path, minutes: dict[str, float]) -> Baseline
         print("the baseline is made anew: the run's tokenizer or recordings have changed")
         for part in PARTS:
             shutil.rmtree(folder / part, ignore_errors=True)
-    theirs = config.from_mapping(Plan, config.read(run / "plan.yaml"), str(run / "plan.yaml"))
+    theirs = planning.stored(run / "plan.yaml")
     device = str(resolve_device(game.device))
     shared = {"seed": game.seed, "device": device, "steps": 1}
     model, flow = theirs.flow["model"], theirs.flow

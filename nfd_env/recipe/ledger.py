@@ -46,7 +46,7 @@ def with_stored_budget(game: GameConfig) -> GameConfig:
     round = rounds.Round(game)
     if not found_file(round.plan, config.ConfigError):
         return game
-    plan = config.from_mapping(Plan, config.read(round.plan), str(round.plan))
+    plan = planning.stored(round.plan)
     then = plan.made_for.get("minutes", round.here.minutes)
     return replace(game, minutes=game.minutes * then / round.here.minutes)
 
@@ -216,7 +216,7 @@ class Ledger:
             made_for["frame_size"] = self._measures(round).frame_size
         old = None
         if found_file(path, config.ConfigError):
-            old = config.from_mapping(Plan, config.read(path), str(path))
+            old = planning.stored(path)
             if old.made_for == made_for:
                 return old
         if before is not None:

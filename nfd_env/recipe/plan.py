@@ -7,11 +7,15 @@ have been computed.
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +137,20 @@ class Plan:
         """Of a stage, as it is derived, whatever the time allowed: what it is known by."""
         size: int = self.batches.get(name) or getattr(self, name)["train"]["batch_size"]
         return size
+
+
+def stored(path: Path) -> Plan:
+    """The plan in the file ``path``.
+
+    Raises:
+        ConfigError: when there is none, or it is none.
+    """
+    return copy.deepcopy(_checked(pickle.dumps(config.read(path)), str(path)))
+
+
+@lru_cache(maxsize=8)  # it is asked for at every stage, and checking it takes longer than reading
+def _checked(values: bytes, where: str) -> Plan:
+    return config.from_mapping(Plan, pickle.loads(values), where)
 
 
 def settings(

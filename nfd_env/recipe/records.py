@@ -64,7 +64,8 @@ def write_yaml(path: Path, values: Any) -> None:
     Raises:
         FolderError: when it cannot be written.
     """
-    save_text(path, yaml.safe_dump(values, sort_keys=False))
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # several times as fast
+    save_text(path, yaml.dump(values, Dumper=dumper, sort_keys=False))
 
 
 def write_records(folder: Path, records: dict[str, StageRecord]) -> None:

@@ -209,6 +209,15 @@ def test_an_error_in_a_worker_is_shown(tmp_path: Path) -> None:
         collect(settings(tmp_path, 200, workers=1, policies=wrong), progress=False)
 
 
+def test_a_worker_imports_torch_for_networks_only(tmp_path: Path, monkeypatch: Any) -> None:
+    """It takes seconds, and two hundred megabytes a worker."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    policies = [PolicyConfig("tests.counter_env:WithoutTorch")]
+    collect(settings(tmp_path, 60, workers=1, policies=policies), progress=False)
+    assert not RecordedDataset(tmp_path).skipped()
+
+
 def test_a_source_that_is_not_installed(tmp_path: Path) -> None:
     missing = replace(source(), imports=["no_such_game.envs"])
     with pytest.raises(SourceError, match="pip install no_such_game"):
