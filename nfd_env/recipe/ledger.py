@@ -19,6 +19,7 @@ from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.measure import GameMeasures, measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.records import StageRecord, recordings_digest, write_records, write_yaml
+from nfd_env.recipe.steps import with_decisions
 from nfd_env.sources.spec import PRESENTATION, recorded_part
 from nfd_env.training.initial import initial_weights
 
@@ -229,7 +230,7 @@ class Ledger:
         if old is not None and all(
             old.made_for[key] == made_for[key] for key in ("minutes", "device")
         ):
-            plan = planning.with_decisions(plan, old, here)
+            plan = with_decisions(plan, old, here)
         if old is None or not self._single:
             write_yaml(path, asdict(plan))
         return plan

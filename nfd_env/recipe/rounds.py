@@ -25,7 +25,8 @@ from nfd_env.learning.ppo import Position, rollout, update
 from nfd_env.learning.train import TrainPPOConfig, make_env, make_policy
 from nfd_env.models.weights import CheckpointError, fingerprint_of
 from nfd_env.recipe.game import GameConfig
-from nfd_env.recipe.plan import Plan, as_begun, merged
+from nfd_env.recipe.plan import Plan, merged
+from nfd_env.recipe.steps import as_begun
 from nfd_env.training.encode import STAMP
 
 STAGES = (

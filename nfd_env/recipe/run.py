@@ -35,6 +35,7 @@ from nfd_env.recipe.calibration import calibrate, energy_at_last
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.gates import Gate, GateError
 from nfd_env.recipe.ledger import Ledger
+from nfd_env.recipe.look import Look, look, look_at_recordings
 from nfd_env.recipe.measure import measure
 from nfd_env.recipe.plan import Plan
 from nfd_env.recipe.progress import Progress
@@ -88,7 +89,7 @@ class Recipe(Ledger):
         self._keep_going, self._say, self._shown = keep_going, say, progress
         self._ranks, self.processes = ranks, ranks.count
         self._progress = Progress(self.stages, say, progress)
-        self._seen: door.Look | None = None
+        self._seen: Look | None = None
         self._encoding = 0.0  # seconds a frame
 
     def run(self, only: str | None = None) -> Path:
@@ -157,10 +158,10 @@ class Recipe(Ledger):
             door.check_rounds(self.game, self.device)
         recorded = self.records.get("record")
         if recorded is None or not recorded.finished:
-            self._seen = door.look(self.game)
+            self._seen = look(self.game)
             self._encoding = door.check(self.game, self.device, self._seen, self._ranks)
         else:
-            built = door.check_settings(self._plan(), door.look_at_recordings(self.game))
+            built = door.check_settings(self._plan(), look_at_recordings(self.game))
             finished = {name for name, record in self.records.items() if record.finished}
             door.check_parts(built, self._ranks, finished)
 
@@ -254,7 +255,7 @@ class Recipe(Ledger):
             assert self._seen is not None
             rate, encoding = self._seen.rate, self._encoding
         else:
-            rate = door.look(game).rate
+            rate = look(game).rate
             encoding = self.records["encode"].seconds / self.round.at(1).recordings.frame_count
         return planning.frames_to_record(game, rate, encoding)
 

@@ -15,9 +15,9 @@ from gymnasium import spaces
 from nfd_env.config import ConfigError
 from nfd_env.data.importers import foreign_minari, import_recordings, open_foreign
 from nfd_env.data.shards import RecordedDataset, RecordingError
-from nfd_env.recipe.door import look
 from nfd_env.recipe.game import load_game
 from nfd_env.recipe.inspect import write_game
+from nfd_env.recipe.look import look
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig, SourceError, make_source
 from nfd_env.video import write_mp4

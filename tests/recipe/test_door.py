@@ -15,6 +15,7 @@ import pytest
 from nfd_env.config import ConfigError
 from nfd_env.data.collect import PolicyConfig, collect
 from nfd_env.recipe import door
+from nfd_env.recipe import look as looking
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.run import Recipe
 from nfd_env.sources.source import SourceConfig
@@ -221,7 +222,7 @@ def test_rounds_join_what_lies_on_a_disk() -> None:
 def test_what_can_be_recorded_passes(tmp_path: Path) -> None:
     for fault in ("", "sometimes", "endless", "twelve_steps", "multi_discrete", "multi_binary"):
         settings = hostile(tmp_path / "run", fault)
-        seen = door.look(settings)
+        seen = looking.look(settings)
         assert seen.frame_size == [48, 48] and seen.rate > 0
         door.check(settings, "cpu", seen)
     assert TINY
@@ -240,7 +241,7 @@ def test_a_games_speed_is_that_of_the_fastest_of_several_timings(
     rates = []
     for busy in (lambda n: False, lambda n: n % 90 < 30):
         clock = iter(range(10**9))
-        monkeypatch.setattr(door, "time", SimpleNamespace(perf_counter=ticking(busy)))
-        rates.append(door.look(hostile(tmp_path / "run", "")).rate)
+        monkeypatch.setattr(looking, "time", SimpleNamespace(perf_counter=ticking(busy)))
+        rates.append(looking.look(hostile(tmp_path / "run", "")).rate)
     assert rates[0] == pytest.approx(1000, rel=0.1)
     assert rates[1] == pytest.approx(rates[0], rel=0.1)

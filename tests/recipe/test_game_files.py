@@ -12,10 +12,11 @@ from nfd_env import config
 from nfd_env.data.tables import TableConfig
 from nfd_env.evaluation.inverse_dynamics import InverseDynamicsTrainingConfig
 from nfd_env.named import import_named
-from nfd_env.recipe.door import Look, check_parts, check_settings
+from nfd_env.recipe.door import check_parts, check_settings
 from nfd_env.recipe.game import GameConfig, load_game
 from nfd_env.recipe.gates import Drawn
 from nfd_env.recipe.grid import PlanError, choose_grid
+from nfd_env.recipe.look import Look
 from nfd_env.recipe.measure import GameMeasures
 from nfd_env.recipe.plan import settings
 from nfd_env.recipe.run import Recipe, StageRecord

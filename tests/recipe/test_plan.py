@@ -25,8 +25,8 @@ from nfd_env.recipe.plan import (
     Plan,
     merged,
     settings,
-    share_of,
 )
+from nfd_env.recipe.steps import share_of
 from nfd_env.sources.source import SourceConfig
 from nfd_env.training.initial import initial_weights
 
