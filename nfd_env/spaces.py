@@ -187,8 +187,8 @@ class ActionCodec:
                 f"actions of {self.space} must be finite float32 numbers, got NaN or infinity"
             )
         wrong = (checked < self._low) | (checked > self._high)
-        if kind == "u":
-            wrong |= values > np.iinfo(np.int64).max  # which would have become negative
+        if kind == "u" and checked.dtype == np.int64:  # what is too large has become negative
+            wrong |= values > np.iinfo(np.int64).max
         if wrong.any():
             raise ValueError(f"actions must lie in {self.space}, got {values[wrong].flat[0]}")
         return checked

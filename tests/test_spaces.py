@@ -239,6 +239,15 @@ def test_anything_is_taken_whole_or_refused(space: spaces.Space, actions: Any) -
     assert encoded.shape == (2, codec.width) and torch.isfinite(encoded).all()
 
 
+def test_what_is_too_large_for_64_bits_does_not_turn_round() -> None:
+    largest = np.array([2**64 - 1], np.uint64)  # -1 as it is stored
+    for given_row in (largest, torch.from_numpy(largest)):
+        with pytest.raises(ValueError, match="must lie in .* got 18446744073709551615"):
+            ActionCodec(NEGATIVE).check(given_row, 1)
+    boundless = spaces.Box(-np.inf, np.inf, (1,))
+    assert ActionCodec(boundless).check(largest[None], 1).item() == 2.0**64
+
+
 @pytest.mark.parametrize("space", ALL, ids=str)
 def test_counted_from_zero(space: spaces.Space) -> None:
     counted = CountedFromZero(space)
