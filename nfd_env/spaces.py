@@ -12,7 +12,6 @@ import numpy as np
 from gymnasium import spaces
 
 if TYPE_CHECKING:  # who records actions has no use for torch, which takes seconds to be imported
-    import torch
     from torch import Tensor
 
 _MOST_ACTIONS = 4096  # each is a number of the networks' input
@@ -133,14 +132,6 @@ class ActionCodec:
                 )
             self._counts = counts.reshape(-1).tolist()
         self._low, self._high = np.array(low), np.array(high)
-        self._stored = np.dtype(np.float32 if isinstance(space, spaces.Box) else np.int64)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of checked actions: float32 for Box, else int64."""
-        import torch
-
-        return torch.float32 if isinstance(self.space, spaces.Box) else torch.int64
 
     def check(self, actions: Any, batch: int) -> Tensor:
         """A batch of actions as a new tensor of shape (batch, *shape): float32 for Box, else int64.
@@ -154,16 +145,20 @@ class ActionCodec:
             return torch.from_numpy(self.check_values(actions, batch))
         if actions.is_meta or actions.layout is not torch.strided:
             raise ValueError(f"actions of {self.space} must be a dense tensor with values")
-        values = actions.detach().cpu()
-        values = values.double() if values.is_floating_point() else values  # from bf16 too
-        checked = self.check_values(values.numpy(), batch)
-        return torch.from_numpy(checked).to(actions.device)
+        # numpy has no bf16 and nothing smaller than float16.
+        small = actions.is_floating_point() and actions.itemsize <= 2
+        values = (actions.float() if small else actions).numpy(force=True)
+        return torch.from_numpy(self.check_values(values, batch)).to(actions.device)
 
     def check_values(self, actions: Any, batch: int) -> np.ndarray:
-        """What ``check`` returns, of anything but a tensor, as a numpy array."""
+        """As ``check``, of anything but a tensor, to a numpy array; for those who need no torch.
+
+        Raises:
+            ValueError: likewise.
+        """
         wanted = (batch, *self.shape)
         try:
-            values = np.array(actions)
+            values = np.asarray(actions)
             if values.dtype.kind not in "buifc":
                 raise TypeError(f"an array of {values.dtype}")
         except Exception as error:  # __array__ of anything at all may have been called
@@ -181,7 +176,7 @@ class ActionCodec:
         if self._integral and kind == "f":
             raise ValueError(f"actions of {self.space} must be integers, got {values.dtype}")
         with np.errstate(over="ignore"):
-            checked = values.astype(self._stored)
+            checked = values.astype(np.float32 if isinstance(self.space, spaces.Box) else np.int64)
         if not self._integral and not np.isfinite(checked).all():
             raise ValueError(
                 f"actions of {self.space} must be finite float32 numbers, got NaN or infinity"

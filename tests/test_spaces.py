@@ -149,7 +149,9 @@ def test_the_defaults_of_torch_do_not_matter(space: spaces.Space) -> None:
         (BOX, [[0.0], [1.0]], "shape"),
         # type
         (DISCRETE, [0.0, 1.0], "integers"),
-        (DISCRETE, torch.tensor([0.0, 1.0]), "integers"),
+        (DISCRETE, torch.tensor([0.0, 1.0]), "integers, got float32"),
+        (DISCRETE, torch.tensor([0.0, 1.0], dtype=torch.bfloat16), "integers"),
+        (BOX, torch.tensor([[1j, 0], [0, 0]]).conj(), "complex"),
         (MULTI_DISCRETE, [[1.0, 0.0], [1.0, 0.0]], "integers"),
         (MULTI_BINARY, np.ones((2, 4)), "integers"),
         (DISCRETE, ["left", "right"], "array"),
@@ -231,7 +233,8 @@ def test_anything_is_taken_whole_or_refused(space: spaces.Space, actions: Any) -
     except ValueError as error:
         assert str(error).startswith("actions ")
         return
-    assert checked.shape == (2, *codec.shape) and checked.dtype == codec.dtype
+    stored = torch.float32 if isinstance(space, spaces.Box) else torch.int64
+    assert checked.shape == (2, *codec.shape) and checked.dtype == stored
     for row, given_row in zip(checked.numpy(), np.asarray(actions), strict=True):
         assert space.contains(row.astype(space.dtype))
         assert np.array_equal(row, np.asarray(given_row).astype(row.dtype))

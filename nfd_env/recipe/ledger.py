@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +114,13 @@ class Ledger:
             name for name in self.stages if not getattr(self.records.get(name), "finished", False)
         ]
         known, shares, most = {}, {}, {}
-        planned = cache(_planned_seconds)  # a plan is read once, whatever its stages
         for name in unfinished:
             stage, number = rounds.split(name)
             round, record = self.round.at(number), self.records.get(name)
             if stage == "agent":
                 timed = (record.extra or {}).get("seconds") if record else None
             else:
-                timed = planned(round.plan).get(stage)
+                timed = _planned_seconds(round.plan).get(stage)
             share = planning.ALL_SHARES[stage] * round.minutes
             if timed is not None:
                 known[name] = max(0.0, timed - (record.seconds if record else 0.0))

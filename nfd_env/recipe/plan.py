@@ -1,20 +1,17 @@
-"""Everything that can be derived about a training: sizes, batches, steps. Decided once and stored.
+"""Everything that can be derived about a training before it is timed: sizes, batches, rates.
 
 The one place where this is decided. When a stage begins, a few of its steps are timed; what follows
-from that is written to ``plan.yaml``, so that going on after a stop computes exactly what would
-have been computed.
+from that, see ``nfd_env.recipe.steps``, is written to ``plan.yaml`` beside it, so that going on
+after a stop computes exactly what would have been computed.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +32,14 @@ SHARES = {"inverse_dynamics": 0.03, "tokenizer": 0.22, "flow": 0.53, "heads": 0.
 SHARED = ("tokenizer", "flow", "distill")  # stages that several processes train together
 RESERVE = 0.1  # for encoding, calibration and the report
 AGENT_SHARE = 0.25  # of a later round's time, see nfd_env.recipe.rounds
-FEWEST_STEPS = {
+ENOUGH_STEPS = {
     "inverse_dynamics": 60,
     "tokenizer": 60,
     "flow": 60,
     "heads": 40,
     "distill": 20,
 }
-"""Until a stage was timed; its batch is made smaller where there is no time for as many."""
+"""Where there is time for fewer, a stage's batch is made smaller; planned until it was timed."""
 
 # Settings that say where things lie, and nothing of what they are.
 PATHS = ("recordings", "tokenizer", "latents", "teacher", "dynamics", "heads", "folder")
@@ -137,12 +134,7 @@ def stored(path: Path) -> Plan:
     Raises:
         ConfigError: when there is none, or it is none.
     """
-    return copy.deepcopy(_checked(pickle.dumps(config.read(path)), str(path)))
-
-
-@lru_cache(maxsize=8)  # it is asked for at every stage, and checking it takes longer than reading
-def _checked(values: bytes, where: str) -> Plan:
-    return config.from_mapping(Plan, pickle.loads(values), where)
+    return config.from_mapping(Plan, config.read(path), str(path))
 
 
 def settings(
@@ -188,7 +180,7 @@ def settings(
         parts = processes * int(own.get("accumulate") or 1) if name in SHARED else 1
         return {
             "folder": str(folder / name),
-            "steps": FEWEST_STEPS[name],
+            "steps": ENOUGH_STEPS[name],
             "seed": game.seed,
             "device": device,
             "batch_size": -(-batch_size // parts) * parts,

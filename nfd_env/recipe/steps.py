@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nfd_env.recipe.game import GameConfig
-from nfd_env.recipe.plan import BEGUN_FROM, FEWEST_STEPS, JUDGING, PATHS, RESERVE, SHARES, Plan
+from nfd_env.recipe.plan import BEGUN_FROM, ENOUGH_STEPS, JUDGING, PATHS, RESERVE, SHARES, Plan
 
 _VALIDATED = 0.15  # of a stage's time, where that is enough for one validation
 LEAST_STEPS = 10  # of each stage, however small the budget
@@ -39,7 +39,7 @@ def with_smaller_batch(
         return plan
     train = values["train"]
     batch, steps = train["batch_size"], max(0.0, seconds) / per_step
-    size = min(batch, int(batch * steps / FEWEST_STEPS[name]))
+    size = min(batch, int(batch * steps / ENOUGH_STEPS[name]))
     # On a GPU a step of few takes as long as one of many.
     if name in _WANTED and not train["device"].startswith("cuda"):
         size = min(size, max(batch // _SMALLEST_PART, int(batch * steps / _WANTED[name])))
@@ -92,7 +92,7 @@ def as_begun(plan: Plan, game: GameConfig, name: str) -> dict[str, Any]:
     given = own.get("train", {})
     train = {k: v for k, v in values["train"].items() if k not in _WITH_STEPS or k in given}
     train["batch_size"] = plan.batch_size(name)
-    return {**values, "train": {"steps": FEWEST_STEPS[name], **train}}
+    return {**values, "train": {"steps": ENOUGH_STEPS[name], **train}}
 
 
 def with_decisions(plan: Plan, old: Plan, game: GameConfig) -> Plan:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from nfd_env.precision import autocast, choose_precision
-from nfd_env.recipe import steps as planned
 from nfd_env.recipe.game import GameConfig
 from nfd_env.recipe.plan import Plan
+from nfd_env.recipe.steps import share_of, with_smaller_batch, with_steps
 from nfd_env.training.loop import Stage
 from nfd_env.training.optimiser import Optimiser
 
@@ -42,13 +42,13 @@ def timed(
     part = train["batch_size"] // (processes * turns)
     tried = {**train, "batch_size": min(_TRIED, part)}
     most = turns * seconds_per_step(stage, tried) * part / tried["batch_size"]
-    seconds = max(1.0, left - (time.monotonic() - begin)) * planned.share_of(name)
+    seconds = max(1.0, left - (time.monotonic() - begin)) * share_of(name)
     parts = processes * turns
-    plan = planned.with_smaller_batch(plan, game, name, seconds - validation, most, parts)
+    plan = with_smaller_batch(plan, game, name, seconds - validation, most, parts)
     train = getattr(plan, name)["train"]
     part = train["batch_size"] // parts
     per_step = turns * seconds_per_step(stage, {**train, "batch_size": part})
-    return planned.with_steps(plan, game, name, seconds, per_step, validation)
+    return with_steps(plan, game, name, seconds, per_step, validation)
 
 
 def judge(stage: Stage, device: str, network: nn.Module | None = None) -> dict[str, float]:
